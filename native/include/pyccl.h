@@ -1,0 +1,380 @@
+/* pyccl.h: the public interface of the pyccl data plane (C11, also valid C++).
+ *
+ * Two machines live behind it:
+ *   pyccl_fsm     the operation machine: DONE, commit, abort, freeze, verdicts, epochs, safe-point cuts.
+ *                 Pure: events and time go in, actions come out; no socket, clock, thread or tensor byte.
+ *   pyccl_engine  one thread that owns connected sockets, frames, kernels and operations, and drives one pyccl_fsm.
+ * The simulator drives the same compiled pyccl_fsm that the engine drives: what is simulated is what ships.
+ *
+ * Conventions: times are int64_t nanoseconds on one monotonic clock; ids are 16 bytes; ranks index the member list of
+ * the current epoch, which is in bytewise order of the peer ids. Functions that can fail return a pyccl_status.
+ * Text between the two "cffi" marks is what the Python binding parses: keep it free of other preprocessor lines.
+ * Specification of the bytes on the wire: proto/wire.md. */
+#ifndef PYCCL_H
+#define PYCCL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* cffi: begin */
+#define PYCCL_ID_SIZE 16
+#define PYCCL_WORLD_MAX 256         /* members of one group */
+#define PYCCL_FRAME_SIZE 64         /* bytes of a data-frame header */
+#define PYCCL_SPEC_SIZE 40          /* bytes of an encoded pyccl_spec, the payload of OPEN */
+#define PYCCL_PIECE_MAX 1048576     /* bytes of the longest payload of one frame */
+#define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
+#define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
+#define PYCCL_EARLY_MAX 4096        /* operations one peer may open before we submit them */
+#define PYCCL_CONNS_MAX 64          /* connections of one pair */
+#define PYCCL_TAGS_MAX 1048576      /* different tags between two restarts of numbers */
+
+/* 0 is done, positive is "not yet", negative is failed. Values are never reused; gaps keep kin together. */
+typedef enum pyccl_status {
+    PYCCL_OK = 0,
+    PYCCL_PENDING = 1,               /* pyccl_op_wait: the time ran out, nothing was aborted                     */
+    PYCCL_ERR_NOMEM = -1,            /* MemoryError                                                             */
+    PYCCL_ERR_OS = -2,               /* OSError: a system call failed, errno tells                              */
+    PYCCL_ERR_ARGUMENT = -10,        /* UsageError: the caller's bug, nothing was sent                          */
+    PYCCL_ERR_LIMIT = -11,           /* UsageError: more open operations or tags than the limits above          */
+    PYCCL_ERR_CLOSED = -12,          /* UsageError: the communicator is closed or not connected                 */
+    PYCCL_ERR_PEER_LOST = -20,       /* PeerLostError: a participant (or the root) was lost; input restored      */
+    PYCCL_ERR_ALONE = -21,           /* AloneError: nobody else is left in the group                             */
+    PYCCL_ERR_EVICTED = -22,         /* EvictedError: the master took us out of the run                         */
+    PYCCL_ERR_DEADLINE = -30,        /* DeadlineError: the operation's time ran out here or at a participant     */
+    PYCCL_ERR_STALLED = -31,         /* DeadlineError: a started operation made no progress                     */
+    PYCCL_ERR_CANCELLED = -32,       /* the caller gave up (Ctrl-C, close) here or at a participant              */
+    PYCCL_ERR_OUTCOME_UNKNOWN = -33, /* OutcomeUnknownError: prepared, never settled; we left the run            */
+    PYCCL_ERR_MISMATCH = -40,        /* MismatchError: participants called different things                     */
+    PYCCL_ERR_RESULT_DIFFERS = -41,  /* MismatchError: participants hold different result bits                  */
+    PYCCL_ERR_FRAME = -50            /* RemoteProtocolError: a peer broke proto/wire.md                         */
+} pyccl_status;
+
+typedef enum pyccl_kind {
+    PYCCL_ALL_REDUCE = 1,
+    PYCCL_BROADCAST = 2,
+    PYCCL_BARRIER = 3,
+    PYCCL_ALL_GATHER = 4
+} pyccl_kind;
+
+typedef enum pyccl_dtype {
+    PYCCL_INT32 = 1,
+    PYCCL_INT64 = 2,
+    PYCCL_FLOAT32 = 3,
+    PYCCL_FLOAT64 = 4,
+    PYCCL_UINT8 = 5                  /* raw bytes; not reducible yet */
+} pyccl_dtype;
+
+typedef enum pyccl_reduce_op { PYCCL_SUM = 1, PYCCL_AVG = 2, PYCCL_PROD = 3, PYCCL_MIN = 4, PYCCL_MAX = 5 } pyccl_reduce_op;
+typedef enum pyccl_space { PYCCL_SPACE_USER = 0, PYCCL_SPACE_INTERNAL = 1 } pyccl_space;
+typedef enum pyccl_algorithm { PYCCL_DIRECT = 1 } pyccl_algorithm;
+
+/* What an operation is; equal on all participants or it is a mismatch. Encoded in OPEN (proto/wire.md 3.2). */
+typedef struct pyccl_spec {
+    uint8_t kind;                    /* pyccl_kind */
+    uint8_t dtype;                   /* pyccl_dtype */
+    uint8_t op;                      /* pyccl_reduce_op; 0 where nothing is reduced */
+    uint8_t codec;                   /* 0: none */
+    uint8_t algorithm;               /* pyccl_algorithm */
+    uint8_t retry;                   /* 1: a loss epoch runs it again, 0: it fails with PEER_LOST */
+    uint8_t space;                   /* pyccl_space: tags of users and of the library do not meet */
+    uint8_t reserved;                /* 0 */
+    uint32_t tag;
+    uint32_t block;                  /* elements in one codec block; 0: none */
+    uint64_t count;                  /* elements of each participant's input */
+    uint8_t root[16];                /* broadcast: the peer id of the source; else zero */
+} pyccl_spec;
+
+/* ---- frames ------------------------------------------------------------------------------------------------ */
+
+typedef enum pyccl_frame_type {
+    PYCCL_FRAME_OPEN = 1,            /* sender submitted (tag, seq); payload: spec; value: all below it is settled */
+    PYCCL_FRAME_DATA = 2,            /* a piece of a contribution (phase 0) or of a result (phase 1)             */
+    PYCCL_FRAME_DONE = 3,            /* sender holds its whole result; value: 64-bit result hash                 */
+    PYCCL_FRAME_ABORT = 4,           /* sender ended it in failure before DONE; value: -status                   */
+    PYCCL_FRAME_ASK = 5,             /* sender is prepared and past its deadline: what became of it?             */
+    PYCCL_FRAME_ANSWER = 6,          /* value: 0 committed, -status failed; not sent while unsettled             */
+    PYCCL_FRAME_SETTLED = 7,         /* everything of this tag below seq is settled at the sender                */
+    PYCCL_FRAME_HEARTBEAT = 8,       /* alive; epoch fields are 0                                                */
+    PYCCL_FRAME_STATE_ASK = 9,       /* send `value` bytes of the published state `seq` from `offset`            */
+    PYCCL_FRAME_STATE_DATA = 10,     /* those bytes                                                              */
+    PYCCL_FRAME_STATE_NONE = 11      /* not published here (any more)                                            */
+} pyccl_frame_type;
+
+typedef struct pyccl_frame {         /* the 64-byte header, decoded */
+    uint8_t type, phase, space;
+    uint64_t epoch_number;
+    uint64_t epoch_tag;              /* first 8 bytes of the epoch id, little-endian */
+    uint64_t seq;
+    uint32_t tag;
+    uint32_t length;                 /* payload bytes that follow */
+    uint64_t offset;
+    uint64_t value;
+    uint32_t spec_hash;              /* DATA: low half of the hash of the encoded spec; else 0 */
+} pyccl_frame;
+
+void pyccl_frame_encode(const pyccl_frame *frame, uint8_t out[64]);
+/* PYCCL_ERR_FRAME: wrong magic, checksum, type, or a length its type does not allow. *out is zero then. */
+pyccl_status pyccl_frame_decode_untrusted(const uint8_t in[64], pyccl_frame *out);
+void pyccl_spec_encode(const pyccl_spec *spec, uint8_t out[40]);
+pyccl_status pyccl_spec_decode_untrusted(const uint8_t in[40], pyccl_spec *out);
+uint32_t pyccl_spec_hash(const pyccl_spec *spec);
+
+/* ---- digests and kernels ------------------------------------------------------------------------------------ */
+
+/* XXH3, bit-compatible with the reference (seed, one shot). 128: canonical big-endian bytes as xxh3_128_digest(). */
+uint64_t pyccl_xxh3_64(const void *data, size_t size_bytes, uint64_t seed);
+void pyccl_xxh3_128(const void *data, size_t size_bytes, uint64_t seed, uint8_t out[16]);
+/* Digests of consecutive chunks: out holds ceil(size/chunk) * 16 bytes; an empty input has none. */
+void pyccl_chunk_digests(const void *data, size_t size_bytes, size_t chunk_bytes, uint8_t *out);
+
+size_t pyccl_dtype_size(uint8_t dtype);      /* bytes of one element; 0: no such dtype */
+/* out[i] = fold of in[0][i], in[1][i], … in[inputs-1][i] in that order; AVG divides the finished sum once by `inputs`.
+ * Floats: no FMA, NaN results are the canonical quiet NaN, min/max propagate NaN and order -0 below +0. Integers wrap.
+ * out may be equal to one of the inputs, but not overlap one in part. ERR_ARGUMENT: dtype or op not reducible. */
+pyccl_status pyccl_reduce(uint8_t dtype, uint8_t op, const void *const *in, size_t inputs, size_t count, void *out);
+
+/* ---- the operation machine ---------------------------------------------------------------------------------- */
+
+typedef struct pyccl_fsm pyccl_fsm;
+
+typedef struct pyccl_fsm_options {
+    int64_t settle_ns;               /* a prepared operation may stay unsettled this long after its deadline     */
+    int64_t stall_ns;                /* a started operation without progress fails after this long; 0: never     */
+    int64_t tell_ns;                 /* settled numbers nobody was told of are announced after this long         */
+} pyccl_fsm_options;
+
+typedef struct pyccl_epoch {
+    uint64_t number;
+    uint8_t id[16];
+    uint32_t world, rank;            /* rank: our index in members */
+    uint8_t restart;                 /* 1: numbers restart at 0 (safe point, mismatch); 0: a loss epoch keeps them */
+    uint8_t mismatch;                /* 1: what the verdicts do not commit fails with MISMATCH                   */
+    const uint8_t *members;          /* world * 16 bytes, in bytewise order */
+} pyccl_epoch;
+
+typedef enum pyccl_op_state {        /* in reports; an operation that is not reported counts as running */
+    PYCCL_STATE_RUNNING = 1,
+    PYCCL_STATE_PREPARED = 2,
+    PYCCL_STATE_COMMITTED = 3,
+    PYCCL_STATE_FAILED = 4
+} pyccl_op_state;
+
+typedef enum pyccl_verdict { PYCCL_VERDICT_COMMIT = 1, PYCCL_VERDICT_FAIL = 2 } pyccl_verdict; /* none: retry */
+
+typedef struct pyccl_op_report {
+    uint8_t space, state;            /* state: pyccl_op_state */
+    uint32_t tag;
+    uint64_t seq, hash;              /* hash: of the result, where prepared or committed */
+} pyccl_op_report;
+
+typedef struct pyccl_op_verdict {
+    uint8_t space, verdict;
+    uint32_t tag;
+    uint64_t seq;
+} pyccl_op_verdict;
+
+typedef struct pyccl_op_count {      /* operations of this tag submitted since numbers restarted */
+    uint8_t space;
+    uint32_t tag;
+    uint64_t count;
+} pyccl_op_count;
+
+typedef struct pyccl_op_lack {       /* an operation we have open that a member has not opened */
+    uint8_t space;
+    uint32_t tag;
+    uint64_t seq;
+    uint32_t rank;                   /* the first such member */
+} pyccl_op_lack;
+
+typedef struct pyccl_message {       /* OPEN, DONE, ABORT, ASK, ANSWER, SETTLED as the machine sees them */
+    uint8_t type, space;
+    uint32_t rank;                   /* received: from; sent: to */
+    uint32_t tag;
+    uint64_t seq, value;
+    pyccl_spec spec;                 /* OPEN only */
+} pyccl_message;
+
+typedef enum pyccl_action_type {
+    PYCCL_ACT_SEND = 1,              /* send `message` in the current epoch                                       */
+    PYCCL_ACT_START = 2,             /* move data for `cookie` in the current epoch as number `seq`; from scratch */
+    PYCCL_ACT_STOP = 3,              /* drop everything the attempt of `cookie` received or computed              */
+    PYCCL_ACT_PEER_OPEN = 4,         /* `rank` has opened `cookie`: the eager window no longer binds              */
+    PYCCL_ACT_COMMIT = 5,            /* `cookie` succeeded: result to the caller                                  */
+    PYCCL_ACT_FAIL = 6,              /* `cookie` failed with `status`; culprit peer in `peer` (zero: none)        */
+    PYCCL_ACT_RESEND = 7,            /* repeat to `rank` the DATA of `cookie` that the lost link may have eaten   */
+    PYCCL_ACT_SETTLE = 8,            /* ask the master for a flush: `cookie` is prepared and past its deadline    */
+    PYCCL_ACT_LEAVE = 9,             /* leave the run: an outcome can't be learned                                */
+    PYCCL_ACT_DIFFERS = 10           /* `rank` opened `cookie` as message.spec: tell the master of the mismatch   */
+} pyccl_action_type;
+
+typedef struct pyccl_action {
+    uint32_t type, rank;
+    uint64_t cookie, seq;
+    int32_t status;
+    uint32_t attempts;               /* COMMIT, FAIL: epochs in which the operation ran */
+    uint8_t peer[16];
+    pyccl_message message;           /* SEND, DIFFERS */
+} pyccl_action;
+
+typedef enum pyccl_gate {
+    PYCCL_GATE_PASS = 1,             /* of the current epoch, from a member                                       */
+    PYCCL_GATE_DROP = 2,             /* of an older epoch, or settled, or we are frozen                           */
+    PYCCL_GATE_LATER = 3,            /* of a newer epoch: leave it unread until the EpochCommit                   */
+    PYCCL_GATE_REFUSE = 4            /* protocol error: same number, another epoch; or not a member of ours       */
+} pyccl_gate;
+
+pyccl_status pyccl_fsm_new(const pyccl_fsm_options *options, pyccl_fsm **out);
+void pyccl_fsm_free(pyccl_fsm *fsm);
+/* cookie: not 0, unique among open operations. The machine answers with START or FAIL, at once or in a later epoch. */
+pyccl_status pyccl_fsm_submit(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, int64_t deadline_ns, int64_t now_ns);
+void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t now_ns);  /* whole result held */
+void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns);               /* bytes moved      */
+/* The caller gives up. Before DONE it fails with `why`; after DONE its deadline becomes now and it is settled. */
+void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t now_ns);
+/* Judge a frame's epoch; member: 1 when its sender is a member of the current epoch. */
+pyccl_gate pyccl_fsm_gate(const pyccl_fsm *fsm, uint64_t epoch_number, uint64_t epoch_tag, int member);
+/* Judge DATA that passed the gate: PASS with *cookie (0: not submitted here yet, keep it within the eager window),
+ * DROP, or REFUSE. */
+pyccl_gate pyccl_fsm_data(pyccl_fsm *fsm, uint32_t rank, uint8_t space, uint32_t tag, uint64_t seq, uint64_t *cookie);
+/* A message that passed the gate. ERR_FRAME: it can't come from a peer that follows the rules. */
+pyccl_status pyccl_fsm_receive(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns);
+void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns);  /* frames to `rank` may be lost: repeat */
+void pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns);                     /* idempotent; ends with fsm_epoch      */
+int pyccl_fsm_frozen(const pyccl_fsm *fsm);
+/* These four return how many entries there are and write at most `cap` of them. */
+size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap);
+size_t pyccl_fsm_counts(const pyccl_fsm *fsm, pyccl_op_count *out, size_t cap);
+size_t pyccl_fsm_lacking(const pyccl_fsm *fsm, pyccl_op_lack *out, size_t cap);
+size_t pyccl_fsm_open_count(const pyccl_fsm *fsm);
+/* All members stand at the safe point: numbers below the cut run in this epoch, later ones wait for the next.
+ * Returns 0, or 1 when a count of ours is above the cut (send the counts: the cut must rise). open: 1 takes the cut back. */
+int pyccl_fsm_cut(pyccl_fsm *fsm, const pyccl_op_count *cut, size_t cuts, int open, int64_t now_ns);
+int pyccl_fsm_drained(const pyccl_fsm *fsm);  /* 1: a cut is set and everything below it is submitted and settled here */
+int pyccl_fsm_below_cut(const pyccl_fsm *fsm);/* 1: a cut is set and something below it is not submitted here        */
+/* Apply the verdicts and enter the epoch in one step. ERR_ARGUMENT: not newer than ours, or a verdict we can't obey. */
+pyccl_status pyccl_fsm_epoch(pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count, int64_t now_ns);
+/* Out of the run (evicted, left, closed): every open operation fails with `why`; nothing is sent. */
+void pyccl_fsm_end(pyccl_fsm *fsm, pyccl_status why);
+int64_t pyccl_fsm_tick(pyccl_fsm *fsm, int64_t now_ns);                    /* returns when to call again; INT64_MAX: no timer */
+int pyccl_fsm_next(pyccl_fsm *fsm, pyccl_action *out);                     /* 1: *out holds the oldest action, 0: none */
+
+/* ---- the engine --------------------------------------------------------------------------------------------- */
+
+typedef struct pyccl_engine pyccl_engine;
+typedef struct pyccl_op pyccl_op;
+
+typedef struct pyccl_engine_options {
+    uint8_t self_id[16];
+    int64_t heartbeat_ns;            /* a link that sent nothing for this long sends HEARTBEAT                    */
+    int64_t silence_ns;              /* a link that heard nothing for this long is reported LINK_SILENT           */
+    pyccl_fsm_options fsm;
+} pyccl_engine_options;
+
+typedef struct pyccl_op_args {
+    pyccl_spec spec;
+    const void *src;                 /* spec.count elements (broadcast: read at the root only) */
+    void *dst;                       /* result; may equal src (in place). all_gather: world * count elements, set at
+                                        commit; dst_bytes says how much there is, ERR_ARGUMENT when too little */
+    uint64_t dst_bytes;
+    int64_t timeout_ns;              /* from now to the result; <= 0 is ERR_ARGUMENT */
+    uint64_t user;                   /* with notify: returned in EVENT_OP */
+    int32_t notify;                  /* 1: post PYCCL_EVENT_OP when it has ended */
+} pyccl_op_args;
+
+typedef struct pyccl_op_info {
+    int32_t status;
+    uint32_t attempts, world, algorithm;
+    uint64_t epoch_number, tx_bytes, rx_bytes;
+    uint64_t seq;
+    int64_t elapsed_ns;
+    uint8_t epoch_id[16];
+    uint8_t peer[16];                /* culprit where one is known, else zero */
+} pyccl_op_info;
+
+typedef enum pyccl_event_type {
+    PYCCL_EVENT_CONN_DOWN = 1,       /* one connection of `slot` ended; code: errno or 0 for EOF; count: those left  */
+    PYCCL_EVENT_LINK_SILENT = 2,     /* nothing heard from `slot` for silence_ns                                     */
+    PYCCL_EVENT_LINK_HEARD = 3,      /* heard again after LINK_SILENT                                                */
+    PYCCL_EVENT_LINK_REFUSED = 4,    /* `slot` broke the protocol: its connections are closed                        */
+    PYCCL_EVENT_OP = 5,              /* operation with args.notify ended; value: args.user                           */
+    PYCCL_EVENT_SETTLE = 6,          /* ask the master for a flush                                                   */
+    PYCCL_EVENT_LEAVE = 7,           /* an outcome can't be learned: leave the run                                   */
+    PYCCL_EVENT_DIFFERS = 8,         /* `slot` opened (space, tag, seq) as `theirs`, we have `mine`                  */
+    PYCCL_EVENT_DRAINED = 9,         /* all below the cut is settled here                                            */
+    PYCCL_EVENT_STATE = 10,          /* a fetch ended; value: fetch id; code: status                                 */
+    PYCCL_EVENT_PULSE_DOWN = 11      /* the pulse connection to the master ended                                     */
+} pyccl_event_type;
+
+typedef struct pyccl_event {
+    uint32_t type, slot;
+    int32_t code;
+    uint32_t count;
+    uint64_t value, seq;
+    uint32_t tag;
+    uint8_t space;
+    pyccl_spec mine, theirs;
+} pyccl_event;
+
+typedef struct pyccl_region {        /* a published piece of shared state; offsets of the regions follow one another */
+    const void *data;
+    uint64_t size_bytes;
+} pyccl_region;
+
+typedef struct pyccl_link_stats {
+    uint64_t tx_bytes, rx_bytes;
+    uint32_t conns;
+    int64_t heard_ns_ago;
+} pyccl_link_stats;
+
+pyccl_status pyccl_engine_new(const pyccl_engine_options *options, pyccl_engine **out);  /* starts its thread */
+int pyccl_engine_fd(const pyccl_engine *engine);   /* eventfd, readable while events wait */
+size_t pyccl_engine_events(pyccl_engine *engine, pyccl_event *out, size_t cap);  /* takes them; clears the eventfd when empty */
+/* Fails open operations with `why`, closes all connections, ends the thread. Idempotent; operations stay readable. */
+void pyccl_engine_stop(pyccl_engine *engine, pyccl_status why);
+void pyccl_engine_free(pyccl_engine *engine);      /* stops it; every pyccl_op must have been freed */
+/* Fail all open operations with `why` and leave the epoch; the engine stays usable for a new connect. */
+pyccl_status pyccl_engine_end(pyccl_engine *engine, pyccl_status why);
+
+pyccl_status pyccl_engine_peer_add(pyccl_engine *engine, const uint8_t id[16], uint32_t *slot);  /* idempotent */
+pyccl_status pyccl_engine_peer_remove(pyccl_engine *engine, uint32_t slot);                      /* closes its connections */
+pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd);  /* takes fd, always: closed on error */
+pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd);                    /* heartbeats to the master; takes fd */
+pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out);
+
+/* As the functions of the machine, carried out by the engine thread; the caller waits for it. */
+pyccl_status pyccl_engine_freeze(pyccl_engine *engine, pyccl_op_report *out, size_t cap, size_t *count);
+pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count);
+pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);
+pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind);
+/* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since the last submit, *below the cut. */
+pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,
+                                  int64_t *quiet_ns, int *below);
+
+/* The arrays must stay valid until the operation has ended. Thread-safe. */
+pyccl_status pyccl_op_submit(pyccl_engine *engine, const pyccl_op_args *args, pyccl_op **out);
+pyccl_status pyccl_op_wait(pyccl_op *op, int64_t timeout_ns);   /* PENDING, or the operation's own status */
+int pyccl_op_done(const pyccl_op *op);
+void pyccl_op_cancel(pyccl_op *op, pyccl_status why);           /* as pyccl_fsm_cancel; wait afterwards */
+void pyccl_op_info_get(const pyccl_op *op, pyccl_op_info *out);
+void pyccl_op_free(pyccl_op *op);                               /* NULL or an operation that has ended */
+
+/* Shared state: what is published under `sync` is served to members that ask. The memory must stay valid until
+ * unpublish returns. A fetch ends with EVENT_STATE: OK, PEER_LOST (link or epoch ended) or ARGUMENT (not published). */
+pyccl_status pyccl_state_publish(pyccl_engine *engine, uint64_t sync, const pyccl_region *regions, size_t count);
+pyccl_status pyccl_state_unpublish(pyccl_engine *engine, uint64_t sync);
+pyccl_status pyccl_state_fetch(pyccl_engine *engine, uint32_t slot, uint64_t sync, uint64_t offset, uint32_t size_bytes,
+                               void *dst, uint64_t fetch);
+pyccl_status pyccl_state_forget(pyccl_engine *engine);          /* drop all fetches: dst is free when this returns */
+
+const char *pyccl_version(void);
+const char *pyccl_status_name(int32_t status);                  /* "PYCCL_ERR_…"; "?" for a number that is none */
+/* cffi: end */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,15 @@
+/* frame.h: the one rule book for specs, shared by the decoder (foreign specs) and by submit (the caller's own). */
+#ifndef PYCCL_FRAME_H
+#define PYCCL_FRAME_H
+
+#include <stdbool.h>
+
+#include "pyccl.h"
+
+/* True when every field is within the limits of proto/wire.md 3.2. */
+bool frame_spec_valid(const pyccl_spec *spec);
+
+/* True when every field is within what proto/wire.md 3 allows for the frame's type. */
+bool frame_valid(const pyccl_frame *frame);
+
+#endif

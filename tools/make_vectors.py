@@ -1,0 +1,283 @@
+#!/usr/bin/env python3
+"""Write the golden vectors of ``proto/vectors``: ``python tools/make_vectors.py [--check]``.
+
+A second implementation of ``proto/wire.md`` 3, with ``struct`` and the reference XXH3 of the ``xxhash`` package, so
+that the C code is not its own judge. Every vector is a line; the C and the Python tests both load them:
+
+    frames.txt   NAME ok|refused HEADER [FIELD=VALUE ...]
+    specs.txt    NAME ok|refused SPEC [FIELD=VALUE ...]     hash= is the spec hash that DATA frames carry
+    digests.txt  LENGTH SEED XXH3_64 XXH3_128               of the bytes (i * 131 + 7) & 255
+
+Bytes are hexadecimal, numbers decimal. What is refused has a correct checksum unless its name says otherwise, so that
+the one wrong field decides. ``--check`` writes nothing and fails when a file is not what this script would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+VECTORS = Path(__file__).resolve().parents[1] / "proto" / "vectors"
+MAGIC = 0x31435950
+PIECE_MAX = 2**20
+U32_MAX = 2**32 - 1
+U64_MAX = 2**64 - 1
+
+FRAME_TYPES = {
+    "open": 1, "data": 2, "done": 3, "abort": 4, "ask": 5, "answer": 6, "settled": 7,
+    "heartbeat": 8, "state_ask": 9, "state_data": 10, "state_none": 11,
+}  # fmt: skip
+FRAME_FIELDS = (
+    "type", "phase", "space", "epoch_number", "epoch_tag", "seq", "tag", "length", "offset", "value", "spec_hash",
+)  # fmt: skip
+SPEC_FIELDS = (
+    "kind", "dtype", "op", "codec", "algorithm", "retry", "space", "reserved", "tag", "block", "count", "root",
+)  # fmt: skip
+
+Fields = dict[str, int]
+
+
+def encode_frame(fields: Fields, *, magic: int = MAGIC, zero: int = 0, checksum_flip: int = 0) -> bytes:
+    """Any header, right or wrong."""
+    head = struct.pack(
+        "<IBBBBQQQIIQQI",
+        magic,
+        fields["type"],
+        fields["phase"],
+        fields["space"],
+        zero,
+        fields["epoch_number"],
+        fields["epoch_tag"],
+        fields["seq"],
+        fields["tag"],
+        fields["length"],
+        fields["offset"],
+        fields["value"],
+        fields["spec_hash"],
+    )
+    return head + struct.pack("<I", (xxhash.xxh3_64_intdigest(head) & U32_MAX) ^ checksum_flip)
+
+
+def frame(type_name: str, /, **changes: int) -> Fields:
+    return dict.fromkeys(FRAME_FIELDS, 0) | {"type": FRAME_TYPES[type_name]} | changes
+
+
+# Where in the run a frame belongs; the values have no two bytes alike, so that a swapped field shows.
+EPOCH = {"epoch_number": 0x0102030405060708, "epoch_tag": 0x1112131415161718}
+OF_OPERATION = EPOCH | {"seq": 0x2122232425262728, "tag": 0x31323334}
+OF_STATE = EPOCH | {"seq": 0x4142434445464748, "offset": 0x5152535455565758}
+TYPICAL = {
+    "open": frame("open", **OF_OPERATION, space=1, length=40, value=0x6162636465666768),
+    "data": frame(
+        "data", **OF_OPERATION, space=1, phase=1, length=65536, offset=0x7172737475767778, spec_hash=0x81828384
+    ),
+    "done": frame("done", **OF_OPERATION, space=1, value=0x9192939495969798),
+    "abort": frame("abort", **OF_OPERATION, space=1, value=30),
+    "ask": frame("ask", **OF_OPERATION, space=1),
+    "answer": frame("answer", **OF_OPERATION, space=1, value=20),
+    "settled": frame("settled", **OF_OPERATION, space=1),
+    "heartbeat": frame("heartbeat"),
+    "state_ask": frame("state_ask", **OF_STATE, value=4096),
+    "state_data": frame("state_data", **OF_STATE, length=4096),
+    "state_none": frame("state_none", **OF_STATE),
+}
+# The ends of each range: (name, type, changes).
+FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
+    ("open_zero", "open", dict.fromkeys(FRAME_FIELDS[2:7], 0) | {"value": 0}),
+    ("open_value_most", "open", {"value": U64_MAX}),
+    ("data_length_least", "data", {"length": 1, "phase": 0}),
+    ("data_length_most", "data", {"length": PIECE_MAX}),
+    ("data_all_ones", "data", dict.fromkeys(("epoch_number", "epoch_tag", "seq", "offset"), U64_MAX) | {
+        "tag": U32_MAX, "spec_hash": U32_MAX}),
+    ("done_value_zero", "done", {"value": 0, "space": 0}),
+    ("done_value_most", "done", {"value": U64_MAX}),
+    ("abort_value_least", "abort", {"value": 1}),
+    ("abort_value_most", "abort", {"value": 255}),
+    ("answer_committed", "answer", {"value": 0}),
+    ("answer_value_most", "answer", {"value": 255}),
+    ("state_ask_value_least", "state_ask", {"value": 1, "offset": 0}),
+    ("state_ask_value_most", "state_ask", {"value": PIECE_MAX}),
+    ("state_data_length_least", "state_data", {"length": 1}),
+    ("state_data_length_most", "state_data", {"length": PIECE_MAX}),
+]  # fmt: skip
+# Fields that a type does not name must be zero.
+UNNAMED = {
+    "open": ("phase", "offset", "spec_hash"),
+    "data": ("value",),
+    "done": ("phase", "length", "offset", "spec_hash"),
+    "abort": ("phase", "length", "offset", "spec_hash"),
+    "ask": ("phase", "length", "offset", "value", "spec_hash"),
+    "answer": ("phase", "length", "offset", "spec_hash"),
+    "settled": ("phase", "length", "offset", "value", "spec_hash"),
+    "heartbeat": FRAME_FIELDS[1:],
+    "state_ask": ("phase", "space", "tag", "length", "spec_hash"),
+    "state_data": ("phase", "space", "tag", "value", "spec_hash"),
+    "state_none": ("phase", "space", "tag", "length", "value", "spec_hash"),
+}
+# One step beyond each range.
+FRAMES_BEYOND_LIMITS: list[tuple[str, str, Fields]] = [
+    ("type_zero", "done", {"type": 0}),
+    ("type_12", "done", {"type": 12}),
+    ("type_255", "done", {"type": 255}),
+    ("open_length_39", "open", {"length": 39}),
+    ("open_length_41", "open", {"length": 41}),
+    ("open_length_zero", "open", {"length": 0}),
+    ("open_space_2", "open", {"space": 2}),
+    ("data_phase_2", "data", {"phase": 2}),
+    ("data_space_2", "data", {"space": 2}),
+    ("data_space_255", "data", {"space": 255}),
+    ("data_length_zero", "data", {"length": 0}),
+    ("data_length_beyond", "data", {"length": PIECE_MAX + 1}),
+    ("data_length_all_ones", "data", {"length": U32_MAX}),
+    ("abort_value_zero", "abort", {"value": 0}),
+    ("abort_value_256", "abort", {"value": 256}),
+    ("abort_value_high_half", "abort", {"value": 30 + 2**32}),
+    ("answer_value_256", "answer", {"value": 256}),
+    ("state_ask_value_zero", "state_ask", {"value": 0}),
+    ("state_ask_value_beyond", "state_ask", {"value": PIECE_MAX + 1}),
+    ("state_data_length_zero", "state_data", {"length": 0}),
+    ("state_data_length_beyond", "state_data", {"length": PIECE_MAX + 1}),
+]
+
+
+def frame_lines() -> Iterator[str]:
+    def ok(name: str, fields: Fields) -> str:
+        return f"{name} ok {encode_frame(fields).hex()} " + " ".join(f"{key}={fields[key]}" for key in FRAME_FIELDS)
+
+    for name, fields in TYPICAL.items():
+        yield ok(name, fields)
+    for name, type_name, changes in FRAMES_AT_LIMITS:
+        yield ok(name, TYPICAL[type_name] | changes)
+    for name, type_name, changes in FRAMES_BEYOND_LIMITS:
+        yield f"{name} refused {encode_frame(TYPICAL[type_name] | changes).hex()}"
+    for type_name, fields_zero in UNNAMED.items():
+        for field in fields_zero:
+            yield f"{type_name}_{field}_not_zero refused {encode_frame(TYPICAL[type_name] | {field: 1}).hex()}"
+    data = TYPICAL["data"]
+    yield f"magic_of_another_protocol refused {encode_frame(data, magic=MAGIC + 0x01000000).hex()}"
+    yield f"magic_zero refused {encode_frame(data, magic=0).hex()}"
+    yield f"zero_byte_not_zero refused {encode_frame(data, zero=1).hex()}"
+    yield f"checksum_wrong_low_bit refused {encode_frame(data, checksum_flip=1).hex()}"
+    yield f"checksum_wrong_high_bit refused {encode_frame(data, checksum_flip=1 << 31).hex()}"
+    for name, at in {"epoch_number": 8, "epoch_tag": 16, "seq": 24, "tag": 32, "offset": 40, "spec_hash": 56}.items():
+        corrupt = bytearray(encode_frame(data))
+        corrupt[at] ^= 0x80
+        yield f"data_{name}_corrupt_on_the_way refused {corrupt.hex()}"
+    yield f"all_zero refused {bytes(64).hex()}"
+    yield f"all_ones refused {'ff' * 64}"
+
+
+Spec = dict[str, int | bytes]
+KINDS = {"all_reduce": 1, "broadcast": 2, "barrier": 3, "all_gather": 4}
+DTYPES = {"int32": 1, "int64": 2, "float32": 3, "float64": 4, "uint8": 5}
+OPS = {"sum": 1, "avg": 2, "prod": 3, "min": 4, "max": 5}
+COUNT_MAX = 2**48
+ROOT = bytes(range(0xA0, 0xB0))
+OF_KIND: dict[str, Spec] = {"all_reduce": {"op": 1}, "broadcast": {"root": ROOT}, "barrier": {"count": 0, "dtype": 5}}
+
+
+def spec(kind: str, /, **changes: int | bytes) -> Spec:
+    base: Spec = {
+        "kind": KINDS[kind], "dtype": 3, "op": 0, "codec": 0, "algorithm": 1, "retry": 1, "space": 0, "reserved": 0,
+        "tag": 0x31323334, "block": 0, "count": 1_000_003, "root": bytes(16),
+    }  # fmt: skip
+    return base | OF_KIND.get(kind, {}) | changes
+
+
+def encode_spec(fields: Spec) -> bytes:
+    """Any spec, right or wrong."""
+    return struct.pack("<8BIIQ16s", *(fields[key] for key in SPEC_FIELDS))
+
+
+def spec_lines() -> Iterator[str]:
+    def ok(name: str, fields: Spec) -> str:
+        encoded = encode_spec(fields)
+        shown = {key: value.hex() if isinstance(value, bytes) else value for key, value in fields.items()}
+        shown["hash"] = xxhash.xxh3_64_intdigest(encoded) & U32_MAX
+        return f"{name} ok {encoded.hex()} " + " ".join(f"{key}={shown[key]}" for key in (*SPEC_FIELDS, "hash"))
+
+    def refused(name: str, fields: Spec) -> str:
+        return f"{name} refused {encode_spec(fields).hex()}"
+
+    for dtype_name, dtype in DTYPES.items():
+        for op_name, op in OPS.items():
+            name, fields = f"all_reduce_{op_name}_{dtype_name}", spec("all_reduce", dtype=dtype, op=op)
+            good = dtype_name != "uint8" and (op_name != "avg" or dtype_name.startswith("float"))
+            yield ok(name, fields) if good else refused(name, fields)
+        for kind in ("broadcast", "barrier", "all_gather"):
+            yield ok(f"{kind}_{dtype_name}", spec(kind, dtype=dtype))
+    for kind in KINDS:
+        yield ok(f"{kind}_no_retry", spec(kind, retry=0))
+        yield ok(f"{kind}_of_the_library", spec(kind, space=1, tag=U32_MAX))
+        yield ok(f"{kind}_count_zero", spec(kind, count=0, tag=0))
+        most = spec(kind, count=COUNT_MAX)
+        yield refused("barrier_count_most", most) if kind == "barrier" else ok(f"{kind}_count_most", most)
+        yield refused(f"{kind}_count_beyond", spec(kind, count=COUNT_MAX + 1))
+        yield refused(f"{kind}_count_all_ones", spec(kind, count=U64_MAX))
+        for field, wrong in (
+            ("dtype", 0), ("dtype", 6), ("dtype", 255), ("codec", 1), ("algorithm", 0), ("algorithm", 2), ("retry", 2),
+            ("space", 2), ("reserved", 1), ("block", 1),
+        ):  # fmt: skip
+            yield refused(f"{kind}_{field}_{wrong}", spec(kind, **{field: wrong}))
+        if kind == "all_reduce":
+            yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (0, 6, 255))
+        else:
+            yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (1, 5, 255))
+        if kind != "broadcast":
+            yield refused(f"{kind}_root_not_zero", spec(kind, root=bytes(15) + b"\1"))
+    yield refused("barrier_count_one", spec("barrier", count=1))
+    yield from (refused(f"kind_{kind}", spec("all_gather", kind=kind)) for kind in (0, 5, 255))
+    yield refused("all_zero", spec("all_gather") | dict.fromkeys(SPEC_FIELDS[:-1], 0))
+
+
+DIGEST_LENGTHS = (
+    *range(36), 47, 48, 49, 63, 64, 65, 80, 95, 96, 97, 112, 127, 128, 129, 130, 143, 144, 145, 159, 160, 161, 192, 239,
+    240, 241, 255, 256, 257, 319, 320, 321, 511, 512, 513, 1023, 1024, 1025, 1087, 1088, 1089, 2047, 2048, 2049, 2112,
+    3000, 4096, 10_000, 65_535, 65_536, 100_003,
+)  # fmt: skip
+DIGEST_SEEDS = (0, 1, 0x9E3779B185EBCA8D, U64_MAX)
+
+
+def digest_lines() -> Iterator[str]:
+    pattern = bytes((i * 131 + 7) & 255 for i in range(max(DIGEST_LENGTHS)))
+    for length in DIGEST_LENGTHS:
+        for seed in DIGEST_SEEDS:
+            data = pattern[:length]
+            yield f"{length} {seed} {xxhash.xxh3_64_hexdigest(data, seed)} {xxhash.xxh3_128_hexdigest(data, seed)}"
+
+
+FILES = {
+    "frames.txt": ("NAME ok|refused HEADER [FIELD=VALUE ...]", frame_lines),
+    "specs.txt": ("NAME ok|refused SPEC [FIELD=VALUE ...]; hash= is the spec hash that DATA frames carry", spec_lines),
+    "digests.txt": ("LENGTH SEED XXH3_64 XXH3_128, of the bytes (i * 131 + 7) & 255", digest_lines),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the golden vectors of proto/vectors.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for name, (form, lines) in FILES.items():
+        body = list(lines())
+        names = [line.split()[0] for line in body]
+        if name != "digests.txt" and len(set(names)) != len(names):
+            raise SystemExit(f"{name}: two vectors of one name")
+        text = "\n".join(["# Written by tools/make_vectors.py; do not edit.", f"# {form}", *body]) + "\n"
+        path = VECTORS / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+        print(f"{name}: {len(body)} vectors{' (out of date)' if check and name in stale else ''}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
