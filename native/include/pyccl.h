@@ -304,7 +304,7 @@ typedef enum pyccl_event_type {
     PYCCL_EVENT_SETTLE = 6,          /* ask the master for a flush                                                   */
     PYCCL_EVENT_LEAVE = 7,           /* an outcome can't be learned: leave the run                                   */
     PYCCL_EVENT_DIFFERS = 8,         /* `slot` opened (space, tag, seq) as `theirs`, we have `mine`                  */
-    PYCCL_EVENT_DRAINED = 9,         /* all below the cut is settled here                                            */
+    PYCCL_EVENT_DRAINED = 9,         /* all below the cut is settled here; value: number of the pyccl_engine_cut call */
     PYCCL_EVENT_STATE = 10,          /* a fetch ended; value: fetch id; code: status                                 */
     PYCCL_EVENT_PULSE_DOWN = 11      /* the pulse connection to the master ended                                     */
 } pyccl_event_type;

@@ -1,0 +1,744 @@
+/* engine.c: the thread, its commands, events and timers, and the links it owns.
+ *
+ *   callers --commands (mutex, wake eventfd)--> thread --operations end (done_lock, condition)--> callers
+ *                                                |  \--events (mutex, eventfd)--> the binding
+ *      epoll: sockets, wake, pulse <-------------+--- one pyccl_fsm, all links, all attempts
+ *
+ * The loop: wait; read what came; run commands; local work; timers; send. Frames are judged one by one and the actions
+ * of the machine carried out after each; sending is done for all links that want to after each source of work.
+ * Threads: see engine.h; the thread blocks all signals.            Spec: proto/wire.md 3 */
+#include "engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define EPOLL_BATCH 64
+#define GAP_NS INT64_C(1000000000)   /* a longer gap in our own loop: we were stopped, nobody else was silent */
+#define USER_TIMEOUT_MIN_MS 15000
+#define TICK_EAGER_OPS 64            /* with more open operations the machine is asked at most every TICK_PAUSE_NS */
+#define TICK_PAUSE_NS 1000000
+
+int64_t engine_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* ---- events ---- */
+
+static void eventfd_raise(int fd) {
+    const uint64_t one = 1;
+    const ssize_t n = write(fd, &one, sizeof one);
+    PYCCL_ASSERT(n == (ssize_t)sizeof one || errno == EAGAIN);
+}
+
+static void eventfd_clear(int fd) {
+    uint64_t count;
+    const ssize_t n = read(fd, &count, sizeof count);
+    PYCCL_ASSERT(n == (ssize_t)sizeof count || errno == EAGAIN);
+}
+
+void engine_event(pyccl_engine *engine, const pyccl_event *event) {
+    pthread_mutex_lock(&engine->event_lock);
+    if (engine->event_count == engine->event_cap) {
+        const size_t cap = engine->event_cap > 0 ? engine->event_cap * 2 : 64;
+        pyccl_event *grown = malloc(cap * sizeof *grown);
+        PYCCL_ASSERT(grown != NULL);
+        for (size_t i = 0; i < engine->event_count; i++)
+            grown[i] = engine->events[(engine->event_head + i) % engine->event_cap];
+        free(engine->events);
+        engine->events = grown;
+        engine->event_cap = cap;
+        engine->event_head = 0;
+    }
+    engine->events[(engine->event_head + engine->event_count++) % engine->event_cap] = *event;
+    if (engine->event_count == 1) eventfd_raise(engine->event_fd);
+    pthread_mutex_unlock(&engine->event_lock);
+}
+
+int pyccl_engine_fd(const pyccl_engine *engine) { return engine->event_fd; }
+
+size_t pyccl_engine_events(pyccl_engine *engine, pyccl_event *out, size_t cap) {
+    size_t count = 0;
+    pthread_mutex_lock(&engine->event_lock);
+    const bool had = engine->event_count > 0;
+    for (; count < cap && engine->event_count > 0; engine->event_count--) {
+        out[count++] = engine->events[engine->event_head];
+        engine->event_head = (engine->event_head + 1) % engine->event_cap;
+    }
+    if (had && engine->event_count == 0) eventfd_clear(engine->event_fd);
+    pthread_mutex_unlock(&engine->event_lock);
+    return count;
+}
+
+/* ---- commands ---- */
+
+bool engine_post(pyccl_engine *engine, command *c) {
+    c->next = NULL;
+    c->done = false;
+    pthread_mutex_lock(&engine->lock);
+    const bool open = !engine->closed;
+    if (open) {
+        if (engine->command_first == NULL) eventfd_raise(engine->wake_fd);
+        if (engine->command_first == NULL) engine->command_first = c;
+        else engine->command_last->next = c;
+        engine->command_last = c;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return open;
+}
+
+void engine_run(pyccl_engine *engine, command *c) {
+    c->waited = true;
+    c->status = PYCCL_OK;
+    if (!engine_post(engine, c)) {
+        c->status = PYCCL_ERR_CLOSED;
+        return;
+    }
+    pthread_mutex_lock(&engine->lock);
+    while (!c->done) pthread_cond_wait(&engine->command_done, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static void command_finish(pyccl_engine *engine, command *c) {
+    pthread_mutex_lock(&engine->lock);
+    c->done = true;
+    pthread_cond_broadcast(&engine->command_done);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static command *commands_take(pyccl_engine *engine, bool close) {
+    pthread_mutex_lock(&engine->lock);
+    command *first = engine->command_first;
+    engine->command_first = engine->command_last = NULL;
+    if (close) engine->closed = true;
+    pthread_mutex_unlock(&engine->lock);
+    return first;
+}
+
+static void commands_run(pyccl_engine *engine) {
+    for (command *c = commands_take(engine, false), *next; c != NULL; c = next) {
+        next = c->next;
+        const bool waited = c->waited; /* a submit that ended is gone after run */
+        c->run(engine, c);
+        engine_act(engine);
+        if (waited) command_finish(engine, c);
+    }
+}
+
+/* The thread ends: nothing that was queued runs. */
+static void commands_refuse(pyccl_engine *engine) {
+    for (command *c = commands_take(engine, true), *next; c != NULL; c = next) {
+        next = c->next;
+        if (c->waited) {
+            c->status = PYCCL_ERR_CLOSED;
+            command_finish(engine, c);
+        } else engine_op_end((pyccl_op *)c, engine->stop_why, 0, NULL);
+    }
+}
+
+/* ---- peers and connections ---- */
+
+peer *engine_peer(const pyccl_engine *engine, uint32_t slot) {
+    return slot < engine->slot_count ? engine->slots[slot] : NULL;
+}
+
+static peer *peer_find(const pyccl_engine *engine, const uint8_t id[PYCCL_ID_SIZE]) {
+    peer *p = engine->peers;
+    while (p != NULL && memcmp(p->link.id, id, PYCCL_ID_SIZE) != 0) p = p->next;
+    return p;
+}
+
+static bool slots_grow(pyccl_engine *engine) {
+    if (engine->slot_count < engine->slot_cap) return true;
+    const uint32_t cap = engine->slot_cap > 0 ? engine->slot_cap * 2 : 64;
+    peer **grown = realloc(engine->slots, cap * sizeof *grown);
+    if (grown == NULL) return false;
+    engine->slots = grown;
+    engine->slot_cap = cap;
+    return true;
+}
+
+/* A peer that is added again in the middle of its epoch takes its place as member again. */
+static void peer_rejoin(pyccl_engine *engine, peer *p) {
+    for (uint32_t rank = 0; engine->in_epoch && rank < engine->world; rank++) {
+        if (rank == engine->rank || memcmp(engine->members[rank], p->link.id, PYCCL_ID_SIZE) != 0) continue;
+        p->rank = (int32_t)rank;
+        engine->ranks[rank] = p;
+        ops_requeue(engine, p);
+    }
+}
+
+peer *engine_peer_get(pyccl_engine *engine, const uint8_t id[PYCCL_ID_SIZE]) {
+    peer *p = peer_find(engine, id);
+    if (p != NULL) return p;
+    p = calloc(1, sizeof *p);
+    if (p == NULL || !slots_grow(engine)) {
+        free(p);
+        return NULL;
+    }
+    link_init(&p->link, &engine->env, id, engine->slot_count);
+    engine->slots[engine->slot_count++] = p;
+    p->rank = -1;
+    p->reset_owed = true;
+    p->next = engine->peers;
+    engine->peers = p;
+    return p;
+}
+
+static void conn_take_down(pyccl_engine *engine, pyccl_conn *conn) {
+    peer *p = (peer *)conn->link;
+    const uint32_t index = conn->index;
+    engine_sink_cancel(engine, conn);
+    link_conn_close(conn);
+    ops_conn_lost(engine, p, index);
+    if (p->link.conn_count > 0) return;
+    p->reset_owed = true;
+    p->ask_count = 0;
+    link_control_clear(&p->link);
+}
+
+void engine_close_links(pyccl_engine *engine, peer *p) {
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
+        if (p->link.conns[i] != NULL) conn_take_down(engine, p->link.conns[i]);
+    state_end_fetches(engine, p, PYCCL_ERR_PEER_LOST);
+}
+
+void engine_refuse(pyccl_engine *engine, peer *p) {
+    const pyccl_event event = {.type = PYCCL_EVENT_LINK_REFUSED, .slot = p->link.slot, .code = PYCCL_ERR_FRAME};
+    if (p->link.conn_count > 0) engine_event(engine, &event);
+    engine_close_links(engine, p);
+}
+
+/* A connection ended by itself. */
+static void conn_down(pyccl_engine *engine, pyccl_conn *conn) {
+    peer *p = (peer *)conn->link;
+    const int code = conn->broken > 0 ? conn->broken : 0;
+    conn_take_down(engine, conn);
+    const pyccl_event event = {.type = PYCCL_EVENT_CONN_DOWN, .slot = p->link.slot, .code = code, .count = p->link.conn_count};
+    engine_event(engine, &event);
+    if (p->link.conn_count > 0 && p->rank >= 0) pyccl_fsm_link_reset(engine->fsm, (uint32_t)p->rank, engine->env.now_ns);
+    state_conn_lost(engine, p);
+    engine_act(engine);
+}
+
+static void broken_take_down(pyccl_engine *engine) {
+    while (engine->env.broken) {
+        engine->env.broken = false;
+        for (peer *p = engine->peers; p != NULL; p = p->next)
+            for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+                pyccl_conn *conn = p->link.conns[i];
+                if (conn == NULL || conn->broken == 0) continue;
+                if (!conn->paused) link_conn_drain(conn); /* what came before the end still counts */
+                if (conn->fd >= 0) conn_down(engine, conn);
+            }
+    }
+}
+
+static void pump_all(pyccl_engine *engine) {
+    for (peer *p = engine->peers; p != NULL; p = p->next)
+        if (p->link.wants_send) link_pump(&p->link);
+}
+
+static void conn_event(pyccl_engine *engine, pyccl_conn *conn, uint32_t events) {
+    if (conn->fd < 0) return;
+    peer *p = (peer *)conn->link;
+    const uint64_t before = p->link.rx_bytes;
+    if (conn->paused && (events & (EPOLLHUP | EPOLLERR)) != 0) {
+        conn->broken = -1;
+        engine->env.broken = true;
+        return;
+    }
+    if ((events & EPOLLOUT) != 0) link_conn_writable(conn);
+    if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) link_conn_readable(conn);
+    if (!p->silent || p->link.rx_bytes == before) return;
+    p->silent = false;
+    const pyccl_event event = {.type = PYCCL_EVENT_LINK_HEARD, .slot = p->link.slot};
+    engine_event(engine, &event);
+}
+
+/* ---- the pulse ---- */
+
+static void pulse_close(pyccl_engine *engine) {
+    if (engine->pulse_fd < 0) return;
+    (void)epoll_ctl(engine->env.epoll_fd, EPOLL_CTL_DEL, engine->pulse_fd, NULL);
+    (void)close(engine->pulse_fd);
+    engine->pulse_fd = -1;
+}
+
+static void pulse_down(pyccl_engine *engine, int code) {
+    const pyccl_event event = {.type = PYCCL_EVENT_PULSE_DOWN, .slot = UINT32_MAX, .code = code};
+    pulse_close(engine);
+    engine_event(engine, &event);
+}
+
+static void pulse_read(pyccl_engine *engine) {
+    ssize_t n = 1;
+    while (n > 0) n = recv(engine->pulse_fd, engine->env.discard, sizeof engine->env.discard, MSG_DONTWAIT);
+    if (n == 0) pulse_down(engine, 0);
+    else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) pulse_down(engine, errno);
+}
+
+static int64_t pulse_beat(pyccl_engine *engine) {
+    const int64_t now = engine->env.now_ns;
+    if (engine->pulse_fd < 0) return INT64_MAX;
+    if (now < engine->pulse_sent_ns + engine->options.heartbeat_ns) return engine->pulse_sent_ns + engine->options.heartbeat_ns;
+    const pyccl_frame frame = {.type = PYCCL_FRAME_HEARTBEAT};
+    uint8_t bytes[PYCCL_FRAME_SIZE];
+    pyccl_frame_encode(&frame, bytes);
+    if (engine->pulse_left == 0) engine->pulse_left = PYCCL_FRAME_SIZE;
+    const ssize_t n = send(engine->pulse_fd, bytes + PYCCL_FRAME_SIZE - engine->pulse_left, engine->pulse_left, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n > 0) engine->pulse_left -= (uint32_t)n;
+    engine->pulse_sent_ns = now;
+    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) pulse_down(engine, errno);
+    return now + engine->options.heartbeat_ns;
+}
+
+/* ---- timers ---- */
+
+static void sooner(int64_t *due, int64_t at_ns) {
+    if (at_ns < *due) *due = at_ns;
+}
+
+static void silence_check(pyccl_engine *engine, peer *p) {
+    const int64_t now = engine->env.now_ns;
+    if (p->link.conn_count == 0) return;
+    if (link_is_paused(&p->link)) p->link.heard_ns = now;
+    if (p->silent) return;
+    if (now - p->link.heard_ns >= engine->options.silence_ns) {
+        p->silent = true;
+        const pyccl_event event = {.type = PYCCL_EVENT_LINK_SILENT, .slot = p->link.slot};
+        engine_event(engine, &event);
+    } else sooner(&engine->check_ns, p->link.heard_ns + engine->options.silence_ns);
+}
+
+/* Each idle connection says something now and then: also so that a side notices that the other has given it up. */
+static void links_check(pyccl_engine *engine) {
+    const int64_t now = engine->env.now_ns, beat = engine->options.heartbeat_ns;
+    if (now < engine->check_ns) return;
+    engine->check_ns = now + beat;
+    sooner(&engine->check_ns, pulse_beat(engine));
+    for (peer *p = engine->peers; p != NULL; p = p->next) {
+        for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+            pyccl_conn *conn = p->link.conns[i];
+            if (conn == NULL) continue;
+            if (now - conn->sent_ns >= beat) link_conn_heartbeat(conn);
+            else sooner(&engine->check_ns, conn->sent_ns + beat);
+        }
+        silence_check(engine, p);
+    }
+}
+
+static void tick(pyccl_engine *engine) {
+    const int64_t now = engine->env.now_ns;
+    const bool eager = engine->tick_stale && pyccl_fsm_open_count(engine->fsm) <= TICK_EAGER_OPS;
+    if (engine->tick_stale) sooner(&engine->tick_ns, eager ? now : engine->ticked_ns + TICK_PAUSE_NS);
+    if (now < engine->tick_ns) return;
+    engine->tick_stale = false;
+    engine->ticked_ns = now;
+    engine->tick_ns = pyccl_fsm_tick(engine->fsm, now);
+    engine_act(engine);
+}
+
+static int wait_ms(const pyccl_engine *engine) {
+    int64_t due = engine->check_ns;
+    for (const peer *p = engine->peers; p != NULL; p = p->next)
+        if (p->link.wants_send) return 0;
+    if (engine->local_work > 0 && !pyccl_fsm_frozen(engine->fsm)) return 0;
+    sooner(&due, engine->tick_ns);
+    const int64_t left = due - engine_clock();
+    if (left <= 0) return 0;
+    return left > INT64_C(3600000000000) ? 3600000 : (int)((left + 999999) / 1000000);
+}
+
+/* We did not look for a while (stopped, or a long copy): nobody may be called silent before the sockets are drained. */
+static void after_gap(pyccl_engine *engine) {
+    for (peer *p = engine->peers; p != NULL; p = p->next) p->link.heard_ns = engine->env.now_ns;
+}
+
+/* ---- the thread ---- */
+
+static void dispatch(pyccl_engine *engine, const struct epoll_event *event) {
+    if (event->data.ptr == &engine->wake_fd) eventfd_clear(engine->wake_fd);
+    else if (event->data.ptr != &engine->pulse_fd) conn_event(engine, event->data.ptr, event->events);
+    else if (engine->pulse_fd >= 0) pulse_read(engine);
+}
+
+static void turn(pyccl_engine *engine) {
+    struct epoll_event events[EPOLL_BATCH];
+    const int timeout_ms = wait_ms(engine);
+    const int64_t before = engine_clock();
+    const bool slow = before - engine->env.now_ns > GAP_NS;
+    const int n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, timeout_ms);
+    PYCCL_ASSERT(n >= 0 || errno == EINTR);
+    engine->env.now_ns = engine_clock();
+    if (slow || engine->env.now_ns - before > timeout_ms * INT64_C(1000000) + GAP_NS) after_gap(engine);
+    for (int i = 0; i < n; i++) {
+        dispatch(engine, &events[i]);
+        engine->env.now_ns = engine_clock();
+        pump_all(engine);
+    }
+    commands_run(engine);
+    ops_work(engine);
+    engine_act(engine);
+    pump_all(engine);
+    broken_take_down(engine);
+    links_check(engine);
+    tick(engine);
+    pump_all(engine);
+    link_bury(&engine->env);
+}
+
+static void *thread_main(void *arg) {
+    pyccl_engine *engine = arg;
+    engine->env.now_ns = engine_clock();
+    while (!engine->stopping) turn(engine);
+    pyccl_fsm_end(engine->fsm, engine->stop_why);
+    engine_act(engine);
+    engine_forget_epoch(engine);
+    commands_refuse(engine);
+    for (peer *p = engine->peers; p != NULL; p = p->next) engine_close_links(engine, p);
+    pulse_close(engine);
+    link_bury(&engine->env);
+    return NULL;
+}
+
+/* ---- life ---- */
+
+static void engine_delete(pyccl_engine *engine) {
+    while (engine->peers != NULL) {
+        peer *p = engine->peers;
+        engine->peers = p->next;
+        link_fini(&p->link);
+        free(p->asks);
+        free(p);
+    }
+    pyccl_fsm_free(engine->fsm);
+    state_fini(engine);
+    memory_fini(engine);
+    if (engine->wake_fd >= 0) (void)close(engine->wake_fd);
+    if (engine->event_fd >= 0) (void)close(engine->event_fd);
+    if (engine->env.epoll_fd >= 0) (void)close(engine->env.epoll_fd);
+    pthread_mutex_destroy(&engine->lock);
+    pthread_mutex_destroy(&engine->stop_lock);
+    pthread_mutex_destroy(&engine->done_lock);
+    pthread_mutex_destroy(&engine->event_lock);
+    pthread_cond_destroy(&engine->command_done);
+    free(engine->slots);
+    free(engine->events);
+    free(engine);
+}
+
+static pyccl_status engine_open(pyccl_engine *engine) {
+    engine->env.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    engine->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (engine->env.epoll_fd < 0 || engine->wake_fd < 0 || engine->event_fd < 0) return PYCCL_ERR_OS;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &engine->wake_fd};
+    if (epoll_ctl(engine->env.epoll_fd, EPOLL_CTL_ADD, engine->wake_fd, &event) != 0) return PYCCL_ERR_OS;
+    return pyccl_fsm_new(&engine->options.fsm, &engine->fsm);
+}
+
+static void engine_init(pyccl_engine *engine, const pyccl_engine_options *options) {
+    engine->options = *options;
+    engine->wake_fd = engine->event_fd = engine->env.epoll_fd = engine->pulse_fd = -1;
+    engine->env.hooks = &ENGINE_HOOKS;
+    engine->env.ctx = engine;
+    engine->env.user_timeout_ms = options->silence_ns / 1000000 > USER_TIMEOUT_MIN_MS / 3
+        ? (options->silence_ns / 1000000 < INT32_MAX / 3 ? options->silence_ns / 1000000 * 3 : INT32_MAX) : USER_TIMEOUT_MIN_MS;
+    engine->env.now_ns = engine->submitted_ns = engine_clock();
+    engine->tick_ns = INT64_MAX;
+    engine->stop_why = PYCCL_ERR_CLOSED;
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->stop_lock, NULL);
+    pthread_mutex_init(&engine->done_lock, NULL);
+    pthread_mutex_init(&engine->event_lock, NULL);
+    pthread_cond_init(&engine->command_done, NULL);
+    for (uint32_t i = 0; i < PYCCL_OPS_OPEN_MAX; i++) engine->table_free[i] = (uint16_t)(PYCCL_OPS_OPEN_MAX - 1 - i);
+    engine->table_free_count = PYCCL_OPS_OPEN_MAX;
+}
+
+/* Signals are the callers': the thread inherits a mask that blocks all. */
+static pyccl_status thread_start(pyccl_engine *engine) {
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    const int failed = pthread_create(&engine->thread, NULL, thread_main, engine);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return failed == 0 ? PYCCL_OK : PYCCL_ERR_OS;
+}
+
+pyccl_status pyccl_engine_new(const pyccl_engine_options *options, pyccl_engine **out) {
+    *out = NULL;
+    if (options->heartbeat_ns <= 0 || options->silence_ns <= 0) return PYCCL_ERR_ARGUMENT;
+    pyccl_engine *engine = calloc(1, sizeof *engine);
+    if (engine == NULL) return PYCCL_ERR_NOMEM;
+    engine_init(engine, options);
+    pyccl_status rc = engine_open(engine);
+    if (rc == PYCCL_OK) rc = thread_start(engine);
+    if (rc == PYCCL_OK) *out = engine;
+    else engine_delete(engine);
+    return rc;
+}
+
+typedef struct why_command {
+    command command;
+    pyccl_status why;
+} why_command;
+
+static void run_stop(pyccl_engine *engine, command *c) {
+    engine->stopping = true;
+    engine->stop_why = ((why_command *)c)->why;
+}
+
+void pyccl_engine_stop(pyccl_engine *engine, pyccl_status why) {
+    why_command c = {.command = {.run = run_stop}, .why = why < 0 ? why : PYCCL_ERR_CLOSED};
+    pthread_mutex_lock(&engine->stop_lock);
+    if (!engine->joined) {
+        engine_run(engine, &c.command);
+        pthread_join(engine->thread, NULL);
+        engine->joined = true;
+    }
+    pthread_mutex_unlock(&engine->stop_lock);
+}
+
+void pyccl_engine_free(pyccl_engine *engine) {
+    if (engine == NULL) return;
+    pyccl_engine_stop(engine, PYCCL_ERR_CLOSED);
+    engine_delete(engine);
+}
+
+static void run_end(pyccl_engine *engine, command *c) {
+    pyccl_fsm_end(engine->fsm, ((why_command *)c)->why);
+    engine->tick_stale = true;
+    engine_act(engine);
+    engine_forget_epoch(engine);
+}
+
+pyccl_status pyccl_engine_end(pyccl_engine *engine, pyccl_status why) {
+    why_command c = {.command = {.run = run_end}, .why = why};
+    if (why >= 0) return PYCCL_ERR_ARGUMENT;
+    engine_run(engine, &c.command);
+    return c.command.status;
+}
+
+/* ---- links, for the caller ---- */
+
+typedef struct peer_command {
+    command command;
+    const uint8_t *id;
+    uint32_t slot;
+    int fd;
+    int error;                       /* errno of ERR_OS */
+    pyccl_link_stats *stats;
+} peer_command;
+
+static void run_peer_add(pyccl_engine *engine, command *c) {
+    peer_command *wanted = (peer_command *)c;
+    const uint32_t slots = engine->slot_count;
+    peer *p = engine_peer_get(engine, wanted->id);
+    c->status = p != NULL ? PYCCL_OK : PYCCL_ERR_NOMEM;
+    if (p == NULL) return;
+    if (engine->slot_count > slots) peer_rejoin(engine, p);
+    wanted->slot = p->link.slot;
+}
+
+pyccl_status pyccl_engine_peer_add(pyccl_engine *engine, const uint8_t id[16], uint32_t *slot) {
+    peer_command c = {.command = {.run = run_peer_add}, .id = id};
+    *slot = UINT32_MAX;
+    if (memcmp(id, engine->options.self_id, PYCCL_ID_SIZE) == 0) return PYCCL_ERR_ARGUMENT;
+    engine_run(engine, &c.command);
+    if (c.command.status == PYCCL_OK) *slot = c.slot;
+    return c.command.status;
+}
+
+static void run_peer_remove(pyccl_engine *engine, command *c) {
+    peer *p = engine_peer(engine, ((peer_command *)c)->slot);
+    c->status = p != NULL ? PYCCL_OK : PYCCL_ERR_ARGUMENT;
+    if (p == NULL) return;
+    engine_close_links(engine, p);
+    ops_forget_peer(engine, p);
+    early_clear_peer(engine, p);
+    if (p->rank >= 0) engine->ranks[p->rank] = NULL;
+    peer **at = &engine->peers;
+    while (*at != p) at = &(*at)->next;
+    *at = p->next;
+    engine->slots[p->link.slot] = NULL;
+    link_bury(&engine->env); /* its connections point to it; commands run when no batch of events is open */
+    link_fini(&p->link);
+    free(p->asks);
+    free(p);
+}
+
+pyccl_status pyccl_engine_peer_remove(pyccl_engine *engine, uint32_t slot) {
+    peer_command c = {.command = {.run = run_peer_remove}, .slot = slot};
+    engine_run(engine, &c.command);
+    return c.command.status;
+}
+
+static void run_conn_add(pyccl_engine *engine, command *c) {
+    peer_command *wanted = (peer_command *)c;
+    peer *p = engine_peer(engine, wanted->slot);
+    pyccl_conn *conn = NULL;
+    c->status = p != NULL ? link_conn_add(&p->link, wanted->fd, &conn) : PYCCL_ERR_ARGUMENT;
+    wanted->error = errno;
+    if (c->status != PYCCL_OK) return;
+    sooner(&engine->check_ns, engine->env.now_ns + engine->options.heartbeat_ns);
+    if (!p->reset_owed) return;
+    p->reset_owed = false;
+    if (p->rank < 0) return;
+    pyccl_fsm_link_reset(engine->fsm, (uint32_t)p->rank, engine->env.now_ns);
+}
+
+pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd) {
+    peer_command c = {.command = {.run = run_conn_add}, .slot = slot, .fd = fd};
+    engine_run(engine, &c.command);
+    if (c.command.status == PYCCL_OK) return PYCCL_OK;
+    if (fd >= 0) (void)close(fd);
+    if (c.command.status == PYCCL_ERR_OS) errno = c.error;
+    return c.command.status;
+}
+
+static pyccl_status pulse_open(pyccl_engine *engine, int fd) {
+    const int on = 1, flags = fcntl(fd, F_GETFL);
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &engine->pulse_fd};
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) return PYCCL_ERR_OS;
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (epoll_ctl(engine->env.epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0) return PYCCL_ERR_OS;
+    engine->pulse_fd = fd;
+    engine->pulse_left = 0;
+    engine->pulse_sent_ns = engine->env.now_ns - engine->options.heartbeat_ns;
+    engine->check_ns = engine->env.now_ns;
+    return PYCCL_OK;
+}
+
+static void run_pulse(pyccl_engine *engine, command *c) {
+    peer_command *wanted = (peer_command *)c;
+    pulse_close(engine);
+    if (wanted->fd >= 0) c->status = pulse_open(engine, wanted->fd);
+    wanted->error = errno;
+}
+
+pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd) {
+    peer_command c = {.command = {.run = run_pulse}, .fd = fd};
+    engine_run(engine, &c.command);
+    if (c.command.status == PYCCL_OK) return PYCCL_OK;
+    if (fd >= 0) (void)close(fd);
+    if (c.command.status == PYCCL_ERR_OS) errno = c.error;
+    return c.command.status;
+}
+
+static void run_link_stats(pyccl_engine *engine, command *c) {
+    const peer_command *wanted = (const peer_command *)c;
+    const peer *p = engine_peer(engine, wanted->slot);
+    c->status = p != NULL ? PYCCL_OK : PYCCL_ERR_ARGUMENT;
+    if (p == NULL) return;
+    *wanted->stats = (pyccl_link_stats){.tx_bytes = p->link.tx_bytes, .rx_bytes = p->link.rx_bytes, .conns = p->link.conn_count,
+                                        .heard_ns_ago = engine->env.now_ns - p->link.heard_ns};
+}
+
+pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out) {
+    peer_command c = {.command = {.run = run_link_stats}, .slot = slot, .stats = out};
+    memset(out, 0, sizeof *out);
+    engine_run(engine, &c.command);
+    return c.command.status;
+}
+
+/* ---- the machine, for the caller ---- */
+
+typedef struct fsm_command {
+    command command;
+    void *out;
+    size_t cap, count;
+    const pyccl_epoch *epoch;
+    const pyccl_op_verdict *verdicts;
+    const pyccl_op_count *cut;
+    size_t cuts;
+    int open, behind, below;
+    uint32_t waiters;
+    int64_t quiet_ns;
+} fsm_command;
+
+static void run_freeze(pyccl_engine *engine, command *c) {
+    fsm_command *f = (fsm_command *)c;
+    engine->tick_stale = true;
+    pyccl_fsm_freeze(engine->fsm, engine->env.now_ns);
+    f->count = pyccl_fsm_report(engine->fsm, f->out, f->cap);
+}
+
+pyccl_status pyccl_engine_freeze(pyccl_engine *engine, pyccl_op_report *out, size_t cap, size_t *count) {
+    fsm_command c = {.command = {.run = run_freeze}, .out = out, .cap = cap};
+    engine_run(engine, &c.command);
+    *count = c.count;
+    return c.command.status;
+}
+
+static void run_epoch(pyccl_engine *engine, command *c) {
+    const fsm_command *f = (const fsm_command *)c;
+    c->status = engine_enter_epoch(engine, f->epoch, f->verdicts, f->count);
+}
+
+pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count) {
+    fsm_command c = {.command = {.run = run_epoch}, .epoch = epoch, .verdicts = verdicts, .count = count};
+    engine_run(engine, &c.command);
+    return c.command.status;
+}
+
+static void run_counts(pyccl_engine *engine, command *c) {
+    fsm_command *f = (fsm_command *)c;
+    f->count = pyccl_fsm_counts(engine->fsm, f->out, f->cap);
+}
+
+pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count) {
+    fsm_command c = {.command = {.run = run_counts}, .out = out, .cap = cap};
+    engine_run(engine, &c.command);
+    *count = c.count;
+    return c.command.status;
+}
+
+static void run_cut(pyccl_engine *engine, command *c) {
+    fsm_command *f = (fsm_command *)c;
+    engine->cut = engine->in_epoch && !f->open;
+    engine->cuts++;
+    engine->drained_told = false;
+    engine->tick_stale = true;
+    f->behind = pyccl_fsm_cut(engine->fsm, f->cut, f->cuts, f->open, engine->env.now_ns);
+}
+
+pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind) {
+    fsm_command c = {.command = {.run = run_cut}, .cut = cut, .cuts = cuts, .open = open};
+    engine_run(engine, &c.command);
+    *behind = c.behind;
+    return c.command.status;
+}
+
+static void run_blocked(pyccl_engine *engine, command *c) {
+    fsm_command *f = (fsm_command *)c;
+    f->count = pyccl_fsm_lacking(engine->fsm, f->out, f->cap);
+    f->below = pyccl_fsm_below_cut(engine->fsm);
+    f->quiet_ns = engine->env.now_ns - engine->submitted_ns;
+    pthread_mutex_lock(&engine->done_lock);
+    f->waiters = engine->waiters;
+    pthread_mutex_unlock(&engine->done_lock);
+}
+
+pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,
+                                  int64_t *quiet_ns, int *below) {
+    fsm_command c = {.command = {.run = run_blocked}, .out = out, .cap = cap};
+    engine_run(engine, &c.command);
+    *count = c.count;
+    *waiters = c.waiters;
+    *quiet_ns = c.quiet_ns;
+    *below = c.below;
+    return c.command.status;
+}

@@ -1,0 +1,284 @@
+/* engine.h: what the files of the engine share.
+ *
+ *   engine.c        the thread: epoll, commands, timers, links and the pulse; the public functions of the engine
+ *   engine_frames.c frames in and out: gate, messages, the actions of the operation machine
+ *   engine_api.c    pyccl_op_*: submit, wait, cancel, how an operation ends
+ *   engine_ops.c    attempts: which pieces are here, which go out, folding, commit
+ *   engine_memory.c result buffers and piece buffers that are used again
+ *   engine_early.c  pieces of operations that are not submitted here yet
+ *   engine_state.c  the state service: publications, asks, fetches
+ *
+ * Invariants
+ *  - the fsm, links, attempts and publications belong to the engine's thread alone;
+ *  - an attempt that ended has been taken from every connection (link_disown): no byte moves from or to the caller's
+ *    arrays after its operation has ended;
+ *  - actions of the fsm are carried out before another frame is judged (engine_act).
+ * Threads: `lock` guards the commands, `done_lock` how operations end, `event_lock` the events.
+ * Spec: proto/wire.md 3 */
+#ifndef PYCCL_ENGINE_H
+#define PYCCL_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../include/pyccl.h"
+#include "direct.h"
+#include "link.h"
+#include "status.h"
+
+#define EARLY_BUCKETS 1024
+#define EARLY_PIECES_MAX (2 * PYCCL_OPS_OPEN_MAX + PYCCL_CONNS_MAX) /* of one peer; small ones are many */
+#define SCRATCH_KEPT 4               /* freed result buffers that are kept: the biggest */
+#define PIECES_KEPT 16               /* freed piece buffers that are kept */
+#define ASKS_MAX 1024                /* queued at the one who serves, per peer */
+#define ASKS_SENT_MAX 256            /* unanswered at the one who asks, per peer */
+
+typedef enum sink_kind {             /* link_sink.kind */
+    SINK_NONE = 0,                   /* discarded */
+    SINK_CONTROL,                    /* judged when whole */
+    SINK_PIECE,                      /* straight into the attempt; note: attempt */
+    SINK_COPY,                       /* a second copy of a piece that is arriving elsewhere; note: attempt */
+    SINK_EARLY,                      /* note: early_piece */
+    SINK_FETCH                       /* note: fetch */
+} sink_kind;
+
+typedef struct attempt attempt;
+typedef struct peer peer;
+
+/* First member of all whose memory a connection may borrow: link_load.owner and link_sink.owner point to one. */
+typedef enum owner_kind { OWNER_ATTEMPT = 1, OWNER_PUBLICATION, OWNER_FETCH } owner_kind;
+
+/* ---- operations (engine_api.c) ---- */
+
+typedef struct command {
+    struct command *next;
+    void (*run)(pyccl_engine *engine, struct command *command);
+    pyccl_status status;
+    bool waited, done;               /* waited: its sender waits for `done` */
+} command;
+
+struct pyccl_op {
+    command command;                 /* first: the submit; the queue holds it */
+    pyccl_engine *engine;
+    pyccl_op_args args;
+    int64_t submitted_ns;
+    uint64_t cookie;                 /* 0: not in the table */
+    attempt *attempt;                /* NULL: none runs */
+    uint64_t tx_bytes, rx_bytes, seq;
+    uint32_t world;                  /* of the epoch it ran in last; 0: it never ran */
+    uint64_t epoch_number;
+    uint8_t epoch_id[16];
+    pthread_cond_t cond;             /* with done_lock */
+    atomic_int ended;
+    pyccl_op_info info;              /* complete when ended */
+};
+
+/* ---- attempts (engine_ops.c) ---- */
+
+typedef struct peer_tx {             /* what one attempt has to send to one rank */
+    struct peer_tx *prev, *next;     /* in peer->tx_first while `queued` */
+    attempt *attempt;
+    peer *queued;
+    uint32_t rank;
+    bool open;                       /* the peer has opened the operation: the eager window does not bind */
+    bool waits;                      /* nothing but the eager window holds it back */
+    bool results;                    /* results of our share go to it */
+    uint64_t contributions;          /* pieces of its share that we contribute to; 0: none */
+    uint64_t contribution_next;      /* next of these */
+    uint64_t result_next;            /* next in attempt->ready */
+    uint64_t lost;                   /* pieces that went over a connection that ended */
+    uint64_t eager_bytes;            /* taken from the peer's eager window */
+    uint8_t *carrier[2];             /* per phase and piece: connection index, or one of: */
+#define CARRIER_NONE 0xFF
+#define CARRIER_LOST 0xFE
+} peer_tx;
+
+typedef enum piece_state { PIECE_NONE = 0, PIECE_ARRIVING, PIECE_DONE } piece_state;
+
+struct attempt {
+    owner_kind owner;                /* first */
+    attempt *prev, *next;            /* engine->attempts */
+    pyccl_op *op;
+    uint64_t seq, ordinal;           /* ordinal: the older goes first on a link */
+    uint32_t spec_hash;
+    direct_plan plan;
+    const uint8_t *src;
+    uint8_t *result;                 /* where the whole result comes together; NULL: it is empty, or src is it */
+    void *scratch;                   /* result, when it is not the caller's */
+    size_t scratch_bytes;
+    uint64_t own_pieces;             /* of our share */
+    uint8_t **contribution;          /* [rank * own_pieces + piece]: all_reduce only */
+    uint16_t *missing;               /* [own piece]: contributions not here yet */
+    uint8_t *arrived[2];             /* piece_state; phase 0: [rank * own_pieces + piece] */
+    uint64_t *arrived_at;            /* phase 1: arrived[1][arrived_at[owner] + piece] */
+    uint64_t *ready;                 /* own pieces that are reduced, in that order */
+    uint64_t ready_count;
+    uint64_t pieces_left;            /* of the whole result */
+    uint64_t hash;
+    bool told;                       /* pyccl_fsm_result was called */
+    bool has_local;                  /* pieces that need nothing from the network wait for ops_work */
+    uint32_t local_share;
+    uint64_t local_piece;
+    int64_t progress_ns;
+    peer_tx *peers;                  /* [world] */
+};
+
+/* ---- peers ---- */
+
+typedef struct early_piece early_piece;
+typedef struct publication publication;
+typedef struct fetch fetch;
+
+typedef struct ask {
+    uint64_t sync, offset;
+    uint32_t size;
+} ask;
+
+struct peer {
+    pyccl_link link;                 /* first */
+    peer *next;                      /* engine->peers */
+    int32_t rank;                    /* in the current epoch; -1: not a member */
+    bool silent, reset_owed;
+    peer_tx *tx_first, *tx_last;     /* attempts that can send something to it now, oldest first */
+    uint32_t tx_waiting;             /* attempts whose peer_tx waits for its eager window */
+    uint64_t eager_used;             /* bytes it holds for operations it has not opened, as far as we know */
+    uint64_t early_bytes;            /* bytes we hold for operations that we have not submitted */
+    uint32_t early_count;
+    bool state_turn;                 /* state and operations take turns */
+    ask *asks;                       /* ring of ASKS_MAX, NULL until the first */
+    uint32_t ask_head, ask_count;
+    fetch *fetch_first, *fetch_last; /* ours from it */
+    uint32_t asked;                  /* of these, how many were sent */
+};
+
+struct pyccl_engine {
+    pyccl_engine_options options;
+    pthread_t thread;
+    int wake_fd, event_fd;
+    link_env env;
+
+    pthread_mutex_t lock;
+    pthread_cond_t command_done;
+    command *command_first, *command_last;
+    bool closed;                     /* the thread takes no more commands */
+
+    pthread_mutex_t stop_lock;
+    bool joined;
+
+    pthread_mutex_t done_lock;
+    uint32_t waiters;
+
+    pthread_mutex_t event_lock;
+    pyccl_event *events;             /* ring */
+    size_t event_head, event_count, event_cap;
+
+    /* of the thread */
+    pyccl_fsm *fsm;
+    bool stopping, acting;
+    pyccl_status stop_why;
+    int64_t ticked_ns;               /* when the fsm was called last */
+    int64_t tick_ns;                 /* when the fsm wants to be called */
+    int64_t check_ns;                /* when heartbeats and silence are looked at */
+    bool tick_stale;                 /* something happened that may have moved tick_ns */
+    int64_t submitted_ns;            /* last submit */
+    bool cut, drained_told;
+    uint64_t cuts;                   /* calls of pyccl_engine_cut: an event names the cut it belongs to */
+
+    peer **slots;                    /* by slot; NULL: removed. Slots are never used again */
+    uint32_t slot_count, slot_cap;
+    peer *peers;
+    bool in_epoch;
+    uint32_t world, rank;
+    uint64_t epoch_number, epoch_tag;
+    uint8_t epoch_id[16];
+    uint8_t members[PYCCL_WORLD_MAX][PYCCL_ID_SIZE];
+    peer *ranks[PYCCL_WORLD_MAX];    /* NULL: ourselves, or removed */
+
+    pyccl_op *table[PYCCL_OPS_OPEN_MAX];
+    uint16_t table_free[PYCCL_OPS_OPEN_MAX];
+    uint32_t table_free_count;
+    uint64_t cookies;
+    attempt *attempts, *attempts_last;
+    uint64_t ordinals;
+    uint32_t local_work;             /* attempts with has_local */
+    struct { void *memory; size_t bytes; } scratch[SCRATCH_KEPT];
+    void *pieces[PIECES_KEPT];
+    uint32_t piece_count;
+    early_piece *early[EARLY_BUCKETS];
+    publication *publications;
+
+    int pulse_fd;
+    int64_t pulse_sent_ns;
+    uint32_t pulse_left;             /* bytes of a heartbeat that was sent in part */
+};
+
+/* engine.c */
+int64_t engine_clock(void);
+void engine_event(pyccl_engine *engine, const pyccl_event *event);
+void engine_run(pyccl_engine *engine, command *c);                       /* on the thread, while the caller waits */
+bool engine_post(pyccl_engine *engine, command *c);                      /* on the thread, later; false: it has ended */
+void engine_refuse(pyccl_engine *engine, peer *p);
+void engine_close_links(pyccl_engine *engine, peer *p);
+peer *engine_peer(const pyccl_engine *engine, uint32_t slot);            /* NULL: no such slot */
+peer *engine_peer_get(pyccl_engine *engine, const uint8_t id[PYCCL_ID_SIZE]); /* made if it is not there; NULL: no memory */
+
+/* engine_frames.c */
+extern const link_hooks ENGINE_HOOKS;
+void engine_act(pyccl_engine *engine);                                   /* carry out what the fsm wants */
+pyccl_status engine_enter_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count);
+void engine_forget_epoch(pyccl_engine *engine);                          /* nothing of the old epoch moves any more */
+void engine_sink_cancel(pyccl_engine *engine, pyccl_conn *conn);         /* the payload that is arriving will not */
+void engine_frame_stamp(const pyccl_engine *engine, pyccl_frame *frame); /* the current epoch */
+
+/* engine_api.c */
+pyccl_op *engine_op(const pyccl_engine *engine, uint64_t cookie);        /* NULL: it has ended */
+void engine_op_end(pyccl_op *op, int32_t status, uint32_t attempts, const uint8_t culprit[16]); /* NULL: none */
+
+/* engine_ops.c */
+void ops_start(pyccl_engine *engine, pyccl_op *op, uint64_t seq);
+void ops_stop(pyccl_engine *engine, pyccl_op *op);
+void ops_commit(pyccl_op *op);                                           /* the result to the caller's memory */
+void ops_peer_open(pyccl_engine *engine, pyccl_op *op, uint32_t rank);
+void ops_forget_peer(pyccl_engine *engine, peer *p);      /* it is no member any more, or the epoch ends */
+void ops_conn_lost(pyccl_engine *engine, peer *p, uint32_t conn_index);
+void ops_requeue(pyccl_engine *engine, peer *p);                         /* whatever can be sent to it is in its queue */
+bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *load);
+bool ops_work(pyccl_engine *engine);                                     /* some local pieces; true: more is left */
+void ops_moved(pyccl_engine *engine, attempt *a);
+link_verdict ops_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn, pyccl_op *op);
+link_verdict ops_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn);
+void ops_data_cancel(pyccl_conn *conn);
+/* A piece that lies in `*data` (piece_alloc(length)); it may be taken (*data = NULL). False: protocol error. */
+bool ops_deliver(pyccl_engine *engine, peer *p, pyccl_op *op, const pyccl_frame *frame, uint8_t **data);
+
+/* engine_memory.c; NULL: no memory. Both kinds may also be given to free(). */
+uint8_t *piece_alloc(pyccl_engine *engine, uint32_t bytes);
+void piece_free(pyccl_engine *engine, uint8_t *memory, uint32_t bytes);
+void *scratch_take(pyccl_engine *engine, size_t bytes, size_t *taken_bytes);
+void scratch_give(pyccl_engine *engine, void *memory, size_t taken_bytes);
+void memory_fini(pyccl_engine *engine);
+
+/* engine_early.c */
+link_verdict early_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn);
+link_verdict early_end(pyccl_engine *engine, peer *p, pyccl_conn *conn, pyccl_op *op);
+void early_cancel(pyccl_engine *engine, pyccl_conn *conn);
+void early_replay(pyccl_engine *engine, pyccl_op *op, uint64_t seq);
+void early_clear(pyccl_engine *engine);
+void early_clear_peer(pyccl_engine *engine, const peer *p);
+
+/* engine_state.c */
+link_verdict state_asked(pyccl_engine *engine, peer *p, const pyccl_frame *frame);
+bool state_load_next(pyccl_engine *engine, peer *p, link_load *load);
+link_verdict state_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn);
+void state_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn);
+void state_data_cancel(pyccl_conn *conn);
+void state_none(pyccl_engine *engine, peer *p, const pyccl_frame *frame);
+void state_conn_lost(pyccl_engine *engine, peer *p);     /* ask again over what is left, or end the fetches */
+void state_end_fetches(pyccl_engine *engine, peer *p, pyccl_status status);
+void state_clear(pyccl_engine *engine, peer *p);         /* asks and fetches of the old epoch */
+void state_fini(pyccl_engine *engine);
+
+#endif

@@ -1,0 +1,190 @@
+/* engine_api.c: pyccl_op_*: how callers hand operations to the engine's thread, wait for them and give them up.
+ *
+ * An operation is its own command: submit checks it, queues it and returns. What only the thread can know (no epoch,
+ * too many open operations) ends the operation with that status. `ended` is set under done_lock as the last thing the
+ * thread does to it; from then on it is the caller's.
+ * Threads: pyccl_op_* from any; engine_* on the engine's thread.   Spec: pyccl.h */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "engine.h"
+#include "frame.h"
+
+/* ---- on the thread ---- */
+
+#define COOKIE_INDEX_MASK UINT64_C(0xFFFF) /* low bits of a cookie: place in the table, plus 1 */
+_Static_assert(PYCCL_OPS_OPEN_MAX < 0xFFFF, "a place in the table fits a cookie");
+
+pyccl_op *engine_op(const pyccl_engine *engine, uint64_t cookie) {
+    const uint64_t index = (cookie & COOKIE_INDEX_MASK) - 1;
+    PYCCL_ASSERT(index < PYCCL_OPS_OPEN_MAX);
+    pyccl_op *op = engine->table[index];
+    return op != NULL && op->cookie == cookie ? op : NULL;
+}
+
+static bool table_add(pyccl_engine *engine, pyccl_op *op) {
+    if (engine->table_free_count == 0) return false;
+    const uint16_t index = engine->table_free[--engine->table_free_count];
+    op->cookie = ++engine->cookies << 16 | (index + 1u);
+    engine->table[index] = op;
+    return true;
+}
+
+static void table_remove(pyccl_engine *engine, pyccl_op *op) {
+    if (op->cookie == 0) return;
+    const uint16_t index = (uint16_t)((op->cookie & COOKIE_INDEX_MASK) - 1);
+    engine->table[index] = NULL;
+    engine->table_free[engine->table_free_count++] = index;
+    op->cookie = 0;
+}
+
+void engine_op_end(pyccl_op *op, int32_t status, uint32_t attempts, const uint8_t culprit[16]) {
+    pyccl_engine *engine = op->engine;
+    ops_stop(engine, op);
+    table_remove(engine, op);
+    const pyccl_event event = {.type = PYCCL_EVENT_OP, .slot = UINT32_MAX, .code = status, .value = op->args.user,
+                               .seq = op->seq, .tag = op->args.spec.tag, .space = op->args.spec.space};
+    const bool notify = op->args.notify != 0;
+    pthread_mutex_lock(&engine->done_lock);
+    op->info = (pyccl_op_info){.status = status, .attempts = attempts, .world = op->world, .algorithm = op->args.spec.algorithm,
+                               .epoch_number = op->epoch_number, .tx_bytes = op->tx_bytes, .rx_bytes = op->rx_bytes,
+                               .seq = op->seq, .elapsed_ns = engine_clock() - op->submitted_ns};
+    memcpy(op->info.epoch_id, op->epoch_id, sizeof op->info.epoch_id);
+    if (culprit != NULL) memcpy(op->info.peer, culprit, sizeof op->info.peer);
+    atomic_store_explicit(&op->ended, 1, memory_order_release);
+    pthread_cond_broadcast(&op->cond);
+    pthread_mutex_unlock(&engine->done_lock); /* the caller may free it now */
+    if (notify) engine_event(engine, &event);
+}
+
+static void run_submit(pyccl_engine *engine, command *c) {
+    pyccl_op *op = (pyccl_op *)c;
+    const int64_t now = engine->env.now_ns;
+    const int64_t deadline = op->args.timeout_ns > INT64_MAX - op->submitted_ns ? INT64_MAX : op->submitted_ns + op->args.timeout_ns;
+    engine->submitted_ns = now;
+    engine->tick_stale = true;
+    if (!table_add(engine, op)) {
+        engine_op_end(op, PYCCL_ERR_LIMIT, 0, NULL);
+        return;
+    }
+    const pyccl_status rc = pyccl_fsm_submit(engine->fsm, op->cookie, &op->args.spec, deadline, now);
+    if (rc != PYCCL_OK) engine_op_end(op, rc, 0, NULL);
+}
+
+/* ---- for the caller ---- */
+
+static bool overlap(const void *a, const void *b, uint64_t bytes) {
+    const uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return x < y ? y - x < bytes : x - y < bytes;
+}
+
+static pyccl_status args_check(const pyccl_engine *engine, const pyccl_op_args *args) {
+    const pyccl_spec *spec = &args->spec;
+    if (!frame_spec_valid(spec) || args->timeout_ns <= 0) return PYCCL_ERR_ARGUMENT;
+    if (spec->kind == PYCCL_BARRIER || spec->count == 0) return PYCCL_OK;
+    const bool root = memcmp(spec->root, engine->options.self_id, PYCCL_ID_SIZE) == 0;
+    const bool reads = spec->kind != PYCCL_BROADCAST || root, writes = spec->kind != PYCCL_BROADCAST || !root;
+    if ((reads && args->src == NULL) || (writes && args->dst == NULL)) return PYCCL_ERR_ARGUMENT;
+    const uint64_t bytes = spec->count * pyccl_dtype_size(spec->dtype);
+    /* all_gather writes dst only from a buffer of ours, at the commit */
+    if (!reads || spec->kind == PYCCL_ALL_GATHER || args->dst == NULL || args->dst == args->src) return PYCCL_OK;
+    if (overlap(args->src, args->dst, bytes)) return PYCCL_ERR_ARGUMENT;
+    return PYCCL_OK;
+}
+
+static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pyccl_op **out) {
+    *out = NULL;
+    pyccl_op *op = calloc(1, sizeof *op);
+    if (op == NULL) return PYCCL_ERR_NOMEM;
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    const int failed = pthread_cond_init(&op->cond, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    if (failed != 0) {
+        free(op);
+        return PYCCL_ERR_NOMEM;
+    }
+    op->engine = engine;
+    op->args = *args;
+    op->command.run = run_submit;
+    op->submitted_ns = engine_clock();
+    atomic_init(&op->ended, 0);
+    *out = op;
+    return PYCCL_OK;
+}
+
+static void op_delete(pyccl_op *op) {
+    pthread_cond_destroy(&op->cond);
+    free(op);
+}
+
+pyccl_status pyccl_op_submit(pyccl_engine *engine, const pyccl_op_args *args, pyccl_op **out) {
+    *out = NULL;
+    pyccl_op *op = NULL;
+    pyccl_status rc = args_check(engine, args);
+    if (rc == PYCCL_OK) rc = op_new(engine, args, &op);
+    if (rc != PYCCL_OK) return rc;
+    *out = op; /* before the thread knows it: it may end at once */
+    if (engine_post(engine, &op->command)) return PYCCL_OK;
+    *out = NULL;
+    op_delete(op);
+    return PYCCL_ERR_CLOSED;
+}
+
+static struct timespec timespec_of(int64_t ns) {
+    return (struct timespec){.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+}
+
+pyccl_status pyccl_op_wait(pyccl_op *op, int64_t timeout_ns) {
+    pyccl_engine *engine = op->engine;
+    if (pyccl_op_done(op)) return (pyccl_status)op->info.status;
+    if (timeout_ns <= 0) return PYCCL_PENDING;
+    const int64_t now = engine_clock();
+    const struct timespec until = timespec_of(timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns);
+    int rc = 0;
+    pthread_mutex_lock(&engine->done_lock);
+    engine->waiters++;
+    while (!atomic_load_explicit(&op->ended, memory_order_acquire) && rc != ETIMEDOUT)
+        rc = pthread_cond_timedwait(&op->cond, &engine->done_lock, &until);
+    engine->waiters--;
+    pthread_mutex_unlock(&engine->done_lock);
+    return pyccl_op_done(op) ? (pyccl_status)op->info.status : PYCCL_PENDING;
+}
+
+int pyccl_op_done(const pyccl_op *op) { return atomic_load_explicit(&op->ended, memory_order_acquire); }
+
+typedef struct cancel_command {
+    command command;
+    pyccl_op *op;
+    pyccl_status why;
+} cancel_command;
+
+static void run_cancel(pyccl_engine *engine, command *c) {
+    const cancel_command *cancel = (const cancel_command *)c;
+    if (cancel->op->cookie == 0) return;
+    engine->tick_stale = true;
+    pyccl_fsm_cancel(engine->fsm, cancel->op->cookie, cancel->why, engine->env.now_ns);
+}
+
+void pyccl_op_cancel(pyccl_op *op, pyccl_status why) {
+    if (pyccl_op_done(op)) return;
+    cancel_command c = {.command = {.run = run_cancel}, .op = op, .why = why < 0 ? why : PYCCL_ERR_CANCELLED};
+    engine_run(op->engine, &c.command);
+}
+
+void pyccl_op_info_get(const pyccl_op *op, pyccl_op_info *out) {
+    memset(out, 0, sizeof *out);
+    out->status = PYCCL_PENDING;
+    if (pyccl_op_done(op)) *out = op->info;
+}
+
+void pyccl_op_free(pyccl_op *op) {
+    if (op == NULL) return;
+    PYCCL_ASSERT(pyccl_op_done(op));
+    pthread_mutex_lock(&op->engine->done_lock); /* the thread may still be waking waiters */
+    pthread_mutex_unlock(&op->engine->done_lock);
+    op_delete(op);
+}

@@ -1,0 +1,551 @@
+/* engine_ops.c: attempts. An attempt is one run of one operation in one epoch: what has arrived, what is folded, what
+ * has gone to whom over which connection. The machine (op_fsm.c) says when one starts, stops and commits; the schedule
+ * (direct.c) says what has to move.
+ *
+ * Receiving: a piece is NONE, ARRIVING (a connection writes it to its place) or DONE. A second copy that comes while
+ * the first is arriving is kept aside and counts when it is whole first: the sender repeats a piece only when it has
+ * given up the connection, which we may not have noticed yet, and it will not repeat it a third time.
+ * Sending: cursors, nothing is queued. The connection of each piece is remembered; when it ends its pieces are LOST
+ * and go again. Invariant: a peer_tx that can send something now is in its peer's queue, oldest attempt first.
+ * Threads: the engine's thread only.                               Spec: proto/wire.md 3.3-3.5 */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+
+#define WORK_PIECES 8                /* local pieces between two looks at the sockets */
+#define PROGRESS_NS 10000000         /* progress is told to the machine at most this often */
+
+/* ---- the queue of a peer ---- */
+
+static void tx_unqueue(peer_tx *t) {
+    peer *p = t->queued;
+    if (p == NULL) return;
+    if (t->prev != NULL) t->prev->next = t->next;
+    else p->tx_first = t->next;
+    if (t->next != NULL) t->next->prev = t->prev;
+    else p->tx_last = t->prev;
+    t->prev = t->next = NULL;
+    t->queued = NULL;
+}
+
+static void tx_stop_waiting(pyccl_engine *engine, peer_tx *t) {
+    if (!t->waits) return;
+    t->waits = false;
+    peer *p = engine->ranks[t->rank];
+    PYCCL_ASSERT(p != NULL && p->tx_waiting > 0);
+    p->tx_waiting--;
+}
+
+static void tx_enqueue(pyccl_engine *engine, peer_tx *t) {
+    peer *p = engine->ranks[t->rank];
+    if (t->queued != NULL || p == NULL) return;
+    tx_stop_waiting(engine, t);
+    peer_tx *after = p->tx_last;
+    while (after != NULL && after->attempt->ordinal > t->attempt->ordinal) after = after->prev;
+    t->prev = after;
+    t->next = after != NULL ? after->next : p->tx_first;
+    if (t->prev != NULL) t->prev->next = t;
+    else p->tx_first = t;
+    if (t->next != NULL) t->next->prev = t;
+    else p->tx_last = t;
+    t->queued = p;
+    p->link.wants_send = true;
+}
+
+void ops_forget_peer(pyccl_engine *engine, peer *p) {
+    if (p->rank < 0) return;
+    for (attempt *a = engine->attempts; a != NULL; a = a->next) {
+        tx_stop_waiting(engine, &a->peers[p->rank]);
+        tx_unqueue(&a->peers[p->rank]);
+        a->peers[p->rank].eager_bytes = 0;
+    }
+    PYCCL_ASSERT(p->tx_first == NULL && p->tx_waiting == 0);
+    p->eager_used = PYCCL_EAGER_MAX; /* what it still holds of ours is not known: wait for its OPENs */
+}
+
+void ops_requeue(pyccl_engine *engine, peer *p) {
+    if (p->rank < 0) return;
+    for (attempt *a = engine->attempts; a != NULL; a = a->next) tx_enqueue(engine, &a->peers[p->rank]);
+}
+
+/* ---- life of an attempt ---- */
+
+static uint32_t root_rank(const pyccl_engine *engine, const pyccl_spec *spec) {
+    uint32_t rank = 0;
+    if (spec->kind != PYCCL_BROADCAST) return 0;
+    while (rank < engine->world && memcmp(engine->members[rank], spec->root, PYCCL_ID_SIZE) != 0) rank++;
+    return rank;
+}
+
+static uint64_t pieces_from(const attempt *a, uint32_t phase, uint32_t rank) {
+    if (phase == DIRECT_CONTRIBUTION) return direct_contributes(&a->plan, rank, a->plan.rank) ? a->own_pieces : 0;
+    return direct_receives(&a->plan, rank, a->plan.rank) ? direct_pieces(&a->plan, rank) : 0;
+}
+
+/* The tables of what arrives. */
+static pyccl_status attempt_tables(attempt *a) {
+    const uint32_t world = a->plan.world;
+    uint64_t results = 0;
+    a->arrived_at = calloc(world, sizeof *a->arrived_at);
+    if (a->arrived_at == NULL) return PYCCL_ERR_NOMEM;
+    for (uint32_t owner = 0; owner < world; owner++) {
+        a->arrived_at[owner] = results;
+        results += pieces_from(a, DIRECT_RESULT, owner);
+        a->pieces_left += direct_pieces(&a->plan, owner);
+    }
+    const uint64_t contributions = direct_contributors(&a->plan, a->plan.rank) > 0 ? world * a->own_pieces : 0;
+    a->arrived[DIRECT_CONTRIBUTION] = calloc(contributions + 1, 1);
+    a->arrived[DIRECT_RESULT] = calloc(results + 1, 1);
+    a->missing = calloc(a->own_pieces + 1, sizeof *a->missing);
+    a->ready = calloc(a->own_pieces + 1, sizeof *a->ready);
+    a->contribution = calloc(a->plan.kind == PYCCL_ALL_REDUCE ? contributions + 1 : 1, sizeof *a->contribution);
+    if (a->arrived[0] == NULL || a->arrived[1] == NULL || a->missing == NULL || a->ready == NULL || a->contribution == NULL)
+        return PYCCL_ERR_NOMEM;
+    for (uint64_t piece = 0; piece < a->own_pieces; piece++)
+        a->missing[piece] = (uint16_t)direct_contributors(&a->plan, a->plan.rank);
+    return PYCCL_OK;
+}
+
+static pyccl_status attempt_peers(attempt *a) {
+    a->peers = calloc(a->plan.world, sizeof *a->peers);
+    if (a->peers == NULL) return PYCCL_ERR_NOMEM;
+    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
+        peer_tx *t = &a->peers[rank];
+        t->attempt = a;
+        t->rank = rank;
+        t->results = direct_receives(&a->plan, a->plan.rank, rank);
+        t->contributions = direct_contributes(&a->plan, a->plan.rank, rank) ? direct_pieces(&a->plan, rank) : 0;
+        const uint64_t bytes = t->contributions + (t->results ? a->own_pieces : 0);
+        if (bytes == 0) continue;
+        t->carrier[0] = malloc(bytes);
+        if (t->carrier[0] == NULL) return PYCCL_ERR_NOMEM;
+        t->carrier[1] = t->carrier[0] + t->contributions;
+        memset(t->carrier[0], CARRIER_NONE, bytes);
+    }
+    return PYCCL_OK;
+}
+
+static pyccl_status attempt_result(pyccl_engine *engine, attempt *a) {
+    const pyccl_op_args *args = &a->op->args;
+    const uint64_t bytes = direct_result_bytes(&a->plan);
+    if (a->plan.kind == PYCCL_ALL_GATHER && args->dst_bytes < bytes) return PYCCL_ERR_ARGUMENT;
+    if (bytes == 0 || (a->plan.kind == PYCCL_BROADCAST && a->plan.root == a->plan.rank)) return PYCCL_OK;
+    if (a->plan.kind == PYCCL_ALL_REDUCE && args->dst != args->src) {
+        a->result = args->dst;
+        return PYCCL_OK;
+    }
+    a->scratch = scratch_take(engine, bytes, &a->scratch_bytes);
+    a->result = a->scratch;
+    return a->scratch != NULL ? PYCCL_OK : PYCCL_ERR_NOMEM;
+}
+
+static void attempt_free(pyccl_engine *engine, attempt *a) {
+    if (a->contribution != NULL && a->plan.kind == PYCCL_ALL_REDUCE)
+        for (uint64_t i = 0; i < a->plan.world * a->own_pieces; i++)
+            if (a->contribution[i] != NULL)
+                piece_free(engine, a->contribution[i], direct_piece_bytes(&a->plan, a->plan.rank, i % a->own_pieces));
+    if (a->peers != NULL)
+        for (uint32_t rank = 0; rank < a->plan.world; rank++) free(a->peers[rank].carrier[0]);
+    scratch_give(engine, a->scratch, a->scratch_bytes);
+    free(a->peers);
+    free(a->contribution);
+    free(a->missing);
+    free(a->ready);
+    free(a->arrived[0]);
+    free(a->arrived[1]);
+    free(a->arrived_at);
+    free(a);
+}
+
+static pyccl_status attempt_new(pyccl_engine *engine, pyccl_op *op, uint64_t seq, attempt **out) {
+    *out = NULL;
+    PYCCL_ASSERT(engine->in_epoch && engine->world > 1); /* alone: the machine starts nothing */
+    const uint32_t root = root_rank(engine, &op->args.spec);
+    if (root >= engine->world) return PYCCL_ERR_PEER_LOST;
+    attempt *a = calloc(1, sizeof *a);
+    if (a == NULL) return PYCCL_ERR_NOMEM;
+    a->owner = OWNER_ATTEMPT;
+    a->op = op;
+    a->seq = seq;
+    a->ordinal = ++engine->ordinals;
+    a->spec_hash = pyccl_spec_hash(&op->args.spec);
+    a->src = op->args.src;
+    direct_plan_init(&a->plan, &op->args.spec, engine->world, engine->rank, root);
+    a->own_pieces = direct_pieces(&a->plan, engine->rank);
+    pyccl_status rc = attempt_tables(a);
+    if (rc == PYCCL_OK) rc = attempt_peers(a);
+    if (rc == PYCCL_OK) rc = attempt_result(engine, a);
+    if (rc == PYCCL_OK) *out = a;
+    else attempt_free(engine, a);
+    return rc;
+}
+
+void ops_stop(pyccl_engine *engine, pyccl_op *op) {
+    attempt *a = op->attempt;
+    if (a == NULL) return;
+    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
+        tx_unqueue(&a->peers[rank]);
+        tx_stop_waiting(engine, &a->peers[rank]);
+    }
+    for (peer *p = engine->peers; p != NULL; p = p->next) link_disown(&p->link, a);
+    if (a->prev != NULL) a->prev->next = a->next;
+    else engine->attempts = a->next;
+    if (a->next != NULL) a->next->prev = a->prev;
+    else engine->attempts_last = a->prev;
+    if (a->has_local) engine->local_work--;
+    op->attempt = NULL;
+    attempt_free(engine, a);
+}
+
+/* ---- the result ---- */
+
+static uint64_t result_offset(const attempt *a, uint32_t owner, uint64_t piece) {
+    return direct_share_offset(&a->plan, owner) + direct_piece_offset(&a->plan, piece);
+}
+
+static void piece_is_whole(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *bytes) {
+    a->hash += pyccl_xxh3_64(bytes, direct_piece_bytes(&a->plan, owner, piece), result_offset(a, owner, piece));
+    PYCCL_ASSERT(a->pieces_left > 0);
+    a->pieces_left--;
+    if (owner != a->plan.rank) return;
+    a->ready[a->ready_count++] = piece;
+    for (uint32_t rank = 0; rank < a->plan.world; rank++)
+        if (a->peers[rank].results) tx_enqueue(engine, &a->peers[rank]);
+}
+
+/* Tell the machine once the whole result is here. */
+static void tell_if_whole(pyccl_engine *engine, attempt *a) {
+    if (a->pieces_left > 0 || a->told) return;
+    a->told = true;
+    engine->tick_stale = true;
+    pyccl_fsm_result(engine->fsm, a->op->cookie, a->hash, engine->env.now_ns);
+}
+
+/* All contributions to a piece of our share are here: fold them in the order of the ranks. */
+static void piece_fold(pyccl_engine *engine, attempt *a, uint64_t piece) {
+    const void *in[PYCCL_WORLD_MAX];
+    const uint64_t offset = result_offset(a, a->plan.rank, piece);
+    const uint32_t bytes = direct_piece_bytes(&a->plan, a->plan.rank, piece);
+    for (uint32_t rank = 0; rank < a->plan.world; rank++)
+        in[rank] = rank == a->plan.rank ? a->src + offset : a->contribution[rank * a->own_pieces + piece];
+    const pyccl_spec *spec = &a->op->args.spec;
+    const pyccl_status rc = pyccl_reduce(spec->dtype, spec->op, in, a->plan.world, bytes / a->plan.element_bytes, a->result + offset);
+    PYCCL_ASSERT(rc == PYCCL_OK);
+    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
+        if (rank == a->plan.rank) continue;
+        piece_free(engine, a->contribution[rank * a->own_pieces + piece], bytes);
+        a->contribution[rank * a->own_pieces + piece] = NULL;
+    }
+    piece_is_whole(engine, a, a->plan.rank, piece, a->result + offset);
+}
+
+void ops_commit(pyccl_op *op) {
+    const attempt *a = op->attempt;
+    PYCCL_ASSERT(a != NULL && a->told);
+    const uint64_t bytes = direct_result_bytes(&a->plan);
+    const void *from = a->result != NULL ? a->result : a->src;
+    if (bytes == 0 || op->args.dst == NULL || from == op->args.dst) return;
+    memcpy(op->args.dst, from, bytes);
+}
+
+/* ---- pieces that need nothing from the network ---- */
+
+static void local_piece(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
+    const uint8_t *from = a->src + result_offset(a, owner, piece);
+    if (a->plan.kind == PYCCL_ALL_GATHER) {
+        from = a->src + direct_piece_offset(&a->plan, piece);
+        memcpy(a->result + result_offset(a, owner, piece), from, direct_piece_bytes(&a->plan, owner, piece));
+    }
+    piece_is_whole(engine, a, owner, piece, from);
+}
+
+/* At most `budget` pieces of one attempt. */
+static void attempt_work(pyccl_engine *engine, attempt *a, int budget) {
+    while (a->local_share < a->plan.world && budget > 0) {
+        if (!direct_is_local(&a->plan, a->local_share, a->plan.rank) ||
+            a->local_piece >= direct_pieces(&a->plan, a->local_share)) {
+            a->local_share++;
+            a->local_piece = 0;
+            continue;
+        }
+        local_piece(engine, a, a->local_share, a->local_piece++);
+        budget--;
+    }
+    if (a->has_local && a->local_share == a->plan.world) {
+        a->has_local = false;
+        engine->local_work--;
+    }
+    tell_if_whole(engine, a);
+}
+
+bool ops_work(pyccl_engine *engine) {
+    if (engine->local_work == 0 || pyccl_fsm_frozen(engine->fsm)) return false;
+    attempt *a = engine->attempts;
+    while (a != NULL && !a->has_local) a = a->next;
+    PYCCL_ASSERT(a != NULL);
+    attempt_work(engine, a, WORK_PIECES);
+    return true;
+}
+
+void ops_start(pyccl_engine *engine, pyccl_op *op, uint64_t seq) {
+    ops_stop(engine, op);
+    attempt *a = NULL;
+    const pyccl_status rc = attempt_new(engine, op, seq, &a);
+    if (rc != PYCCL_OK) {
+        pyccl_fsm_cancel(engine->fsm, op->cookie, rc, engine->env.now_ns);
+        return;
+    }
+    op->attempt = a;
+    op->seq = seq;
+    op->world = engine->world;
+    op->epoch_number = engine->epoch_number;
+    memcpy(op->epoch_id, engine->epoch_id, sizeof op->epoch_id);
+    a->prev = engine->attempts_last;
+    if (a->prev != NULL) a->prev->next = a;
+    else engine->attempts = a;
+    engine->attempts_last = a;
+    for (uint32_t rank = 0; rank < a->plan.world; rank++)
+        if (a->peers[rank].contributions > 0) tx_enqueue(engine, &a->peers[rank]);
+    a->has_local = true;
+    engine->local_work++;
+    early_replay(engine, op, seq);
+    attempt_work(engine, a, WORK_PIECES);
+}
+
+/* ---- sending ---- */
+
+static bool tx_find_lost(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
+    const uint64_t pieces[2] = {t->contributions, t->results ? t->attempt->own_pieces : 0};
+    for (*phase = 2; (*phase)-- > 0;) {
+        const uint8_t *found = pieces[*phase] > 0 ? memchr(t->carrier[*phase], CARRIER_LOST, pieces[*phase]) : NULL;
+        if (found == NULL) continue;
+        *piece = (uint64_t)(found - t->carrier[*phase]);
+        return true;
+    }
+    return false;
+}
+
+/* What goes next to this rank: what was lost, then results (others wait for them), then contributions. */
+static bool tx_pick(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
+    if (t->lost > 0) {
+        const bool found = tx_find_lost(t, phase, piece);
+        PYCCL_ASSERT(found);
+        return true;
+    }
+    *phase = DIRECT_RESULT;
+    if (t->results && t->result_next < t->attempt->ready_count) {
+        *piece = t->attempt->ready[t->result_next];
+        return true;
+    }
+    *phase = DIRECT_CONTRIBUTION;
+    *piece = t->contribution_next;
+    return t->contribution_next < t->contributions;
+}
+
+static const uint8_t *piece_source(const attempt *a, uint32_t phase, uint32_t to, uint64_t piece) {
+    if (phase == DIRECT_CONTRIBUTION) return a->src + result_offset(a, to, piece);
+    if (a->plan.kind == PYCCL_ALL_GATHER) return a->src + direct_piece_offset(&a->plan, piece);
+    return (a->result != NULL ? a->result : a->src) + result_offset(a, a->plan.rank, piece);
+}
+
+static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t piece, const pyccl_conn *conn, link_load *load) {
+    attempt *a = t->attempt;
+    const uint32_t owner = phase == DIRECT_RESULT ? a->plan.rank : t->rank;
+    uint8_t *carrier = &t->carrier[phase][piece];
+    if (*carrier == CARRIER_LOST) t->lost--;
+    else if (phase == DIRECT_RESULT) t->result_next++;
+    else t->contribution_next++;
+    *carrier = (uint8_t)conn->index;
+    load->frame = (pyccl_frame){.type = PYCCL_FRAME_DATA, .phase = (uint8_t)phase, .space = a->op->args.spec.space,
+                                .seq = a->seq, .tag = a->op->args.spec.tag, .spec_hash = a->spec_hash,
+                                .length = direct_piece_bytes(&a->plan, owner, piece),
+                                .offset = direct_piece_offset(&a->plan, piece)};
+    engine_frame_stamp(engine, &load->frame);
+    load->data = piece_source(a, phase, t->rank, piece);
+    load->owner = a;
+    a->op->tx_bytes += load->frame.length;
+    ops_moved(engine, a);
+}
+
+bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *load) {
+    if (p->rank < 0 || pyccl_fsm_frozen(engine->fsm)) return false;
+    for (peer_tx *t = p->tx_first, *next; t != NULL; t = next) {
+        next = t->next;
+        uint32_t phase;
+        uint64_t piece;
+        if (!tx_pick(t, &phase, &piece)) {
+            tx_unqueue(t);
+            continue;
+        }
+        const uint32_t owner = phase == DIRECT_RESULT ? t->attempt->plan.rank : t->rank;
+        const uint32_t bytes = direct_piece_bytes(&t->attempt->plan, owner, piece);
+        if (!t->open && t->carrier[phase][piece] != CARRIER_LOST) {
+            if (p->eager_used + bytes > PYCCL_EAGER_MAX) {
+                tx_unqueue(t);
+                t->waits = true;
+                p->tx_waiting++;
+                continue;
+            }
+            p->eager_used += bytes;
+            t->eager_bytes += bytes;
+        }
+        tx_take(engine, t, phase, piece, conn, load);
+        return true;
+    }
+    return false;
+}
+
+void ops_peer_open(pyccl_engine *engine, pyccl_op *op, uint32_t rank) {
+    peer *p = engine->ranks[rank];
+    if (op->attempt == NULL) return;
+    peer_tx *t = &op->attempt->peers[rank];
+    t->open = true;
+    if (p == NULL) return;
+    PYCCL_ASSERT(p->eager_used >= t->eager_bytes);
+    p->eager_used -= t->eager_bytes;
+    t->eager_bytes = 0;
+    if (p->tx_waiting == 0) return;
+    for (attempt *a = engine->attempts; a != NULL; a = a->next)
+        if (a->peers[rank].waits) tx_enqueue(engine, &a->peers[rank]);
+}
+
+void ops_conn_lost(pyccl_engine *engine, peer *p, uint32_t conn_index) {
+    if (p->rank < 0) return;
+    for (attempt *a = engine->attempts; a != NULL; a = a->next) {
+        peer_tx *t = &a->peers[p->rank];
+        const uint64_t pieces[2] = {t->contributions, t->results ? a->own_pieces : 0};
+        for (int phase = 0; phase < 2; phase++)
+            for (uint64_t piece = 0; piece < pieces[phase]; piece++) {
+                if (t->carrier[phase][piece] != conn_index) continue;
+                t->carrier[phase][piece] = CARRIER_LOST;
+                t->lost++;
+            }
+        if (t->lost > 0) tx_enqueue(engine, t);
+    }
+}
+
+void ops_moved(pyccl_engine *engine, attempt *a) {
+    if (engine->env.now_ns - a->progress_ns < PROGRESS_NS) return;
+    a->progress_ns = engine->env.now_ns;
+    pyccl_fsm_progress(engine->fsm, a->op->cookie, engine->env.now_ns);
+}
+
+/* ---- receiving ---- */
+
+/* The piece a DATA frame carries; NULL: it is none that this peer may send us. */
+static uint8_t *piece_state_of(const attempt *a, uint32_t rank, const pyccl_frame *frame, uint64_t *piece) {
+    const uint32_t owner = frame->phase == DIRECT_RESULT ? rank : a->plan.rank;
+    if (pieces_from(a, frame->phase, rank) == 0) return NULL;
+    if (!direct_piece_find(&a->plan, owner, frame->offset, frame->length, piece)) return NULL;
+    if (frame->phase == DIRECT_RESULT) return &a->arrived[1][a->arrived_at[rank] + *piece];
+    return &a->arrived[0][rank * a->own_pieces + *piece];
+}
+
+static bool is_folded(const attempt *a, uint32_t phase) {
+    return phase == DIRECT_CONTRIBUTION && a->plan.kind == PYCCL_ALL_REDUCE;
+}
+
+/* Where a piece belongs; contributions that will be folded get a buffer. NULL: no memory. */
+static uint8_t *piece_place(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece) {
+    const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
+    if (!is_folded(a, phase)) return a->result + result_offset(a, owner, piece);
+    uint8_t **place = &a->contribution[rank * a->own_pieces + piece];
+    if (*place == NULL) *place = piece_alloc(engine, direct_piece_bytes(&a->plan, owner, piece));
+    return *place;
+}
+
+static void piece_arrived(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece) {
+    const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
+    a->op->rx_bytes += direct_piece_bytes(&a->plan, owner, piece);
+    ops_moved(engine, a);
+    if (!is_folded(a, phase)) piece_is_whole(engine, a, owner, piece, a->result + result_offset(a, owner, piece));
+    else if (--a->missing[piece] == 0) piece_fold(engine, a, piece);
+    tell_if_whole(engine, a);
+}
+
+/* A copy is whole while the first is still arriving: that connection gives up its claim. */
+static void claim_drop(peer *p, const attempt *a, uint32_t phase, uint64_t piece) {
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = p->link.conns[i];
+        if (conn == NULL || conn->sink.kind != SINK_PIECE || conn->sink.note != a) continue;
+        if (conn->frame.phase == phase && conn->sink.piece == piece) link_sink_drop(conn);
+    }
+}
+
+static void copy_arrived(pyccl_engine *engine, peer *p, attempt *a, uint32_t phase, uint64_t piece, uint8_t *state,
+                         uint8_t **data, uint32_t bytes) {
+    const uint32_t rank = (uint32_t)p->rank;
+    if (*state == PIECE_DONE) return;
+    if (*state == PIECE_ARRIVING) claim_drop(p, a, phase, piece);
+    uint8_t **place = is_folded(a, phase) ? &a->contribution[rank * a->own_pieces + piece] : NULL;
+    if (place != NULL && *place == NULL) {
+        *place = *data;
+        *data = NULL;
+    } else memcpy(piece_place(engine, a, rank, phase, piece), *data, bytes);
+    *state = PIECE_DONE;
+    piece_arrived(engine, a, rank, phase, piece);
+}
+
+bool ops_deliver(pyccl_engine *engine, peer *p, pyccl_op *op, const pyccl_frame *frame, uint8_t **data) {
+    attempt *a = op->attempt;
+    uint64_t piece;
+    if (a == NULL || frame->spec_hash != a->spec_hash || pyccl_fsm_frozen(engine->fsm)) return true;
+    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, frame, &piece);
+    if (state == NULL) return false;
+    copy_arrived(engine, p, a, frame->phase, piece, state, data, frame->length);
+    return true;
+}
+
+link_verdict ops_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn, pyccl_op *op) {
+    attempt *a = op->attempt;
+    const pyccl_frame *frame = &conn->frame;
+    uint64_t piece;
+    if (a == NULL || frame->spec_hash != a->spec_hash) return LINK_GO; /* discarded */
+    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, frame, &piece);
+    if (state == NULL) return LINK_REFUSE;
+    if (*state == PIECE_DONE) return LINK_GO;
+    link_sink sink = {.owner = a, .note = a, .piece = piece};
+    if (*state == PIECE_NONE) {
+        sink.kind = SINK_PIECE;
+        sink.dst = piece_place(engine, a, (uint32_t)p->rank, frame->phase, piece);
+    } else {
+        sink.kind = SINK_COPY;
+        sink.dst = sink.owned = piece_alloc(engine, frame->length);
+    }
+    if (sink.dst == NULL) {
+        pyccl_fsm_cancel(engine->fsm, op->cookie, PYCCL_ERR_NOMEM, engine->env.now_ns);
+        engine_act(engine);
+        return LINK_GO;
+    }
+    *state = PIECE_ARRIVING;
+    conn->sink = sink;
+    return LINK_GO;
+}
+
+link_verdict ops_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn) {
+    attempt *a = conn->sink.note;
+    const uint64_t piece = conn->sink.piece;
+    uint64_t found;
+    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, &conn->frame, &found);
+    PYCCL_ASSERT(state != NULL && found == piece);
+    if (conn->sink.kind == SINK_COPY) {
+        copy_arrived(engine, p, a, conn->frame.phase, piece, state, &conn->sink.owned, conn->frame.length);
+        return LINK_GO;
+    }
+    PYCCL_ASSERT(*state == PIECE_ARRIVING);
+    *state = PIECE_DONE;
+    conn->sink = (link_sink){.kind = SINK_NONE};
+    piece_arrived(engine, a, (uint32_t)p->rank, conn->frame.phase, piece);
+    return LINK_GO;
+}
+
+void ops_data_cancel(pyccl_conn *conn) {
+    if (conn->sink.kind != SINK_PIECE) return;
+    peer *p = (peer *)conn->link;
+    attempt *a = conn->sink.note;
+    uint64_t piece;
+    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, &conn->frame, &piece);
+    PYCCL_ASSERT(state != NULL && *state == PIECE_ARRIVING);
+    *state = PIECE_NONE;
+}

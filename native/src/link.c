@@ -1,0 +1,464 @@
+/* link.c: see link.h.                                             Spec: proto/wire.md 1, 3 */
+#include "link.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "status.h"
+
+#define RX_BUDGET_BYTES (4u << 20)   /* of one connection, before others have their turn */
+#define TX_ROUNDS 32                 /* frames of one connection, before others have their turn */
+#define NOTSENT_LOWAT_BYTES (256 << 10)
+
+/* ---- the plain transport ---- */
+
+static ssize_t plain_send(pyccl_conn *conn, const struct iovec *iov, int count) {
+    const struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = (size_t)count};
+    ssize_t n;
+    do n = sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    return n;
+}
+
+static ssize_t plain_recv(pyccl_conn *conn, const struct iovec *iov, int count) {
+    struct msghdr message = {.msg_iov = (struct iovec *)iov, .msg_iovlen = (size_t)count};
+    ssize_t n;
+    do n = recvmsg(conn->fd, &message, MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    return n;
+}
+
+static const link_transport PLAIN = {plain_send, plain_recv};
+
+/* ---- life of links and connections ---- */
+
+void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE], uint32_t slot) {
+    memset(link, 0, sizeof *link);
+    link->env = env;
+    memcpy(link->id, id, PYCCL_ID_SIZE);
+    link->slot = slot;
+    link->heard_ns = env->now_ns;
+}
+
+void link_fini(pyccl_link *link) {
+    PYCCL_ASSERT(link->conn_count == 0);
+    free(link->control);
+    link->control = NULL;
+    link->control_cap = link->control_count = 0;
+}
+
+static bool peer_is_loopback(int fd) {
+    struct sockaddr_storage address = {0};
+    socklen_t size = sizeof address;
+    if (getpeername(fd, (struct sockaddr *)&address, &size) != 0) return false;
+    if (address.ss_family == AF_INET)
+        return ntohl(((const struct sockaddr_in *)&address)->sin_addr.s_addr) >> 24 == 127;
+    if (address.ss_family != AF_INET6) return false;
+    const struct in6_addr *ip = &((const struct sockaddr_in6 *)&address)->sin6_addr;
+    return IN6_IS_ADDR_LOOPBACK(ip) || (IN6_IS_ADDR_V4MAPPED(ip) && ip->s6_addr[12] == 127);
+}
+
+/* Options are advice: a socket that is no TCP socket refuses them and works. */
+static void socket_tune(const link_env *env, int fd) {
+    const int on = 1, lowat = NOTSENT_LOWAT_BYTES;
+    const unsigned timeout_ms = (unsigned)env->user_timeout_ms;
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
+    if (peer_is_loopback(fd)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5);
+}
+
+static pyccl_status socket_prepare(const link_env *env, int fd) {
+    int type = 0;
+    socklen_t size = sizeof type;
+    if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0) return PYCCL_ERR_OS;
+    if (type != SOCK_STREAM) return PYCCL_ERR_ARGUMENT;
+    const int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) return PYCCL_ERR_OS;
+    if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) return PYCCL_ERR_OS;
+    socket_tune(env, fd);
+    return PYCCL_OK;
+}
+
+static void conn_arm(pyccl_conn *conn) {
+    if (conn->fd < 0) return;
+    const uint32_t interest = (conn->paused ? 0 : (uint32_t)EPOLLIN) | (conn->blocked ? (uint32_t)EPOLLOUT : 0);
+    if (interest == conn->interest) return;
+    struct epoll_event event = {.events = interest, .data.ptr = conn};
+    if (epoll_ctl(conn->link->env->epoll_fd, EPOLL_CTL_MOD, conn->fd, &event) == 0) conn->interest = interest;
+    else {
+        conn->broken = errno;
+        conn->link->env->broken = true;
+    }
+}
+
+pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
+    *out = NULL;
+    if (link->conn_count >= PYCCL_CONNS_MAX) return PYCCL_ERR_LIMIT;
+    pyccl_status rc = socket_prepare(link->env, fd);
+    if (rc != PYCCL_OK) return rc;
+    pyccl_conn *conn = calloc(1, sizeof *conn);
+    if (conn == NULL) return PYCCL_ERR_NOMEM;
+    conn->link = link;
+    conn->transport = &PLAIN;
+    conn->fd = fd;
+    conn->interest = EPOLLIN;
+    conn->sent_ns = link->env->now_ns;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
+    if (epoll_ctl(link->env->epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0) {
+        free(conn);
+        return PYCCL_ERR_OS;
+    }
+    while (link->conns[conn->index] != NULL) conn->index++;
+    link->conns[conn->index] = conn;
+    link->conn_count++;
+    link->heard_ns = link->env->now_ns;
+    link->wants_send = true;
+    *out = conn;
+    return PYCCL_OK;
+}
+
+static void tx_release(pyccl_conn *conn) {
+    free(conn->data_owned);
+    conn->data = NULL;
+    conn->data_owned = NULL;
+    conn->data_owner = NULL;
+    conn->head_len = conn->head_sent = conn->data_len = conn->data_sent = 0;
+}
+
+void link_sink_drop(pyccl_conn *conn) {
+    free(conn->sink.owned);
+    memset(&conn->sink, 0, sizeof conn->sink);
+    conn->at = NULL;
+}
+
+void link_conn_close(pyccl_conn *conn) {
+    PYCCL_ASSERT(conn->fd >= 0);
+    pyccl_link *link = conn->link;
+    (void)epoll_ctl(link->env->epoll_fd, EPOLL_CTL_DEL, conn->fd, NULL);
+    (void)close(conn->fd);
+    conn->fd = -1;
+    tx_release(conn);
+    link_sink_drop(conn);
+    link->conns[conn->index] = NULL;
+    link->conn_count--;
+    conn->grave_next = link->env->grave;
+    link->env->grave = conn;
+}
+
+void link_bury(link_env *env) {
+    while (env->grave != NULL) {
+        pyccl_conn *conn = env->grave;
+        env->grave = conn->grave_next;
+        free(conn);
+    }
+}
+
+bool link_is_paused(const pyccl_link *link) {
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
+        if (link->conns[i] != NULL && link->conns[i]->paused) return true;
+    return false;
+}
+
+/* ---- control frames ---- */
+
+void link_control_push(pyccl_link *link, const pyccl_frame *frame, const pyccl_spec *spec) {
+    if (link->control_count == link->control_cap) {
+        const size_t cap = link->control_cap > 0 ? link->control_cap * 2 : 32;
+        link_control *grown = malloc(cap * sizeof *grown);
+        PYCCL_ASSERT(grown != NULL);
+        for (size_t i = 0; i < link->control_count; i++)
+            grown[i] = link->control[(link->control_head + i) % link->control_cap];
+        free(link->control);
+        link->control = grown;
+        link->control_cap = cap;
+        link->control_head = 0;
+    }
+    link_control *entry = &link->control[(link->control_head + link->control_count++) % link->control_cap];
+    entry->frame = *frame;
+    if (spec != NULL) pyccl_spec_encode(spec, entry->spec);
+    PYCCL_ASSERT((spec != NULL) == (frame->length == PYCCL_SPEC_SIZE));
+    link->wants_send = true;
+}
+
+void link_control_clear(pyccl_link *link) { link->control_count = link->control_head = 0; }
+
+/* ---- sending ---- */
+
+static void head_put(pyccl_conn *conn, const pyccl_frame *frame, const uint8_t *payload, uint32_t size) {
+    PYCCL_ASSERT(conn->head_len + PYCCL_FRAME_SIZE + size <= LINK_HEAD_BYTES);
+    pyccl_frame_encode(frame, conn->head + conn->head_len);
+    conn->head_len += PYCCL_FRAME_SIZE;
+    if (size > 0) memcpy(conn->head + conn->head_len, payload, size);
+    conn->head_len += size;
+}
+
+static void fill_control(pyccl_conn *conn) {
+    pyccl_link *link = conn->link;
+    while (link->control_count > 0 && conn->head_len + PYCCL_FRAME_SIZE + PYCCL_SPEC_SIZE <= LINK_HEAD_BYTES) {
+        const link_control *entry = &link->control[link->control_head];
+        head_put(conn, &entry->frame, entry->spec, entry->frame.length);
+        link->control_head = (link->control_head + 1) % link->control_cap;
+        link->control_count--;
+    }
+}
+
+static void fill_data(pyccl_conn *conn) {
+    pyccl_link *link = conn->link;
+    while (conn->data == NULL && conn->head_len + PYCCL_FRAME_SIZE <= LINK_HEAD_BYTES) {
+        link_load load = {.data = NULL};
+        if (!link->env->hooks->load_next(link->env->ctx, link, conn, &load)) return;
+        const uint32_t size = load.frame.length;
+        PYCCL_ASSERT((load.data != NULL) == (size > 0));
+        if (size <= LINK_INLINE_MAX && conn->head_len + PYCCL_FRAME_SIZE + size <= LINK_HEAD_BYTES) {
+            head_put(conn, &load.frame, load.data, size);
+            free(load.owned);
+            continue;
+        }
+        head_put(conn, &load.frame, NULL, 0);
+        conn->data = load.data;
+        conn->data_len = size;
+        conn->data_sent = 0;
+        conn->data_owner = load.owner;
+        conn->data_owned = load.owned;
+    }
+}
+
+static bool tx_pending(const pyccl_conn *conn) { return conn->head_sent < conn->head_len || conn->data != NULL; }
+
+static void tx_advance(pyccl_conn *conn, size_t sent) {
+    const size_t head = conn->head_len - conn->head_sent < sent ? conn->head_len - conn->head_sent : sent;
+    conn->head_sent += (uint32_t)head;
+    conn->data_sent += (uint32_t)(sent - head);
+    PYCCL_ASSERT(conn->data_sent <= conn->data_len);
+    if (conn->head_sent == conn->head_len && conn->data_sent == conn->data_len) tx_release(conn);
+}
+
+static void conn_break(pyccl_conn *conn, int why) {
+    if (conn->broken == 0) conn->broken = why;
+    conn->link->env->broken = true;
+}
+
+/* One send; true when all that was pending left, so that more may be taken. */
+static bool conn_send(pyccl_conn *conn) {
+    struct iovec iov[2];
+    int count = 0;
+    size_t want = 0;
+    if (conn->head_sent < conn->head_len)
+        iov[count++] = (struct iovec){conn->head + conn->head_sent, conn->head_len - conn->head_sent};
+    if (conn->data != NULL)
+        iov[count++] = (struct iovec){(void *)(uintptr_t)(conn->data + conn->data_sent), conn->data_len - conn->data_sent};
+    for (int i = 0; i < count; i++) want += iov[i].iov_len;
+    const ssize_t n = conn->transport->send(conn, iov, count);
+    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+        conn_break(conn, errno);
+        return false;
+    }
+    const size_t sent = n > 0 ? (size_t)n : 0;
+    if (sent > 0) {
+        pyccl_link *link = conn->link;
+        link->tx_bytes += sent;
+        conn->sent_ns = link->env->now_ns;
+        if (conn->data_owner != NULL) link->env->hooks->moved(link->env->ctx, conn->data_owner);
+        tx_advance(conn, sent);
+    }
+    if (sent == want) return true;
+    conn->blocked = true;
+    conn_arm(conn);
+    return false;
+}
+
+static bool conn_flush_once(pyccl_conn *conn) {
+    if (conn->blocked || conn->broken != 0) return false;
+    if (!tx_pending(conn)) {
+        fill_control(conn);
+        fill_data(conn);
+        if (!tx_pending(conn)) return false;
+    }
+    return conn_send(conn);
+}
+
+void link_pump(pyccl_link *link) {
+    link->wants_send = false;
+    if (link->conn_count == 0) return;
+    bool more = true;
+    for (int round = 0; more && round < TX_ROUNDS; round++) {
+        more = false;
+        for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+            pyccl_conn *conn = link->conns[(link->turn + i) % PYCCL_CONNS_MAX];
+            if (conn != NULL) more |= conn_flush_once(conn);
+        }
+    }
+    link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
+    if (more) link->wants_send = true;
+}
+
+void link_conn_writable(pyccl_conn *conn) {
+    conn->blocked = false;
+    conn_arm(conn);
+    conn->link->wants_send = true;
+}
+
+void link_conn_heartbeat(pyccl_conn *conn) {
+    if (conn->blocked || conn->broken != 0 || tx_pending(conn)) return;
+    const pyccl_frame frame = {.type = PYCCL_FRAME_HEARTBEAT};
+    head_put(conn, &frame, NULL, 0);
+    (void)conn_send(conn);
+}
+
+/* ---- receiving ---- */
+
+static void frame_finish(pyccl_conn *conn) {
+    link_env *env = conn->link->env;
+    conn->in_payload = false;
+    const link_verdict verdict = env->hooks->frame_end(env->ctx, conn);
+    if (conn->fd < 0) return;
+    link_sink_drop(conn);
+    if (verdict == LINK_REFUSE) env->hooks->refused(env->ctx, conn->link);
+}
+
+static void frame_judge(pyccl_conn *conn) {
+    link_env *env = conn->link->env;
+    memset(&conn->sink, 0, sizeof conn->sink);
+    conn->at = NULL;
+    const link_verdict verdict = env->hooks->frame_begin(env->ctx, conn);
+    if (conn->fd < 0) return;
+    conn->paused = verdict == LINK_PAUSE;
+    conn_arm(conn);
+    if (verdict == LINK_REFUSE) env->hooks->refused(env->ctx, conn->link);
+    if (verdict != LINK_GO) return;
+    conn->header_have = 0;
+    conn->in_payload = true;
+    conn->left = conn->frame.length;
+    conn->at = conn->sink.dst;
+    if (conn->left == 0) frame_finish(conn);
+}
+
+static void header_bytes(pyccl_conn *conn) {
+    uint32_t n = PYCCL_FRAME_SIZE - conn->header_have;
+    if (n > conn->stage_have - conn->stage_at) n = conn->stage_have - conn->stage_at;
+    memcpy(conn->header + conn->header_have, conn->stage + conn->stage_at, n);
+    conn->header_have += n;
+    conn->stage_at += n;
+    if (conn->header_have < PYCCL_FRAME_SIZE) return;
+    if (pyccl_frame_decode_untrusted(conn->header, &conn->frame) == PYCCL_OK) frame_judge(conn);
+    else conn->link->env->hooks->refused(conn->link->env->ctx, conn->link);
+}
+
+/* `n` payload bytes have been put where they belong. */
+static void payload_arrived(pyccl_conn *conn, uint32_t n) {
+    link_env *env = conn->link->env;
+    PYCCL_ASSERT(n <= conn->left);
+    conn->left -= n;
+    if (conn->at != NULL) conn->at += n;
+    if (conn->sink.owner != NULL) env->hooks->moved(env->ctx, conn->sink.owner);
+    if (conn->left == 0) frame_finish(conn);
+}
+
+static void payload_bytes(pyccl_conn *conn) {
+    uint32_t n = conn->stage_have - conn->stage_at;
+    if (n > conn->left) n = conn->left;
+    if (conn->at != NULL) memcpy(conn->at, conn->stage + conn->stage_at, n);
+    conn->stage_at += n;
+    payload_arrived(conn, n);
+}
+
+static void stage_consume(pyccl_conn *conn) {
+    while (conn->stage_at < conn->stage_have && conn->fd >= 0 && !conn->paused) {
+        if (conn->in_payload) payload_bytes(conn);
+        else header_bytes(conn);
+    }
+    if (conn->stage_at == conn->stage_have) conn->stage_at = conn->stage_have = 0;
+}
+
+/* One receive: the payload straight to its place, what follows it into the stage. Bytes read; 0: stop. */
+static size_t conn_recv(pyccl_conn *conn) {
+    pyccl_link *link = conn->link;
+    struct iovec iov[2];
+    int count = 0;
+    size_t direct = 0, want = 0;
+    PYCCL_ASSERT(conn->stage_have == 0);
+    if (conn->in_payload) {
+        direct = conn->at != NULL || conn->left < LINK_SINK_BYTES ? conn->left : LINK_SINK_BYTES;
+        iov[count++] = (struct iovec){conn->at != NULL ? conn->at : link->env->discard, direct};
+        want = direct;
+    }
+    if (!conn->in_payload || direct == conn->left) {
+        iov[count++] = (struct iovec){conn->stage, LINK_STAGE_BYTES};
+        want += LINK_STAGE_BYTES;
+    }
+    const ssize_t n = conn->transport->recv(conn, iov, count);
+    if (n == 0) conn_break(conn, -1);
+    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) conn_break(conn, errno);
+    if (n <= 0) return 0;
+    link->rx_bytes += (size_t)n;
+    link->heard_ns = link->env->now_ns;
+    const size_t in_place = (size_t)n < direct ? (size_t)n : direct;
+    conn->stage_have = (uint32_t)((size_t)n - in_place);
+    if (in_place > 0) payload_arrived(conn, (uint32_t)in_place);
+    if (conn->fd >= 0) stage_consume(conn);
+    return (size_t)n == want ? (size_t)n : 0;
+}
+
+static void conn_read(pyccl_conn *conn, size_t budget) {
+    size_t done = 0;
+    while (done < budget && conn->fd >= 0 && !conn->paused) {
+        const size_t n = conn_recv(conn);
+        if (n == 0) return;
+        done += n;
+    }
+}
+
+void link_conn_readable(pyccl_conn *conn) {
+    if (conn->broken == 0) conn_read(conn, RX_BUDGET_BYTES);
+}
+
+void link_conn_drain(pyccl_conn *conn) {
+    uint64_t before;
+    do {
+        before = conn->link->rx_bytes;
+        conn_read(conn, SIZE_MAX);
+    } while (conn->fd >= 0 && !conn->paused && conn->link->rx_bytes != before);
+}
+
+void link_conn_resume(pyccl_conn *conn) {
+    PYCCL_ASSERT(conn->paused && conn->header_have == PYCCL_FRAME_SIZE);
+    conn->paused = false;
+    frame_judge(conn);
+    if (conn->fd >= 0) stage_consume(conn);
+}
+
+/* ---- borrowed memory ---- */
+
+/* The frame must be completed, or its receiver loses the thread: send the rest from memory of our own. */
+static void tx_disown(pyccl_conn *conn) {
+    const uint32_t rest = conn->data_len - conn->data_sent;
+    uint8_t *copy = malloc(rest);
+    if (copy == NULL) {
+        tx_release(conn);
+        conn_break(conn, ENOMEM);
+        return;
+    }
+    memcpy(copy, conn->data + conn->data_sent, rest);
+    conn->data = copy;
+    conn->data_owned = copy;
+    conn->data_owner = NULL;
+    conn->data_len = rest;
+    conn->data_sent = 0;
+}
+
+void link_disown(pyccl_link *link, const void *owner) {
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = link->conns[i];
+        if (conn == NULL) continue;
+        if (conn->data_owner == owner) tx_disown(conn);
+        if (conn->sink.owner == owner) link_sink_drop(conn);
+    }
+}

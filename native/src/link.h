@@ -1,0 +1,149 @@
+/* link.h: one peer is one link, a link is up to PYCCL_CONNS_MAX connected stream sockets that share its frames.
+ *
+ * Moves bytes and cuts them into frames; what a frame means is the engine's (link_hooks). Control frames wait in one
+ * FIFO per link and go before data; data is not queued but taken from load_next() when a connection has room, so that
+ * whichever connection drains fastest carries most. EPOLLOUT is armed only while a send came back short.
+ * Bytes go through a `link_transport`: the plain one is TCP as it is, a sealing one would stand in its place.
+ *
+ * Invariants
+ *  - memory that is not the link's own (load.data, sink.dst) is marked with its owner; after link_disown(owner) no
+ *    connection reads or writes it: half-sent frames go on from a private copy, half-received ones are discarded;
+ *  - a connection that is down keeps its structure until link_bury(), so a batch of epoll events may name it safely;
+ *  - hooks may close any connection; loops here look at `fd` again after each hook.
+ * Threads: the engine's thread only.                               Spec: proto/wire.md 1, 3 */
+#ifndef PYCCL_LINK_H
+#define PYCCL_LINK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include "../include/pyccl.h"
+
+#define LINK_STAGE_BYTES 4096        /* received ahead of the payload that is expected */
+#define LINK_HEAD_BYTES 4096         /* headers and small payloads that leave in one send */
+#define LINK_INLINE_MAX 1024         /* payloads up to this are copied beside their header */
+#define LINK_SINK_BYTES 65536        /* what is discarded is read into this much memory */
+
+typedef struct pyccl_conn pyccl_conn;
+typedef struct pyccl_link pyccl_link;
+
+typedef enum link_verdict {
+    LINK_GO = 1,                     /* read on: the payload goes to conn->sink */
+    LINK_PAUSE = 2,                  /* leave the frame unread until link_resume() */
+    LINK_REFUSE = 3                  /* protocol error */
+} link_verdict;
+
+typedef struct link_load {           /* a frame for the data queue */
+    pyccl_frame frame;
+    const uint8_t *data;
+    const void *owner;               /* whose memory `data` is; NULL: `owned` */
+    uint8_t *owned;                  /* to be freed when sent */
+} link_load;
+
+typedef struct link_sink {           /* where a payload goes; all zero: it is discarded */
+    uint8_t kind;                    /* of the engine; 0: discarded */
+    uint8_t *dst;
+    const void *owner;               /* whose memory `dst` is; NULL: `owned` or the connection's own */
+    uint8_t *owned;                  /* freed by link_sink_drop() unless the engine took it */
+    void *note;                      /* of the engine */
+    uint64_t piece;                  /* of the engine */
+} link_sink;
+
+typedef struct link_hooks {
+    /* A header arrived that is valid by itself: judge it and set conn->sink, which is zero now. */
+    link_verdict (*frame_begin)(void *ctx, pyccl_conn *conn);
+    link_verdict (*frame_end)(void *ctx, pyccl_conn *conn);
+    void (*refused)(void *ctx, pyccl_link *link);                /* close its connections */
+    bool (*load_next)(void *ctx, pyccl_link *link, pyccl_conn *conn, link_load *load);
+    void (*moved)(void *ctx, const void *owner);                 /* bytes from or to the owner's memory moved */
+} link_hooks;
+
+typedef struct link_env {            /* what all links of an engine share */
+    const link_hooks *hooks;
+    void *ctx;
+    int epoll_fd;
+    int64_t now_ns;
+    int64_t user_timeout_ms;         /* TCP_USER_TIMEOUT */
+    bool broken;                     /* some connection is broken: the engine takes it down when nothing iterates */
+    pyccl_conn *grave;
+    uint8_t discard[LINK_SINK_BYTES];
+} link_env;
+
+typedef struct link_transport {      /* as sendmsg and recvmsg: bytes moved, or -1 and errno; recv 0: EOF */
+    ssize_t (*send)(pyccl_conn *conn, const struct iovec *iov, int count);
+    ssize_t (*recv)(pyccl_conn *conn, const struct iovec *iov, int count);
+} link_transport;
+
+struct pyccl_conn {
+    pyccl_link *link;
+    const link_transport *transport;
+    int fd;                          /* -1: down */
+    uint32_t index;                  /* in link->conns */
+    uint32_t interest;               /* epoll events armed */
+    int broken;                      /* errno of a failed send, or -1 for EOF; 0: fine */
+    bool blocked;                    /* the last send came back short */
+    bool paused;                     /* `frame` waits for a later epoch, EPOLLIN is off */
+    int64_t sent_ns;
+    pyccl_conn *grave_next;
+    /* receiving */
+    pyccl_frame frame;
+    bool in_payload;
+    uint32_t left;                   /* payload bytes to come */
+    uint8_t *at;                     /* where they go; NULL: discard */
+    link_sink sink;
+    uint8_t small[PYCCL_SPEC_SIZE];  /* payload of OPEN */
+    uint32_t header_have, stage_at, stage_have;
+    uint8_t header[PYCCL_FRAME_SIZE];
+    uint8_t stage[LINK_STAGE_BYTES];
+    /* sending: head, then data */
+    uint32_t head_len, head_sent, data_len, data_sent;
+    const uint8_t *data;
+    const void *data_owner;
+    uint8_t *data_owned;
+    uint8_t head[LINK_HEAD_BYTES];
+};
+
+typedef struct link_control {
+    pyccl_frame frame;
+    uint8_t spec[PYCCL_SPEC_SIZE];   /* OPEN only */
+} link_control;
+
+struct pyccl_link {
+    link_env *env;
+    uint8_t id[PYCCL_ID_SIZE];
+    uint32_t slot;
+    pyccl_conn *conns[PYCCL_CONNS_MAX];
+    uint32_t conn_count;
+    uint32_t turn;                   /* connection that is asked first */
+    bool wants_send;                 /* something may be there to send and some connection has room */
+    link_control *control;           /* ring */
+    size_t control_head, control_count, control_cap;
+    int64_t heard_ns;
+    uint64_t tx_bytes, rx_bytes;
+};
+
+void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE], uint32_t slot);
+void link_fini(pyccl_link *link);    /* its connections must be down */
+
+/* Takes fd on success only. ERR_LIMIT: PYCCL_CONNS_MAX are there; ERR_OS; ERR_NOMEM. */
+pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out);
+void link_conn_close(pyccl_conn *conn);          /* frees what it owns, not the structure: see link_bury */
+void link_bury(link_env *env);
+
+void link_control_push(pyccl_link *link, const pyccl_frame *frame, const pyccl_spec *spec);
+void link_control_clear(pyccl_link *link);
+
+void link_pump(pyccl_link *link);                /* send while there is something and there is room */
+void link_conn_writable(pyccl_conn *conn);       /* EPOLLOUT */
+void link_conn_readable(pyccl_conn *conn);       /* EPOLLIN: read within a budget */
+void link_conn_drain(pyccl_conn *conn);          /* read all there is: the connection is ending */
+void link_conn_resume(pyccl_conn *conn);         /* judge the paused frame again */
+void link_conn_heartbeat(pyccl_conn *conn);      /* if it is idle */
+void link_sink_drop(pyccl_conn *conn);           /* discard the rest of the payload that is arriving */
+void link_disown(pyccl_link *link, const void *owner);
+bool link_is_paused(const pyccl_link *link);
+
+#endif

@@ -1,0 +1,1020 @@
+/* op_fsm.c: what becomes of an operation. Pure: events and time in, actions out; no socket, clock, thread or tensor byte.
+ *
+ * It does not know how data moves (direct.c, ring.c) nor who decides about members (the master): it is told "the whole
+ * result is held" and "this is the next epoch, with these verdicts".
+ *
+ *   (none) --peer's OPEN, DONE, ABORT--> EARLY ---submit--> RUNNING --result and every OPEN--> PREPARED --every DONE--> COMMITTED
+ *                                                              |                                |  \--verdict, ANSWER--> COMMITTED
+ *                                                              +-- deadline, cancel, stall,     +-- ABORT, ANSWER, hashes differ
+ *                                                              |   ABORT, verdict               |
+ *                                                              +------------> FAILED <----------+   (a tombstone)
+ *
+ * Invariants (design: atomic outcome, fencing; the exhaustive models found each of these the hard way)
+ *  - DONE is sent once PREPARED and never before; after DONE nothing local ends an operation but leaving the run.
+ *  - While frozen (a report went to the master) nothing from a peer changes an outcome and no DONE leaves.
+ *  - Verdicts and epoch are applied in one step, fsm_epoch.
+ *  - A FAILED operation stays as tombstone until numbers restart and answers a retry of its number with ABORT.
+ *  - A COMMITTED one stays until every member is known to have settled it (watermarks in OPEN and SETTLED).
+ *  - A number is consumed by every submit, failed ones too: members count alike or not at all.
+ *
+ * Threads: none; the caller serialises.          Spec: proto/wire.md 5 */
+#include "pyccl.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "map.h"
+#include "status.h"
+
+enum { WORDS = PYCCL_WORLD_MAX / 64 };
+
+typedef struct rank_set {
+    uint64_t word[WORDS];
+} rank_set;
+
+typedef enum op_state { EARLY, RUNNING, PREPARED, COMMITTED, FAILED } op_state;
+
+typedef struct fsm_tag fsm_tag;
+
+typedef struct fsm_op {
+    struct fsm_op *tag_next;               /* operations of the tag, any order                      */
+    struct fsm_op *live_prev, *live_next;  /* RUNNING and PREPARED ones in the order of submits     */
+    fsm_tag *tag;
+    uint64_t seq, cookie;                  /* cookie 0: not ours to report on (EARLY, records)      */
+    op_state state;
+    pyccl_spec spec;                       /* ours; EARLY: the first one a peer opened it with      */
+    pyccl_spec other;                      /* EARLY: a second, different one                        */
+    uint32_t spec_rank, other_rank;
+    uint32_t owner_rank;                   /* EARLY: whose share of PYCCL_EARLY_MAX it counts in    */
+    uint32_t attempts;
+    int64_t deadline_ns, progress_ns, leave_ns;
+    int32_t abort_status;                  /* EARLY: a peer already aborted it                      */
+    uint32_t abort_rank;
+    uint8_t have_spec, have_other, result, asked, told_differs;
+    rank_set opened, done, settled;
+    uint64_t hash[];                       /* (world) result hash of each rank that sent DONE       */
+} fsm_op;
+
+struct fsm_tag {
+    fsm_tag *next, *dirty_next;
+    fsm_op *ops;
+    uint64_t next_seq;                     /* submits so far                                        */
+    uint64_t cut;                          /* while cutting: numbers below it run in this epoch     */
+    uint64_t told;                         /* watermark that all members were told                  */
+    uint32_t tag;
+    uint8_t space, dirty;
+};
+
+typedef struct deferred {                  /* submitted while frozen or above the cut: no number yet */
+    struct deferred *next;
+    uint64_t cookie;
+    pyccl_spec spec;
+    int64_t deadline_ns;
+    int32_t status;                        /* not 0: given up, it only takes its number             */
+} deferred;
+
+struct pyccl_fsm {
+    pyccl_fsm_options options;
+    uint64_t epoch_number, epoch_tag;
+    uint32_t world, rank;
+    uint8_t members[PYCCL_WORLD_MAX][PYCCL_ID_SIZE];
+    uint8_t entered, frozen, cutting;
+    fsm_tag *tags, *dirty;
+    pyccl_map tag_map, cookie_map;
+    fsm_op *live_first, *live_last;
+    size_t live_count, tag_count;
+    deferred *deferred_first, **deferred_end;
+    size_t deferred_count;
+    uint32_t early[PYCCL_WORLD_MAX];
+    int64_t tell_ns_at;                    /* 0: nothing to tell                                    */
+    pyccl_action *queue;                   /* ring of actions not yet taken                         */
+    size_t queue_cap, queue_head, queue_count;
+};
+
+/* ---- rank sets ---- */
+
+static void set_add(rank_set *set, uint32_t rank) { set->word[rank / 64] |= UINT64_C(1) << (rank % 64); }
+static int set_has(const rank_set *set, uint32_t rank) { return (int)(set->word[rank / 64] >> (rank % 64) & 1); }
+
+static int set_is_full(const rank_set *set, uint32_t world) {
+    for (uint32_t rank = 0; rank < world; rank++)
+        if (!set_has(set, rank)) return 0;
+    return 1;
+}
+
+/* ---- the action queue ---- */
+
+static pyccl_action *act(pyccl_fsm *fsm, pyccl_action_type type) {
+    if (fsm->queue_count == fsm->queue_cap) {
+        size_t cap = fsm->queue_cap ? fsm->queue_cap * 2 : 64;
+        pyccl_action *grown = malloc(cap * sizeof *grown);
+        PYCCL_ASSERT(grown != NULL);
+        for (size_t i = 0; i < fsm->queue_count; i++) grown[i] = fsm->queue[(fsm->queue_head + i) % fsm->queue_cap];
+        free(fsm->queue);
+        fsm->queue = grown;
+        fsm->queue_cap = cap;
+        fsm->queue_head = 0;
+    }
+    pyccl_action *action = &fsm->queue[(fsm->queue_head + fsm->queue_count++) % fsm->queue_cap];
+    memset(action, 0, sizeof *action);
+    action->type = type;
+    return action;
+}
+
+int pyccl_fsm_next(pyccl_fsm *fsm, pyccl_action *out) {
+    if (fsm->queue_count == 0) return 0;
+    *out = fsm->queue[fsm->queue_head];
+    fsm->queue_head = (fsm->queue_head + 1) % fsm->queue_cap;
+    fsm->queue_count--;
+    return 1;
+}
+
+static void send_one(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_frame_type type, uint32_t to, uint64_t value,
+                     const pyccl_spec *spec) {
+    pyccl_message *message = &act(fsm, PYCCL_ACT_SEND)->message;
+    message->type = (uint8_t)type;
+    message->rank = to;
+    message->space = tag->space;
+    message->tag = tag->tag;
+    message->seq = seq;
+    message->value = value;
+    if (spec != NULL) message->spec = *spec;
+}
+
+static void send_all(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_frame_type type, uint64_t value,
+                     const pyccl_spec *spec) {
+    for (uint32_t rank = 0; rank < fsm->world; rank++)
+        if (rank != fsm->rank) send_one(fsm, tag, seq, type, rank, value, spec);
+}
+
+/* ---- tags ---- */
+
+static uint64_t tag_key(uint8_t space, uint32_t tag) { return ((uint64_t)space << 32 | tag) + 1; }
+
+static fsm_tag *tag_find(const pyccl_fsm *fsm, uint8_t space, uint32_t tag) {
+    return pyccl_map_get(&fsm->tag_map, tag_key(space, tag));
+}
+
+static fsm_tag *tag_get(pyccl_fsm *fsm, uint8_t space, uint32_t tag) {
+    fsm_tag *found = tag_find(fsm, space, tag);
+    if (found != NULL) return found;
+    found = calloc(1, sizeof *found);
+    PYCCL_ASSERT(found != NULL);
+    found->space = space;
+    found->tag = tag;
+    found->next = fsm->tags;
+    fsm->tags = found;
+    fsm->tag_count++;
+    pyccl_map_put(&fsm->tag_map, tag_key(space, tag), found);
+    return found;
+}
+
+/* Every number below it is settled here. */
+static uint64_t tag_watermark(const fsm_tag *tag) {
+    uint64_t lowest = tag->next_seq;
+    for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next)
+        if ((op->state == RUNNING || op->state == PREPARED) && op->seq < lowest) lowest = op->seq;
+    return lowest;
+}
+
+static void tag_mark_dirty(pyccl_fsm *fsm, fsm_tag *tag, int64_t now_ns) {
+    if (!tag->dirty) {
+        tag->dirty = 1;
+        tag->dirty_next = fsm->dirty;
+        fsm->dirty = tag;
+    }
+    if (fsm->tell_ns_at == 0) fsm->tell_ns_at = now_ns + fsm->options.tell_ns;
+}
+
+/* ---- operations ---- */
+
+static fsm_op *op_find(const fsm_tag *tag, uint64_t seq) {
+    fsm_op *op = tag != NULL ? tag->ops : NULL;
+    while (op != NULL && op->seq != seq) op = op->tag_next;
+    return op;
+}
+
+static fsm_op *op_new(pyccl_fsm *fsm, fsm_tag *tag, uint64_t seq, op_state state) {
+    fsm_op *op = calloc(1, sizeof *op + fsm->world * sizeof op->hash[0]);
+    PYCCL_ASSERT(op != NULL);
+    op->tag = tag;
+    op->seq = seq;
+    op->state = state;
+    op->tag_next = tag->ops;
+    tag->ops = op;
+    return op;
+}
+
+static void op_drop(pyccl_fsm *fsm, fsm_op *op) {
+    fsm_op **at = &op->tag->ops;
+    while (*at != op) at = &(*at)->tag_next;
+    *at = op->tag_next;
+    if (op->state == EARLY) fsm->early[op->owner_rank]--;
+    free(op);
+}
+
+static void live_add(pyccl_fsm *fsm, fsm_op *op) {
+    op->live_prev = fsm->live_last;
+    op->live_next = NULL;
+    if (fsm->live_last != NULL) fsm->live_last->live_next = op;
+    else fsm->live_first = op;
+    fsm->live_last = op;
+    fsm->live_count++;
+    pyccl_map_put(&fsm->cookie_map, op->cookie, op);
+}
+
+static void live_remove(pyccl_fsm *fsm, fsm_op *op) {
+    if (op->live_prev != NULL) op->live_prev->live_next = op->live_next;
+    else fsm->live_first = op->live_next;
+    if (op->live_next != NULL) op->live_next->live_prev = op->live_prev;
+    else fsm->live_last = op->live_prev;
+    fsm->live_count--;
+    pyccl_map_remove(&fsm->cookie_map, op->cookie);
+}
+
+static void peer_name(const pyccl_fsm *fsm, uint32_t rank, uint8_t out[PYCCL_ID_SIZE]) {
+    if (rank < fsm->world) memcpy(out, fsm->members[rank], PYCCL_ID_SIZE);
+}
+
+/* The operation is over for the caller; what stays is a record for the others. culprit: rank, or world for none. */
+static void op_commit(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
+    pyccl_action *action = act(fsm, PYCCL_ACT_COMMIT);
+    action->cookie = op->cookie;
+    action->attempts = op->attempts;
+    action->seq = op->seq;
+    live_remove(fsm, op);
+    op->state = COMMITTED;
+    op->cookie = 0;
+    set_add(&op->settled, fsm->rank);
+    tag_mark_dirty(fsm, op->tag, now_ns);
+    if (set_is_full(&op->settled, fsm->world)) op_drop(fsm, op);
+}
+
+static void fail_action(pyccl_fsm *fsm, uint64_t cookie, uint64_t seq, int32_t status, uint32_t attempts, const uint8_t *peer) {
+    pyccl_action *action = act(fsm, PYCCL_ACT_FAIL);
+    action->cookie = cookie;
+    action->seq = seq;
+    action->status = status;
+    action->attempts = attempts;
+    if (peer != NULL) memcpy(action->peer, peer, PYCCL_ID_SIZE);
+}
+
+static void op_fail(pyccl_fsm *fsm, fsm_op *op, int32_t status, const uint8_t *peer, int64_t now_ns) {
+    fail_action(fsm, op->cookie, op->seq, status, op->attempts, peer);
+    live_remove(fsm, op);
+    op->state = FAILED;
+    op->cookie = 0;
+    op->abort_status = status;
+    set_add(&op->settled, fsm->rank);
+    tag_mark_dirty(fsm, op->tag, now_ns);
+}
+
+/* A failure of our own before DONE: allowed also while frozen, but then the tombstone tells the others later. */
+static void op_fail_alone(pyccl_fsm *fsm, fsm_op *op, int32_t status, int64_t now_ns) {
+    PYCCL_ASSERT(op->state == RUNNING);
+    if (!fsm->frozen) send_all(fsm, op->tag, op->seq, PYCCL_FRAME_ABORT, (uint64_t)-status, NULL);
+    op_fail(fsm, op, status, NULL, now_ns);
+}
+
+/* The hash most ranks hold (the lowest of equals) is taken as right; returns the first rank that differs from it,
+ * or world when all are equal. Every member computes this from the same hashes, so all name the same peer. */
+static uint32_t first_that_differs(const pyccl_fsm *fsm, const fsm_op *op) {
+    uint64_t best = 0;
+    uint32_t best_votes = 0;
+    for (uint32_t i = 0; i < fsm->world; i++) {
+        uint32_t votes = 0;
+        for (uint32_t j = 0; j < fsm->world; j++) votes += op->hash[j] == op->hash[i];
+        if (votes > best_votes || (votes == best_votes && op->hash[i] < best)) {
+            best = op->hash[i];
+            best_votes = votes;
+        }
+        if (votes == fsm->world) return fsm->world;
+    }
+    for (uint32_t i = 0; i < fsm->world; i++)
+        if (op->hash[i] != best) return i;
+    return fsm->world;
+}
+
+/* Steps that need no further event: prepare, then commit. */
+static void op_advance(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
+    if (fsm->frozen) return;
+    if (op->state == RUNNING && op->result && set_is_full(&op->opened, fsm->world)) {
+        op->state = PREPARED;
+        set_add(&op->done, fsm->rank);
+        send_all(fsm, op->tag, op->seq, PYCCL_FRAME_DONE, op->hash[fsm->rank], NULL);
+    }
+    if (op->state == PREPARED && set_is_full(&op->done, fsm->world)) {
+        uint32_t liar = first_that_differs(fsm, op);
+        if (liar < fsm->world) op_fail(fsm, op, PYCCL_ERR_RESULT_DIFFERS, fsm->members[liar], now_ns);
+        else op_commit(fsm, op, now_ns);
+    }
+}
+
+static void tell_differs(pyccl_fsm *fsm, fsm_op *op, uint32_t rank, const pyccl_spec *theirs) {
+    if (op->told_differs) return;
+    op->told_differs = 1;
+    pyccl_action *action = act(fsm, PYCCL_ACT_DIFFERS);
+    action->cookie = op->cookie;
+    action->rank = rank;
+    action->seq = op->seq;
+    peer_name(fsm, rank, action->peer);
+    action->message.type = PYCCL_FRAME_OPEN;
+    action->message.rank = rank;
+    action->message.space = op->tag->space;
+    action->message.tag = op->tag->tag;
+    action->message.seq = op->seq;
+    action->message.spec = *theirs;
+}
+
+static int spec_equal(const pyccl_spec *a, const pyccl_spec *b) {
+    uint8_t x[PYCCL_SPEC_SIZE], y[PYCCL_SPEC_SIZE];
+    pyccl_spec_encode(a, x);
+    pyccl_spec_encode(b, y);
+    return memcmp(x, y, sizeof x) == 0;
+}
+
+static int is_member(const pyccl_fsm *fsm, const uint8_t id[PYCCL_ID_SIZE]) {
+    for (uint32_t rank = 0; rank < fsm->world; rank++)
+        if (memcmp(fsm->members[rank], id, PYCCL_ID_SIZE) == 0) return 1;
+    return 0;
+}
+
+static int lacks_root(const pyccl_fsm *fsm, const pyccl_spec *spec) {
+    return spec->kind == PYCCL_BROADCAST && !is_member(fsm, spec->root);
+}
+
+/* Begin an attempt in the current epoch: tell everybody, move data. */
+static void op_begin(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
+    uint64_t watermark = tag_watermark(op->tag);
+    set_add(&op->opened, fsm->rank);
+    op->attempts++;
+    op->progress_ns = now_ns;
+    send_all(fsm, op->tag, op->seq, PYCCL_FRAME_OPEN, watermark, &op->spec);
+    if (watermark > op->tag->told) op->tag->told = watermark;
+    pyccl_action *action = act(fsm, PYCCL_ACT_START);
+    action->cookie = op->cookie;
+    action->seq = op->seq;
+}
+
+/* Take the next number of the tag for a submit and start it, unless something known already ends it. */
+static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t now_ns) {
+    uint64_t seq = tag->next_seq++;
+    fsm_op *op = op_find(tag, seq);
+    fsm_op early;
+    memset(&early, 0, sizeof early);
+    if (op == NULL) op = op_new(fsm, tag, seq, RUNNING);
+    else {
+        PYCCL_ASSERT(op->state == EARLY);
+        early = *op;
+        fsm->early[op->owner_rank]--;
+        op->state = RUNNING;
+    }
+    op->spec = from->spec;
+    op->cookie = from->cookie;
+    op->deadline_ns = from->deadline_ns;
+    memset(&op->opened, 0, sizeof op->opened);
+    if (from->status != 0) {  /* given up while it waited: the number is taken, the others learn it */
+        op->state = FAILED;
+        op->cookie = 0;
+        op->abort_status = from->status;
+        set_add(&op->settled, fsm->rank);
+        send_all(fsm, tag, seq, PYCCL_FRAME_ABORT, (uint64_t)-from->status, NULL);
+        tag_mark_dirty(fsm, tag, now_ns);
+        return;
+    }
+    live_add(fsm, op);
+    if (early.abort_status != 0) {
+        op_fail(fsm, op, early.abort_status, fsm->members[early.abort_rank], now_ns);
+        return;
+    }
+    if (lacks_root(fsm, &op->spec)) {
+        op_fail(fsm, op, PYCCL_ERR_PEER_LOST, op->spec.root, now_ns);
+        return;
+    }
+    op_begin(fsm, op, now_ns);
+    if (early.have_spec) {
+        const pyccl_spec *theirs = NULL;
+        uint32_t rank = early.spec_rank;
+        if (!spec_equal(&early.spec, &op->spec)) theirs = &early.spec;
+        else if (early.have_other) { theirs = &early.other; rank = early.other_rank; }
+        if (theirs != NULL) {
+            tell_differs(fsm, op, rank, theirs);
+            return;  /* the flush will end it: no OPEN is taken as agreement */
+        }
+        for (uint32_t r = 0; r < fsm->world; r++)
+            if (set_has(&early.opened, r)) {
+                set_add(&op->opened, r);
+                pyccl_action *action = act(fsm, PYCCL_ACT_PEER_OPEN);
+                action->cookie = op->cookie;
+                action->rank = r;
+            }
+    }
+}
+
+static int admissible(const pyccl_fsm *fsm, const fsm_tag *tag) {
+    return !fsm->frozen && (!fsm->cutting || (tag != NULL && tag->next_seq < tag->cut));
+}
+
+/* Submits that waited and may run now, in their order. */
+static void admit_deferred(pyccl_fsm *fsm, int64_t now_ns) {
+    deferred **at = &fsm->deferred_first;
+    while (*at != NULL) {
+        deferred *item = *at;
+        fsm_tag *tag = tag_get(fsm, item->spec.space, item->spec.tag);
+        if (!admissible(fsm, tag)) {
+            at = &item->next;
+            continue;
+        }
+        *at = item->next;
+        fsm->deferred_count--;
+        if (item->status == 0 && fsm->world == 1)
+            fail_action(fsm, item->cookie, 0, PYCCL_ERR_ALONE, 0, NULL);
+        else op_admit(fsm, tag, item, now_ns);
+        free(item);
+    }
+    fsm->deferred_end = at;
+}
+
+static void deferred_give_up(pyccl_fsm *fsm, deferred *item, int32_t status) {
+    fail_action(fsm, item->cookie, 0, status, 0, NULL);
+    item->cookie = 0;
+    item->status = status;
+}
+
+/* ---- life ---- */
+
+pyccl_status pyccl_fsm_new(const pyccl_fsm_options *options, pyccl_fsm **out) {
+    *out = NULL;
+    if (options->settle_ns < 0 || options->stall_ns < 0 || options->tell_ns < 0) return PYCCL_ERR_ARGUMENT;
+    pyccl_fsm *fsm = calloc(1, sizeof *fsm);
+    if (fsm == NULL) return PYCCL_ERR_NOMEM;
+    fsm->options = *options;
+    fsm->deferred_end = &fsm->deferred_first;
+    *out = fsm;
+    return PYCCL_OK;
+}
+
+static void free_tags(pyccl_fsm *fsm) {
+    while (fsm->tags != NULL) {
+        fsm_tag *tag = fsm->tags;
+        fsm->tags = tag->next;
+        while (tag->ops != NULL) op_drop(fsm, tag->ops);
+        free(tag);
+    }
+    fsm->dirty = NULL;
+    fsm->tell_ns_at = 0;
+    fsm->tag_count = 0;
+    pyccl_map_clear(&fsm->tag_map);
+}
+
+static void free_deferred(pyccl_fsm *fsm) {
+    while (fsm->deferred_first != NULL) {
+        deferred *item = fsm->deferred_first;
+        fsm->deferred_first = item->next;
+        free(item);
+    }
+    fsm->deferred_end = &fsm->deferred_first;
+    fsm->deferred_count = 0;
+}
+
+void pyccl_fsm_free(pyccl_fsm *fsm) {
+    if (fsm == NULL) return;
+    free_tags(fsm);
+    free_deferred(fsm);
+    pyccl_map_fini(&fsm->tag_map);
+    pyccl_map_fini(&fsm->cookie_map);
+    free(fsm->queue);
+    free(fsm);
+}
+
+void pyccl_fsm_end(pyccl_fsm *fsm, pyccl_status why) {
+    while (fsm->live_first != NULL) {
+        fsm_op *op = fsm->live_first;
+        /* What was prepared may have been committed by the others: nobody here can know. */
+        int32_t status = op->state == PREPARED && fsm->world > 1 ? PYCCL_ERR_OUTCOME_UNKNOWN : (int32_t)why;
+        fail_action(fsm, op->cookie, op->seq, status, op->attempts, NULL);
+        live_remove(fsm, op);
+    }
+    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
+        if (item->status == 0) fail_action(fsm, item->cookie, 0, why, 0, NULL);
+    free_deferred(fsm);
+    free_tags(fsm);
+    fsm->entered = 0;
+    fsm->frozen = fsm->cutting = 0;
+    fsm->world = 0;
+}
+
+/* ---- the caller's events ---- */
+
+pyccl_status pyccl_fsm_submit(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, int64_t deadline_ns, int64_t now_ns) {
+    PYCCL_ASSERT(cookie != 0);
+    if (!fsm->entered) return PYCCL_ERR_CLOSED;
+    if (fsm->live_count + fsm->deferred_count >= PYCCL_OPS_OPEN_MAX) return PYCCL_ERR_LIMIT;
+    fsm_tag *tag = tag_find(fsm, spec->space, spec->tag);
+    if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
+    deferred item = {.cookie = cookie, .spec = *spec, .deadline_ns = deadline_ns};
+    if (fsm->world == 1 && !fsm->frozen && !fsm->cutting) {  /* a newcomer may be on its way: else wait for it */
+        fail_action(fsm, cookie, 0, PYCCL_ERR_ALONE, 0, NULL);
+        return PYCCL_OK;
+    }
+    if (admissible(fsm, tag)) {
+        op_admit(fsm, tag_get(fsm, spec->space, spec->tag), &item, now_ns);
+        return PYCCL_OK;
+    }
+    deferred *kept = malloc(sizeof *kept);
+    if (kept == NULL) return PYCCL_ERR_NOMEM;
+    *kept = item;
+    *fsm->deferred_end = kept;
+    fsm->deferred_end = &kept->next;
+    fsm->deferred_count++;
+    return PYCCL_OK;
+}
+
+void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t now_ns) {
+    fsm_op *op = pyccl_map_get(&fsm->cookie_map, cookie);
+    if (op == NULL || op->state != RUNNING || fsm->frozen) return;  /* frozen: the attempt is over either way */
+    op->result = 1;
+    op->hash[fsm->rank] = hash;
+    op->progress_ns = now_ns;
+    op_advance(fsm, op, now_ns);
+}
+
+void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns) {
+    fsm_op *op = pyccl_map_get(&fsm->cookie_map, cookie);
+    if (op != NULL) op->progress_ns = now_ns;
+}
+
+void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t now_ns) {
+    PYCCL_ASSERT(why < 0);
+    fsm_op *op = pyccl_map_get(&fsm->cookie_map, cookie);
+    if (op != NULL) {
+        if (op->state == RUNNING) op_fail_alone(fsm, op, why, now_ns);
+        else if (op->deadline_ns > now_ns) op->deadline_ns = now_ns;  /* prepared: settle it; see tick */
+        return;
+    }
+    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
+        if (item->status == 0 && item->cookie == cookie) {
+            deferred_give_up(fsm, item, why);
+            return;
+        }
+}
+
+/* ---- frames ---- */
+
+pyccl_gate pyccl_fsm_gate(const pyccl_fsm *fsm, uint64_t epoch_number, uint64_t epoch_tag, int member) {
+    if (!fsm->entered || epoch_number > fsm->epoch_number) return PYCCL_GATE_LATER;
+    if (epoch_number < fsm->epoch_number) return PYCCL_GATE_DROP;
+    return epoch_tag == fsm->epoch_tag && member ? PYCCL_GATE_PASS : PYCCL_GATE_REFUSE;
+}
+
+pyccl_gate pyccl_fsm_data(pyccl_fsm *fsm, uint32_t rank, uint8_t space, uint32_t tag_number, uint64_t seq, uint64_t *cookie) {
+    PYCCL_ASSERT(rank < fsm->world && rank != fsm->rank);
+    *cookie = 0;
+    if (fsm->frozen) return PYCCL_GATE_DROP;
+    const fsm_tag *tag = tag_find(fsm, space, tag_number);
+    uint64_t next_seq = tag != NULL ? tag->next_seq : 0;
+    if (seq >= next_seq) return seq - next_seq < PYCCL_EARLY_MAX ? PYCCL_GATE_PASS : PYCCL_GATE_REFUSE;
+    const fsm_op *op = op_find(tag, seq);
+    if (op == NULL || op->state != RUNNING) return PYCCL_GATE_DROP;
+    *cookie = op->cookie;
+    return PYCCL_GATE_PASS;
+}
+
+/* The operation a peer speaks of, made EARLY if we have not submitted it; NULL with *rc OK: long settled. */
+static fsm_op *op_for_peer(pyccl_fsm *fsm, const pyccl_message *message, pyccl_status *rc) {
+    fsm_tag *tag = tag_find(fsm, message->space, message->tag);
+    *rc = PYCCL_OK;
+    fsm_op *op = op_find(tag, message->seq);
+    if (op != NULL) return op;
+    uint64_t next_seq = tag != NULL ? tag->next_seq : 0;
+    if (message->seq < next_seq) return NULL;
+    if (message->seq - next_seq >= PYCCL_EARLY_MAX || fsm->early[message->rank] >= PYCCL_EARLY_MAX) {
+        *rc = PYCCL_ERR_FRAME;
+        return NULL;
+    }
+    fsm->early[message->rank]++;
+    op = op_new(fsm, tag_get(fsm, message->space, message->tag), message->seq, EARLY);
+    op->owner_rank = message->rank;
+    return op;
+}
+
+static void settled_below(pyccl_fsm *fsm, uint8_t space, uint32_t tag_number, uint32_t rank, uint64_t below) {
+    fsm_tag *tag = tag_find(fsm, space, tag_number);
+    fsm_op *next = NULL;
+    for (fsm_op *op = tag != NULL ? tag->ops : NULL; op != NULL; op = next) {
+        next = op->tag_next;
+        if (op->seq >= below || op->state == EARLY) continue;
+        set_add(&op->settled, rank);
+        if (op->state == COMMITTED && set_is_full(&op->settled, fsm->world)) op_drop(fsm, op);
+    }
+}
+
+/* What a tombstone answers. One that failed by comparing hashes in this epoch gives its DONE instead of an ABORT: the
+ * other compares for itself and names the same peer. */
+static void tell_failed(pyccl_fsm *fsm, const fsm_op *op, uint32_t to) {
+    if (op->abort_status == PYCCL_ERR_RESULT_DIFFERS && set_has(&op->done, fsm->rank))
+        send_one(fsm, op->tag, op->seq, PYCCL_FRAME_DONE, to, op->hash[fsm->rank], NULL);
+    else send_one(fsm, op->tag, op->seq, PYCCL_FRAME_ABORT, to, (uint64_t)-op->abort_status, NULL);
+}
+
+static pyccl_status on_open(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
+    if (message->value > message->seq) return PYCCL_ERR_FRAME;  /* it can't have settled what it opens */
+    pyccl_status rc;
+    fsm_op *op = op_for_peer(fsm, message, &rc);
+    if (rc != PYCCL_OK) return rc;
+    settled_below(fsm, message->space, message->tag, message->rank, message->value);  /* below message->seq: not op */
+    if (op == NULL) return PYCCL_OK;
+    switch (op->state) {
+    case EARLY:
+        if (!op->have_spec) {
+            op->have_spec = 1;
+            op->spec = message->spec;
+            op->spec_rank = message->rank;
+        } else if (!op->have_other && !spec_equal(&op->spec, &message->spec)) {
+            op->have_other = 1;
+            op->other = message->spec;
+            op->other_rank = message->rank;
+        }
+        set_add(&op->opened, message->rank);
+        break;
+    case RUNNING:
+        if (!spec_equal(&op->spec, &message->spec)) {
+            tell_differs(fsm, op, message->rank, &message->spec);
+        } else if (!set_has(&op->opened, message->rank)) {
+            set_add(&op->opened, message->rank);
+            op->progress_ns = now_ns;
+            pyccl_action *action = act(fsm, PYCCL_ACT_PEER_OPEN);
+            action->cookie = op->cookie;
+            action->rank = message->rank;
+            op_advance(fsm, op, now_ns);
+        }
+        break;
+    case FAILED:
+        tell_failed(fsm, op, message->rank);
+        break;
+    case PREPARED:
+    case COMMITTED:
+        break;  /* a repetition after a link reset */
+    }
+    return PYCCL_OK;
+}
+
+static pyccl_status on_done(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
+    pyccl_status rc;
+    fsm_op *op = op_for_peer(fsm, message, &rc);
+    if (op == NULL) return rc;
+    if (op->state == COMMITTED || op->state == FAILED || set_has(&op->done, message->rank)) return PYCCL_OK;
+    set_add(&op->done, message->rank);
+    op->hash[message->rank] = message->value;
+    if (op->state != EARLY) {
+        op->progress_ns = now_ns;
+        op_advance(fsm, op, now_ns);
+    }
+    return PYCCL_OK;
+}
+
+static int32_t abort_status(uint64_t value) {
+    switch (-(int32_t)value) {
+    case PYCCL_ERR_DEADLINE:
+    case PYCCL_ERR_STALLED:
+    case PYCCL_ERR_RESULT_DIFFERS:
+    case PYCCL_ERR_MISMATCH:
+    case PYCCL_ERR_PEER_LOST: return -(int32_t)value;
+    default: return PYCCL_ERR_CANCELLED;
+    }
+}
+
+/* Whom a failure learned from `rank` is blamed on; NULL: `rank` only knows that it failed, not through whom. */
+static const uint8_t *culprit_of(const pyccl_fsm *fsm, int32_t status, uint32_t rank) {
+    return status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ? NULL : fsm->members[rank];
+}
+
+static pyccl_status on_abort(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
+    pyccl_status rc;
+    if (message->value == 0 || message->value > 255) return PYCCL_ERR_FRAME;
+    fsm_op *op = op_for_peer(fsm, message, &rc);
+    if (op == NULL) return rc;
+    int32_t status = abort_status(message->value);
+    if (op->state == EARLY) {
+        if (op->abort_status == 0) {
+            op->abort_status = status;
+            op->abort_rank = message->rank;
+        }
+    } else if (op->state == RUNNING || op->state == PREPARED) {
+        /* Who failed alone never sent DONE and never will: nobody can have committed. The sender may pass that on after
+         * a DONE of its own (it was prepared when it learned of it; a repeated OPEN or a link reset asked it). */
+        op_fail(fsm, op, status, culprit_of(fsm, status, message->rank), now_ns);
+    }
+    return PYCCL_OK;
+}
+
+static void on_ask(pyccl_fsm *fsm, const pyccl_message *message) {
+    const fsm_op *op = op_find(tag_find(fsm, message->space, message->tag), message->seq);
+    if (op != NULL && (op->state == COMMITTED || op->state == FAILED))
+        send_one(fsm, op->tag, op->seq, PYCCL_FRAME_ANSWER, message->rank,
+                 op->state == COMMITTED ? 0 : (uint64_t)-op->abort_status, NULL);
+}
+
+static pyccl_status on_answer(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
+    fsm_op *op = op_find(tag_find(fsm, message->space, message->tag), message->seq);
+    if (message->value > 255) return PYCCL_ERR_FRAME;
+    if (op == NULL || op->state != PREPARED || !op->asked) return PYCCL_OK;  /* settled meanwhile */
+    if (message->value == 0) op_commit(fsm, op, now_ns);
+    else {
+        int32_t status = abort_status(message->value);
+        op_fail(fsm, op, status, culprit_of(fsm, status, message->rank), now_ns);
+    }
+    return PYCCL_OK;
+}
+
+pyccl_status pyccl_fsm_receive(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
+    PYCCL_ASSERT(fsm->entered && message->rank < fsm->world && message->rank != fsm->rank);
+    if (message->type == PYCCL_FRAME_ASK) {  /* answered also while frozen: it tells what is, it changes nothing here */
+        on_ask(fsm, message);
+        return PYCCL_OK;
+    }
+    if (fsm->frozen) return PYCCL_OK;
+    switch (message->type) {
+    case PYCCL_FRAME_OPEN: return on_open(fsm, message, now_ns);
+    case PYCCL_FRAME_DONE: return on_done(fsm, message, now_ns);
+    case PYCCL_FRAME_ABORT: return on_abort(fsm, message, now_ns);
+    case PYCCL_FRAME_ANSWER: return on_answer(fsm, message, now_ns);
+    case PYCCL_FRAME_SETTLED:
+        settled_below(fsm, message->space, message->tag, message->rank, message->seq);
+        return PYCCL_OK;
+    default: return PYCCL_ERR_FRAME;
+    }
+}
+
+void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
+    (void)now_ns;
+    if (!fsm->entered || fsm->frozen) return;  /* frozen: the next epoch repeats what it retries */
+    PYCCL_ASSERT(rank < fsm->world && rank != fsm->rank);
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
+        if (tag->told > 0) send_one(fsm, tag, tag->told, PYCCL_FRAME_SETTLED, rank, 0, NULL);  /* or its records stay */
+        for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next) {
+            if (op->state == RUNNING || op->state == PREPARED) {
+                send_one(fsm, tag, op->seq, PYCCL_FRAME_OPEN, rank, tag_watermark(tag), &op->spec);
+                pyccl_action *action = act(fsm, PYCCL_ACT_RESEND);
+                action->cookie = op->cookie;
+                action->rank = rank;
+            }
+            if (set_has(&op->settled, rank)) continue;
+            if (op->state == PREPARED || op->state == COMMITTED)
+                send_one(fsm, tag, op->seq, PYCCL_FRAME_DONE, rank, op->hash[fsm->rank], NULL);
+            if (op->state == PREPARED && op->asked)
+                send_one(fsm, tag, op->seq, PYCCL_FRAME_ASK, rank, 0, NULL);
+            if (op->state == FAILED) tell_failed(fsm, op, rank);
+        }
+    }
+}
+
+/* ---- freeze, report, safe points ---- */
+
+void pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns) {
+    (void)now_ns;
+    fsm->frozen = fsm->entered;
+}
+
+int pyccl_fsm_frozen(const pyccl_fsm *fsm) { return fsm->frozen; }
+
+size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap) {
+    size_t count = 0;
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
+        for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next) {
+            if (op->state != PREPARED && op->state != COMMITTED) continue;
+            if (count < cap)
+                out[count] = (pyccl_op_report){
+                    .space = tag->space,
+                    .state = op->state == PREPARED ? PYCCL_STATE_PREPARED : PYCCL_STATE_COMMITTED,
+                    .tag = tag->tag, .seq = op->seq, .hash = op->hash[fsm->rank]};
+            count++;
+        }
+    return count;
+}
+
+size_t pyccl_fsm_counts(const pyccl_fsm *fsm, pyccl_op_count *out, size_t cap) {
+    size_t count = 0;
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
+        if (tag->next_seq == 0) continue;
+        if (count < cap) out[count] = (pyccl_op_count){.space = tag->space, .tag = tag->tag, .count = tag->next_seq};
+        count++;
+    }
+    return count;
+}
+
+size_t pyccl_fsm_lacking(const pyccl_fsm *fsm, pyccl_op_lack *out, size_t cap) {
+    size_t count = 0;
+    for (const fsm_op *op = fsm->live_first; op != NULL; op = op->live_next) {
+        uint32_t rank = 0;
+        while (rank < fsm->world && set_has(&op->opened, rank)) rank++;
+        if (rank == fsm->world) continue;
+        if (count < cap)
+            out[count] = (pyccl_op_lack){.space = op->tag->space, .tag = op->tag->tag, .seq = op->seq, .rank = rank};
+        count++;
+    }
+    return count;
+}
+
+size_t pyccl_fsm_open_count(const pyccl_fsm *fsm) { return fsm->live_count + fsm->deferred_count; }
+
+int pyccl_fsm_cut(pyccl_fsm *fsm, const pyccl_op_count *cut, size_t cuts, int open, int64_t now_ns) {
+    if (!fsm->entered) return 0;
+    for (fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) tag->cut = 0;
+    fsm->cutting = !open;
+    if (!open)
+        for (size_t i = 0; i < cuts; i++) tag_get(fsm, cut[i].space, cut[i].tag)->cut = cut[i].count;
+    admit_deferred(fsm, now_ns);
+    int above = 0;
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) above |= tag->next_seq > tag->cut;
+    return fsm->cutting && above;
+}
+
+int pyccl_fsm_below_cut(const pyccl_fsm *fsm) {
+    if (!fsm->cutting) return 0;
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
+        if (tag->next_seq < tag->cut) return 1;
+    return 0;
+}
+
+int pyccl_fsm_drained(const pyccl_fsm *fsm) {
+    return fsm->cutting && fsm->live_count == 0 && !pyccl_fsm_below_cut(fsm);
+}
+
+/* ---- epochs ---- */
+
+static const pyccl_op_verdict *verdict_find(const pyccl_op_verdict *verdicts, size_t count, const fsm_op *op) {
+    for (size_t i = 0; i < count; i++)
+        if (verdicts[i].seq == op->seq && verdicts[i].tag == op->tag->tag && verdicts[i].space == op->tag->space)
+            return &verdicts[i];
+    return NULL;
+}
+
+static pyccl_status epoch_check(const pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count) {
+    if (epoch->world < 1 || epoch->world > PYCCL_WORLD_MAX || epoch->rank >= epoch->world) return PYCCL_ERR_ARGUMENT;
+    if (fsm->entered && epoch->number <= fsm->epoch_number) return PYCCL_ERR_ARGUMENT;
+    for (uint32_t i = 1; i < epoch->world; i++)
+        if (memcmp(epoch->members + (i - 1) * PYCCL_ID_SIZE, epoch->members + i * PYCCL_ID_SIZE, PYCCL_ID_SIZE) >= 0)
+            return PYCCL_ERR_ARGUMENT;
+    if (epoch->mismatch && !epoch->restart) return PYCCL_ERR_ARGUMENT;
+    for (uint32_t i = 0; fsm->entered && !epoch->restart && i < epoch->world; i++)  /* a loss epoch only removes members: */
+        if (!is_member(fsm, epoch->members + i * PYCCL_ID_SIZE)) return PYCCL_ERR_ARGUMENT;  /* op->hash holds no more */
+    for (const fsm_op *op = fsm->live_first; op != NULL; op = op->live_next) {
+        const pyccl_op_verdict *verdict = verdict_find(verdicts, count, op);
+        if (verdict != NULL && op->state != PREPARED) return PYCCL_ERR_ARGUMENT;  /* we hold no result to commit */
+        if (verdict == NULL && epoch->restart && !epoch->mismatch) return PYCCL_ERR_ARGUMENT;  /* not drained */
+    }
+    return PYCCL_OK;
+}
+
+/* The verdict of the flush on one open operation; what is left RUNNING is to be tried again. */
+static void op_judge(pyccl_fsm *fsm, fsm_op *op, const pyccl_op_verdict *verdict, int mismatch, int64_t now_ns) {
+    if (verdict != NULL && verdict->verdict == PYCCL_VERDICT_COMMIT) op_commit(fsm, op, now_ns);
+    else if (verdict != NULL) op_fail(fsm, op, PYCCL_ERR_RESULT_DIFFERS, NULL, now_ns);
+    else if (mismatch) op_fail(fsm, op, PYCCL_ERR_MISMATCH, NULL, now_ns);
+    else {
+        op->state = RUNNING;
+        act(fsm, PYCCL_ACT_STOP)->cookie = op->cookie;
+    }
+}
+
+/* Forget what belongs to the old epoch: records and early operations; tombstones stay unless numbers restart. */
+static void forget_old(pyccl_fsm *fsm) {
+    for (fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
+        fsm_op *next = NULL;
+        for (fsm_op *op = tag->ops; op != NULL; op = next) {
+            next = op->tag_next;
+            if (op->state == EARLY || op->state == COMMITTED) op_drop(fsm, op);
+            else {
+                memset(&op->opened, 0, sizeof op->opened);
+                memset(&op->done, 0, sizeof op->done);
+                memset(&op->settled, 0, sizeof op->settled);
+                op->result = op->asked = op->told_differs = 0;
+            }
+        }
+        tag->cut = 0;
+        tag->told = 0;
+    }
+}
+
+static void adopt(pyccl_fsm *fsm, const pyccl_epoch *epoch) {
+    fsm->epoch_number = epoch->number;
+    fsm->epoch_tag = 0;
+    for (int i = 7; i >= 0; i--) fsm->epoch_tag = fsm->epoch_tag << 8 | epoch->id[i];
+    fsm->world = epoch->world;
+    fsm->rank = epoch->rank;
+    memcpy(fsm->members, epoch->members, (size_t)epoch->world * PYCCL_ID_SIZE);
+    memset(fsm->early, 0, sizeof fsm->early);
+    fsm->entered = 1;
+    fsm->frozen = fsm->cutting = 0;
+}
+
+/* The first member of the old epoch that is not in the new one; NULL: nobody was lost. */
+static const uint8_t *first_lost(const pyccl_fsm *fsm, const pyccl_epoch *epoch) {
+    for (uint32_t i = 0; i < fsm->world; i++) {
+        uint32_t j = 0;
+        while (j < epoch->world && memcmp(fsm->members[i], epoch->members + j * PYCCL_ID_SIZE, PYCCL_ID_SIZE) != 0) j++;
+        if (j == epoch->world) return fsm->members[i];
+    }
+    return NULL;
+}
+
+pyccl_status pyccl_fsm_epoch(pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count, int64_t now_ns) {
+    PYCCL_ASSERT(fsm->queue_count == 0);  /* actions name ranks of the old epoch */
+    pyccl_status rc = epoch_check(fsm, epoch, verdicts, count);
+    if (rc != PYCCL_OK) return rc;
+    uint8_t lost[PYCCL_ID_SIZE];
+    const uint8_t *gone = first_lost(fsm, epoch);
+    if (gone != NULL) memcpy(lost, gone, sizeof lost);
+    fsm_op *next = NULL;
+    for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
+        next = op->live_next;
+        op_judge(fsm, op, verdict_find(verdicts, count, op), epoch->mismatch, now_ns);
+    }
+    forget_old(fsm);
+    if (epoch->restart) free_tags(fsm);
+    adopt(fsm, epoch);
+    for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
+        next = op->live_next;
+        if (fsm->world == 1) op_fail(fsm, op, PYCCL_ERR_ALONE, gone != NULL ? lost : NULL, now_ns);
+        else if (gone != NULL && !op->spec.retry) op_fail(fsm, op, PYCCL_ERR_PEER_LOST, lost, now_ns);
+        else if (lacks_root(fsm, &op->spec)) op_fail(fsm, op, PYCCL_ERR_PEER_LOST, op->spec.root, now_ns);
+        else if (now_ns >= op->deadline_ns) op_fail_alone(fsm, op, PYCCL_ERR_DEADLINE, now_ns);  /* or it asks for flush after flush */
+        else op_begin(fsm, op, now_ns);
+    }
+    if (epoch->mismatch)
+        for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
+            if (item->status == 0) fail_action(fsm, item->cookie, 0, PYCCL_ERR_MISMATCH, 0, NULL);
+    if (epoch->mismatch) free_deferred(fsm);  /* numbers are 0 on all: nothing is owed */
+    admit_deferred(fsm, now_ns);
+    return PYCCL_OK;
+}
+
+/* ---- time ---- */
+
+static void sooner(int64_t *due, int64_t at_ns) {
+    if (at_ns < *due) *due = at_ns;
+}
+
+static void op_tick(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns, int64_t *due, int *leave) {
+    if (op->state == RUNNING) {
+        if (now_ns >= op->deadline_ns) {
+            op_fail_alone(fsm, op, PYCCL_ERR_DEADLINE, now_ns);
+            return;
+        }
+        sooner(due, op->deadline_ns);
+        if (fsm->options.stall_ns == 0 || fsm->frozen || !set_is_full(&op->opened, fsm->world)) return;
+        if (now_ns - op->progress_ns >= fsm->options.stall_ns) op_fail_alone(fsm, op, PYCCL_ERR_STALLED, now_ns);
+        else sooner(due, op->progress_ns + fsm->options.stall_ns);
+        return;
+    }
+    if (now_ns < op->deadline_ns) {
+        sooner(due, op->deadline_ns);
+        return;
+    }
+    if (!op->asked) {
+        op->asked = 1;
+        if (op->leave_ns == 0) op->leave_ns = now_ns + fsm->options.settle_ns;
+        if (!fsm->frozen) send_all(fsm, op->tag, op->seq, PYCCL_FRAME_ASK, 0, NULL);
+        act(fsm, PYCCL_ACT_SETTLE)->cookie = op->cookie;
+    }
+    if (now_ns >= op->leave_ns) *leave = 1;
+    else sooner(due, op->leave_ns);
+}
+
+static void tell_settled(pyccl_fsm *fsm) {
+    while (fsm->dirty != NULL) {
+        fsm_tag *tag = fsm->dirty;
+        fsm->dirty = tag->dirty_next;
+        tag->dirty = 0;
+        uint64_t watermark = tag_watermark(tag);
+        if (watermark > tag->told) send_all(fsm, tag, watermark, PYCCL_FRAME_SETTLED, 0, NULL);
+        tag->told = watermark;
+    }
+    fsm->tell_ns_at = 0;
+}
+
+int64_t pyccl_fsm_tick(pyccl_fsm *fsm, int64_t now_ns) {
+    int64_t due = INT64_MAX;
+    int leave = 0;
+    fsm_op *next = NULL;
+    for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
+        next = op->live_next;
+        op_tick(fsm, op, now_ns, &due, &leave);
+    }
+    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next) {
+        if (item->status != 0) continue;
+        if (now_ns >= item->deadline_ns) deferred_give_up(fsm, item, PYCCL_ERR_DEADLINE);
+        else sooner(&due, item->deadline_ns);
+    }
+    if (leave) {
+        pyccl_fsm_end(fsm, PYCCL_ERR_CLOSED);
+        act(fsm, PYCCL_ACT_LEAVE);
+        return INT64_MAX;
+    }
+    if (fsm->tell_ns_at != 0 && !fsm->frozen) {
+        if (now_ns >= fsm->tell_ns_at) tell_settled(fsm);
+        else sooner(&due, fsm->tell_ns_at);
+    }
+    return due;
+}

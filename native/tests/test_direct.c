@@ -1,0 +1,95 @@
+/* test_direct.c: the schedule covers every element once and is the same seen from both ends. Spec: proto/wire.md 3.3 */
+#include "../src/direct.h"
+
+#include "test.h"
+
+static direct_plan plan_of(uint8_t kind, uint8_t dtype, uint64_t count, uint32_t world, uint32_t rank, uint32_t root) {
+    const pyccl_spec spec = {.kind = kind, .dtype = dtype, .algorithm = PYCCL_DIRECT, .count = count};
+    direct_plan plan;
+    direct_plan_init(&plan, &spec, world, rank, root);
+    return plan;
+}
+
+static const uint64_t COUNTS[] = {0, 1, 2, 3, 7, 8, 9, 1000, 262143, 262144, 262145, 1000003};
+
+TEST(direct_shares_are_those_of_array_split) {
+    for (uint32_t world = 1; world <= 9; world++)
+        for (size_t c = 0; c < sizeof COUNTS / sizeof *COUNTS; c++) {
+            const direct_plan plan = plan_of(PYCCL_ALL_REDUCE, PYCCL_FLOAT32, COUNTS[c], world, 0, 0);
+            uint64_t at = 0;
+            for (uint32_t owner = 0; owner < world; owner++) {
+                CHECK_EQ(direct_share_offset(&plan, owner), at);
+                const uint64_t elements = COUNTS[c] / world + (owner < COUNTS[c] % world ? 1 : 0);
+                CHECK_EQ(direct_share_bytes(&plan, owner), elements * 4);
+                at += elements * 4;
+            }
+            CHECK_EQ(at, direct_result_bytes(&plan));
+        }
+}
+
+TEST(direct_pieces_cover_each_byte_of_a_share_once) {
+    static const uint8_t dtypes[] = {PYCCL_INT32, PYCCL_FLOAT64, PYCCL_UINT8};
+    for (uint32_t world = 1; world <= 9; world++)
+        for (size_t c = 0; c < sizeof COUNTS / sizeof *COUNTS; c++)
+            for (size_t d = 0; d < sizeof dtypes; d++) {
+                const direct_plan plan = plan_of(PYCCL_BROADCAST, dtypes[d], COUNTS[c], world, 0, world - 1);
+                for (uint32_t owner = 0; owner < world; owner++) {
+                    uint64_t at = 0;
+                    for (uint64_t piece = 0; piece < direct_pieces(&plan, owner); piece++) {
+                        CHECK_EQ(direct_piece_offset(&plan, piece), at);
+                        at += direct_piece_bytes(&plan, owner, piece);
+                    }
+                    CHECK_EQ(at, direct_share_bytes(&plan, owner));
+                }
+            }
+}
+
+TEST(direct_piece_find_accepts_exactly_the_pieces) {
+    const direct_plan plan = plan_of(PYCCL_ALL_REDUCE, PYCCL_FLOAT32, 3 * 262144 + 5, 2, 0, 0);
+    uint64_t piece = 0;
+    CHECK(direct_piece_find(&plan, 0, 0, 1048576, &piece) && piece == 0);
+    const uint64_t rest = direct_share_bytes(&plan, 0) - 1048576;
+    CHECK(direct_piece_find(&plan, 0, 1048576, rest, &piece) && piece == 1);
+    CHECK(!direct_piece_find(&plan, 0, 1048576, rest - 1, &piece));
+    CHECK(!direct_piece_find(&plan, 0, 1048576, rest + 1, &piece));
+    CHECK(!direct_piece_find(&plan, 0, 4, 1048576, &piece));
+    CHECK(!direct_piece_find(&plan, 0, 2097152, 4, &piece));
+    CHECK(!direct_piece_find(&plan, 0, UINT64_MAX & ~UINT64_C(0xFFFFF), 4, &piece));
+}
+
+TEST(direct_all_gather_shares_are_whole_inputs) {
+    const direct_plan plan = plan_of(PYCCL_ALL_GATHER, PYCCL_FLOAT64, 1000, 3, 1, 0);
+    CHECK_EQ(direct_result_bytes(&plan), 24000);
+    CHECK_EQ(direct_share_offset(&plan, 2), 16000);
+    CHECK_EQ(direct_share_bytes(&plan, 2), 8000);
+    CHECK_EQ(direct_contributors(&plan, 1), 0);
+    CHECK(direct_receives(&plan, 0, 1) && !direct_receives(&plan, 1, 1));
+    CHECK(direct_is_local(&plan, 1, 1) && !direct_is_local(&plan, 0, 1));
+}
+
+TEST(direct_everybody_gets_every_share_by_exactly_one_way) {
+    static const uint8_t kinds[] = {PYCCL_ALL_REDUCE, PYCCL_BROADCAST, PYCCL_ALL_GATHER};
+    for (uint32_t world = 2; world <= 9; world++)
+        for (size_t k = 0; k < sizeof kinds; k++)
+            for (uint32_t root = 0; root < world; root++) {
+                const direct_plan plan = plan_of(kinds[k], PYCCL_FLOAT32, 100, world, 0, root);
+                for (uint32_t owner = 0; owner < world; owner++) {
+                    uint32_t contributors = 0;
+                    for (uint32_t at = 0; at < world; at++) {
+                        contributors += direct_contributes(&plan, at, owner);
+                        const bool folds_here = at == owner && direct_contributors(&plan, owner) > 0;
+                        CHECK_EQ(direct_receives(&plan, owner, at) + folds_here + direct_is_local(&plan, owner, at), 1);
+                    }
+                    CHECK_EQ(contributors, direct_contributors(&plan, owner));
+                }
+            }
+}
+
+TEST(direct_barrier_moves_nothing) {
+    const direct_plan plan = plan_of(PYCCL_BARRIER, PYCCL_UINT8, 0, 5, 2, 0);
+    CHECK_EQ(direct_result_bytes(&plan), 0);
+    for (uint32_t owner = 0; owner < 5; owner++) {
+        CHECK_EQ(direct_pieces(&plan, owner), 0);
+        for (uint32_t at = 0; at < 5; at++) CHECK(!direct_contributes(&plan, at, owner) && !direct_receives(&plan, owner, at));
+    }
+}

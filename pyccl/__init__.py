@@ -1,0 +1,42 @@
+"""Fault-tolerant peer-to-peer collectives for training over the internet. Start with ``connect``."""
+
+from importlib.metadata import version as _version
+
+from pyccl._io.statesync import SyncInfo
+from pyccl.communicator import Communicator, ReduceInfo, ReduceOp, Work, connect
+from pyccl.errors import (
+    AloneError,
+    DeadlineError,
+    EvictedError,
+    MasterUnavailableError,
+    MismatchError,
+    OutcomeUnknownError,
+    PeerLostError,
+    PycclError,
+    RejectedError,
+    RemoteProtocolError,
+    UsageError,
+)
+from pyccl.state import SharedState
+
+__version__ = _version("pyccl-p2p")
+__all__ = [
+    "AloneError",
+    "Communicator",
+    "DeadlineError",
+    "EvictedError",
+    "MasterUnavailableError",
+    "MismatchError",
+    "OutcomeUnknownError",
+    "PeerLostError",
+    "PycclError",
+    "ReduceInfo",
+    "ReduceOp",
+    "RejectedError",
+    "RemoteProtocolError",
+    "SharedState",
+    "SyncInfo",
+    "UsageError",
+    "Work",
+    "connect",
+]

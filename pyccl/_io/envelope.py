@@ -1,0 +1,70 @@
+"""Envelopes: one control message on a byte stream (proto/wire.md 2). msgpack lives here and nowhere else.
+
+Reads never take a byte past the envelope: after a handshake the same socket goes on with data frames.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgpack
+import trio
+
+from pyccl._proto import limits
+from pyccl._proto.messages import Message, from_wire_untrusted, to_wire
+from pyccl.errors import RemoteProtocolError
+
+_LENGTH: Final = struct.Struct(">I")
+
+
+def pack(message: Message) -> bytes:
+    body: bytes = msgpack.packb(to_wire(message), use_bin_type=True)
+    if len(body) > limits.BODY_MAX_BYTES:
+        raise ValueError(f"{type(message).__name__} of {len(body)} bytes is longer than an envelope may be")
+    return _LENGTH.pack(len(body)) + body
+
+
+def unpack_untrusted(body: bytes) -> Message:
+    """Judge a body whole. Raises RemoteProtocolError and nothing else."""
+    try:
+        value = msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            max_map_len=0,
+            max_ext_len=0,
+            max_str_len=limits.STATUS_CHARS_MAX,
+            max_bin_len=limits.PLAN_BYTES_MAX,
+            max_array_len=limits.KEYS_MAX,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError, MemoryError) as e:
+        raise RemoteProtocolError(f"the body is not msgpack that we accept: {type(e).__name__}") from e
+    return from_wire_untrusted(value)
+
+
+async def _exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
+    """`size` bytes, or b"" at an end of the stream before the first of them."""
+    taken = bytearray()
+    while len(taken) < size:
+        part = await stream.receive_some(size - len(taken))
+        if not part:
+            if taken:
+                raise RemoteProtocolError("the stream ended inside an envelope")
+            return b""
+        taken += part
+    return bytes(taken)
+
+
+async def receive(stream: trio.abc.ReceiveStream, body_bytes_max: int = limits.BODY_MAX_BYTES) -> Message | None:
+    """The next message; None at a clean end of the stream."""
+    head = await _exactly(stream, _LENGTH.size)
+    if not head:
+        return None
+    (size,) = _LENGTH.unpack(head)
+    if not 1 <= size <= body_bytes_max:
+        raise RemoteProtocolError(f"an envelope of {size} bytes; at most {body_bytes_max} are allowed here")
+    body = await _exactly(stream, size)
+    if not body:
+        raise RemoteProtocolError("the stream ended inside an envelope")
+    return unpack_untrusted(body)

@@ -1,0 +1,278 @@
+"""Data connections: made here, handed to the engine as file descriptors.
+
+The peer with the lower id dials; when a link has lost its last connection both sides try, so that the one whose
+peer is dead learns it (connection refused) without waiting for a silence. Spec: proto/wire.md 1 and 3.1.
+Places for later: another way to reach a peer (punching, relay) is another body of ``_connect``; sealing wraps what
+``_greet`` agrees on before the descriptor goes to the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from pyccl._io import envelope
+from pyccl._native.handles import Engine
+from pyccl._proto import limits
+from pyccl._proto.epoch import Address, Member
+from pyccl._proto.messages import PeerHello, PeerRefused, PeerWelcome
+from pyccl.errors import PycclError, RemoteProtocolError
+
+LINKS_TIMEOUT_S: Final = 10.0
+_GREET_S: Final = 10.0
+_DIAL_S: Final = 5.0
+_STRANGERS_MAX: Final = 64  # accepted connections that have not been matched to a peer yet
+_BACKOFF_S: Final = (0.05, 1.0)
+
+log = logging.getLogger("pyccl.links")
+
+
+@dataclass(slots=True)
+class _Peer:
+    member: Member
+    slot: int
+    dialing: set[trio.CancelScope] = field(default_factory=set)  # one for each task that tries to connect
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEvents:
+    """What the owner wants to know."""
+
+    ready: Callable[[int], None]  # version: linked to all
+    failed: Callable[[int, tuple[bytes, ...], str], None]
+    refused: Callable[[bytes, str], None]  # nobody listens where the peer was
+    up: Callable[[bytes], None]
+
+
+def auto_connections(host: str) -> int:
+    """How many connections to a peer: processors limit a loopback, windows and losses limit a long line."""
+    return 2 if host.startswith("127.") or host in ("::1", "localhost") else 8
+
+
+class Links:
+    """All data links of one session. Lives in the Trio thread."""
+
+    def __init__(
+        self, run: bytes, me: Member, engine: Engine, connections: int | None, nursery: trio.Nursery, events: LinkEvents
+    ) -> None:
+        self._run, self._me, self._engine = run, me, engine
+        self._connections, self._nursery, self._events = connections, nursery, events
+        self._peers: dict[bytes, _Peer] = {}
+        self._version: int | None = None  # of the OpenLinks that is not answered yet
+        self._wanted: frozenset[bytes] = frozenset()
+        self._timeout = trio.CancelScope()
+        self._strangers = 0
+        self._changed = trio.Event()  # a peer became known
+
+    # -- what the member machine asks for
+
+    def open(self, version: int, members: Iterable[Member]) -> None:
+        """Be linked to all of `members`; the answer is an event."""
+        members = tuple(members)
+        self._timeout.cancel()
+        self._version, self._wanted = version, frozenset(m.peer for m in members)
+        for member in members:
+            peer = self._know(member)
+            if self._engine.conns(peer.slot) == 0 and self._me.peer < member.peer:
+                self._dial(peer, self._count_for(member))
+        self._check_ready()
+        if self._version is not None:
+            self._timeout = trio.CancelScope()
+            self._nursery.start_soon(self._expire, version, self._timeout)
+
+    def keep(self, peers: Iterable[bytes]) -> None:
+        """Close the links to everybody else."""
+        for peer in set(self._peers) - set(peers):
+            self._forget(peer)
+
+    def conn_down(self, slot: int, left: int) -> None:
+        """The engine lost a connection: make another. With none left, both sides dial."""
+        peer = self.peer_of(slot)
+        if peer is None:
+            return
+        record = self._peers[peer]
+        if self._me.peer < peer:
+            self._dial(record, self._count_for(record.member) - left)
+        elif left == 0:
+            self._dial(record, 1)
+
+    def peer_of(self, slot: int) -> bytes | None:
+        return next((id_ for id_, record in self._peers.items() if record.slot == slot), None)
+
+    def slot_of(self, peer: bytes) -> int | None:
+        record = self._peers.get(peer)
+        return None if record is None else record.slot
+
+    # -- records
+
+    def _know(self, member: Member) -> _Peer:
+        record = self._peers.get(member.peer)
+        if record is not None and record.member.incarnation == member.incarnation:
+            return record
+        if record is not None:  # the same peer started anew: nothing of its old life is kept
+            self._forget(member.peer)
+        record = _Peer(member, self._engine.peer_add(member.peer))
+        self._peers[member.peer] = record
+        self._changed.set()
+        self._changed = trio.Event()
+        return record
+
+    def _forget(self, peer: bytes) -> None:
+        record = self._peers.pop(peer)
+        for scope in record.dialing:
+            scope.cancel()
+        self._engine.peer_remove(record.slot)
+
+    def _count_for(self, member: Member) -> int:
+        if self._connections is not None:
+            return self._connections
+        return auto_connections(member.addresses[0].host) if member.addresses else 1
+
+    def _check_ready(self) -> None:
+        if self._version is None:
+            return
+        if all(p in self._peers and self._engine.conns(self._peers[p].slot) > 0 for p in self._wanted):
+            version, self._version = self._version, None
+            self._timeout.cancel()
+            self._events.ready(version)
+
+    async def _expire(self, version: int, scope: trio.CancelScope) -> None:
+        with scope:
+            await trio.sleep(LINKS_TIMEOUT_S)
+            if self._version != version:
+                return
+            missing = tuple(
+                sorted(p for p in self._wanted if p not in self._peers or not self._engine.conns(self._peers[p].slot))
+            )
+            self._version = None
+            self._events.failed(version, missing, f"no data connection within {LINKS_TIMEOUT_S:.0f} s")
+
+    # -- connections
+
+    def _dial(self, peer: _Peer, count: int) -> None:
+        for _ in range(count - len(peer.dialing)):
+            scope = trio.CancelScope()
+            peer.dialing.add(scope)
+            self._nursery.start_soon(self._dial_until_up, peer, scope)
+
+    async def _dial_until_up(self, peer: _Peer, scope: trio.CancelScope) -> None:
+        """One connection, tried until it stands or the peer is forgotten."""
+        pause = _BACKOFF_S[0]
+        with scope:
+            while True:
+                try:
+                    with trio.fail_after(_DIAL_S):
+                        stream = await self._connect(peer.member.addresses)
+                        with_hello = await self._greet(stream, peer.member)
+                    if with_hello:
+                        peer.dialing.discard(scope)
+                        self._adopt(peer, stream)
+                        return
+                except ConnectionRefusedError as e:
+                    if self._engine.conns(peer.slot) == 0:
+                        self._events.refused(peer.member.peer, str(e))
+                except (OSError, trio.TooSlowError, trio.BrokenResourceError, PycclError) as e:
+                    log.debug("dial_failed peer=%s cause=%s", peer.member.peer.hex()[:8], e)
+                await trio.sleep(pause * (0.5 + random.random()))
+                pause = min(pause * 2, _BACKOFF_S[1])
+
+    async def _connect(self, addresses: Iterable[Address]) -> trio.SocketStream:
+        """A TCP connection to the first address that answers."""
+        error: OSError = ConnectionRefusedError("the peer names no address")
+        for address in addresses:
+            try:
+                return await trio.open_tcp_stream(address.host, address.port)
+            except OSError as e:
+                # trio wraps the causes of several addresses of one name into one OSError
+                causes = (e.__cause__,) if not isinstance(e.__cause__, BaseExceptionGroup) else e.__cause__.exceptions
+                refused = isinstance(e, ConnectionRefusedError) or (
+                    bool(causes) and all(isinstance(c, ConnectionRefusedError) for c in causes)
+                )
+                error = ConnectionRefusedError(str(e)) if refused else e
+        raise error
+
+    async def _greet(self, stream: trio.SocketStream, member: Member) -> bool:
+        me = self._me
+        hello = PeerHello(
+            limits.PROTOCOL_VERSION, self._run, me.peer, me.incarnation, member.peer, member.incarnation
+        )
+        try:
+            await stream.send_all(envelope.pack(hello))
+            answer = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+            if isinstance(answer, PeerWelcome):
+                return True
+            reason = answer.reason if isinstance(answer, PeerRefused) else "no answer"
+            log.info("link_refused peer=%s reason=%s", member.peer.hex()[:8], reason)
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        await trio.aclose_forcefully(stream)
+        return False
+
+    def _adopt(self, peer: _Peer, stream: trio.SocketStream) -> None:
+        if self._peers.get(peer.member.peer) is not peer:  # forgotten while the greeting was on its way
+            stream.socket.close()
+            return
+        self._engine.conn_add(peer.slot, stream.socket.detach())
+        self._events.up(peer.member.peer)
+        self._check_ready()
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        await trio.serve_listeners(self._accept, [listener])
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        if self._strangers >= _STRANGERS_MAX:
+            await trio.aclose_forcefully(stream)
+            return
+        self._strangers += 1
+        peer: _Peer | None = None
+        try:
+            with trio.move_on_after(_GREET_S):
+                peer = await self._match(stream)
+        except (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
+            log.info("stranger_refused cause=%s", e)
+        finally:
+            self._strangers -= 1
+            if peer is None:
+                await trio.aclose_forcefully(stream)
+        if peer is not None:
+            self._adopt(peer, stream)
+
+    async def _match(self, stream: trio.SocketStream) -> _Peer | None:
+        """The peer behind an accepted connection, once we have learned of it from the master."""
+        hello = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+        if not isinstance(hello, PeerHello):
+            raise RemoteProtocolError("the first message is no PeerHello")
+        reason = None
+        if hello.version != limits.PROTOCOL_VERSION:
+            reason = f"protocol version {hello.version}; this peer speaks {limits.PROTOCOL_VERSION}"
+        elif hello.run != self._run or (hello.to_peer, hello.to_incarnation) != (self._me.peer, self._me.incarnation):
+            reason = "you look for somebody else"
+        if reason is not None:
+            await stream.send_all(envelope.pack(PeerRefused(reason)))
+            return None
+        while True:
+            peer = self._peers.get(hello.from_peer)
+            if peer is not None and peer.member.incarnation == hello.from_incarnation:
+                await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
+                return peer
+            await self._changed.wait()
+
+
+async def listen(host: str) -> tuple[trio.SocketListener, Address]:
+    """A listening socket on a free port of `host`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await sock.bind((host, 0))
+        sock.listen(128)
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketListener(sock), Address(host, int(sock.getsockname()[1]))

@@ -1,0 +1,158 @@
+"""The master's Trio shell: accepts control and pulse connections and carries out what MasterMachine decides.
+
+Bounds on strangers: so many connections at a time, so many bytes and seconds until the first message, so many bytes
+waiting for a receiver that does not read. None of them touches a member. Spec: proto/wire.md 1, 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from pyccl._io import envelope
+from pyccl._native.handles import FRAME_BYTES, is_heartbeat_untrusted
+from pyccl._proto import limits, master
+from pyccl._proto.messages import Message, Pulse
+from pyccl.errors import RemoteProtocolError
+
+_TICK_S: Final = 0.1
+_CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
+_CONNECTIONS_MAX: Final = 4096
+_WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
+
+log = logging.getLogger("pyccl.master")
+
+
+@dataclass(slots=True)
+class _Conn:
+    stream: trio.SocketStream
+    out: trio.MemorySendChannel[bytes]
+    scope: trio.CancelScope
+    waiting_bytes: int = 0
+
+
+class MasterServer:
+    """One run's master on one listening socket."""
+
+    def __init__(self, run: bytes, peer_timeout: float, library: str) -> None:
+        self._machine = master.MasterMachine(run, 1, peer_timeout, library)
+        self._conns: dict[int, _Conn] = {}
+        self._conn_last = 0
+        self._open = 0
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tick)
+            await trio.serve_listeners(self._accept, [listener])
+
+    async def _tick(self) -> None:
+        while True:
+            self._perform(self._machine.tick(trio.current_time()))
+            await trio.sleep(_TICK_S)
+
+    # -- connections
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        """One connection from its first byte to its last. What goes wrong here is its sender's loss only."""
+        if self._open >= _CONNECTIONS_MAX:
+            log.warning("connection_refused cause=limit open=%d", self._open)
+            await trio.aclose_forcefully(stream)
+            return
+        self._open += 1
+        try:
+            async with stream:
+                first: Message | None = None
+                with trio.move_on_after(limits.GREETING_S):
+                    first = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+                if isinstance(first, Pulse):
+                    await self._pulse(stream, first)
+                elif first is not None:
+                    await self._control(stream, first)
+        except (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
+            log.info("connection_ended cause=%s", e.__cause__ or e)
+        finally:
+            self._open -= 1
+
+    async def _pulse(self, stream: trio.SocketStream, pulse: Pulse) -> None:
+        """Heartbeats of a peer's engine; they count as a sign of life and nothing else."""
+        if pulse.version != limits.PROTOCOL_VERSION or not self._machine.knows(pulse.peer, pulse.incarnation):
+            return
+        header = b""
+        while part := await stream.receive_some(FRAME_BYTES - len(header)):
+            header += part
+            if len(header) < FRAME_BYTES:
+                continue
+            if not is_heartbeat_untrusted(header) or not self._machine.knows(pulse.peer, pulse.incarnation):
+                return
+            header = b""
+            self._perform(self._machine.heard(pulse.peer, pulse.incarnation, trio.current_time()))
+
+    async def _control(self, stream: trio.SocketStream, first: Message) -> None:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._conn_last += 1
+        number = self._conn_last
+        send, receive = trio.open_memory_channel[bytes](2**31)
+        try:
+            async with trio.open_nursery() as nursery:
+                conn = self._conns[number] = _Conn(stream, send, nursery.cancel_scope)
+                nursery.start_soon(self._write, conn, receive)
+                self._perform(self._machine.connected(number, trio.current_time()))
+                message: Message | None = first
+                while message is not None and number in self._conns:
+                    self._perform(self._machine.receive(number, message, trio.current_time()))
+                    message = await envelope.receive(stream)
+                if number in self._conns:
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._conns.pop(number, None)
+            self._perform(self._machine.disconnected(number, trio.current_time()))
+
+    async def _write(self, conn: _Conn, messages: trio.MemoryReceiveChannel[bytes]) -> None:
+        """Ends, and the connection with it, when the channel was closed and everything in it is written."""
+        try:
+            async for data in messages:
+                await conn.stream.send_all(data)
+                conn.waiting_bytes -= len(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        conn.scope.cancel()
+
+    # -- effects
+
+    def _perform(self, effects: list[master.Effect]) -> None:
+        for effect in effects:
+            _PERFORM[type(effect)](self, effect)
+
+    def _do_send(self, effect: master.Send) -> None:
+        conn = self._conns.get(effect.conn)
+        if conn is None:
+            return
+        data = envelope.pack(effect.message)
+        conn.waiting_bytes += len(data)
+        if conn.waiting_bytes > _WAITING_BYTES_MAX:
+            log.warning("connection_closed cause=slow_receiver waiting_bytes=%d", conn.waiting_bytes)
+            conn.scope.cancel()
+            return
+        conn.out.send_nowait(data)
+
+    def _do_close(self, effect: master.Close) -> None:
+        conn = self._conns.pop(effect.conn, None)
+        if conn is not None:
+            conn.out.close()
+            conn.scope.deadline = trio.current_time() + _CLOSE_S
+
+    def _do_log(self, effect: master.Log) -> None:
+        log.info("%s %s", effect.event, " ".join(f"{key}={value}" for key, value in effect.fields.items()))
+
+
+_PERFORM: Final[dict[type[master.Effect], Callable[[MasterServer, Any], None]]] = {
+    master.Send: MasterServer._do_send,
+    master.Close: MasterServer._do_close,
+    master.Log: MasterServer._do_log,
+}

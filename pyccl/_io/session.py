@@ -1,0 +1,630 @@
+"""Session: one incarnation of a communicator in the run. A Trio program in a thread of its own.
+
+It joins three parties that must not know each other: the member machine (decides), the engine (moves data) and the
+user's threads (call and wait). All machine inputs happen in the Trio thread, one after the other; effects are carried
+out in order before the next input.
+
+    user threads --run_sync_soon--> machine <-- control connection, engine events, timers
+    user threads <--Waiter--------- effects --> engine, links, control connection
+
+The view (epoch, members) is an immutable object that user threads read; collectives never come through here.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from pyccl import errors
+from pyccl._io import envelope
+from pyccl._io.links import LinkEvents, Links, listen
+from pyccl._native import status
+from pyccl._native.handles import Engine, Event, EventType
+from pyccl._proto import limits, member
+from pyccl._proto.epoch import Member
+from pyccl._proto.messages import (
+    CAUSE_PROTOCOL,
+    CAUSE_REFUSED,
+    CAUSE_SILENT,
+    Count,
+    Key,
+    Message,
+    OpReport,
+    Pulse,
+    Welcome,
+)
+
+STALL_S: Final = 30.0
+MISMATCH_GRACE_S: Final = 5.0
+_TICK_S: Final = 0.1
+_BACKOFF_S: Final = (0.05, 2.0)
+_LEAVE_S: Final = 2.0
+_EPOCHS_KEPT: Final = 64  # member lists of past epochs, for the info of operations that ended in them
+
+log = logging.getLogger("pyccl.session")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    host: str
+    port: int
+    group: int
+    connections: int | None  # None: chosen by the path
+    library: str
+    mismatch_grace: float = MISMATCH_GRACE_S
+    stall_timeout: float = STALL_S
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the user sees of an epoch."""
+
+    epoch: int
+    epoch_id: bytes
+    members: tuple[bytes, ...]
+    world_size: int
+
+
+class Waiter:
+    """A user thread that waits for the session. Interruptible by Ctrl-C; fulfilled once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._error: BaseException | None = None
+
+    def finish(self, error: BaseException | None = None) -> None:
+        if not self._event.is_set():
+            self._error = error
+            self._event.set()
+
+    def wait(self, timeout: float) -> bool:
+        """True: fulfilled; raises what it was failed with. False: the time ran out."""
+        if not self._event.wait(timeout):
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+
+class Session:
+    """Start with ``start``; ends by itself when the run is left, or by ``close``."""
+
+    def __init__(self, config: SessionConfig, peer: bytes, incarnation: bytes) -> None:
+        self.config = config
+        self.peer, self.incarnation = peer, incarnation
+        self.engine: Engine | None = None
+        self.view = View(0, bytes(16), (), 0)
+        self.pending = 0
+        self.error: errors.PycclError | None = None  # set once, when out of the run
+        self._machine: member.MemberMachine | None = None
+        self._thread: threading.Thread | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._started = threading.Event()
+        self._joined, self._closed = Waiter(), Waiter()
+        self._topology: Waiter | None = None
+        self._members: dict[int, tuple[bytes, ...]] = {}
+        self._mismatch: tuple[str, tuple[str, ...], tuple[str, ...]] = ("", (), ())
+        self._waiting, self._waiting_lock = 0, threading.Lock()
+        self._fetches: dict[int, Callable[[int], None]] = {}
+        self._fetch_last = 0
+        self._fetch_lock = threading.Lock()
+        # below: only touched in the Trio thread
+        self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._links: Links | None = None
+        self._out: trio.MemorySendChannel[Message] | None = None
+        self._hung_up = trio.Event()
+        self._effects: deque[member.Effect] = deque()
+        self._performing = False
+        self._cut_version, self._cut_number = 0, 0
+        self._arrived_at = 0.0
+        self._down_since = 0.0
+        self._pulse_wanted = trio.Event()
+
+    # ---- called by user threads --------------------------------------------------------------------------------------
+
+    def start(self, timeout: float, reach_timeout: float) -> None:
+        """Join the run; returns as a member. Raises and is over otherwise."""
+        self._reach_timeout = reach_timeout
+        self._thread = threading.Thread(target=self._thread_main, name="pyccl-control", daemon=True)
+        self._thread.start()
+        try:
+            if not self._joined.wait(timeout):
+                raise errors.DeadlineError(f"not admitted to the run within {timeout:g} s")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the run and end the thread. Idempotent, callable from any thread, waits at most a few seconds."""
+        if self._thread is None:
+            return
+        self._started.wait()
+        self._soon(self._leave)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def update_topology(self, timeout: float, unreachable_timeout: float) -> None:
+        """Stand at the safe point until the next epoch, or until the master has been away too long."""
+        waiter = Waiter()
+        self._soon(lambda: self._arrive(waiter, unreachable_timeout), waiter)
+        try:
+            if not waiter.wait(timeout):
+                raise errors.DeadlineError(f"the members did not meet at the safe point within {timeout:g} s")
+        except BaseException:
+            self._soon(lambda: self._withdraw(waiter))
+            raise
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A user thread is blocked in an operation: what mismatch detection counts."""
+        with self._waiting_lock:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._waiting_lock:
+                self._waiting -= 1
+
+    def members_of(self, epoch: int) -> tuple[bytes, ...]:
+        return self._members.get(epoch, self.view.members)
+
+    def mismatch_error(self, what: str) -> errors.MismatchError:
+        detail, peers, fields = self._mismatch
+        return errors.MismatchError(f"{what}: {detail or 'the members called different things'}", peers, fields)
+
+    def slot_of(self, peer: bytes) -> int | None:
+        links = self._links
+        return None if links is None else links.slot_of(peer)
+
+    def fetch(self, slot: int, sync: int, offset: int, dst: object, then: Callable[[int], None]) -> None:
+        """Read published state from a holder; `then(status)` is called in the Trio thread when it ended."""
+        assert self.engine is not None
+        with self._fetch_lock:
+            self._fetch_last += 1
+            fetch = self._fetch_last
+            self._fetches[fetch] = then
+        try:
+            self.engine.fetch(slot, sync, offset, dst, fetch)
+        except BaseException:
+            self._fetches.pop(fetch, None)
+            raise
+
+    def _soon(self, call: Callable[[], None], waiter: Waiter | None = None) -> None:
+        """Run `call` in the Trio thread; if that is over, the waiter is told so."""
+        error = self.error or errors.UsageError("the communicator is closed")
+        token = self._token
+        try:
+            if token is None:
+                raise trio.RunFinishedError
+            token.run_sync_soon(call)
+        except trio.RunFinishedError:
+            if waiter is not None:
+                waiter.finish(error)
+
+    # ---- the Trio thread ---------------------------------------------------------------------------------------------
+
+    def _thread_main(self) -> None:
+        error: BaseException | None = None
+        try:
+            trio.run(self._main)
+        except BaseException as e:  # a bug of ours must not leave threads waiting for ever
+            log.exception("session_failed peer=%s", self.peer.hex()[:8])
+            error = errors.PycclError(f"internal error: {e!r}")
+            error.__cause__ = e
+        finally:
+            self._started.set()
+            final = self.error or error or errors.UsageError("the communicator is closed")
+            if self.error is None:
+                self.error = final if isinstance(final, errors.PycclError) else None
+            if self.engine is not None:
+                self.engine.stop(status.EVICTED if isinstance(final, errors.EvictedError) else status.CLOSED)
+            for then in list(self._fetches.values()):
+                then(status.CLOSED)
+            self._fetches.clear()
+            for waiter in (self._joined, self._topology):
+                if waiter is not None:
+                    waiter.finish(final)
+            self._closed.finish()
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._started.set()
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._control)
+                nursery.start_soon(self._tick)
+
+    def _finish(self, error: errors.PycclError) -> None:
+        """Out of the run: the thread ends, and with it everything it made."""
+        if self.error is None:
+            self.error = error
+        self._scope.cancel()
+
+    # -- the control connection
+
+    async def _control(self) -> None:
+        """Connect, talk, connect again: for ever once we were welcome, for `reach_timeout` before."""
+        started, pause, welcome = trio.current_time(), _BACKOFF_S[0], False
+        address = f"{self.config.host}:{self.config.port}"
+        cause: object = "no answer"
+        while True:
+            left = started + self._reach_timeout - trio.current_time()
+            try:
+                with trio.fail_after(10.0 if welcome else max(0.001, left)):
+                    stream = await trio.open_tcp_stream(self.config.host, self.config.port)
+            except (OSError, trio.TooSlowError) as e:
+                cause = e.__cause__ or e
+            else:
+                self._down_since = trio.current_time()
+                try:
+                    if welcome:
+                        await self._talk(stream)
+                    else:
+                        with trio.CancelScope(deadline=started + self._reach_timeout) as scope:
+                            await self._talk(stream, on_welcome=lambda: setattr(scope, "deadline", float("inf")))
+                    cause = "it closed the connection"
+                except errors.RemoteProtocolError as e:
+                    if self._machine is None or self._machine.run is None:
+                        self._finish(errors.RemoteProtocolError(f"{address} does not speak pyccl: {e}"))
+                        return
+                    log.warning("master_broke_protocol cause=%s", e)
+                if self._machine is not None:
+                    self._feed(self._machine.disconnected(trio.current_time()))
+                    welcome = welcome or self._machine.run is not None
+            if welcome:
+                started = trio.current_time()
+                pause = min(pause, _BACKOFF_S[1])
+            elif trio.current_time() >= started + self._reach_timeout:
+                self._finish(errors.MasterUnavailableError(f"no master at {address}: {cause}"))
+                return
+            await trio.sleep(pause * (0.5 + random.random()))
+            pause = min(pause * 2, _BACKOFF_S[1])
+
+    async def _talk(self, stream: trio.SocketStream, on_welcome: Callable[[], None] = lambda: None) -> None:
+        """One life of the control connection. Returns when it ended."""
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        machine = await self._prepare(stream)
+        send, receive = trio.open_memory_channel[Message](2**31)
+        with send, receive:
+            async with stream, trio.open_nursery() as nursery:
+                self._out, self._hung_up = send, trio.Event()
+                nursery.start_soon(self._write, stream, receive, nursery.cancel_scope)
+                try:
+                    self._feed(machine.connected(trio.current_time()))
+                    while True:
+                        message = await envelope.receive(stream)
+                        if message is None:
+                            break
+                        self._feed(machine.receive(message, trio.current_time()))
+                        if isinstance(message, Welcome):
+                            on_welcome()
+                            self._welcome(nursery)
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
+                    log.info("master_lost cause=%s", e.__cause__ or e)
+                finally:
+                    self._out = None
+                    self._hung_up.set()
+                    nursery.cancel_scope.cancel()
+
+    async def _write(
+        self, stream: trio.SocketStream, messages: trio.MemoryReceiveChannel[Message], scope: trio.CancelScope
+    ) -> None:
+        try:
+            async for message in messages:
+                await stream.send_all(envelope.pack(message))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            scope.cancel()
+
+    async def _prepare(self, stream: trio.SocketStream) -> member.MemberMachine:
+        """On the first contact: listen where the master's side of the network can reach us."""
+        if self._machine is None:
+            assert self._nursery is not None
+            self._listener, address = await listen(stream.socket.getsockname()[0])
+            self._machine = member.MemberMachine(
+                self.peer, self.incarnation, self.config.group, (address,), self.config.library
+            )
+        return self._machine
+
+    def _welcome(self, nursery: trio.Nursery) -> None:
+        """Now peer_timeout is known: start the engine (once), and the pulse of this control connection."""
+        machine, outer = self._machine, self._nursery
+        assert machine is not None and machine.run is not None and outer is not None
+        if self.engine is None:
+            self.engine = Engine(self.peer, machine.peer_timeout, self.config.stall_timeout)
+            me = Member(self.peer, self.incarnation, machine.addresses)
+            events = LinkEvents(
+                ready=lambda version: self._feed(machine.links_ready(version, trio.current_time())),
+                failed=lambda version, who, why: self._feed(
+                    machine.links_failed(version, who, why, trio.current_time())
+                ),
+                refused=lambda peer, why: self._feed(machine.suspect(peer, CAUSE_REFUSED, why, trio.current_time())),
+                up=lambda peer: self._feed(machine.trust(peer, trio.current_time())),
+            )
+            self._links = Links(machine.run, me, self.engine, self.config.connections, outer, events)
+            outer.start_soon(self._links.serve, self._listener)
+            outer.start_soon(self._pump)
+        nursery.start_soon(self._pulse)
+
+    async def _pulse(self) -> None:
+        """Keep a pulse connection while the control connection lives: heartbeats that need no GIL."""
+        assert self.engine is not None
+        while True:
+            self._pulse_wanted = trio.Event()
+            try:
+                stream = await trio.open_tcp_stream(self.config.host, self.config.port)
+                await stream.send_all(
+                    envelope.pack(Pulse(limits.PROTOCOL_VERSION, self.peer, self.incarnation))
+                )
+                self.engine.pulse(stream.socket.detach())
+                await self._pulse_wanted.wait()
+            except (OSError, trio.BrokenResourceError) as e:
+                log.debug("pulse_failed cause=%s", e)
+            await trio.sleep(1.0)
+
+    # -- effects
+
+    def _feed(self, effects: list[member.Effect]) -> None:
+        """Carry out effects in order; effects that lead to further inputs queue theirs behind."""
+        self._effects.extend(effects)
+        if self._performing:
+            return
+        self._performing = True
+        try:
+            while self._effects:
+                effect = self._effects.popleft()
+                _PERFORM[type(effect)](self, effect)
+        finally:
+            self._performing = False
+
+    def _do_send(self, effect: member.Send) -> None:
+        if self._out is not None:
+            self._out.send_nowait(effect.message)
+
+    def _do_open_links(self, effect: member.OpenLinks) -> None:
+        assert self._links is not None
+        self._links.open(effect.version, effect.peers)
+
+    def _do_keep_links(self, effect: member.KeepLinks) -> None:
+        assert self._links is not None
+        self._links.keep(effect.peers)
+
+    def _do_set_cut(self, effect: member.SetCut) -> None:
+        assert self.engine is not None and self._machine is not None
+        self._cut_version = effect.version
+        self._cut_number += 1
+        if self.engine.cut(effect.counts):
+            self._feed(self._machine.behind(effect.version, self._counts(), trio.current_time()))
+
+    def _do_clear_cut(self, effect: member.ClearCut) -> None:
+        assert self.engine is not None
+        self._cut_number += 1
+        self.engine.uncut()
+
+    def _do_freeze(self, effect: member.Freeze) -> None:
+        assert self.engine is not None and self._machine is not None
+        ops = tuple(OpReport(*op) for op in self.engine.freeze())
+        self._feed(self._machine.frozen(effect.ballot, ops, trio.current_time()))
+
+    def _do_enter(self, effect: member.Enter) -> None:
+        assert self.engine is not None and self._machine is not None
+        epoch = effect.epoch
+        self._members[epoch.number] = epoch.peers  # before the engine: operations may end in it at once
+        for number in sorted(self._members)[:-_EPOCHS_KEPT]:
+            del self._members[number]
+        try:
+            self.engine.enter(
+                epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, effect.verdicts
+            )
+        except errors.UsageError as e:  # what the master decided can't be obeyed: we hold other facts than it thinks
+            self._finish(errors.RemoteProtocolError(f"the master's epoch {epoch.number} contradicts what is here: {e}"))
+            return
+        self.view = View(epoch.number, epoch.id, epoch.peers, effect.world_size)
+        log.info("epoch_entered number=%d world=%d peer=%s", epoch.number, len(epoch.peers), self.peer.hex()[:8])
+        self._feed(self._machine.entered(epoch.number, trio.current_time()))
+
+    def _do_joined(self, effect: member.Joined) -> None:
+        self._joined.finish()
+
+    def _do_need_counts(self, effect: member.NeedCounts) -> None:
+        assert self._machine is not None
+        self._feed(self._machine.arrive(self._counts(), trio.current_time()))
+
+    def _do_safe_point_done(self, effect: member.SafePointDone) -> None:
+        waiter, self._topology = self._topology, None
+        if waiter is not None:
+            waiter.finish(None if effect.error is None else self.mismatch_error("update_topology"))
+
+    def _do_pending(self, effect: member.PendingChanged) -> None:
+        self.pending = effect.count
+
+    def _do_mismatch(self, effect: member.MismatchNotice) -> None:
+        self._mismatch = (effect.detail, effect.peers, effect.fields)
+        log.warning("mismatch detail=%s", effect.detail)
+
+    def _do_ended(self, effect: member.Ended) -> None:
+        log.info("run_ended peer=%s kind=%s reason=%s", self.peer.hex()[:8], effect.kind, effect.reason)
+        kinds: dict[str, type[errors.PycclError]] = {
+            "rejected": errors.RejectedError,
+            "evicted": errors.EvictedError,
+        }
+        if effect.kind in kinds:
+            self._finish(kinds[effect.kind](effect.reason))
+
+    def _counts(self) -> tuple[Count, ...]:
+        assert self.engine is not None
+        return tuple(Count(*count) for count in self.engine.counts())
+
+    # -- calls
+
+    def _arrive(self, waiter: Waiter, unreachable_timeout: float) -> None:
+        machine = self._machine
+        if self.error is not None or machine is None or machine.state is not member.State.MEMBER:
+            waiter.finish(self.error or errors.UsageError("the communicator is not connected"))
+            return
+        if self._topology is not None:
+            waiter.finish(errors.UsageError("another thread is in update_topology() already"))
+            return
+        self._topology, self._unreachable_timeout = waiter, unreachable_timeout
+        self._arrived_at = trio.current_time()
+        self._feed(machine.arrive(self._counts(), trio.current_time()))
+
+    def _withdraw(self, waiter: Waiter) -> None:
+        if self._topology is waiter and self._machine is not None:
+            self._topology = None
+            self._feed(self._machine.withdraw(trio.current_time()))
+
+    def _leave(self) -> None:
+        """Tell the master, give it a moment to hear it, and end."""
+        if self._nursery is None:
+            self._scope.cancel()
+            return
+        if self._machine is not None:
+            self._feed(self._machine.leave(trio.current_time()))
+        self._nursery.start_soon(self._linger)
+
+    async def _linger(self) -> None:
+        if self._out is not None:
+            with trio.move_on_after(_LEAVE_S):
+                await self._hung_up.wait()  # the master answers Leave by closing the connection
+        self._scope.cancel()
+
+    # -- engine events and time
+
+    async def _pump(self) -> None:
+        assert self.engine is not None
+        while True:
+            await trio.lowlevel.wait_readable(self.engine.fd)
+            for event in self.engine.events():
+                handler = _EVENTS.get(event.type)
+                if handler is not None:
+                    handler(self, event)
+
+    def _on_conn_down(self, event: Event) -> None:
+        assert self._links is not None
+        self._links.conn_down(event.slot, event.count)
+
+    def _suspect(self, slot: int, cause: str, detail: str) -> None:
+        assert self._links is not None and self._machine is not None
+        peer = self._links.peer_of(slot)
+        if peer is not None:
+            log.warning("peer_suspected peer=%s cause=%s detail=%s", peer.hex()[:8], cause, detail)
+            self._feed(self._machine.suspect(peer, cause, detail, trio.current_time()))
+
+    def _on_silent(self, event: Event) -> None:
+        self._suspect(event.slot, CAUSE_SILENT, "nothing heard on any data connection")
+
+    def _on_refused(self, event: Event) -> None:
+        self._suspect(event.slot, CAUSE_PROTOCOL, "it sent what proto/wire.md forbids")
+
+    def _on_heard(self, event: Event) -> None:
+        assert self._links is not None and self._machine is not None
+        peer = self._links.peer_of(event.slot)
+        if peer is not None:
+            self._feed(self._machine.trust(peer, trio.current_time()))
+
+    def _on_settle(self, event: Event) -> None:
+        assert self._machine is not None
+        self._feed(self._machine.settle(trio.current_time()))
+
+    def _on_leave(self, event: Event) -> None:
+        self._finish(errors.OutcomeUnknownError("left the run: the outcome of an operation could not be learned"))
+
+    def _on_differs(self, event: Event) -> None:
+        assert self._links is not None and self._machine is not None
+        peer = self._links.peer_of(event.slot)
+        if peer is not None:
+            key = Key(event.space, event.tag, event.seq)
+            self._feed(self._machine.differs(key, peer, event.mine, event.theirs, trio.current_time()))
+
+    def _on_drained(self, event: Event) -> None:
+        if event.value == self._cut_number and self._machine is not None:  # not of a cut that was raised meanwhile
+            self._feed(self._machine.drained(self._cut_version, trio.current_time()))
+
+    def _on_state(self, event: Event) -> None:
+        assert self.engine is not None
+        self.engine.fetched(event.value)
+        then = self._fetches.pop(event.value, None)
+        if then is not None:
+            then(event.code)
+
+    def _on_pulse_down(self, event: Event) -> None:
+        self._pulse_wanted.set()
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(_TICK_S)
+            if self._machine is None or self.engine is None:
+                continue
+            now = trio.current_time()
+            self._feed(self._machine.tick(now))
+            self._watch_blocked(now)
+            self._watch_master(now)
+
+    def _watch_blocked(self, now: float) -> None:
+        """Tell the master when every call here waits for something another member has not done."""
+        assert self.engine is not None and self._machine is not None
+        grace = self.config.mismatch_grace
+        at_safe_point = self._topology is not None and now - self._arrived_at >= grace
+        if not at_safe_point and (self._waiting == 0 or self._topology is not None):
+            self._feed(self._machine.unblocked(now))
+            return
+        seen = self.engine.blocked()
+        if seen.quiet_s >= grace and (at_safe_point or seen.lacking):
+            lacking = tuple(Key(*key) for key in seen.lacking)
+            self._feed(self._machine.blocked(lacking, seen.below_cut, now))
+        else:
+            self._feed(self._machine.unblocked(now))
+
+    def _watch_master(self, now: float) -> None:
+        """A safe point needs the master; it does not wait for one that stays away."""
+        assert self._machine is not None
+        if self._machine.link is member.Link.UP:
+            self._down_since = now
+        elif self._topology is not None and now - self._down_since >= self._unreachable_timeout:
+            waiter = self._topology
+            self._withdraw(waiter)
+            waiter.finish(
+                errors.MasterUnavailableError(f"the master has been away for {self._unreachable_timeout:g} s")
+            )
+
+
+_PERFORM: Final[dict[type[member.Effect], Callable[[Session, Any], None]]] = {
+    member.Send: Session._do_send,
+    member.OpenLinks: Session._do_open_links,
+    member.KeepLinks: Session._do_keep_links,
+    member.SetCut: Session._do_set_cut,
+    member.ClearCut: Session._do_clear_cut,
+    member.Freeze: Session._do_freeze,
+    member.Enter: Session._do_enter,
+    member.Joined: Session._do_joined,
+    member.NeedCounts: Session._do_need_counts,
+    member.SafePointDone: Session._do_safe_point_done,
+    member.PendingChanged: Session._do_pending,
+    member.MismatchNotice: Session._do_mismatch,
+    member.Ended: Session._do_ended,
+}
+_EVENTS: Final[dict[int, Callable[[Session, Event], None]]] = {
+    EventType.CONN_DOWN: Session._on_conn_down,
+    EventType.LINK_SILENT: Session._on_silent,
+    EventType.LINK_HEARD: Session._on_heard,
+    EventType.LINK_REFUSED: Session._on_refused,
+    EventType.SETTLE: Session._on_settle,
+    EventType.LEAVE: Session._on_leave,
+    EventType.DIFFERS: Session._on_differs,
+    EventType.DRAINED: Session._on_drained,
+    EventType.STATE: Session._on_state,
+    EventType.PULSE_DOWN: Session._on_pulse_down,
+}
+__all__ = ["Session", "SessionConfig", "View", "Waiter"]

@@ -1,0 +1,377 @@
+"""Owners of the C handles: Engine and Op. They pin the arrays that C may touch and translate statuses.
+
+Nobody gets an array back while C can still write into it: an Op keeps its buffers until the operation has ended, and
+``Op.wait`` called through ``finish`` never returns before that.  Calls release the GIL (cffi does so around each).
+Threads: every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pyccl._native._pyccl import ffi, lib
+from pyccl._native.status import CANCELLED, OK, PENDING, check
+
+NS: Final = 1_000_000_000
+TIMEOUT_S_MAX: Final = 10 * 365 * 86_400.0
+CHUNK_BYTES: Final = 1 << 20  # of shared state
+WORLD_MAX: Final[int] = lib.PYCCL_WORLD_MAX
+FETCH_BYTES_MAX: Final[int] = lib.PYCCL_PIECE_MAX
+_EVENTS_AT_ONCE: Final = 64
+_SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
+
+
+class Kind:
+    ALL_REDUCE: Final[int] = lib.PYCCL_ALL_REDUCE
+    BROADCAST: Final[int] = lib.PYCCL_BROADCAST
+    BARRIER: Final[int] = lib.PYCCL_BARRIER
+    ALL_GATHER: Final[int] = lib.PYCCL_ALL_GATHER
+
+
+class EventType:
+    CONN_DOWN: Final[int] = lib.PYCCL_EVENT_CONN_DOWN
+    LINK_SILENT: Final[int] = lib.PYCCL_EVENT_LINK_SILENT
+    LINK_HEARD: Final[int] = lib.PYCCL_EVENT_LINK_HEARD
+    LINK_REFUSED: Final[int] = lib.PYCCL_EVENT_LINK_REFUSED
+    OP: Final[int] = lib.PYCCL_EVENT_OP
+    SETTLE: Final[int] = lib.PYCCL_EVENT_SETTLE
+    LEAVE: Final[int] = lib.PYCCL_EVENT_LEAVE
+    DIFFERS: Final[int] = lib.PYCCL_EVENT_DIFFERS
+    DRAINED: Final[int] = lib.PYCCL_EVENT_DRAINED
+    STATE: Final[int] = lib.PYCCL_EVENT_STATE
+    PULSE_DOWN: Final[int] = lib.PYCCL_EVENT_PULSE_DOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """pyccl_event of pyccl.h; `mine` and `theirs` are encoded specs, empty unless the type is DIFFERS."""
+
+    type: int
+    slot: int
+    code: int
+    count: int
+    value: int
+    space: int
+    tag: int
+    seq: int
+    mine: bytes = b""
+    theirs: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """pyccl_spec of pyccl.h."""
+
+    kind: int
+    dtype: int
+    count: int
+    op: int = 0
+    space: int = lib.PYCCL_SPACE_USER
+    tag: int = 0
+    retry: bool = True
+    root: bytes = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class OpInfo:
+    """pyccl_op_info of pyccl.h; peer: the culprit's id, empty where none is known."""
+
+    status: int
+    attempts: int
+    epoch: int
+    seq: int
+    tx_bytes: int
+    rx_bytes: int
+    seconds: float
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedView:
+    lacking: tuple[tuple[int, int, int], ...]  # (space, tag, seq) open here and not opened by some member
+    quiet_s: float
+    below_cut: bool
+
+
+def _ns(seconds: float) -> int:
+    return int(min(seconds, TIMEOUT_S_MAX) * NS)
+
+
+def _spec_bytes(spec: Any) -> bytes:
+    out = ffi.new("uint8_t[]", lib.PYCCL_SPEC_SIZE)
+    lib.pyccl_spec_encode(spec, out)
+    return bytes(ffi.buffer(out))
+
+
+class Engine:
+    """One data plane: a C thread with its links and operations. Close it with ``stop``."""
+
+    def __init__(self, self_id: bytes, peer_timeout: float, stall_timeout: float) -> None:
+        options = ffi.new("pyccl_engine_options *")
+        ffi.memmove(options.self_id, self_id, 16)
+        options.heartbeat_ns = _ns(peer_timeout / 5)
+        options.silence_ns = _ns(peer_timeout)
+        options.fsm.settle_ns = _ns(peer_timeout)
+        options.fsm.stall_ns = _ns(stall_timeout)
+        options.fsm.tell_ns = _ns(0.2)
+        slot = ffi.new("pyccl_engine **")
+        check(lib.pyccl_engine_new(options, slot), "engine")
+        self._engine = ffi.gc(slot[0], lib.pyccl_engine_free)
+        self.fd: int = lib.pyccl_engine_fd(self._engine)
+        self._published: dict[int, object] = {}
+        self._fetches: dict[int, object] = {}
+
+    def stop(self, why: int) -> None:
+        """End the thread and close all connections; open operations fail with `why`. Idempotent."""
+        lib.pyccl_engine_stop(self._engine, why)
+        self._published.clear()
+        self._fetches.clear()
+
+    def end(self, why: int) -> None:
+        """Fail open operations with `why` and leave the epoch."""
+        check(lib.pyccl_engine_end(self._engine, why), "engine_end")
+
+    def events(self) -> list[Event]:
+        """Take what has happened; clears the eventfd."""
+        out = ffi.new("pyccl_event[]", _EVENTS_AT_ONCE)
+        taken: list[Event] = []
+        while True:
+            count = lib.pyccl_engine_events(self._engine, out, _EVENTS_AT_ONCE)
+            for i in range(count):
+                e = out[i]
+                differs = e.type == EventType.DIFFERS
+                mine = _spec_bytes(ffi.addressof(e, "mine")) if differs else b""
+                theirs = _spec_bytes(ffi.addressof(e, "theirs")) if differs else b""
+                taken.append(Event(e.type, e.slot, e.code, e.count, e.value, e.space, e.tag, e.seq, mine, theirs))
+            if count < _EVENTS_AT_ONCE:
+                return taken
+
+    # -- links
+
+    def peer_add(self, peer: bytes) -> int:
+        slot = ffi.new("uint32_t *")
+        check(lib.pyccl_engine_peer_add(self._engine, peer, slot), "peer_add")
+        return int(slot[0])
+
+    def peer_remove(self, slot: int) -> None:
+        check(lib.pyccl_engine_peer_remove(self._engine, slot), "peer_remove")
+
+    def conn_add(self, slot: int, fd: int) -> None:
+        """Hand over a connected socket; the engine owns it from here, also when this raises."""
+        check(lib.pyccl_engine_conn_add(self._engine, slot, fd), "conn_add")
+
+    def pulse(self, fd: int) -> None:
+        check(lib.pyccl_engine_pulse(self._engine, fd), "pulse")
+
+    def conns(self, slot: int) -> int:
+        stats = ffi.new("pyccl_link_stats *")
+        check(lib.pyccl_engine_link_stats(self._engine, slot, stats), "link_stats")
+        return int(stats.conns)
+
+    # -- epochs
+
+    def freeze(self) -> list[tuple[int, int, int, int, int]]:
+        """Freeze every open operation; returns what is known of each: (space, tag, seq, state, hash)."""
+        cap, count = 256, ffi.new("size_t *")
+        while True:
+            out = ffi.new("pyccl_op_report[]", cap)
+            check(lib.pyccl_engine_freeze(self._engine, out, cap, count), "freeze")
+            if count[0] <= cap:
+                return [(r.space, r.tag, r.seq, r.state, r.hash) for r in out[0 : count[0]]]
+            cap = count[0]
+
+    def enter(
+        self,
+        number: int,
+        epoch_id: bytes,
+        members: Sequence[bytes],
+        rank: int,
+        restart: bool,
+        mismatch: bool,
+        verdicts: Sequence[tuple[int, int, int, int]],
+    ) -> None:
+        """Apply the verdicts and enter the epoch in one step."""
+        packed = ffi.from_buffer("uint8_t[]", b"".join(members))
+        epoch = ffi.new("pyccl_epoch *")
+        epoch.number, epoch.world, epoch.rank = number, len(members), rank
+        epoch.restart, epoch.mismatch, epoch.members = restart, mismatch, packed
+        ffi.memmove(epoch.id, epoch_id, 16)
+        given = ffi.new("pyccl_op_verdict[]", max(1, len(verdicts)))
+        for i, (space, tag, seq, verdict) in enumerate(verdicts):
+            given[i].space, given[i].tag, given[i].seq, given[i].verdict = space, tag, seq, verdict
+        check(lib.pyccl_engine_epoch(self._engine, epoch, given, len(verdicts)), "enter epoch")
+
+    def counts(self) -> list[tuple[int, int, int]]:
+        """Submits per (space, tag) since numbers restarted."""
+        cap, count = 256, ffi.new("size_t *")
+        while True:
+            out = ffi.new("pyccl_op_count[]", cap)
+            check(lib.pyccl_engine_counts(self._engine, out, cap, count), "counts")
+            if count[0] <= cap:
+                return [(c.space, c.tag, c.count) for c in out[0 : count[0]]]
+            cap = count[0]
+
+    def cut(self, counts: Sequence[tuple[int, int, int]]) -> bool:
+        """Numbers below the cut run in this epoch, later ones wait. True: counts of ours are above it."""
+        given = ffi.new("pyccl_op_count[]", max(1, len(counts)))
+        for i, (space, tag, count) in enumerate(counts):
+            given[i].space, given[i].tag, given[i].count = space, tag, count
+        behind = ffi.new("int *")
+        check(lib.pyccl_engine_cut(self._engine, given, len(counts), 0, behind), "cut")
+        return bool(behind[0])
+
+    def uncut(self) -> None:
+        check(lib.pyccl_engine_cut(self._engine, ffi.NULL, 0, 1, ffi.new("int *")), "uncut")
+
+    def blocked(self) -> BlockedView:
+        cap = 64
+        out, count = ffi.new("pyccl_op_lack[]", cap), ffi.new("size_t *")
+        waiters, quiet, below = ffi.new("uint32_t *"), ffi.new("int64_t *"), ffi.new("int *")
+        check(lib.pyccl_engine_blocked(self._engine, out, cap, count, waiters, quiet, below), "blocked")
+        lacking = tuple((k.space, k.tag, k.seq) for k in out[0 : min(cap, count[0])])
+        return BlockedView(lacking, quiet[0] / NS, bool(below[0]))
+
+    # -- operations
+
+    def submit(
+        self,
+        spec: Spec,
+        src: object | None,
+        dst: object | None,
+        timeout: float,
+    ) -> Op:
+        """Start an operation on C-contiguous buffers; they belong to the engine until the operation has ended."""
+        args = ffi.new("pyccl_op_args *")
+        s = args.spec
+        s.kind, s.dtype, s.op, s.algorithm = spec.kind, spec.dtype, spec.op, lib.PYCCL_DIRECT
+        s.retry, s.space, s.tag, s.count = spec.retry, spec.space, spec.tag, spec.count
+        ffi.memmove(s.root, spec.root, 16)
+        pins: list[Any] = []
+        if src is not None:
+            pins.append(ffi.from_buffer("uint8_t[]", src))
+            args.src = pins[-1]
+        if dst is not None:
+            pins.append(ffi.from_buffer("uint8_t[]", dst, require_writable=True))
+            args.dst, args.dst_bytes = pins[-1], len(pins[-1])
+        args.timeout_ns = max(1, _ns(timeout))
+        slot = ffi.new("pyccl_op **")
+        check(lib.pyccl_op_submit(self._engine, args, slot), "submit")
+        return Op(self, slot[0], pins)
+
+    # -- shared state
+
+    def publish(self, sync: int, buffers: Sequence[object]) -> None:
+        """Serve these buffers, one behind the other, to members that ask for `sync`, until ``unpublish``."""
+        pins = [ffi.from_buffer("uint8_t[]", b) for b in buffers]
+        regions = ffi.new("pyccl_region[]", max(1, len(pins)))
+        for i, pin in enumerate(pins):
+            regions[i].data, regions[i].size_bytes = pin, len(pin)
+        check(lib.pyccl_state_publish(self._engine, sync, regions, len(pins)), "publish")
+        self._published[sync] = pins
+
+    def unpublish(self, sync: int) -> None:
+        try:
+            check(lib.pyccl_state_unpublish(self._engine, sync), "unpublish")
+        finally:
+            self._published.pop(sync, None)
+
+    def fetch(self, slot: int, sync: int, offset: int, dst: object, fetch: int) -> None:
+        """Ask a holder for bytes; EventType.STATE with value=fetch ends it."""
+        pin = ffi.from_buffer("uint8_t[]", dst, require_writable=True)
+        self._fetches[fetch] = pin
+        try:
+            check(lib.pyccl_state_fetch(self._engine, slot, sync, offset, len(pin), pin, fetch), "fetch")
+        except BaseException:
+            self._fetches.pop(fetch, None)
+            raise
+
+    def fetched(self, fetch: int) -> None:
+        """The event of this fetch came: its buffer is the caller's again."""
+        self._fetches.pop(fetch, None)
+
+    def forget_fetches(self) -> None:
+        try:
+            check(lib.pyccl_state_forget(self._engine), "forget")
+        finally:
+            self._fetches.clear()
+
+
+class Op:
+    """One operation. Its buffers stay pinned until it has ended; ``release`` gives the handle back."""
+
+    def __init__(self, engine: Engine, handle: Any, pins: list[Any]) -> None:
+        self._engine, self._handle, self._pins = engine, handle, pins
+
+    def done(self) -> bool:
+        return self._handle is None or bool(lib.pyccl_op_done(self._handle))
+
+    def wait(self, timeout: float) -> int:
+        """Wait without the GIL, looking at Python's signals ten times a second: status, or PENDING in the end."""
+        left = _ns(timeout)
+        while True:
+            part = min(left, _SLICE_NS)
+            status = int(lib.pyccl_op_wait(self._handle, max(part, 0)))
+            left -= part
+            if status != PENDING or left <= 0:
+                return status
+
+    def cancel(self, why: int = CANCELLED) -> None:
+        """Before DONE the operation fails with `why`; after it, it is settled at once. Then ``finish``."""
+        lib.pyccl_op_cancel(self._handle, why)
+
+    def finish(self) -> OpInfo:
+        """Stay until the operation has ended, whatever is raised meanwhile; then free it and tell what it was."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                if self.wait(3600.0) != PENDING:
+                    break
+            except BaseException as e:  # noqa: BLE001  Ctrl-C: C may still write into the array, so stay
+                interrupt = e
+        info = self.info()
+        self.release()
+        if interrupt is not None:
+            raise interrupt
+        return info
+
+    def info(self) -> OpInfo:
+        out = ffi.new("pyccl_op_info *")
+        lib.pyccl_op_info_get(self._handle, out)
+        peer = bytes(ffi.buffer(out.peer))
+        return OpInfo(
+            out.status, out.attempts, out.epoch_number, out.seq, out.tx_bytes, out.rx_bytes,
+            out.elapsed_ns / NS, peer if any(peer) else b"",
+        )  # fmt: skip
+
+    def release(self) -> None:
+        handle, self._handle = self._handle, None
+        self._pins.clear()
+        if handle is not None:
+            lib.pyccl_op_free(handle)
+
+
+def chunk_digests(buffer: object) -> bytes:
+    """16 bytes of XXH3-128 for each CHUNK_BYTES of the buffer."""
+    pin = ffi.from_buffer("uint8_t[]", buffer)
+    out = ffi.new("uint8_t[]", max(1, -(-len(pin) // CHUNK_BYTES) * 16))
+    lib.pyccl_chunk_digests(pin, len(pin), CHUNK_BYTES, out)
+    return bytes(ffi.buffer(out, -(-len(pin) // CHUNK_BYTES) * 16))
+
+
+FRAME_BYTES: Final[int] = lib.PYCCL_FRAME_SIZE
+
+
+def is_heartbeat_untrusted(header: bytes) -> bool:
+    """Whether these FRAME_BYTES are a well-formed HEARTBEAT."""
+    frame = ffi.new("pyccl_frame *")
+    status: int = lib.pyccl_frame_decode_untrusted(header, frame)
+    return status == OK and frame.type == lib.PYCCL_FRAME_HEARTBEAT
+
+
+def version() -> str:
+    return str(ffi.string(lib.pyccl_version()).decode())
+
+
+__all__ = ["OK", "PENDING", "Engine", "Event", "EventType", "Kind", "Op", "OpInfo", "Spec", "chunk_digests", "version"]

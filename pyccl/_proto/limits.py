@@ -1,0 +1,46 @@
+"""Every maximum of the control plane in one place: no length, count or queue that a stranger can grow is without one.
+
+Numbers that stand in proto/wire.md are repeated here by name; the others bound what the machines remember.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1
+
+# ---- proto/wire.md 2: envelopes
+BODY_MAX_BYTES: Final = 1 << 20
+BODY_GREETING_MAX_BYTES: Final = 4096  # before Welcome: a stranger may not make us hold more
+
+# ---- proto/wire.md 4: fields
+ID_BYTES: Final = 16
+SPEC_BYTES: Final = 40
+U32_MAX: Final = (1 << 32) - 1
+U64_MAX: Final = (1 << 64) - 1
+SPACE_MAX: Final = 1
+LIBRARY_CHARS_MAX: Final = 32
+HOST_CHARS_MAX: Final = 255
+PORT_MAX: Final = 65_535
+ADDRESSES_MAX: Final = 8
+MEMBERS_MAX: Final = 256
+PLAN_BYTES_MAX: Final = 65_536
+KEYS_MAX: Final = 65_536  # counts, operations and verdicts of one message
+LACKING_MAX: Final = 1024
+REASON_CHARS_MAX: Final = 200
+DETAIL_CHARS_MAX: Final = 1000
+STATUS_CHARS_MAX: Final = 1 << 20
+PEER_TIMEOUT_MS_MAX: Final = U32_MAX
+
+# ---- what the master remembers
+GROUPS_MAX: Final = 4096
+PENDING_MAX: Final = 1024  # newcomers that wait, all groups together
+GONE_MAX: Final = 4096  # incarnations whose eviction reason is kept
+EVENTS_MAX: Final = 50
+
+# ---- times, seconds
+GREETING_S: Final = 10.0  # from a connection to its Hello
+PAUSE_S: Final = 1.0  # a longer gap between ticks means that we ourselves were stopped
+HEARTBEATS_PER_TIMEOUT: Final = 5
+STUCK_S: Final = 60.0  # heard (its C threads live) but no answer to a flush, or to a proposal as a newcomer
+TOTAL_LOSS_S: Final = 30.0  # no member heard or connected while a newcomer waits: the group starts anew

@@ -1,0 +1,1054 @@
+"""MasterMachine: keeps the member lists of one run, opens their epochs, settles what a lost peer left open.
+
+It knows nothing of sockets, threads, clocks or tensors: inputs carry `now` in seconds, effects come back. It never
+sees data, and between safe points nobody needs it. Spec: proto/wire.md 4; the rules behind it: design.md 5 and 6.
+
+One record per incarnation holds everything that incarnation has said (`_Peer`): arrivals, answers, reports and
+complaints are counted from these records and kept nowhere else. Every input changes a record and then calls
+``_advance``, which derives from the records what follows: a founding, a ballot, a verdict, a proposal, a commit.
+
+    an epoch ends in one of two ways, and only ``_commit_epoch`` ends it
+    safe point   all members Arrive -> EpochPropose(v) -> Ready(v) from all -> commit "join"
+                 Behind, a dropped newcomer: the same with v+1.  Withdraw: Cancelled(v).
+    ballot       a loss, a settle, a mismatch -> Flush(n) -> Report(n) from all survivors -> commit with verdicts
+                 another loss, or a suspect that is heard again: the same with n+1.  A ballot drops a proposal.
+
+Invariants: numbers rise, and one (group, number) has one id and one member list; an epoch's members are all in its
+predecessor (or newcomers that said Ready); an evicted incarnation is in no later epoch; no ballot ends but in an epoch.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from pyccl._proto import ballot as ballots
+from pyccl._proto import limits
+from pyccl._proto.epoch import NO_ID, Address, Epoch, Member, make_epoch
+from pyccl._proto.messages import (
+    KIND_FOUND,
+    KIND_JOIN,
+    KIND_LOSS,
+    KIND_MISMATCH,
+    KIND_SETTLE,
+    Arrive,
+    Behind,
+    Blocked,
+    Cancelled,
+    Count,
+    Differs,
+    Entered,
+    EpochCommit,
+    EpochPropose,
+    Evicted,
+    Flush,
+    Heartbeat,
+    Hello,
+    Leave,
+    Message,
+    OpVerdict,
+    Pending,
+    Ready,
+    Rejected,
+    Report,
+    Settle,
+    Status,
+    StatusAsk,
+    Suspect,
+    Trust,
+    Unblocked,
+    Unreachable,
+    Welcome,
+    Withdraw,
+    clip,
+)
+from pyccl._proto.mismatch import blocked_detail, differs_detail, make_detail, short
+from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
+from pyccl.errors import RemoteProtocolError
+
+# ---- effects --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One thing for the shell to do, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send(Effect):
+    """Queue the message on the connection. A connection that can't take it is closed and ``disconnected``."""
+
+    conn: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Close(Effect):
+    """Flush what was sent, then close. The machine has already forgotten the connection."""
+
+    conn: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Log(Effect):
+    """A decision and its reason; peers are named by the first digits of their ids."""
+
+    event: str
+    fields: dict[str, Any]
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+class Standing(enum.Enum):
+    PENDING = "a newcomer that waits for a safe point"
+    MEMBER = "in the current epoch of its group"
+
+
+_BOTH: Final = frozenset(Standing)
+_MEMBER: Final = frozenset({Standing.MEMBER})
+
+# Who may send what once greeted; a missing row is a protocol error.
+LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
+    Heartbeat: _BOTH,
+    Leave: _BOTH,
+    Ready: _BOTH,
+    Unreachable: _BOTH,
+    Arrive: _MEMBER,
+    Withdraw: _MEMBER,
+    Behind: _MEMBER,
+    Suspect: _MEMBER,
+    Trust: _MEMBER,
+    Report: _MEMBER,
+    Settle: _MEMBER,
+    Blocked: _MEMBER,
+    Unblocked: _MEMBER,
+    Differs: _MEMBER,
+    Entered: _MEMBER,
+}
+
+PeerKey = tuple[bytes, bytes]  # peer id, incarnation
+
+
+@dataclass(slots=True)
+class _Said:
+    """What a peer has said in the current epoch; replaced whole when the epoch changes."""
+
+    arrived: dict[tuple[int, int], int] | None = None  # (space, tag) -> submitted
+    arrived_at: float = 0.0
+    ready: int = 0  # version of the proposal it is ready for
+    report: Report | None = None
+    blocked: Blocked | None = None
+    entered: bool = False
+
+
+@dataclass(slots=True)
+class _Peer:
+    """The one record of an incarnation."""
+
+    peer: bytes
+    incarnation: bytes
+    group: int
+    addresses: tuple[Address, ...]
+    library: str
+    order: int  # of arrival: newcomers are served in it
+    heard_at: float
+    conn: int | None = None
+    standing: Standing = Standing.PENDING
+    said: _Said = field(default_factory=_Said)
+    complaints: dict[bytes, Complaint] = field(default_factory=dict)
+    lost: str = ""  # why it is left out of the ballot; "": it is not
+    lost_at: float = 0.0
+    lost_for_good: bool = False  # it left, or does not answer: being heard does not take it back
+    told_pending: int = -1  # -1: nothing yet on this connection
+
+    @property
+    def key(self) -> PeerKey:
+        return self.peer, self.incarnation
+
+    @property
+    def member(self) -> Member:
+        return Member(self.peer, self.incarnation, self.addresses)
+
+
+@dataclass(slots=True)
+class _Proposal:
+    version: int
+    epoch: Epoch
+    cut: tuple[Count, ...]
+    newcomers: tuple[PeerKey, ...]
+    since: float
+    stale: bool = False  # a count above the cut, or a newcomer gone: to be made again
+
+
+@dataclass(slots=True)
+class _Ballot:
+    number: int
+    kind: str
+    detail: str
+    members: tuple[PeerKey, ...]
+    since: float
+
+
+@dataclass(slots=True)
+class _Group:
+    group: int
+    commit: EpochCommit | None = None  # of the current epoch, repeated to those who missed it
+    last_number: int = 0  # outlives an epoch that lost all its members
+    last_id: bytes = NO_ID
+    version: int = 0  # of the newest proposal
+    ballot_number: int = 0  # of the newest ballot
+    proposal: _Proposal | None = None
+    ballot: _Ballot | None = None
+
+    @property
+    def epoch(self) -> Epoch | None:
+        return self.commit.epoch if self.commit is not None else None
+
+
+@dataclass(slots=True)
+class _Conn:
+    since: float
+    peer: _Peer | None = None  # None until its Hello
+
+
+class MasterMachine:
+    """Inputs: connected, receive, disconnected, heard, tick. Each takes `now` and returns effects; none raises."""
+
+    def __init__(self, run: bytes, term: int, peer_timeout: float, library: str = "") -> None:
+        self.run: Final = run
+        self.term: Final = term
+        self.peer_timeout: Final = peer_timeout
+        self.library: Final = library
+        self._groups: dict[int, _Group] = {}
+        self._peers: dict[PeerKey, _Peer] = {}
+        self._conns: dict[int, _Conn] = {}
+        self._gone: OrderedDict[PeerKey, str] = OrderedDict()
+        self._events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=limits.EVENTS_MAX)
+        self._arrivals = 0
+        self._now = 0.0
+        self._ticked_at: float | None = None
+        self._out: list[Effect] = []
+
+    # ---- inputs
+
+    def connected(self, conn: int, now: float) -> list[Effect]:
+        assert conn not in self._conns, conn
+        self._now = now
+        self._conns[conn] = _Conn(now)
+        return self._taken()
+
+    def receive(self, conn: int, message: Message, now: float) -> list[Effect]:
+        self._now = now
+        entry = self._conns.get(conn)
+        if entry is None:
+            return []  # we closed it: what was still on its way has no effect
+        try:
+            if entry.peer is None:
+                self._greet(conn, message)
+            else:
+                self._hear(entry.peer, message)
+        except RemoteProtocolError as exc:
+            self._refuse(conn, str(exc))
+        return self._taken()
+
+    def disconnected(self, conn: int, now: float) -> list[Effect]:
+        self._now = now
+        self._detach(conn)
+        return self._taken()
+
+    def heard(self, peer: bytes, incarnation: bytes, now: float) -> list[Effect]:
+        """Its pulse beats: the C threads of that process live, whatever its Python does."""
+        self._now = now
+        record = self._peers.get((peer, incarnation))
+        if record is not None:
+            record.heard_at = now
+            if record.lost:
+                self._advance(self._groups[record.group])
+        return self._taken()
+
+    def knows(self, peer: bytes, incarnation: bytes) -> bool:
+        """Whether a pulse connection of that incarnation is worth keeping."""
+        return (peer, incarnation) in self._peers
+
+    def tick(self, now: float) -> list[Effect]:
+        """About every 0.1 s: all timers."""
+        self._now = now
+        if self._ticked_at is not None and now - self._ticked_at > limits.PAUSE_S:
+            self._restart_timers(now - self._ticked_at)
+        self._ticked_at = now
+        for conn, entry in sorted(self._conns.items()):
+            if entry.peer is None and now - entry.since >= limits.GREETING_S:
+                self._refuse(conn, f"no Hello within {limits.GREETING_S:.0f} s")
+        for group in sorted(self._groups.values(), key=lambda g: g.group):
+            self._drop_silent_newcomers(group)
+            self._evict_silent_members(group)
+        return self._taken()
+
+    # ---- a new connection
+
+    def _greet(self, conn: int, message: Message) -> None:
+        if isinstance(message, StatusAsk):
+            self._send(conn, Status(_status_json(self.status())))
+            self._close(conn, "status told")
+        elif isinstance(message, Hello):
+            self._on_hello(conn, message)
+        else:
+            raise RemoteProtocolError(f"{type(message).__name__} before Hello")
+
+    def _on_hello(self, conn: int, hello: Hello) -> None:
+        key = (hello.peer, hello.incarnation)
+        record = self._peers.get(key)
+        reason = self._reason_to_reject(hello, record)
+        if reason:
+            self._log("peer_rejected", peer=short(hello.peer), group=hello.group, reason=reason)
+            self._send(conn, Rejected(clip(reason)))
+            self._close(conn, reason)
+        elif record is None and (hello.resume is not None or key in self._gone):
+            self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
+        elif record is None:
+            self._on_newcomer(conn, hello)
+        elif record.lost_for_good:
+            self._send_evicted(conn, record.lost)
+        else:
+            self._on_return(conn, hello, record)
+
+    def _reason_to_reject(self, hello: Hello, record: _Peer | None) -> str:
+        """Why this Hello can't be served; "": it can."""
+        if hello.version != limits.PROTOCOL_VERSION:
+            return f"the peer speaks protocol {hello.version}, this master {limits.PROTOCOL_VERSION}"
+        if hello.resume is not None and hello.resume.run != self.run:
+            return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}"
+        if record is not None and record.group != hello.group:
+            return f"this incarnation belongs to group {record.group}"
+        if record is not None and record.conn is not None and hello.resume is None:
+            return "this incarnation is connected already"
+        if record is not None and record.standing is Standing.PENDING:
+            return "this incarnation was not admitted yet, there is nothing to resume"
+        if record is None and hello.group not in self._groups and len(self._groups) >= limits.GROUPS_MAX:
+            return f"this master keeps at most {limits.GROUPS_MAX} groups"
+        waiting = sum(peer.standing is Standing.PENDING for peer in self._peers.values())
+        if record is None and hello.resume is None and waiting >= limits.PENDING_MAX:
+            return f"{waiting} newcomers wait already"
+        return ""
+
+    def _on_newcomer(self, conn: int, hello: Hello) -> None:
+        group = self._groups.setdefault(hello.group, _Group(hello.group))
+        for other in self._pending(group):
+            if other.peer == hello.peer:
+                self._drop_newcomer(other, "a newer incarnation of this peer has come")
+        self._arrivals += 1
+        record = _Peer(
+            *(hello.peer, hello.incarnation, hello.group, hello.addresses, hello.library),
+            order=self._arrivals,
+            heard_at=self._now,
+        )
+        self._peers[record.key] = record
+        self._attach(conn, record, resumed=False)
+        self._log("peer_pending", peer=short(record.peer), group=record.group, library=record.library)
+        self._advance(group)
+
+    def _on_return(self, conn: int, hello: Hello, record: _Peer) -> None:
+        """A living member's control connection came back. Tell it what it may have missed; it tells us the same."""
+        group = self._groups[record.group]
+        epoch = group.epoch
+        assert epoch is not None and group.commit is not None, record  # only members are kept without a connection
+        resume = hello.resume
+        if resume is not None and (resume.number, resume.id) not in _stands(epoch):
+            reason = f"it comes from epoch {resume.number}, which does not lead to {epoch.number}"
+            self._send_evicted(conn, reason)
+            self._lose(record, reason, for_good=True)
+            self._advance(group)
+            return
+        if record.conn is not None:
+            self._close(record.conn, "the same incarnation has come on a newer connection")
+        record.heard_at = self._now
+        record.addresses = hello.addresses
+        self._attach(conn, record, resumed=True)
+        self._log("peer_resumed", peer=short(record.peer), group=group.group, epoch=epoch.number)
+        if resume is None or resume.number != epoch.number:
+            self._tell(record, group.commit)
+        if group.ballot is not None and record.key in group.ballot.members:
+            self._tell(record, self._flush(group, group.ballot))
+        elif group.proposal is not None:
+            self._tell(record, _propose_message(group.proposal))
+        elif group.version:
+            self._tell(record, Cancelled(group.version))
+        if resume is not None and resume.frozen and resume.number == epoch.number and group.ballot is None:
+            self._open_ballot(group, KIND_SETTLE, "")  # a ballot that was cut off stays owed
+        self._advance(group)
+
+    def _attach(self, conn: int, record: _Peer, *, resumed: bool) -> None:
+        self._conns[conn].peer = record
+        record.conn = conn
+        record.told_pending = -1
+        timeout_ms = max(1, round(self.peer_timeout * 1000))
+        self._tell(record, Welcome(limits.PROTOCOL_VERSION, self.library, self.run, self.term, timeout_ms, resumed))
+
+    def _detach(self, conn: int) -> None:
+        """The connection is gone. A member stays one; a newcomer has nothing to come back to."""
+        entry = self._conns.pop(conn, None)
+        if entry is None or entry.peer is None:
+            return
+        record, group = entry.peer, self._groups[entry.peer.group]
+        record.conn = None
+        if record.standing is Standing.PENDING:
+            self._forget_newcomer(record, "its control connection ended")
+        else:
+            record.said.blocked = None  # told again when it comes back
+            record.complaints.clear()
+        self._advance(group)
+
+    # ---- messages of a greeted peer
+
+    def _hear(self, record: _Peer, message: Message) -> None:
+        if record.standing not in LEGAL.get(type(message), frozenset()):
+            raise RemoteProtocolError(f"{type(message).__name__} from a peer that is {record.standing.name}")
+        group = self._groups[record.group]
+        handler = _HANDLERS.get(type(message))
+        if handler is not None:
+            handler(self, group, record, message)
+        record.heard_at = self._now
+        if handler is not None or record.lost:
+            self._advance(group)
+
+    def _on_leave(self, group: _Group, record: _Peer, message: Leave) -> None:
+        conn = record.conn
+        assert conn is not None
+        if record.standing is Standing.PENDING:
+            self._forget_newcomer(record, "left")
+        else:
+            self._lose(record, "left", for_good=True)
+        self._close(conn, "left")
+
+    def _on_arrive(self, group: _Group, record: _Peer, message: Arrive) -> None:
+        if self._is_current(group, message.epoch):
+            if record.said.arrived is None:
+                record.said.arrived_at = self._now
+            record.said.arrived = _highest({}, message.counts)
+
+    def _on_withdraw(self, group: _Group, record: _Peer, message: Withdraw) -> None:
+        if self._is_current(group, message.epoch):
+            record.said.arrived = None
+
+    def _on_ready(self, group: _Group, record: _Peer, message: Ready) -> None:
+        if self._answered(group, record, message.number, message.version) is not None:
+            record.said.ready = message.version
+            for peer, complaint in list(record.complaints.items()):
+                if complaint.cause == CAUSE_UNREACHABLE:
+                    del record.complaints[peer]
+
+    def _on_behind(self, group: _Group, record: _Peer, message: Behind) -> None:
+        proposal = self._answered(group, record, message.number, message.version)
+        if proposal is not None:
+            record.said.arrived = _highest(record.said.arrived or {}, message.counts)
+            proposal.stale = True
+
+    def _on_unreachable(self, group: _Group, record: _Peer, message: Unreachable) -> None:
+        """Newcomers go; between two members it is a partition, and time may mend it."""
+        proposal = self._answered(group, record, message.number, message.version)
+        if proposal is None:
+            return
+        named = set(message.peers) & set(proposal.epoch.peers) - {record.peer}
+        if not named:
+            raise RemoteProtocolError("Unreachable names nobody of the proposal")
+        newcomers = {key[0]: self._peers[key] for key in proposal.newcomers if key in self._peers}
+        old = sorted(named - newcomers.keys())
+        if record.standing is Standing.PENDING and old:
+            self._drop_newcomer(record, f"it could not reach {short(old[0])}: {message.reason}")
+        elif record.standing is Standing.PENDING:
+            last = max([record, *(newcomers[peer] for peer in named)], key=lambda r: r.order)
+            self._drop_newcomer(last, f"two newcomers could not reach each other: {message.reason}")
+        else:
+            for peer in sorted(named & newcomers.keys()):
+                self._drop_newcomer(newcomers[peer], f"{short(record.peer)} could not reach it: {message.reason}")
+            for peer in old:
+                self._complain(group, record, peer, CAUSE_UNREACHABLE, message.reason)
+
+    def _on_suspect(self, group: _Group, record: _Peer, message: Suspect) -> None:
+        if message.peer == record.peer:
+            raise RemoteProtocolError("a peer suspects itself")
+        self._complain(group, record, message.peer, message.cause, message.detail)
+
+    def _complain(self, group: _Group, record: _Peer, against: bytes, cause: str, detail: str) -> None:
+        if group.epoch is None or against not in group.epoch.peers:
+            return  # evicted meanwhile
+        known = record.complaints.get(against)
+        since = known.since if known is not None else self._now
+        record.complaints[against] = Complaint(cause, since, detail)
+        if known is None or known.cause != cause:
+            self._log("suspicion", peer=short(against), by=short(record.peer), cause=cause, detail=detail)
+
+    def _on_trust(self, group: _Group, record: _Peer, message: Trust) -> None:
+        if record.complaints.pop(message.peer, None) is not None:
+            self._log("suspicion_withdrawn", peer=short(message.peer), by=short(record.peer))
+
+    def _on_report(self, group: _Group, record: _Peer, message: Report) -> None:
+        if len({op.key for op in message.ops}) != len(message.ops):
+            raise RemoteProtocolError("two reports on one operation")
+        if message.ballot > group.ballot_number:
+            raise RemoteProtocolError(f"a report to ballot {message.ballot}, which was never opened")
+        if self._is_current(group, message.epoch):
+            record.said.report = message
+
+    def _on_settle(self, group: _Group, record: _Peer, message: Settle) -> None:
+        if self._is_current(group, message.epoch) and group.ballot is None:
+            self._open_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
+
+    def _on_blocked(self, group: _Group, record: _Peer, message: Blocked) -> None:
+        if self._is_current(group, message.epoch):
+            record.said.blocked = message
+
+    def _on_unblocked(self, group: _Group, record: _Peer, message: Unblocked) -> None:
+        if self._is_current(group, message.epoch):
+            record.said.blocked = None
+
+    def _on_differs(self, group: _Group, record: _Peer, message: Differs) -> None:
+        if not self._is_current(group, message.epoch) or group.ballot is not None:
+            return  # a ballot is open: whoever retries the operation will find the difference again
+        detail = differs_detail(record.peer, message)
+        if group.epoch is None or message.peer not in group.epoch.peers or detail is None:
+            raise RemoteProtocolError("Differs names no difference between two members")
+        self._open_ballot(group, KIND_MISMATCH, detail)
+
+    def _on_entered(self, group: _Group, record: _Peer, message: Entered) -> None:
+        if self._is_current(group, message.epoch):
+            record.said.entered = True
+
+    def _is_current(self, group: _Group, number: int) -> bool:
+        """False: of an older epoch, it crossed our commit. A newer one was never committed."""
+        assert group.epoch is not None
+        if number > group.epoch.number:
+            raise RemoteProtocolError(f"epoch {number} was never committed")
+        return number == group.epoch.number
+
+    def _answered(self, group: _Group, record: _Peer, number: int, version: int) -> _Proposal | None:
+        """The open proposal if the answer is to it; None: to an older one, no effect."""
+        if version > group.version:
+            raise RemoteProtocolError(f"proposal {version} was never made")
+        proposal = group.proposal
+        if proposal is None or proposal.version != version:
+            return None
+        if number != proposal.epoch.number:
+            raise RemoteProtocolError(f"proposal {version} is of epoch {proposal.epoch.number}, not {number}")
+        if not proposal.epoch.has(record.peer, record.incarnation):
+            raise RemoteProtocolError("an answer to somebody else's proposal")
+        return proposal
+
+    # ---- what follows from the records
+
+    def _advance(self, group: _Group) -> None:
+        """Take every step that the records now allow, in order of precedence, until none is left."""
+        while any(step(self, group) for step in _STEPS):
+            pass
+        self._tell_pending(group)
+
+    def _step_lost_at_once(self, group: _Group) -> bool:
+        lost = refused_at_once(self._seen(group))
+        for peer, reason in lost:
+            self._lose(self._member(group, peer), reason)
+        return bool(lost)
+
+    def _step_take_back(self, group: _Group) -> bool:
+        """A heartbeat before the verdict revokes a suspicion, unless somebody still can't reach it."""
+        members = self._members(group)
+        staying = [record for record in members if not record.lost]
+        back = [
+            record
+            for record in members
+            if record.lost
+            and not record.lost_for_good
+            and record.heard_at > record.lost_at
+            and not any(record.peer in other.complaints or other.peer in record.complaints for other in staying)
+        ]
+        for record in back:
+            self._log("peer_taken_back", peer=short(record.peer), group=group.group, lost=record.lost)
+            record.lost = ""
+        return bool(back)
+
+    def _step_dissolve(self, group: _Group) -> bool:
+        members = self._members(group)
+        if group.epoch is None or not all(record.lost for record in members):
+            return False
+        group.commit = group.ballot = group.proposal = None
+        self._log("group_dissolved", group=group.group, epoch=group.last_number)
+        for record in members:
+            self._evict(record)
+        return True
+
+    def _step_found(self, group: _Group) -> bool:
+        first = next(iter(self._pending(group)), None)
+        if group.epoch is not None or first is None:
+            return False
+        epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
+        self._commit_epoch(group, epoch, KIND_FOUND)
+        return True
+
+    def _step_ballot(self, group: _Group) -> bool:
+        """Open it, or open it anew, whenever those who are lost are not those it leaves out."""
+        staying = tuple(record.key for record in self._members(group) if not record.lost)
+        ballot = group.ballot
+        if ballot is None and len(staying) == len(self._members(group)):
+            return False
+        if ballot is not None and ballot.members == staying:
+            return False
+        kind, detail = (ballot.kind, ballot.detail) if ballot is not None else (KIND_LOSS, "")
+        self._open_ballot(group, KIND_LOSS if kind == KIND_SETTLE else kind, detail)
+        return True
+
+    def _step_verdict(self, group: _Group) -> bool:
+        ballot = group.ballot
+        if ballot is None or group.epoch is None:
+            return False
+        staying = [self._peers[key] for key in ballot.members]
+        reports = {r.peer: r.said.report for r in staying if _has_reported(r, ballot)}
+        if len(reports) < len(staying):
+            return False
+        verdicts = ballots.decide({peer: report.ops for peer, report in reports.items() if report is not None})
+        if len(verdicts) > limits.KEYS_MAX:
+            longest = max(staying, key=lambda r: len(r.said.report.ops) if r.said.report is not None else 0)
+            self._lose(longest, "it reports more operations than a verdict can hold", for_good=True)
+            return True
+        members = tuple(record.member for record in staying)
+        epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, group.epoch.plan)
+        self._commit_epoch(group, epoch, ballot.kind, verdicts, ballot.detail)
+        return True
+
+    def _step_mismatch(self, group: _Group) -> bool:
+        if group.ballot is not None or group.epoch is None:
+            return False
+        detail = blocked_detail({record.peer: record.said.blocked for record in self._members(group)})
+        if detail is None:
+            return False
+        self._open_ballot(group, KIND_MISMATCH, detail)
+        return True
+
+    def _step_propose(self, group: _Group) -> bool:
+        members = self._members(group)
+        if group.ballot is not None or group.epoch is None:
+            return False
+        proposal = group.proposal
+        if not all(record.said.arrived is not None for record in members):
+            if proposal is not None:
+                self._cancel_proposal(group, proposal)
+            return False
+        if proposal is not None and not proposal.stale:
+            return False
+        return self._propose(group)
+
+    def _step_join(self, group: _Group) -> bool:
+        proposal = group.proposal
+        if proposal is None or not all(
+            self._peers[member.peer, member.incarnation].said.ready == proposal.version
+            for member in proposal.epoch.members
+        ):
+            return False
+        self._commit_epoch(group, proposal.epoch, KIND_JOIN)
+        return True
+
+    # ---- safe points
+
+    def _propose(self, group: _Group) -> bool:
+        """The next epoch: the members, and whoever waits. Made again when a count or a newcomer has changed."""
+        assert group.epoch is not None
+        members = self._members(group)
+        taken = {record.peer for record in members}
+        newcomers = [record for record in self._pending(group) if record.peer not in taken]
+        newcomers = newcomers[: limits.MEMBERS_MAX - len(members)]
+        highest: dict[tuple[int, int], int] = {}
+        for record in members:
+            for key, submitted in (record.said.arrived or {}).items():
+                highest[key] = max(submitted, highest.get(key, 0))
+        if len(highest) > limits.KEYS_MAX:
+            text = f"{len(highest)} different tags, a safe point holds {limits.KEYS_MAX}"
+            self._open_ballot(group, KIND_MISMATCH, make_detail((), ("tag",), text))
+            return True
+        everybody = [*members, *newcomers]
+        epoch = make_epoch(
+            *(group.epoch.number + 1, group.epoch.id, self.term),
+            tuple(record.member for record in everybody),
+            group.epoch.plan,
+        )
+        group.version += 1
+        cut = tuple(Count(*key, submitted) for key, submitted in sorted(highest.items()))
+        group.proposal = _Proposal(group.version, epoch, cut, tuple(r.key for r in newcomers), self._now)
+        self._log(
+            "epoch_proposed",
+            group=group.group,
+            epoch=epoch.number,
+            version=group.version,
+            newcomers=[short(record.peer) for record in newcomers],
+        )
+        for record in everybody:
+            self._tell(record, _propose_message(group.proposal))
+        return True
+
+    def _cancel_proposal(self, group: _Group, proposal: _Proposal) -> None:
+        group.proposal = None
+        self._log("proposal_cancelled", group=group.group, version=proposal.version)
+        for member in proposal.epoch.members:
+            record = self._peers.get((member.peer, member.incarnation))
+            if record is not None:
+                self._tell(record, Cancelled(proposal.version))
+
+    # ---- ballots
+
+    def _open_ballot(self, group: _Group, kind: str, detail: str) -> None:
+        group.proposal = None  # the safe point starts over in the epoch this leads to
+        group.ballot_number += 1
+        staying = tuple(record.key for record in self._members(group) if not record.lost)
+        group.ballot = _Ballot(group.ballot_number, kind, detail, staying, self._now)
+        self._log(
+            "ballot_opened",
+            group=group.group,
+            ballot=group.ballot_number,
+            kind=kind,
+            detail=detail,
+            members=[short(peer) for peer, _ in staying],
+        )
+        flush = self._flush(group, group.ballot)
+        for key in staying:
+            self._tell(self._peers[key], flush)
+
+    def _flush(self, group: _Group, ballot: _Ballot) -> Flush:
+        assert group.epoch is not None
+        number = group.epoch.number
+        return Flush(ballot.number, number, number + 1, tuple(peer for peer, _ in ballot.members))
+
+    def _lose(self, record: _Peer, reason: str, *, for_good: bool = False) -> None:
+        """Leave this member out of the ballot that ``_advance`` now opens, or opens anew."""
+        if record.lost and not (for_good and not record.lost_for_good):
+            return
+        record.lost, record.lost_at, record.lost_for_good = clip(reason), self._now, for_good
+        self._log("peer_lost", peer=short(record.peer), group=record.group, reason=reason)
+
+    # ---- epochs
+
+    def _commit_epoch(
+        self, group: _Group, epoch: Epoch, kind: str, verdicts: tuple[OpVerdict, ...] = (), detail: str = ""
+    ) -> None:
+        """The one place where an epoch becomes the current one: what a journal must hold is decided here."""
+        before = self._members(group)
+        sizes = (len(g.epoch.members) for g in self._groups.values() if g.epoch is not None and g is not group)
+        world_size = sum(sizes) + len(epoch.members)
+        group.commit = EpochCommit(epoch, kind, verdicts, detail, world_size)
+        group.last_number, group.last_id = epoch.number, epoch.id
+        group.proposal = group.ballot = None
+        self._log(
+            "epoch_committed",
+            group=group.group,
+            epoch=epoch.number,
+            id=epoch.id.hex(),
+            kind=kind,
+            detail=detail,
+            members=[short(peer) for peer in epoch.peers],
+            verdicts=len(verdicts),
+        )
+        for record in before:
+            if not epoch.has(*record.key):
+                self._evict(record)
+        for record in self._members(group):
+            record.standing, record.said, record.lost = Standing.MEMBER, _Said(), ""
+            for peer, complaint in list(record.complaints.items()):
+                if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
+                    del record.complaints[peer]
+            self._tell(record, group.commit)
+
+    def _evict(self, record: _Peer) -> None:
+        """Out of the run: whatever this incarnation says from now on is answered with the reason."""
+        del self._peers[record.key]
+        self._gone[record.key] = record.lost
+        while len(self._gone) > limits.GONE_MAX:
+            self._gone.popitem(last=False)
+        self._log("peer_evicted", peer=short(record.peer), group=record.group, reason=record.lost)
+        if record.conn is not None:
+            self._send_evicted(record.conn, record.lost)
+
+    # ---- newcomers
+
+    def _drop_newcomer(self, record: _Peer, reason: str) -> None:
+        conn = record.conn
+        self._forget_newcomer(record, reason)
+        if conn is not None:
+            self._send(conn, Rejected(clip(reason)))
+            self._close(conn, reason)
+
+    def _forget_newcomer(self, record: _Peer, reason: str) -> None:
+        """A proposal that names it is made again without it."""
+        if self._peers.pop(record.key, None) is None:
+            return
+        proposal = self._groups[record.group].proposal
+        if proposal is not None and record.key in proposal.newcomers:
+            proposal.stale = True
+        self._log("newcomer_dropped", peer=short(record.peer), group=record.group, reason=reason)
+
+    def _drop_silent_newcomers(self, group: _Group) -> None:
+        dropped = False
+        for record in self._pending(group):
+            reason = self._newcomer_is_late(group, record)
+            if reason:
+                self._drop_newcomer(record, reason)
+                dropped = True
+        if dropped:
+            self._advance(group)
+
+    def _newcomer_is_late(self, group: _Group, record: _Peer) -> str:
+        silent_s, proposal = self._now - record.heard_at, group.proposal
+        if silent_s >= self.peer_timeout:
+            return f"silent for {silent_s:.1f} s"
+        if proposal is None or record.key not in proposal.newcomers or record.said.ready == proposal.version:
+            return ""
+        waited_s = self._now - proposal.since
+        return f"not linked to the members after {waited_s:.0f} s" if waited_s >= limits.STUCK_S else ""
+
+    def _tell_pending(self, group: _Group) -> None:
+        """Everybody knows how many wait."""
+        waiting = self._pending(group)
+        for record in [*self._members(group), *waiting]:
+            if record.told_pending != len(waiting) and record.conn is not None:
+                record.told_pending = len(waiting)
+                self._tell(record, Pending(len(waiting)))
+
+    # ---- silence
+
+    def _evict_silent_members(self, group: _Group) -> None:
+        if group.epoch is None:
+            return
+        seen = self._seen(group)
+        lost = [(peer, reason, False) for peer, reason in lost_members(seen, self._now, self.peer_timeout)]
+        lost += [(peer, reason, True) for peer, reason in self._stuck(group)]
+        if not lost and self._all_are_gone(group):
+            lost = [(r.peer, "the whole group was lost and newcomers wait", True) for r in self._members(group)]
+        for peer, reason, for_good in lost:
+            self._lose(self._member(group, peer), reason, for_good=for_good)
+        if lost:
+            self._advance(group)
+
+    def _stuck(self, group: _Group) -> list[tuple[bytes, str]]:
+        """Its C threads live and its Python does not: others stay frozen no longer than STUCK_S."""
+        ballot = group.ballot
+        if ballot is None or self._now - ballot.since < limits.STUCK_S:
+            return []
+        waited_s = self._now - ballot.since
+        missing = [key for key in ballot.members if not _has_reported(self._peers[key], ballot)]
+        return [(peer, f"no answer to a flush for {waited_s:.0f} s") for peer, _ in missing]
+
+    def _all_are_gone(self, group: _Group) -> bool:
+        """Nobody is left to complain of anybody. Only newcomers care, and only after a time no uplink is down for.
+
+        Connections that are still open speak for the members (a stopped process, a cut uplink): they get longer.
+        """
+        members = self._members(group)
+        open_ = any(record.conn is not None for record in members)
+        patience_s = max(limits.STUCK_S if open_ else limits.TOTAL_LOSS_S, self.peer_timeout)
+        return bool(self._pending(group)) and all(self._now - record.heard_at >= patience_s for record in members)
+
+    def _seen(self, group: _Group) -> list[Seen]:
+        """The members not given up, as suspicion judges them."""
+        staying = [record for record in self._members(group) if not record.lost]
+        return [
+            Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, staying)) for r in staying
+        ]
+
+    def _owes(self, group: _Group, record: _Peer, staying: list[_Peer]) -> str:
+        """The answer of this member that others wait for."""
+        if group.ballot is not None:
+            return "" if _has_reported(record, group.ballot) else "its report"
+        if group.proposal is not None:
+            return "" if record.said.ready == group.proposal.version else "it to get ready"
+        others = [other for other in staying if other is not record]
+        waiting = record.said.arrived is None and others and all(other.said.arrived is not None for other in others)
+        if waiting and self._now - max(other.said.arrived_at for other in others) >= self.peer_timeout:
+            return "it at a safe point"
+        return ""
+
+    def _restart_timers(self, gap_s: float) -> None:
+        """We were stopped ourselves: what arrived meanwhile is unread, so nobody is late yet."""
+        self._log("master_paused", gap_s=round(gap_s, 3))
+        for record in self._peers.values():
+            record.heard_at = self._now
+            record.said.arrived_at = self._now
+            for peer, complaint in record.complaints.items():
+                record.complaints[peer] = replace(complaint, since=self._now)
+        for group in self._groups.values():
+            for open_ in (group.ballot, group.proposal):
+                if open_ is not None:
+                    open_.since = self._now
+        for entry in self._conns.values():
+            entry.since = self._now
+
+    # ---- records
+
+    def _members(self, group: _Group) -> list[_Peer]:
+        """In the order of the epoch: rank by rank."""
+        return [self._peers[m.peer, m.incarnation] for m in group.epoch.members] if group.epoch is not None else []
+
+    def _member(self, group: _Group, peer: bytes) -> _Peer:
+        return next(record for record in self._members(group) if record.peer == peer)
+
+    def _pending(self, group: _Group) -> list[_Peer]:
+        """In the order of their coming."""
+        waiting = (r for r in self._peers.values() if r.group == group.group and r.standing is Standing.PENDING)
+        return sorted(waiting, key=lambda record: record.order)
+
+    # ---- effects
+
+    def _taken(self) -> list[Effect]:
+        out, self._out = self._out, []
+        return out
+
+    def _send(self, conn: int, message: Message) -> None:
+        self._out.append(Send(conn, message))
+
+    def _tell(self, record: _Peer, message: Message) -> None:
+        """Nothing is queued for an absent peer: it is told when it comes back."""
+        if record.conn is not None:
+            self._send(record.conn, message)
+
+    def _send_evicted(self, conn: int, reason: str) -> None:
+        self._send(conn, Evicted(clip(reason)))
+        self._close(conn, f"evicted: {reason}")
+
+    def _close(self, conn: int, reason: str) -> None:
+        self._out.append(Close(conn, reason))
+        entry = self._conns.pop(conn, None)
+        if entry is not None and entry.peer is not None and entry.peer.conn == conn:
+            entry.peer.conn = None
+
+    def _refuse(self, conn: int, reason: str) -> None:
+        """A message that breaks the contract costs its sender the connection."""
+        entry = self._conns.get(conn)
+        peer = short(entry.peer.peer) if entry is not None and entry.peer is not None else ""
+        self._log("connection_refused", conn=conn, peer=peer, reason=reason)
+        self._out.append(Close(conn, reason))
+        self._detach(conn)
+
+    def _log(self, event: str, **fields: Any) -> None:
+        self._events.append((self._now, event, fields))
+        self._out.append(Log(event, fields))
+
+    # ---- for people
+
+    def status(self) -> dict[str, Any]:
+        """The run as it stands: what Status carries and ``pyccl status`` prints."""
+        return {
+            "run": self.run.hex(),
+            "term": self.term,
+            "library": self.library,
+            "peer_timeout_s": self.peer_timeout,
+            "groups": [self._group_status(group) for _, group in sorted(self._groups.items())],
+            "gone": {f"{short(peer)}/{short(inc)}": why for (peer, inc), why in list(self._gone.items())[-50:]},
+            "events": [
+                {"ago_s": round(self._now - at, 3), "event": event, **fields} for at, event, fields in self._events
+            ],
+        }
+
+    def _group_status(self, group: _Group) -> dict[str, Any]:
+        epoch, ballot, proposal = group.epoch, group.ballot, group.proposal
+        return {
+            "group": group.group,
+            "epoch": group.last_number,
+            "epoch_id": group.last_id.hex(),
+            "members": [self._peer_status(record) for record in self._members(group)],
+            "pending": [self._peer_status(record) for record in self._pending(group)],
+            "founded": epoch is not None,
+            "ballot": None
+            if ballot is None
+            else {
+                "number": ballot.number,
+                "kind": ballot.kind,
+                "waits_for": [short(k[0]) for k in ballot.members if not _has_reported(self._peers[k], ballot)],
+            },
+            "proposal": None
+            if proposal is None
+            else {
+                "version": proposal.version,
+                "waits_for": [
+                    short(m.peer)
+                    for m in proposal.epoch.members
+                    if self._peers[m.peer, m.incarnation].said.ready != proposal.version
+                ],
+            },
+        }
+
+    def _peer_status(self, record: _Peer) -> dict[str, Any]:
+        return {
+            "peer": record.peer.hex(),
+            "addresses": [f"{address.host}:{address.port}" for address in record.addresses],
+            "library": record.library,
+            "connected": record.conn is not None,
+            "heard_ago_s": round(self._now - record.heard_at, 3),
+            "at_safe_point": record.said.arrived is not None,
+            "blocked": record.said.blocked is not None,
+            "lost": record.lost,
+            "complaints": {short(peer): complaint.cause for peer, complaint in sorted(record.complaints.items())},
+        }
+
+
+# ---- pure helpers and tables ----------------------------------------------------------------------------------------
+
+
+def _stands(epoch: Epoch) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
+    """From where a member can go on: in the epoch, or one commit behind it."""
+    return (epoch.number, epoch.id), (epoch.number - 1, epoch.previous)
+
+
+def _has_reported(record: _Peer, ballot: _Ballot) -> bool:
+    return record.said.report is not None and record.said.report.ballot == ballot.number
+
+
+def _propose_message(proposal: _Proposal) -> EpochPropose:
+    return EpochPropose(proposal.version, proposal.epoch, proposal.cut)
+
+
+def _highest(known: Mapping[tuple[int, int], int], counts: Iterable[Count]) -> dict[tuple[int, int], int]:
+    out = dict(known)
+    for count in counts:
+        out[count.space, count.tag] = max(count.submitted, out.get((count.space, count.tag), 0))
+    return out
+
+
+def _status_json(status: dict[str, Any]) -> str:
+    """As JSON that fits an envelope: of a huge run the lists are left out, never cut in the middle."""
+    for leave_out in ((), ("events", "gone"), ("events", "gone", "groups")):
+        text = json.dumps({key: value for key, value in status.items() if key not in leave_out})
+        if len(text) < limits.BODY_MAX_BYTES - 64:  # JSON of this kind is ASCII
+            break
+    return text
+
+
+# What a message changes. Heartbeat has no row: that it came is all it says.
+_HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, _Group, _Peer, Any], None]]] = {
+    Leave: MasterMachine._on_leave,
+    Arrive: MasterMachine._on_arrive,
+    Withdraw: MasterMachine._on_withdraw,
+    Ready: MasterMachine._on_ready,
+    Behind: MasterMachine._on_behind,
+    Unreachable: MasterMachine._on_unreachable,
+    Suspect: MasterMachine._on_suspect,
+    Trust: MasterMachine._on_trust,
+    Report: MasterMachine._on_report,
+    Settle: MasterMachine._on_settle,
+    Blocked: MasterMachine._on_blocked,
+    Unblocked: MasterMachine._on_unblocked,
+    Differs: MasterMachine._on_differs,
+    Entered: MasterMachine._on_entered,
+}
+
+# What may follow, first things first. Each says whether it did something; after that all are asked again.
+_STEPS: Final[tuple[Callable[[MasterMachine, _Group], bool], ...]] = (
+    MasterMachine._step_lost_at_once,
+    MasterMachine._step_take_back,
+    MasterMachine._step_dissolve,
+    MasterMachine._step_found,
+    MasterMachine._step_ballot,
+    MasterMachine._step_verdict,
+    MasterMachine._step_mismatch,
+    MasterMachine._step_propose,
+    MasterMachine._step_join,
+)

@@ -1,0 +1,562 @@
+"""Every control message of proto/wire.md 4, as frozen values, and their one declarative schema.
+
+``to_wire`` and ``from_wire_untrusted`` both walk that schema, so a limit is written once.  Lists, ints, bytes, str,
+bool and None go in and out; msgpack is ``_io``'s business.  A message is judged whole: either a complete, correct
+object comes back or RemoteProtocolError is raised, and nothing else ever is.  What depends on state (is this epoch
+the current one?) is judged by the machines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, NamedTuple
+
+from pyccl._proto import limits
+from pyccl._proto.epoch import Address, Epoch, Member
+from pyccl.errors import RemoteProtocolError
+
+# ---- small values ---------------------------------------------------------------------------------------------------
+
+
+class Count(NamedTuple):
+    """So many operations of a tag were submitted since numbers restarted."""
+
+    space: int
+    tag: int
+    submitted: int  # not "count": a tuple has a method of that name
+
+
+class Key(NamedTuple):
+    """Names one operation."""
+
+    space: int
+    tag: int
+    seq: int
+
+
+class OpReport(NamedTuple):
+    """What a frozen member knows of one operation; state: see OpState."""
+
+    space: int
+    tag: int
+    seq: int
+    state: int
+    hash: int
+
+    @property
+    def key(self) -> Key:
+        return Key(self.space, self.tag, self.seq)
+
+
+class OpVerdict(NamedTuple):
+    """How a flush decided one operation; verdict: see Verdict. An operation without one is retried."""
+
+    space: int
+    tag: int
+    seq: int
+    verdict: int
+
+    @property
+    def key(self) -> Key:
+        return Key(self.space, self.tag, self.seq)
+
+
+class Resume(NamedTuple):
+    """Where a returning member stands."""
+
+    run: bytes
+    number: int
+    id: bytes
+    frozen: bool
+
+
+class OpState:
+    """pyccl_op_state of pyccl.h."""
+
+    RUNNING: Final = 1
+    PREPARED: Final = 2
+    COMMITTED: Final = 3
+    FAILED: Final = 4
+
+
+class Verdict:
+    """pyccl_verdict of pyccl.h."""
+
+    COMMIT: Final = 1
+    FAIL: Final = 2
+
+
+KIND_FOUND: Final = "found"
+KIND_JOIN: Final = "join"
+KIND_LOSS: Final = "loss"
+KIND_SETTLE: Final = "settle"
+KIND_MISMATCH: Final = "mismatch"
+EPOCH_KINDS: Final = (KIND_FOUND, KIND_JOIN, KIND_LOSS, KIND_SETTLE, KIND_MISMATCH)
+
+CAUSE_SILENT: Final = "silent"
+CAUSE_REFUSED: Final = "refused"
+CAUSE_PROTOCOL: Final = "protocol"
+SUSPECT_CAUSES: Final = (CAUSE_SILENT, CAUSE_REFUSED, CAUSE_PROTOCOL)
+
+
+# ---- kinds of fields: each judges a value, on its way out as on its way in -------------------------------------------
+
+
+class _Kind:
+    """``load`` turns a foreign value into ours or raises; ``dump`` turns ours into plain lists, ints, bytes, str."""
+
+    def load(self, value: object) -> Any:
+        raise NotImplementedError
+
+    def dump(self, value: Any) -> object:
+        return self.load(value)
+
+
+class _UInt(_Kind):
+    def __init__(self, high: int, low: int = 0) -> None:
+        self.low, self.high = low, high
+
+    def load(self, value: object) -> int:
+        if type(value) is not int:  # not isinstance: True is no number
+            raise RemoteProtocolError(f"an integer is needed, not {type(value).__name__}")
+        if not self.low <= value <= self.high:  # the value is not repeated: printing a huge int may itself fail
+            raise RemoteProtocolError(f"the number is outside {self.low}..{self.high}")
+        return value
+
+
+class _Bool(_Kind):
+    def load(self, value: object) -> bool:
+        if type(value) is not bool:
+            raise RemoteProtocolError(f"a bool is needed, not {type(value).__name__}")
+        return value
+
+
+class _Bytes(_Kind):
+    def __init__(self, high: int, low: int = 0) -> None:
+        self.low, self.high = low, high
+
+    def load(self, value: object) -> bytes:
+        if type(value) is not bytes:
+            raise RemoteProtocolError(f"bytes are needed, not {type(value).__name__}")
+        if not self.low <= len(value) <= self.high:
+            raise RemoteProtocolError(f"{len(value)} bytes, allowed are {self.low}..{self.high}")
+        return value
+
+
+class _Str(_Kind):
+    def __init__(self, chars_max: int, one_of: tuple[str, ...] = ()) -> None:
+        self.chars_max, self.one_of = chars_max, one_of
+
+    def load(self, value: object) -> str:
+        if type(value) is not str:
+            raise RemoteProtocolError(f"text is needed, not {type(value).__name__}")
+        if len(value) > self.chars_max:
+            raise RemoteProtocolError(f"{len(value)} characters, allowed are {self.chars_max}")
+        if self.one_of and value not in self.one_of:
+            raise RemoteProtocolError(f"the word is none of {', '.join(self.one_of)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RemoteProtocolError("the text is not UTF-8") from None
+        return value
+
+
+class _Array(_Kind):
+    def __init__(self, kind: _Kind, count_max: int) -> None:
+        self.kind, self.count_max = kind, count_max
+
+    def _judge(self, value: object) -> list[object] | tuple[object, ...]:
+        if type(value) is not list and type(value) is not tuple:
+            raise RemoteProtocolError(f"an array is needed, not {type(value).__name__}")
+        if len(value) > self.count_max:
+            raise RemoteProtocolError(f"{len(value)} entries, allowed are {self.count_max}")
+        return value
+
+    def load(self, value: object) -> tuple[Any, ...]:
+        return tuple(self.kind.load(entry) for entry in self._judge(value))
+
+    def dump(self, value: Any) -> list[object]:
+        return [self.kind.dump(entry) for entry in self._judge(value)]
+
+
+class _Record(_Kind):
+    """A fixed array that becomes an object of `cls`; `check` judges what no single field can."""
+
+    def __init__(self, cls: type[Any], *kinds: _Kind, check: Any = None) -> None:
+        self.cls, self.kinds, self.check = cls, kinds, check
+        self.names: tuple[str, ...] = getattr(cls, "_fields", ()) or tuple(f.name for f in fields(cls))
+        assert len(self.names) == len(kinds), cls
+
+    def load(self, value: object) -> Any:
+        if type(value) is not list and type(value) is not tuple:
+            raise RemoteProtocolError(f"{self.cls.__name__} is an array, not {type(value).__name__}")
+        if len(value) != len(self.kinds):
+            raise RemoteProtocolError(f"{self.cls.__name__} has {len(self.kinds)} fields, not {len(value)}")
+        loaded = self.cls(*(kind.load(entry) for kind, entry in zip(self.kinds, value, strict=True)))
+        if self.check is not None:
+            self.check(loaded)
+        return loaded
+
+    def dump(self, value: Any) -> list[object]:
+        return [kind.dump(getattr(value, name)) for kind, name in zip(self.kinds, self.names, strict=True)]
+
+
+class _Maybe(_Kind):
+    def __init__(self, kind: _Kind) -> None:
+        self.kind = kind
+
+    def load(self, value: object) -> Any:
+        return None if value is None else self.kind.load(value)
+
+    def dump(self, value: Any) -> object:
+        return None if value is None else self.kind.dump(value)
+
+
+_U32: Final = _UInt(limits.U32_MAX)
+_U64: Final = _UInt(limits.U64_MAX)
+_BOOL: Final = _Bool()
+_ID: Final = _Bytes(limits.ID_BYTES, low=limits.ID_BYTES)
+_SPEC: Final = _Bytes(limits.SPEC_BYTES, low=limits.SPEC_BYTES)
+_SPACE: Final = _UInt(limits.SPACE_MAX)
+_REASON: Final = _Str(limits.REASON_CHARS_MAX)
+_LIBRARY: Final = _Str(limits.LIBRARY_CHARS_MAX)
+_ADDRESSES: Final = _Array(
+    _Record(Address, _Str(limits.HOST_CHARS_MAX), _UInt(limits.PORT_MAX, low=1)), limits.ADDRESSES_MAX
+)
+_COUNTS: Final = _Array(_Record(Count, _SPACE, _U32, _U64), limits.KEYS_MAX)
+_KEY: Final = _Record(Key, _SPACE, _U32, _U64)
+_REPORTS: Final = _Array(_Record(OpReport, _SPACE, _U32, _U64, _UInt(4, low=1), _U64), limits.KEYS_MAX)
+_VERDICTS: Final = _Array(_Record(OpVerdict, _SPACE, _U32, _U64, _UInt(2, low=1)), limits.KEYS_MAX)
+_RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL))
+_MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
+_PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
+_EPOCH: Final = _Record(
+    Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
+)
+
+
+# ---- messages: fields in the order of wire.md, KINDS beside them ----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages. TYPE is the number on the wire, KINDS judges the fields in order."""
+
+    TYPE: ClassVar[int]
+    KINDS: ClassVar[tuple[_Kind, ...]]
+
+
+# -- peer to master
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    TYPE = 1
+    KINDS = (_U32, _LIBRARY, _U32, _ID, _ID, _ADDRESSES, _RESUME)
+    version: int
+    library: str
+    group: int
+    peer: bytes
+    incarnation: bytes
+    addresses: tuple[Address, ...] = ()
+    resume: Resume | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse(Message):
+    TYPE = 2
+    KINDS = (_U32, _ID, _ID)
+    version: int
+    peer: bytes
+    incarnation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(Message):
+    TYPE = 3
+    KINDS = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Leave(Message):
+    TYPE = 4
+    KINDS = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrive(Message):
+    TYPE = 5
+    KINDS = (_U64, _COUNTS)
+    epoch: int
+    counts: tuple[Count, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw(Message):
+    TYPE = 6
+    KINDS = (_U64,)
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Message):
+    TYPE = 7
+    KINDS = (_U64, _U32)
+    number: int  # of the proposed epoch
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Behind(Message):
+    TYPE = 8
+    KINDS = (_U64, _U32, _COUNTS)
+    number: int
+    version: int
+    counts: tuple[Count, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable(Message):
+    TYPE = 9
+    KINDS = (_U64, _U32, _PEERS, _REASON)
+    number: int
+    version: int
+    peers: tuple[bytes, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect(Message):
+    TYPE = 10
+    KINDS = (_ID, _Str(16, one_of=SUSPECT_CAUSES), _REASON)
+    peer: bytes
+    cause: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Trust(Message):
+    TYPE = 11
+    KINDS = (_ID,)
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Message):
+    TYPE = 12
+    KINDS = (_U64, _U64, _REPORTS)
+    epoch: int
+    ballot: int
+    ops: tuple[OpReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settle(Message):
+    TYPE = 13
+    KINDS = (_U64,)
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked(Message):
+    TYPE = 14
+    KINDS = (_U64, _Array(_KEY, limits.LACKING_MAX), _BOOL, _BOOL)
+    epoch: int
+    lacking: tuple[Key, ...]
+    at_safe_point: bool
+    below_cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unblocked(Message):
+    TYPE = 15
+    KINDS = (_U64,)
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Differs(Message):
+    TYPE = 16
+    KINDS = (_U64, _KEY, _ID, _SPEC, _SPEC)
+    epoch: int
+    key: Key
+    peer: bytes
+    mine: bytes
+    theirs: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entered(Message):
+    TYPE = 17
+    KINDS = (_U64,)
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusAsk(Message):
+    TYPE = 18
+    KINDS = (_U32,)
+    version: int
+
+
+# -- master to peer
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    TYPE = 32
+    KINDS = (_U32, _LIBRARY, _ID, _U64, _UInt(limits.PEER_TIMEOUT_MS_MAX, low=1), _BOOL)
+    version: int
+    library: str
+    run: bytes
+    term: int
+    peer_timeout_ms: int
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected(Message):
+    TYPE = 33
+    KINDS = (_REASON,)
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPropose(Message):
+    TYPE = 34
+    KINDS = (_U32, _EPOCH, _COUNTS)
+    version: int
+    epoch: Epoch
+    cut: tuple[Count, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EpochCommit(Message):
+    TYPE = 35
+    KINDS = (_EPOCH, _Str(8, one_of=EPOCH_KINDS), _VERDICTS, _Str(limits.DETAIL_CHARS_MAX), _U32)
+    epoch: Epoch
+    kind: str
+    verdicts: tuple[OpVerdict, ...] = ()
+    detail: str = ""
+    world_size: int = 0  # members of all groups
+
+
+@dataclass(frozen=True, slots=True)
+class Flush(Message):
+    TYPE = 36
+    KINDS = (_U64, _U64, _U64, _PEERS)
+    ballot: int
+    epoch: int
+    proposed: int
+    members: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted(Message):
+    TYPE = 37
+    KINDS = (_REASON,)
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pending(Message):
+    TYPE = 38
+    KINDS = (_U32,)
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Message):
+    TYPE = 39
+    KINDS = (_Str(limits.STATUS_CHARS_MAX),)
+    json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled(Message):
+    """Proposals up to this version are void: a member went back from the safe point. The others' cut is open again."""
+
+    TYPE = 40
+    KINDS = (_U32,)
+    version: int
+
+
+# -- peer to peer, the handshake of data connections
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHello(Message):
+    TYPE = 64
+    KINDS = (_U32, _ID, _ID, _ID, _ID, _ID)
+    version: int
+    run: bytes
+    from_peer: bytes
+    from_incarnation: bytes
+    to_peer: bytes
+    to_incarnation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerWelcome(Message):
+    TYPE = 65
+    KINDS = (_U32,)
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRefused(Message):
+    TYPE = 66
+    KINDS = (_REASON,)
+    reason: str
+
+
+MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
+    cls.TYPE: cls
+    for cls in (
+        *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
+        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk),
+        *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled),
+        *(PeerHello, PeerWelcome, PeerRefused),
+    )
+}
+_NAMES: Final[dict[type[Message], tuple[str, ...]]] = {
+    cls: tuple(field.name for field in fields(cls)) for cls in MESSAGE_TYPES.values()
+}
+
+
+def to_wire(message: Message) -> list[object]:
+    """The array [type, field, ...] of a message. ValueError: a field is outside its limits, which is a bug of ours."""
+    cls = type(message)
+    out: list[object] = [cls.TYPE]
+    for name, kind in zip(_NAMES[cls], cls.KINDS, strict=True):
+        try:
+            out.append(kind.dump(getattr(message, name)))
+        except RemoteProtocolError as exc:
+            raise ValueError(f"{cls.__name__}.{name}: {exc}") from exc
+    return out
+
+
+def from_wire_untrusted(value: object) -> Message:
+    """Judge a decoded body whole. Raises RemoteProtocolError and nothing else, whatever `value` is."""
+    if type(value) is not list and type(value) is not tuple:
+        raise RemoteProtocolError(f"a message is an array, not {type(value).__name__}")
+    if not value or type(value[0]) is not int:
+        raise RemoteProtocolError("a message starts with its type")
+    cls = MESSAGE_TYPES.get(value[0])
+    if cls is None:
+        raise RemoteProtocolError("no message has this type")
+    if len(value) - 1 != len(cls.KINDS):
+        raise RemoteProtocolError(f"{cls.__name__} has {len(cls.KINDS)} fields, not {len(value) - 1}")
+    loaded = []
+    for name, kind, entry in zip(_NAMES[cls], cls.KINDS, value[1:], strict=True):
+        try:
+            loaded.append(kind.load(entry))
+        except RemoteProtocolError as exc:
+            raise RemoteProtocolError(f"{cls.__name__}.{name}: {exc}") from None
+    return cls(*loaded)
+
+
+def clip(text: str, chars_max: int = limits.REASON_CHARS_MAX) -> str:
+    """Cut a text of ours to what its field holds, and make it encodable."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= chars_max else text[: chars_max - 3] + "..."

@@ -1,0 +1,95 @@
+"""What an operation is, as 40 bytes (proto/wire.md 3.2): decoded here only to tell people in what two of them differ.
+
+Numbers are those of native/include/pyccl.h; tests compare the two lists. Names follow the public API.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Final, NamedTuple
+
+from pyccl._proto import limits
+from pyccl.errors import RemoteProtocolError
+
+_LAYOUT: Final = struct.Struct("<8BIIQ16s")
+assert _LAYOUT.size == limits.SPEC_BYTES
+
+
+class Kind(enum.IntEnum):
+    ALL_REDUCE = 1
+    BROADCAST = 2
+    BARRIER = 3
+    ALL_GATHER = 4
+
+
+class Dtype(enum.IntEnum):
+    INT32 = 1
+    INT64 = 2
+    FLOAT32 = 3
+    FLOAT64 = 4
+    UINT8 = 5
+
+
+class ReduceOp(enum.IntEnum):
+    SUM = 1
+    AVG = 2
+    PROD = 3
+    MIN = 4
+    MAX = 5
+
+
+class Algorithm(enum.IntEnum):
+    DIRECT = 1
+
+
+class Spec(NamedTuple):
+    """Fields in the order of the wire. Numbers stay plain: a spec of a newer peer must still be printable."""
+
+    kind: int
+    dtype: int
+    op: int
+    codec: int
+    algorithm: int
+    retry: int
+    space: int
+    reserved: int
+    tag: int
+    block: int
+    length: int  # elements; "count" on the wire, which is a method of every tuple
+    root: bytes
+
+
+_ENUMS: Final[dict[str, type[enum.IntEnum]]] = {
+    "kind": Kind,
+    "dtype": Dtype,
+    "op": ReduceOp,
+    "algorithm": Algorithm,
+}
+
+
+def decode_untrusted(data: bytes) -> Spec:
+    """RemoteProtocolError unless there are 40 bytes; unknown numbers are kept as they are."""
+    if len(data) != limits.SPEC_BYTES:
+        raise RemoteProtocolError(f"a spec has {limits.SPEC_BYTES} bytes, not {len(data)}")
+    return Spec(*_LAYOUT.unpack(data))
+
+
+def field_name(field: str) -> str:
+    """The name users know: that of the header and of the API."""
+    return "count" if field == "length" else field
+
+
+def show(spec: Spec, field: str) -> str:
+    """One field of a spec for people."""
+    value = getattr(spec, field)
+    if isinstance(value, bytes):
+        return value.hex()[:8] if any(value) else "none"
+    try:
+        return _ENUMS[field](value).name.lower()
+    except (KeyError, ValueError):
+        return str(value)
+
+
+def differing_fields(mine: Spec, theirs: Spec) -> tuple[str, ...]:
+    return tuple(field for field in Spec._fields if getattr(mine, field) != getattr(theirs, field))

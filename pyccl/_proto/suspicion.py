@@ -1,0 +1,97 @@
+"""Who is to be evicted, and why: a pure function of what the master has heard and what members complain of.
+
+Nobody goes because one uplink or the master paused: silence needs a member's complaint and the master's own timer, or
+a silent member that others wait for. A pair that can't reach each other is given time to mend; then one side goes,
+never both. Rules: design.md 5 ("Eviction for silence") and 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pyccl._proto.messages import CAUSE_PROTOCOL, CAUSE_REFUSED
+from pyccl._proto.mismatch import short
+
+CAUSE_UNREACHABLE: Final = "unreachable"  # not on the wire: an old member named in Unreachable
+MEND_TIMEOUTS: Final = 2  # so many peer_timeouts a pair has to find each other again
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    cause: str
+    since: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One member, as far as this matters. `complaints` are its own, against others."""
+
+    peer: bytes
+    connected: bool
+    heard_at: float
+    complaints: Mapping[bytes, Complaint] = field(default_factory=dict)
+    owes: str = ""  # the answer of its that all the others wait for; "": none
+
+
+def refused_at_once(members: Sequence[Seen]) -> list[tuple[bytes, str]]:
+    """Control and data links both gone, and reconnecting refused: its process is dead, no timer is needed."""
+    lost = []
+    for member in members:
+        by = [m for m in members if m.connected and _cause(m, member.peer) == CAUSE_REFUSED]
+        if not member.connected and by:
+            lost.append((member.peer, f"its process is gone: {short(by[0].peer)} is refused when it connects"))
+    return lost
+
+
+def lost_members(members: Sequence[Seen], now: float, peer_timeout: float) -> list[tuple[bytes, str]]:
+    """(peer, reason) of all members to evict now. Members stand in the order of the epoch."""
+    lost = dict(refused_at_once(members))
+    for member in members:
+        silent_s = now - member.heard_at
+        if silent_s < peer_timeout or member.peer in lost:
+            continue
+        by = [m for m in members if m.connected and m.peer != member.peer and member.peer in m.complaints]
+        if by:
+            lost[member.peer] = f"silent for {silent_s:.1f} s, {short(by[0].peer)} does not hear it either"
+        elif member.owes:
+            lost[member.peer] = f"silent for {silent_s:.1f} s while the others wait for {member.owes}"
+        elif len(members) == 1 and not member.connected:
+            lost[member.peer] = f"silent for {silent_s:.1f} s and nobody else is there"
+    rest = [member for member in members if member.peer not in lost]
+    return [*lost.items(), *_partitions(rest, now, peer_timeout)]
+
+
+def _partitions(members: Sequence[Seen], now: float, peer_timeout: float) -> list[tuple[bytes, str]]:
+    """Both sides of a complaint are heard: after the time to mend, the side with the most complaints goes."""
+    edges: dict[tuple[int, int], Complaint] = {}  # ranks, the lower first -> the oldest complaint of the two
+    rank = {member.peer: index for index, member in enumerate(members)}
+    for member in members:
+        if not member.connected or now - member.heard_at >= peer_timeout:
+            continue  # a complaint of somebody whom we do not hear ourselves may be stale
+        for peer, complaint in member.complaints.items():
+            if peer in rank and peer != member.peer:
+                a, b = sorted((rank[member.peer], rank[peer]))
+                known = edges.get((a, b))
+                if known is None or _due(complaint, peer_timeout) < _due(known, peer_timeout):
+                    edges[a, b] = complaint
+    lost = []
+    while due := [edge for edge, complaint in edges.items() if _due(complaint, peer_timeout) <= now]:
+        degree = {r: sum(r in edge for edge in edges) for edge in due for r in edge}
+        worst = max(degree, key=lambda r: (degree[r], r))
+        by = sorted(r for edge in due if worst in edge for r in edge if r != worst)
+        lost.append((members[worst].peer, f"it and {short(members[by[0]].peer)} do not reach each other"))
+        edges = {edge: complaint for edge, complaint in edges.items() if worst not in edge}
+    return lost
+
+
+def _due(complaint: Complaint, peer_timeout: float) -> float:
+    timeouts = 1 if complaint.cause == CAUSE_PROTOCOL else MEND_TIMEOUTS
+    return complaint.since + timeouts * peer_timeout
+
+
+def _cause(member: Seen, against: bytes) -> str | None:
+    complaint = member.complaints.get(against)
+    return complaint.cause if complaint is not None else None

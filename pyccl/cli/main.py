@@ -1,0 +1,20 @@
+"""The ``pyccl`` command: one click group, one file per command. Parses and prints; decides nothing."""
+
+from __future__ import annotations
+
+import click
+
+from pyccl.cli.demo import demo
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pyccl-p2p", prog_name="pyccl")
+def main() -> None:
+    """Collectives for peers that come and go."""
+
+
+main.add_command(demo)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,576 @@
+"""Communicator: the blocking API. Thread-safe; waits in C without the GIL; Ctrl-C ends every wait.
+
+It checks arrays and arguments, hands them to the engine and translates what comes back. Membership is the session's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import enum
+import importlib.metadata
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from pyccl import errors
+from pyccl._io.session import Session, SessionConfig, View
+from pyccl._io.statesync import SyncInfo, sync_shared_state
+from pyccl._native import status
+from pyccl._native._pyccl import lib
+from pyccl._native.handles import WORLD_MAX, Kind, Op, OpInfo, Spec
+from pyccl._proto import limits
+from pyccl.state import SharedState
+
+OPERATION_TIMEOUT_S: Final = 1800.0
+REACH_TIMEOUT_S: Final = 30.0
+CONNECT_TIMEOUT_S: Final = 3600.0
+DEFAULT_PORT: Final = 48148
+_TAG_PENDING: Final = 0  # of the library's own tags; those of state sync: _io/statesync.py
+_SESSIONS: Final[set[Session]] = set()  # open ones, to end them at interpreter exit
+
+Array = np.ndarray[Any, Any]
+
+
+class ReduceOp(enum.StrEnum):
+    """What an all-reduce computes, element by element."""
+
+    SUM = "sum"
+    AVG = "avg"
+    PROD = "prod"
+    MIN = "min"
+    MAX = "max"
+
+
+_OPS: Final[dict[ReduceOp, int]] = {
+    ReduceOp.SUM: lib.PYCCL_SUM,
+    ReduceOp.AVG: lib.PYCCL_AVG,
+    ReduceOp.PROD: lib.PYCCL_PROD,
+    ReduceOp.MIN: lib.PYCCL_MIN,
+    ReduceOp.MAX: lib.PYCCL_MAX,
+}
+_DTYPES: Final[dict[str, int]] = {
+    "int32": lib.PYCCL_INT32,
+    "int64": lib.PYCCL_INT64,
+    "float32": lib.PYCCL_FLOAT32,
+    "float64": lib.PYCCL_FLOAT64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceInfo:
+    """How an operation went.
+
+    world_size, members (peer ids in hex, in rank order), epoch: those who contributed. attempts: epochs it ran in.
+    tx_bytes, rx_bytes: payload sent and received here for it. seconds: from the call to its end.
+    """
+
+    world_size: int
+    members: tuple[str, ...]
+    epoch: int
+    attempts: int
+    algorithm: str
+    tx_bytes: int
+    rx_bytes: int
+    seconds: float
+
+
+class Work:
+    """An operation that runs while the caller does something else. Wait for it: the arrays are in use until then."""
+
+    def __init__(self, comm: Communicator, session: Session, op: Op, what: str) -> None:
+        self._comm, self._session, self._op, self._what = comm, session, op, what
+        self._info: OpInfo | None = None
+        self._lock = threading.Lock()
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return self._info is not None or self._op.done()
+
+    def wait(self, timeout: float | None = None) -> ReduceInfo:
+        """Wait for the end of the operation and return its info, or raise its error.
+
+        Args:
+            timeout: seconds to wait; None waits until the operation's own deadline.
+        Raises:
+            DeadlineError: with `timeout`, when it passed: the operation goes on, nothing was aborted.
+            KeyboardInterrupt: Ctrl-C; the operation was given up (input restored) unless it was complete already.
+        """
+        with self._lock:
+            if self._info is None:
+                with self._session.waiting():
+                    self._wait(timeout)
+        return self._comm._conclude(self._session, self._info_or_die(), self._what)
+
+    def _wait(self, timeout: float | None) -> None:
+        try:
+            while self._op.wait(3600.0 if timeout is None else timeout) == status.PENDING:
+                if timeout is not None:
+                    raise errors.DeadlineError(f"{self._what}: not finished within {timeout:g} s; it goes on")
+        except errors.DeadlineError:
+            raise
+        except BaseException:
+            self._op.cancel()
+            self._info = self._op.finish()
+            raise
+        self._info = self._op.finish()
+
+    def _info_or_die(self) -> OpInfo:
+        assert self._info is not None
+        return self._info
+
+
+class Communicator:
+    """One peer of a run: a member of one peer group.
+
+    Args:
+        address: "host:port" of the master.
+        group: peer group, 0..2**32-1; collectives and shared state span the members of one group.
+        connections: TCP connections to each peer, 1..64, or "auto".
+    """
+
+    def __init__(self, address: str, *, group: int = 0, connections: int | str = "auto") -> None:
+        host, port = _parse_address(address)
+        _check_range("group", group, 0, limits.U32_MAX)
+        if connections != "auto":
+            _check_range("connections", connections, 1, lib.PYCCL_CONNS_MAX)
+        self._config = SessionConfig(
+            host, port, group, None if connections == "auto" else int(connections), _library()
+        )
+        self._id = secrets.token_bytes(16)
+        self._session: Session | None = None
+        self._view = View(0, bytes(16), (), 0)
+        self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        self._pid = os.getpid()
+
+    # ---- membership --------------------------------------------------------------------------------------------------
+
+    def connect(self, timeout: float = CONNECT_TIMEOUT_S, reach_timeout: float = REACH_TIMEOUT_S) -> None:
+        """Join the run: returns when this peer is a member of an epoch.
+
+        The first peer of a group is admitted at once; others when the members next call ``update_topology()``.
+        After an eviction it comes back as a newcomer: synchronise the shared state before going on.
+
+        Args:
+            timeout: seconds until admitted.
+            reach_timeout: seconds in which the master must have answered.
+        Raises:
+            MasterUnavailableError: no master answered in time.
+            RejectedError: it refused this peer, with the reason (version, unreachable from a member, ...).
+            RemoteProtocolError: what listens there is no pyccl master.
+            DeadlineError: not admitted within `timeout`.
+            UsageError: connected already.
+        """
+        with self._lock:
+            self._check_process()
+            if self._session is not None and self._session.error is None:
+                raise errors.UsageError("the communicator is connected already")
+            if self._session is not None:
+                self._drop(self._session)
+            session = Session(self._config, self._id, secrets.token_bytes(16))
+            _SESSIONS.add(session)
+            try:
+                session.start(timeout, reach_timeout)
+            except BaseException:
+                _SESSIONS.discard(session)
+                raise
+            self._session, self._view = session, session.view
+
+    def close(self) -> None:
+        """Leave the run: the others go on without this peer. Open operations fail. Idempotent, any thread."""
+        if os.getpid() != self._pid:
+            return  # a fork's copy: threads and connections are the parent's
+        session = self._session
+        if session is not None:
+            self._drop(session)
+
+    def _drop(self, session: Session) -> None:
+        session.close()
+        _SESSIONS.discard(session)
+
+    def __enter__(self) -> Self:
+        if self._session is None:
+            self.connect()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def peer_id(self) -> str:
+        """This peer's id: 32 hex characters."""
+        return self._id.hex()
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch; 0 before connect. Like all of the view, it changes only when a call returns."""
+        return self._view.epoch
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Peer ids of the group's members in bytewise order, which is rank order."""
+        return tuple(peer.hex() for peer in self._view.members)
+
+    @property
+    def group_world_size(self) -> int:
+        """Members of this peer group."""
+        return len(self._view.members)
+
+    @property
+    def world_size(self) -> int:
+        """Members of all peer groups, as the master counted them when this group's epoch began."""
+        return self._view.world_size
+
+    def are_peers_pending(self) -> bool:
+        """Whether newcomers wait for the next safe point. Collective: every member gets the same answer.
+
+        Needs no master: it combines what the master has told each member.
+        """
+        session = self._require()
+        if session.view.members == (self._id,):
+            self._view = session.view
+            return session.pending > 0
+        mine = np.array([session.pending], np.int32)
+        spec = Spec(Kind.ALL_REDUCE, _DTYPES["int32"], 1, lib.PYCCL_MAX, lib.PYCCL_SPACE_INTERNAL, _TAG_PENDING)
+        try:
+            self._run(session, spec, mine, mine, OPERATION_TIMEOUT_S, "are_peers_pending")
+        except errors.AloneError:
+            return session.pending > 0  # the others were lost meanwhile
+        return bool(mine[0] > 0)
+
+    def update_topology(self, timeout: float = OPERATION_TIMEOUT_S) -> None:
+        """The safe point: all members meet, pending peers get in, a new epoch begins. Collective.
+
+        Operations that other threads submitted before all members had arrived still run in the old epoch.
+
+        Raises:
+            MasterUnavailableError: the master stayed away for 30 s. The epoch goes on; try again later.
+            MismatchError: members were elsewhere, in operations this peer never called.
+            DeadlineError: `timeout` seconds passed; this peer has gone back from the safe point.
+        """
+        session = self._require()
+        try:
+            session.update_topology(timeout, REACH_TIMEOUT_S)
+        finally:
+            self._view = session.view
+
+    # ---- collectives -------------------------------------------------------------------------------------------------
+
+    def all_reduce(
+        self,
+        x: Any,
+        op: ReduceOp | str = ReduceOp.SUM,
+        *,
+        out: Any = None,
+        tag: int = 0,
+        quantize: str | None = None,
+        algorithm: str = "auto",
+        weight: float = 1.0,
+        retry: bool = True,
+        timeout: float = OPERATION_TIMEOUT_S,
+    ) -> ReduceInfo:
+        """Reduce ``x`` over all members of the epoch; the result is in ``out``, or in ``x`` itself without ``out``.
+
+        Every member gets the same bits: each element is folded by one member in rank order.
+
+        Args:
+            x: any shape, C-contiguous int32, int64, float32 or float64; shape and dtype equal on all members.
+                Writable when ``out`` is not given.
+            op: "sum", "avg" (floats only: one sum, one division), "prod", "min", "max". Integers wrap; min and max
+                propagate NaN and order -0 below +0; a NaN result is the canonical quiet NaN.
+            out: array of the same shape and dtype that does not overlap ``x`` in part; undefined after an error.
+            tag: 0..2**32-1, pairs operations that run at the same time: the n-th call with a tag on one member
+                belongs to the n-th on the others.
+            quantize, algorithm, weight: only None, "auto" or "direct", and 1.0 in this version.
+            retry: run it again among the survivors when a member is lost; False raises PeerLostError instead.
+            timeout: seconds from this call to the result, waiting for stragglers included.
+        Raises:
+            UsageError: arguments; nothing was sent.
+            PeerLostError: a member was lost (``retry=False``) or gave the operation up.
+            AloneError: nobody else is left.
+            DeadlineError: the time ran out here or at another member, or the operation stopped moving.
+            MismatchError: members called different things; its ``peers`` and ``fields`` say who and what.
+            EvictedError, OutcomeUnknownError: this peer is out of the run; ``connect()`` again.
+            After every one of them ``x`` holds its input.
+        """
+        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout).wait()
+
+    def all_reduce_async(
+        self,
+        x: Any,
+        op: ReduceOp | str = ReduceOp.SUM,
+        *,
+        out: Any = None,
+        tag: int = 0,
+        quantize: str | None = None,
+        algorithm: str = "auto",
+        weight: float = 1.0,
+        retry: bool = True,
+        timeout: float = OPERATION_TIMEOUT_S,
+    ) -> Work:
+        """Start an ``all_reduce`` and return a handle; ``x`` and ``out`` belong to it until ``wait()`` has ended."""
+        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout)
+
+    def broadcast(
+        self, x: Any, root: str, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
+    ) -> ReduceInfo:
+        """Copy ``x`` of the member `root` into ``x`` of every other one.
+
+        Args:
+            x: as for ``all_reduce``, shape and dtype equal on all members; written everywhere but at the root.
+            root: peer id (32 hex characters), equal on all members.
+            tag, retry, timeout: as for ``all_reduce``.
+        Raises:
+            PeerLostError: the root was lost, or a member with ``retry=False``; else as ``all_reduce``.
+        """
+        session = self._require()
+        source = _parse_peer(root)
+        at_root = source == self._id
+        array = _array("x", x, writable=not at_root)
+        spec = Spec(
+            Kind.BROADCAST, _dtype("x", array), array.size, tag=_tag(tag), retry=bool(retry), root=source
+        )
+        return self._run(session, spec, array, array if not at_root else None, timeout, "broadcast")
+
+    def barrier(self, *, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S) -> ReduceInfo:
+        """Return when every member has called it."""
+        spec = Spec(Kind.BARRIER, lib.PYCCL_UINT8, 0, tag=_tag(tag))
+        return self._run(self._require(), spec, None, None, timeout, "barrier")
+
+    def sync_shared_state(
+        self, state: SharedState, strategy: str = "enforce_popular", *, timeout: float = OPERATION_TIMEOUT_S
+    ) -> SyncInfo:
+        """Give every member the same arrays and revision. Collective.
+
+        "enforce_popular": members of the last committed sync vote (all do if there was none); the newest revision
+        wins, then the one with most holders, then the lowest root; a lone one never wins against two that agree.
+        Only chunks that differ travel, from all holders at once, each checked against its digest. The arrays are
+        replaced on all members or on none.
+
+        Args:
+            state: names, dtypes and shapes equal on all members.
+            timeout: seconds for the whole of it.
+        Raises:
+            MismatchError: names, dtypes or shapes differ; names the peers. Nothing was changed.
+            PeerLostError: every holder was lost before all had the state. Nothing was changed.
+            otherwise as ``all_reduce``, without AloneError: alone it commits what is here.
+        """
+        if not isinstance(state, SharedState):
+            raise errors.UsageError(f"a SharedState is needed, not {type(state).__name__}")
+        if strategy != "enforce_popular":
+            raise errors.UsageError(f"strategy {strategy!r} is not known; this version has 'enforce_popular'")
+        session = self._require()
+        with self._sync_lock:
+            try:
+                return sync_shared_state(session, self._gather, state, timeout)
+            finally:
+                self._view = session.view
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise errors.UsageError("a communicator does not survive fork(); make one in the child")
+
+    def _require(self) -> Session:
+        self._check_process()
+        session = self._session
+        if session is None:
+            raise errors.UsageError("the communicator is not connected")
+        if session.error is not None:
+            raise session.error
+        return session
+
+    def _reduce(
+        self,
+        x: Any,
+        op: ReduceOp | str,
+        out: Any,
+        tag: int,
+        quantize: str | None,
+        algorithm: str,
+        weight: float,
+        retry: bool,
+        timeout: float,
+    ) -> Work:
+        session = self._require()
+        array = _array("x", x, writable=out is None)
+        target = array if out is None else _array("out", out, writable=True)
+        dtype, code = _dtype("x", array), _OPS[_reduce_op(op, array)]
+        spec = Spec(Kind.ALL_REDUCE, dtype, array.size, code, tag=_tag(tag), retry=bool(retry))
+        if out is not None:
+            _check_out(array, target)
+        if quantize is not None:
+            raise errors.UsageError(f"quantize={quantize!r}: this version has no codecs")
+        if algorithm not in ("auto", "direct"):
+            raise errors.UsageError(f"algorithm={algorithm!r}: this version has 'auto' and 'direct'")
+        if weight != 1.0:
+            raise errors.UsageError(f"weight={weight!r}: this version has only 1.0")
+        return self._start(session, spec, array, target, timeout, "all_reduce")
+
+    def _start(
+        self, session: Session, spec: Spec, src: Array | None, dst: Array | None, timeout: float, what: str
+    ) -> Work:
+        if not timeout > 0:
+            raise errors.UsageError(f"timeout={timeout!r}: a positive number of seconds is needed")
+        engine = session.engine
+        assert engine is not None
+        try:
+            op = engine.submit(spec, src if spec.count else None, dst if spec.count else None, timeout)
+        except errors.UsageError:
+            if session.error is not None:  # left the run between the check and the submit
+                raise session.error from None
+            raise
+        return Work(self, session, op, what)
+
+    def _run(
+        self, session: Session, spec: Spec, src: Array | None, dst: Array | None, timeout: float, what: str
+    ) -> ReduceInfo:
+        return self._start(session, spec, src, dst, timeout, what).wait()
+
+    def _conclude(self, session: Session, info: OpInfo, what: str) -> ReduceInfo:
+        """The end of an operation for its caller: the view moves on, a failure is raised."""
+        self._view = session.view
+        if info.status == lib.PYCCL_ERR_MISMATCH:
+            raise session.mismatch_error(what)
+        if info.status in (lib.PYCCL_ERR_CLOSED, lib.PYCCL_ERR_EVICTED) and session.error is not None:
+            raise session.error
+        if info.status < 0:
+            raise status.error_of(info.status, what, info.peer.hex() or None)
+        members = session.members_of(info.epoch)
+        return ReduceInfo(
+            world_size=len(members),
+            members=tuple(peer.hex() for peer in members),
+            epoch=info.epoch,
+            attempts=info.attempts,
+            algorithm="direct",
+            tx_bytes=info.tx_bytes,
+            rx_bytes=info.rx_bytes,
+            seconds=info.seconds,
+        )
+
+    def _gather(self, tag: int, mine: bytes, deadline: float) -> tuple[tuple[bytes, ...], list[bytes]]:
+        """All-gather of a few bytes on the library's own tags; alone it is just ours."""
+        session = self._require()
+        if session.view.members == (self._id,):
+            return (self._id,), [mine]
+        size = len(mine)
+        spec = Spec(Kind.ALL_GATHER, lib.PYCCL_UINT8, size, space=lib.PYCCL_SPACE_INTERNAL, tag=tag)
+        out = np.empty(WORLD_MAX * size, np.uint8)
+        try:
+            timeout = max(deadline - time.monotonic(), 0.001)
+            info = self._run(session, spec, np.frombuffer(mine, np.uint8), out, timeout, "sync_shared_state")
+        except errors.AloneError:
+            return (self._id,), [mine]
+        members = session.members_of(info.epoch)
+        return members, [out[i * size : (i + 1) * size].tobytes() for i in range(len(members))]
+
+
+def connect(
+    address: str,
+    *,
+    group: int = 0,
+    connections: int | str = "auto",
+    timeout: float = CONNECT_TIMEOUT_S,
+    reach_timeout: float = REACH_TIMEOUT_S,
+) -> Communicator:
+    """Make a Communicator and connect it: ``with pyccl.connect("host:port") as comm: ...``."""
+    comm = Communicator(address, group=group, connections=connections)
+    comm.connect(timeout, reach_timeout)
+    return comm
+
+
+@atexit.register
+def _close_all() -> None:
+    """Interpreter exit: leave every run, end every thread, close every socket."""
+    for session in list(_SESSIONS):
+        session.close()
+
+
+os.register_at_fork(after_in_child=_SESSIONS.clear)  # the parent's; its threads do not exist in the child
+
+
+def _library() -> str:
+    return importlib.metadata.version("pyccl-p2p")[: limits.LIBRARY_CHARS_MAX]
+
+
+def _parse_address(address: str) -> tuple[str, int]:
+    """"host", "host:port" or "[v6]:port"."""
+    if not isinstance(address, str):
+        raise errors.UsageError(f"the address of the master is text like 'host:port', not {address!r}")
+    host, separator, port = address.rpartition(":")
+    if not separator or (":" in host and not host.startswith("[")):
+        host, port = address, str(DEFAULT_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit() or not 1 <= int(port) <= limits.PORT_MAX:
+        raise errors.UsageError(f"{address!r} is not HOST:PORT with a port of 1..65535")
+    return host, int(port)
+
+
+def _parse_peer(peer: str) -> bytes:
+    try:
+        parsed = bytes.fromhex(peer)
+    except (TypeError, ValueError):
+        parsed = b""
+    if len(parsed) != limits.ID_BYTES:
+        raise errors.UsageError(f"{peer!r} is no peer id: 32 hex characters are needed")
+    return parsed
+
+
+def _check_range(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= int(value) <= high:
+        raise errors.UsageError(f"{name}={value!r}: a whole number of {low}..{high} is needed")
+
+
+def _tag(tag: int) -> int:
+    _check_range("tag", tag, 0, limits.U32_MAX)
+    return int(tag)
+
+
+def _array(name: str, value: Any, *, writable: bool) -> Array:
+    """The caller's memory as a NumPy array, never a copy."""
+    if isinstance(value, np.ndarray):
+        array = value
+    else:
+        try:
+            array = np.asarray(memoryview(value))
+        except TypeError:
+            raise errors.UsageError(f"{name}: an array is needed, not {type(value).__name__}") from None
+    if not array.flags.c_contiguous:
+        raise errors.UsageError(f"{name}: the array is not C-contiguous")
+    if writable and not array.flags.writeable:
+        raise errors.UsageError(f"{name}: the array is read-only")
+    return array
+
+
+def _dtype(name: str, array: Array) -> int:
+    code = _DTYPES.get(array.dtype.name) if array.dtype.isnative else None
+    if code is None:
+        raise errors.UsageError(f"{name}: dtype {array.dtype} is not one of {', '.join(_DTYPES)}")
+    return code
+
+
+def _reduce_op(op: ReduceOp | str, array: Array) -> ReduceOp:
+    try:
+        known = ReduceOp(op)
+    except ValueError:
+        raise errors.UsageError(f"op={op!r} is not one of {', '.join(ReduceOp)}") from None
+    if known is ReduceOp.AVG and array.dtype.kind not in "f":
+        raise errors.UsageError(f"op='avg' needs floats, not {array.dtype}: sum them and divide as you need")
+    return known
+
+
+def _check_out(x: Array, out: Array) -> None:
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise errors.UsageError(f"out is {out.dtype}{list(out.shape)}, x is {x.dtype}{list(x.shape)}")
+    start, other = x.__array_interface__["data"][0], out.__array_interface__["data"][0]
+    if start != other and start < other + out.nbytes and other < start + x.nbytes:
+        raise errors.UsageError("out overlaps x in part")

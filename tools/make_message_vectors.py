@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Write proto/vectors/messages.txt: ``python tools/make_message_vectors.py [--check]``.
+
+Each line is NAME ok|refused BODY: the msgpack body of a control message (proto/wire.md 2 and 4) in hexadecimal. The
+bodies are written by hand as plain arrays, not by ``pyccl``, so that the code is not its own judge. What is refused
+is wrong in one place only. ``--check`` writes nothing and fails when the file is not what this script would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+
+PATH = Path(__file__).resolve().parents[1] / "proto" / "vectors" / "messages.txt"
+
+RUN, PEER_A, PEER_B = b"R" * 16, b"A" * 16, b"B" * 16
+INC_A, INC_B, ZERO = b"a" * 16, b"b" * 16, bytes(16)
+ADDRESSES = [["127.0.0.1", 48149], ["peer.example", 65535]]
+SPEC = bytes(40)
+U32, U64 = 2**32 - 1, 2**64 - 1
+
+Body = list[object]
+
+
+def epoch(number: int = 1, previous: bytes = ZERO, peers: str = "AB", flip: int = 0) -> Body:
+    """An epoch as it travels, its id by proto/wire.md 4."""
+    known = {"A": [PEER_A, INC_A, ADDRESSES], "B": [PEER_B, INC_B, []]}
+    members = [known[peer] for peer in peers]
+    content = previous + struct.pack("<QQI", 7, number, len(members))
+    for peer, incarnation, _ in members:
+        content += bytes(peer) + bytes(incarnation)  # type: ignore[call-overload]
+    ident = bytearray(hashlib.sha256(content + b"direct").digest()[:16])
+    ident[0] ^= flip
+    return [number, bytes(ident), previous, 7, members, b"direct"]
+
+
+GOOD: dict[str, Body] = {
+    "hello": [1, 1, "0.1.0", 0, PEER_A, INC_A, ADDRESSES, None],
+    "hello_resume": [1, 1, "0.1.0", U32, PEER_A, INC_A, [], [RUN, 3, b"E" * 16, True]],
+    "hello_other_version": [1, 99, "9", 0, PEER_A, INC_A, [], None],
+    "pulse": [2, 1, PEER_A, INC_A],
+    "heartbeat": [3],
+    "leave": [4],
+    "arrive": [5, 1, [[0, 0, 3], [1, U32, U64]]],
+    "arrive_nothing_submitted": [5, U64, []],
+    "withdraw": [6, 1],
+    "ready": [7, 2, 1],
+    "behind": [8, 2, 1, [[0, 5, 9]]],
+    "unreachable": [9, 2, 1, [PEER_B], "connection refused"],
+    "suspect_silent": [10, PEER_B, "silent", "5.0 s"],
+    "suspect_refused": [10, PEER_B, "refused", ""],
+    "suspect_protocol": [10, PEER_B, "protocol", "bad magic"],
+    "trust": [11, PEER_B],
+    "report": [12, 1, 1, [[0, 0, 0, 1, 0], [0, 0, 1, 2, U64], [1, 9, 0, 3, 1], [1, 9, 1, 4, 0]]],
+    "settle": [13, 1],
+    "blocked": [14, 1, [[0, 0, 4]], True, False],
+    "unblocked": [15, 1],
+    "differs": [16, 1, [0, 0, 4], PEER_B, SPEC, SPEC],
+    "entered": [17, 1],
+    "status_ask": [18, 1],
+    "welcome": [32, 1, "0.1.0", RUN, 7, 5000, False],
+    "rejected": [33, "protocol 2"],
+    "epoch_propose": [34, 1, epoch(2, b"E" * 16), [[0, 0, 4]]],
+    "epoch_commit_found": [35, epoch(1, peers="A"), "found", [], "", 1],
+    "epoch_commit_loss": [35, epoch(2, b"E" * 16), "loss", [[0, 0, 4, 1], [0, 0, 5, 2]], "", 2],
+    "epoch_commit_mismatch": [35, epoch(2, b"E" * 16), "mismatch", [], "x" * 1000, 2],
+    "flush": [36, 1, 1, 2, [PEER_A, PEER_B]],
+    "evicted": [37, "silent for 5.1 s"],
+    "pending": [38, 2],
+    "status": [39, "{}"],
+    "cancelled": [40, 3],
+    "peer_hello": [64, 1, RUN, PEER_A, INC_A, PEER_B, INC_B],
+    "peer_welcome": [65, 1],
+    "peer_refused": [66, "not of this run"],
+}
+
+BAD: dict[str, object] = {
+    "nil": None,
+    "number": 3,
+    "map": {0: 3},
+    "empty_array": [],
+    "unknown_type": [0],
+    "type_between_the_tables": [63],
+    "type_negative": [-1],
+    "type_true_is_not_1": [True, 1, "0.1.0", 0, PEER_A, INC_A, [], None],
+    "type_as_text": ["3"],
+    "field_missing": [6],
+    "field_additional": [3, None],
+    "hello_peer_15_bytes": [1, 1, "0.1.0", 0, PEER_A[:15], INC_A, [], None],
+    "hello_peer_as_text": [1, 1, "0.1.0", 0, "A" * 16, INC_A, [], None],
+    "hello_library_33_characters": [1, 1, "x" * 33, 0, PEER_A, INC_A, [], None],
+    "hello_version_negative": [1, -1, "0.1.0", 0, PEER_A, INC_A, [], None],
+    "hello_version_too_large": [1, U32 + 1, "0.1.0", 0, PEER_A, INC_A, [], None],
+    "hello_version_float": [1, 1.0, "0.1.0", 0, PEER_A, INC_A, [], None],
+    "hello_port_0": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 0]], None],
+    "hello_port_65536": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 65536]], None],
+    "hello_host_256_characters": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h" * 256, 1]], None],
+    "hello_9_addresses": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1]] * 9, None],
+    "hello_address_of_3": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1, 1]], None],
+    "hello_resume_frozen_as_number": [1, 1, "0.1.0", 0, PEER_A, INC_A, [], [RUN, 3, b"E" * 16, 1]],
+    "hello_resume_false": [1, 1, "0.1.0", 0, PEER_A, INC_A, [], False],
+    "arrive_space_2": [5, 1, [[2, 0, 3]]],
+    "arrive_counts_nil": [5, 1, None],
+    "arrive_number_nil": [5, None, []],
+    "unreachable_257_peers": [9, 2, 1, [PEER_B] * 257, ""],
+    "unreachable_reason_201_characters": [9, 2, 1, [PEER_B], "x" * 201],
+    "suspect_other_cause": [10, PEER_B, "ugly", ""],
+    "report_state_0": [12, 1, 1, [[0, 0, 0, 0, 0]]],
+    "report_state_5": [12, 1, 1, [[0, 0, 0, 5, 0]]],
+    "blocked_1025_keys": [14, 1, [[0, 0, n] for n in range(1025)], True, False],
+    "blocked_flag_as_number": [14, 1, [], 1, False],
+    "differs_spec_39_bytes": [16, 1, [0, 0, 4], PEER_B, SPEC[:39], SPEC],
+    "welcome_peer_timeout_0": [32, 1, "0.1.0", RUN, 7, 0, False],
+    "epoch_commit_other_kind": [35, epoch(1, peers="A"), "coup", [], "", 1],
+    "epoch_commit_verdict_3": [35, epoch(1, peers="A"), "loss", [[0, 0, 4, 3]], "", 1],
+    "epoch_commit_detail_1001_characters": [35, epoch(1, peers="A"), "loss", [], "x" * 1001, 1],
+    "epoch_commit_wrong_id": [35, epoch(1, peers="A", flip=1), "found", [], "", 1],
+    "epoch_commit_number_0": [35, epoch(0, peers="A"), "found", [], "", 1],
+    "epoch_commit_no_members": [35, epoch(1, peers=""), "found", [], "", 1],
+    "epoch_commit_members_out_of_order": [35, epoch(1, peers="BA"), "found", [], "", 1],
+    "epoch_commit_member_twice": [35, epoch(1, peers="AA"), "found", [], "", 1],
+    "flush_257_members": [36, 1, 1, 2, [PEER_A] * 257],
+}
+
+
+def lines() -> Iterator[str]:
+    for verdict, table in (("ok", GOOD), ("refused", BAD)):
+        for name, body in table.items():
+            yield f"{name} {verdict} {msgpack.packb(body, use_bin_type=True).hex()}\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file is stale")
+    args = parser.parse_args()
+    text = "".join(lines())
+    if not args.check:
+        PATH.write_text(text, encoding="utf-8")
+        return 0
+    stale = not PATH.is_file() or PATH.read_text(encoding="utf-8") != text
+    if stale:
+        print(f"{PATH} is stale: run tools/make_message_vectors.py", file=sys.stderr)
+    return int(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
