@@ -30,11 +30,11 @@ Body = list[object]
 
 def epoch(number: int = 1, previous: bytes = ZERO, peers: str = "AB", flip: int = 0) -> Body:
     """An epoch as it travels, its id by proto/wire.md 4."""
-    known = {"A": [PEER_A, INC_A, ADDRESSES], "B": [PEER_B, INC_B, []]}
+    known: dict[str, tuple[bytes, bytes, Body]] = {"A": (PEER_A, INC_A, [*ADDRESSES]), "B": (PEER_B, INC_B, [])}
     members = [known[peer] for peer in peers]
     content = previous + struct.pack("<QQI", 7, number, len(members))
     for peer, incarnation, _ in members:
-        content += bytes(peer) + bytes(incarnation)  # type: ignore[call-overload]
+        content += peer + incarnation
     ident = bytearray(hashlib.sha256(content + b"direct").digest()[:16])
     ident[0] ^= flip
     return [number, bytes(ident), previous, 7, members, b"direct"]

@@ -30,7 +30,7 @@ extern "C" {
 #define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
 #define PYCCL_EARLY_MAX 4096        /* operations one peer may open before we submit them */
 #define PYCCL_CONNS_MAX 64          /* connections of one pair */
-#define PYCCL_TAGS_MAX 1048576      /* different tags between two restarts of numbers */
+#define PYCCL_TAGS_MAX 65536        /* different tags between two restarts of numbers: a control message holds as many */
 
 /* 0 is done, positive is "not yet", negative is failed. Values are never reused; gaps keep kin together. */
 typedef enum pyccl_status {

@@ -143,6 +143,7 @@ void link_conn_close(pyccl_conn *conn) {
     PYCCL_ASSERT(conn->fd >= 0);
     pyccl_link *link = conn->link;
     (void)epoll_ctl(link->env->epoll_fd, EPOLL_CTL_DEL, conn->fd, NULL);
+    (void)shutdown(conn->fd, SHUT_RDWR); /* close alone does not end it while a forked child holds a copy */
     (void)close(conn->fd);
     conn->fd = -1;
     tx_release(conn);

@@ -123,6 +123,10 @@ class Links:
         self._changed = trio.Event()
         return record
 
+    def _is_known(self, peer: _Peer) -> bool:
+        """Whether it was not forgotten meanwhile: its slot in the engine is gone then."""
+        return self._peers.get(peer.member.peer) is peer
+
     def _forget(self, peer: bytes) -> None:
         record = self._peers.pop(peer)
         for scope in record.dialing:
@@ -175,7 +179,7 @@ class Links:
                         self._adopt(peer, stream)
                         return
                 except ConnectionRefusedError as e:
-                    if self._engine.conns(peer.slot) == 0:
+                    if self._is_known(peer) and self._engine.conns(peer.slot) == 0:
                         self._events.refused(peer.member.peer, str(e))
                 except (OSError, trio.TooSlowError, trio.BrokenResourceError, PycclError) as e:
                     log.debug("dial_failed peer=%s cause=%s", peer.member.peer.hex()[:8], e)
@@ -216,7 +220,7 @@ class Links:
         return False
 
     def _adopt(self, peer: _Peer, stream: trio.SocketStream) -> None:
-        if self._peers.get(peer.member.peer) is not peer:  # forgotten while the greeting was on its way
+        if not self._is_known(peer):
             stream.socket.close()
             return
         self._engine.conn_add(peer.slot, stream.socket.detach())

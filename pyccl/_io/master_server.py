@@ -22,6 +22,7 @@ from pyccl.errors import RemoteProtocolError
 
 _TICK_S: Final = 0.1
 _CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
+_DEAD_MS: Final = 15_000  # unacknowledged data: the host is gone
 _CONNECTIONS_MAX: Final = 4096
 _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
 
@@ -95,6 +96,7 @@ class MasterServer:
 
     async def _control(self, stream: trio.SocketStream, first: Message) -> None:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_MS)
         self._conn_last += 1
         number = self._conn_last
         send, receive = trio.open_memory_channel[bytes](2**31)

@@ -195,9 +195,9 @@ class Session:
             self._fetches[fetch] = then
         try:
             self.engine.fetch(slot, sync, offset, dst, fetch)
-        except BaseException:
+        except errors.UsageError:  # the holder was removed, or the engine stopped, since the caller looked
             self._fetches.pop(fetch, None)
-            raise
+            then(status.PEER_LOST)
 
     def _soon(self, call: Callable[[], None], waiter: Waiter | None = None) -> None:
         """Run `call` in the Trio thread; if that is over, the waiter is told so."""

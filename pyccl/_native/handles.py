@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pyccl._native._pyccl import ffi, lib
-from pyccl._native.status import CANCELLED, OK, PENDING, check
+from pyccl._native.status import ARGUMENT, CANCELLED, OK, PENDING, check
 
 NS: Final = 1_000_000_000
 TIMEOUT_S_MAX: Final = 10 * 365 * 86_400.0
@@ -166,8 +166,12 @@ class Engine:
         check(lib.pyccl_engine_pulse(self._engine, fd), "pulse")
 
     def conns(self, slot: int) -> int:
+        """Connections of the link that stand; 0 also for a slot that was removed."""
         stats = ffi.new("pyccl_link_stats *")
-        check(lib.pyccl_engine_link_stats(self._engine, slot, stats), "link_stats")
+        status = lib.pyccl_engine_link_stats(self._engine, slot, stats)
+        if status == ARGUMENT:
+            return 0
+        check(status, "link_stats")
         return int(stats.conns)
 
     # -- epochs

@@ -13,6 +13,7 @@ OK: Final[int] = lib.PYCCL_OK
 PENDING: Final[int] = lib.PYCCL_PENDING
 CLOSED: Final[int] = lib.PYCCL_ERR_CLOSED
 EVICTED: Final[int] = lib.PYCCL_ERR_EVICTED
+PEER_LOST: Final[int] = lib.PYCCL_ERR_PEER_LOST
 CANCELLED: Final[int] = lib.PYCCL_ERR_CANCELLED
 ARGUMENT: Final[int] = lib.PYCCL_ERR_ARGUMENT
 

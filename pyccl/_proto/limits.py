@@ -10,7 +10,7 @@ from typing import Final
 PROTOCOL_VERSION: Final = 1
 
 # ---- proto/wire.md 2: envelopes
-BODY_MAX_BYTES: Final = 1 << 20
+BODY_MAX_BYTES: Final = 4 << 20  # a commit with all verdicts, counts or reports that KEYS_MAX allows
 BODY_GREETING_MAX_BYTES: Final = 4096  # before Welcome: a stranger may not make us hold more
 
 # ---- proto/wire.md 4: fields
@@ -42,5 +42,6 @@ EVENTS_MAX: Final = 50
 GREETING_S: Final = 10.0  # from a connection to its Hello
 PAUSE_S: Final = 1.0  # a longer gap between ticks means that we ourselves were stopped
 HEARTBEATS_PER_TIMEOUT: Final = 5
+LONE_SAFE_POINT_S: Final = 0.1  # a lone member's safe point that changes nothing takes this long
 STUCK_S: Final = 60.0  # heard (its C threads live) but no answer to a flush, or to a proposal as a newcomer
 TOTAL_LOSS_S: Final = 30.0  # no member heard or connected while a newcomer waits: the group starts anew

@@ -288,6 +288,8 @@ class MasterMachine:
         for group in sorted(self._groups.values(), key=lambda g: g.group):
             self._drop_silent_newcomers(group)
             self._evict_silent_members(group)
+            if group.epoch is not None and len(group.epoch.members) == 1:
+                self._advance(group)  # its safe point may have awaited company for long enough
         return self._taken()
 
     # ---- a new connection
@@ -459,7 +461,9 @@ class MasterMachine:
             raise RemoteProtocolError("Unreachable names nobody of the proposal")
         newcomers = {key[0]: self._peers[key] for key in proposal.newcomers if key in self._peers}
         old = sorted(named - newcomers.keys())
-        if record.standing is Standing.PENDING and old:
+        if record.standing is Standing.PENDING and any(self._is_quiet(self._member(group, peer)) for peer in old):
+            proposal.stale = True  # the member's fault, it seems: try again until it is heard, or gone
+        elif record.standing is Standing.PENDING and old:
             self._drop_newcomer(record, f"it could not reach {short(old[0])}: {message.reason}")
         elif record.standing is Standing.PENDING:
             last = max([record, *(newcomers[peer] for peer in named)], key=lambda r: r.order)
@@ -469,6 +473,10 @@ class MasterMachine:
                 self._drop_newcomer(newcomers[peer], f"{short(record.peer)} could not reach it: {message.reason}")
             for peer in old:
                 self._complain(group, record, peer, CAUSE_UNREACHABLE, message.reason)
+
+    def _is_quiet(self, record: _Peer) -> bool:
+        """Heartbeats are missing, though not yet for long enough to call it lost."""
+        return self._now - record.heard_at > 2 * self.peer_timeout / limits.HEARTBEATS_PER_TIMEOUT
 
     def _on_suspect(self, group: _Group, record: _Peer, message: Suspect) -> None:
         if message.peer == record.peer:
@@ -493,7 +501,7 @@ class MasterMachine:
             raise RemoteProtocolError("two reports on one operation")
         if message.ballot > group.ballot_number:
             raise RemoteProtocolError(f"a report to ballot {message.ballot}, which was never opened")
-        if self._is_current(group, message.epoch):
+        if self._is_current(group, message.epoch) and message.ballot == group.ballot_number:
             record.said.report = message
 
     def _on_settle(self, group: _Group, record: _Peer, message: Settle) -> None:
@@ -639,7 +647,15 @@ class MasterMachine:
             return False
         if proposal is not None and not proposal.stale:
             return False
+        if proposal is None and self._awaits_company(group, members):
+            return False
         return self._propose(group)
+
+    def _awaits_company(self, group: _Group, members: list[_Peer]) -> bool:
+        """A lone member that loops over update_topology() until others come shall not turn over epochs meanwhile."""
+        if len(members) > 1 or any(True for _ in self._pending(group)):
+            return False
+        return self._now - members[0].said.arrived_at < limits.LONE_SAFE_POINT_S
 
     def _step_join(self, group: _Group) -> bool:
         proposal = group.proposal

@@ -45,6 +45,7 @@ from pyccl._proto.messages import (
     Leave,
     Message,
     OpReport,
+    OpState,
     OpVerdict,
     Pending,
     Ready,
@@ -364,6 +365,8 @@ class MemberMachine:
         standing = self._standing
         if self.state is not State.MEMBER or ballot != standing.ballot or ballot == 0:
             return []
+        if len(ops) > limits.KEYS_MAX:  # what is running or failed decides the same unreported
+            ops = tuple(op for op in ops if op.state in (OpState.PREPARED, OpState.COMMITTED))
         standing.report = Report(self._number, ballot, ops)
         return self._send(standing.report, now)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from pyccl._proto import master, member
 from pyccl._proto.epoch import Epoch
@@ -94,15 +96,13 @@ class Cluster:
 
     def step(self) -> None:
         """One thing that can happen now happens; if none can, time passes."""
-        choices = []
+        choices: list[tuple[Callable[[Any], None], Pipe | Node]] = []
         for pipe in self.pipes.values():
             if pipe.up:
                 choices.append((self._deliver_up, pipe))
             if pipe.down and not pipe.node.silent:
                 choices.append((self._deliver_down, pipe))
-        for node in self.nodes:
-            if node.runs and node.answers:
-                choices.append((self._answer, node))
+        choices.extend((self._answer, node) for node in self.nodes if node.runs and node.answers)
         if choices and self.rng.random() < 0.97:
             do, what = self.rng.choice(choices)
             do(what)

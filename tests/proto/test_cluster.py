@@ -7,7 +7,7 @@ import os
 import pytest
 from proto_cluster import Cluster, Node
 
-SEEDS = 400 if os.environ.get("PYCCL_TEST_LONG") else 60
+SEEDS = 400 if os.environ.get("PYCCL_TEST_LONG") else 25
 
 
 def _fault(cluster: Cluster, running: list[Node]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 from hypothesis import settings
@@ -201,7 +202,7 @@ class MasterUnderChurn(RuleBasedStateMachine):
     def open_ballot_waits_for_somebody_who_was_asked(self) -> None:
         for group in self.master.status()["groups"]:
             if group["ballot"] is not None:
-                waits = {peer for peer in group["ballot"]["waits_for"]}
+                waits = set(group["ballot"]["waits_for"])
                 assert waits, "all reports are there and no verdict"
                 records = {record["peer"][:8]: record for record in group["members"]}
                 assert all(not records[peer]["lost"] for peer in waits)
@@ -332,5 +333,7 @@ class MemberUnderChurn(RuleBasedStateMachine):
 
 TestMasterUnderChurn = MasterUnderChurn.TestCase
 TestMemberUnderChurn = MemberUnderChurn.TestCase
-TestMasterUnderChurn.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
-TestMemberUnderChurn.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+_EFFORT = settings(
+    max_examples=1000 if os.environ.get("PYCCL_TEST_LONG") else 40, stateful_step_count=50, deadline=None
+)
+TestMasterUnderChurn.settings = TestMemberUnderChurn.settings = _EFFORT

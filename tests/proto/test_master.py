@@ -337,10 +337,41 @@ def test_member_that_is_behind_raises_the_cut_and_old_answers_have_no_effect() -
 
 
 def test_safe_point_without_newcomers_still_opens_a_new_epoch() -> None:
+    world = group_of(2)
+    world.say(1, Arrive(2))
+    world.say(2, Arrive(2))
+    world.ready(1, 2)
+    assert (world.epoch().number, world.last(1, EpochCommit).kind) == (3, "join")
+
+
+def test_lone_member_at_a_safe_point_waits_a_moment_for_company_and_then_goes_on() -> None:
     world = group_of(1)
     world.say(1, Arrive(1))
+    assert world.got(1, EpochPropose) == []
+    world.pass_time(0.2, beating=(1,))
     world.ready(1)
     assert (world.epoch().number, world.last(1, EpochCommit).kind) == (2, "join")
+
+
+def test_lone_member_at_a_safe_point_takes_a_newcomer_at_once() -> None:
+    world = group_of(1)
+    world.say(1, Arrive(1))
+    world.hello(2)
+    assert len(world.last(1, EpochPropose).epoch.members) == 2
+
+
+def test_newcomer_that_misses_a_quiet_member_is_not_dropped_for_it() -> None:
+    world = group_of(2)
+    world.hello(3)
+    world.say(1, Arrive(2))
+    world.say(2, Arrive(2))
+    first = world.last(3, EpochPropose)
+    world.pass_time(TIMEOUT_S * 0.6, beating=(1, 3))
+    world.say(3, Unreachable(first.epoch.number, first.version, (peer_id(2),), "no answer"))
+    again = world.last(3, EpochPropose)
+    assert again.version > first.version
+    assert peer_id(3) in again.epoch.peers
+    assert world.got(3, Rejected) == []
 
 
 def test_unreachable_newcomer_is_dropped_with_the_reason_and_the_rest_goes_on() -> None:
@@ -469,6 +500,16 @@ def test_another_loss_during_a_ballot_restarts_it_and_old_reports_do_not_count()
     report(world, 1)
     report(world, 2)
     assert world.epoch().peers == (peer_id(1), peer_id(2))
+
+
+def test_report_to_an_older_ballot_does_not_replace_the_newer_one() -> None:
+    world = group_of(4)
+    world.say(4, Leave())
+    world.say(3, Leave())
+    report(world, 1, OpReport(0, 0, 0, OpState.COMMITTED, 7))
+    world.say(1, Report(2, 1))
+    report(world, 2)
+    assert world.last(1, EpochCommit).verdicts == (OpVerdict(0, 0, 0, Verdict.COMMIT),)
 
 
 def test_ballot_drops_a_proposal_and_newcomers_stay_pending() -> None:
@@ -652,6 +693,15 @@ def test_pair_that_mended_in_time_stays() -> None:
     world.say(1, Trust(peer_id(2)))
     world.pass_time(3 * TIMEOUT_S, beating=(1, 2, 3))
     assert not world.got(1, Flush)
+
+
+def test_complaints_of_who_lost_its_connection_are_forgotten_until_told_again() -> None:
+    world = group_of(3)
+    world.say(1, Suspect(peer_id(2), "silent"))
+    world.drop(1)
+    world.hello(1, conn=10, resume=resume_of(world))
+    world.pass_time(3 * TIMEOUT_S, beating=(10, 2, 3))
+    assert not world.got(3, Flush)
 
 
 def test_protocol_breaker_goes_after_one_timeout() -> None:

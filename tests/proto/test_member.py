@@ -110,7 +110,7 @@ def test_newcomer_greets_waits_links_and_joins() -> None:
     assert machine.receive(Pending(1), 0.0) == [mb.PendingChanged(1)]
     epoch = first_epoch()
     assert machine.receive(EpochPropose(3, epoch, (Count(0, 0, 9),)), 0.0) == [mb.OpenLinks(3, 4, (LOW, HIGH))]
-    assert machine.state is State.LINKING
+    assert machine.state == State.LINKING
     assert sent(machine.links_ready(3, 0.0)) == [Ready(4, 3)]
     assert machine.receive(EpochCommit(epoch, "join", (OpVerdict(0, 0, 0, 1),), world_size=9), 0.0) == [
         mb.Enter(epoch, (), restart=True, mismatch=False, rank=1, world_size=9),
@@ -314,6 +314,15 @@ def test_flush_freezes_reports_and_takes_a_newer_ballot_only() -> None:
     assert machine.receive(Flush(3, 4, 5, (ME.peer,)), 0.0) == [mb.Freeze(3)]
     assert machine.frozen(2, ops, 0.0) == []
     assert sent(machine.frozen(3, (), 0.0)) == [Report(4, 3, ())]
+
+
+def test_report_too_long_for_a_message_leaves_out_what_decides_nothing() -> None:
+    machine, _ = in_epoch()
+    machine.receive(Flush(1, 4, 5, (ME.peer,)), 0.0)
+    ops = tuple(OpReport(0, 0, seq, 1 + seq % 2, 0) for seq in range(70_000))
+    (report,) = sent(machine.frozen(1, ops, 0.0))
+    assert isinstance(report, Report)
+    assert (len(report.ops), {op.state for op in report.ops}) == (35_000, {2})
 
 
 def test_flush_of_another_epoch_or_other_members_is_refused_and_of_an_old_one_ignored() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -79,10 +80,8 @@ _ANY = st.recursive(_LEAF, lambda inner: st.lists(inner, max_size=8) | st.tuples
 
 @given(_ANY)
 def test_anything_at_all_raises_only_remote_protocol_error(value: object) -> None:
-    try:
+    with contextlib.suppress(RemoteProtocolError):
         assert isinstance(from_wire_untrusted(value), Message)
-    except RemoteProtocolError:
-        pass
 
 
 @given(st.data())
@@ -104,9 +103,9 @@ def test_golden_message_with_one_place_replaced_raises_only_remote_protocol_erro
 
 
 def test_a_field_outside_its_limit_is_our_own_bug_when_it_is_sent() -> None:
-    with pytest.raises(ValueError, match="Rejected.reason"):
+    with pytest.raises(ValueError, match=r"Rejected\.reason"):
         to_wire(Rejected("x" * 201))
-    with pytest.raises(ValueError, match="Pending.count"):
+    with pytest.raises(ValueError, match=r"Pending\.count"):
         to_wire(Pending(-1))
 
 
