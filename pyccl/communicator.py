@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from pyccl import errors
+from pyccl._io.address import parse_address
 from pyccl._io.session import Session, SessionConfig, View
 from pyccl._io.statesync import SyncInfo, sync_shared_state
 from pyccl._native import status
@@ -30,7 +31,6 @@ from pyccl.state import SharedState
 OPERATION_TIMEOUT_S: Final = 1800.0
 REACH_TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 3600.0
-DEFAULT_PORT: Final = 48148
 _TAG_PENDING: Final = 0  # of the library's own tags; those of state sync: _io/statesync.py
 _SESSIONS: Final[set[Session]] = set()  # open ones, to end them at interpreter exit
 
@@ -85,12 +85,11 @@ class Work:
 
     def __init__(self, comm: Communicator, session: Session, op: Op, what: str) -> None:
         self._comm, self._session, self._op, self._what = comm, session, op, what
-        self._info: OpInfo | None = None
         self._lock = threading.Lock()
 
     def done(self) -> bool:
         """Whether ``wait`` would return at once."""
-        return self._info is not None or self._op.done()
+        return self._op.done()
 
     def wait(self, timeout: float | None = None) -> ReduceInfo:
         """Wait for the end of the operation and return its info, or raise its error.
@@ -102,12 +101,13 @@ class Work:
             KeyboardInterrupt: Ctrl-C; the operation was given up (input restored) unless it was complete already.
         """
         with self._lock:
-            if self._info is None:
+            info = self._op.ended
+            if info is None:
                 with self._session.waiting():
-                    self._wait(timeout)
-        return self._comm._conclude(self._session, self._info_or_die(), self._what)
+                    info = self._wait(timeout)
+        return self._comm._conclude(self._session, info, self._what)
 
-    def _wait(self, timeout: float | None) -> None:
+    def _wait(self, timeout: float | None) -> OpInfo:
         try:
             while self._op.wait(3600.0 if timeout is None else timeout) == status.PENDING:
                 if timeout is not None:
@@ -116,13 +116,12 @@ class Work:
             raise
         except BaseException:
             self._op.cancel()
-            self._info = self._op.finish()
+            self._op.finish()
             raise
-        self._info = self._op.finish()
+        return self._op.finish()
 
-    def _info_or_die(self) -> OpInfo:
-        assert self._info is not None
-        return self._info
+    def __del__(self) -> None:
+        self._op.abandon()
 
 
 class Communicator:
@@ -135,7 +134,7 @@ class Communicator:
     """
 
     def __init__(self, address: str, *, group: int = 0, connections: int | str = "auto") -> None:
-        host, port = _parse_address(address)
+        host, port = parse_address(address)
         _check_range("group", group, 0, limits.U32_MAX)
         if connections != "auto":
             _check_range("connections", connections, 1, lib.PYCCL_CONNS_MAX)
@@ -371,6 +370,10 @@ class Communicator:
         with self._sync_lock:
             try:
                 return sync_shared_state(session, self._gather, state, timeout)
+            except errors.UsageError:
+                if session.error is not None:  # left the run meanwhile
+                    raise session.error from None
+                raise
             finally:
                 self._view = session.view
 
@@ -421,8 +424,7 @@ class Communicator:
     ) -> Work:
         if not timeout > 0:
             raise errors.UsageError(f"timeout={timeout!r}: a positive number of seconds is needed")
-        engine = session.engine
-        assert engine is not None
+        engine = session.need_engine()
         try:
             op = engine.submit(spec, src if spec.count else None, dst if spec.count else None, timeout)
         except errors.UsageError:
@@ -441,8 +443,8 @@ class Communicator:
         self._view = session.view
         if info.status == lib.PYCCL_ERR_MISMATCH:
             raise session.mismatch_error(what)
-        if info.status in (lib.PYCCL_ERR_CLOSED, lib.PYCCL_ERR_EVICTED) and session.error is not None:
-            raise session.error
+        if info.status in (lib.PYCCL_ERR_CLOSED, lib.PYCCL_ERR_EVICTED):
+            raise session.last_error()
         if info.status < 0:
             raise status.error_of(info.status, what, info.peer.hex() or None)
         members = session.members_of(info.epoch)
@@ -500,19 +502,6 @@ os.register_at_fork(after_in_child=_SESSIONS.clear)  # the parent's; its threads
 
 def _library() -> str:
     return importlib.metadata.version("pyccl-p2p")[: limits.LIBRARY_CHARS_MAX]
-
-
-def _parse_address(address: str) -> tuple[str, int]:
-    """"host", "host:port" or "[v6]:port"."""
-    if not isinstance(address, str):
-        raise errors.UsageError(f"the address of the master is text like 'host:port', not {address!r}")
-    host, separator, port = address.rpartition(":")
-    if not separator or (":" in host and not host.startswith("[")):
-        host, port = address, str(DEFAULT_PORT)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdigit() or not 1 <= int(port) <= limits.PORT_MAX:
-        raise errors.UsageError(f"{address!r} is not HOST:PORT with a port of 1..65535")
-    return host, int(port)
 
 
 def _parse_peer(peer: str) -> bytes:

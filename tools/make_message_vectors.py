@@ -75,6 +75,7 @@ GOOD: dict[str, Body] = {
     "pending": [38, 2],
     "status": [39, "{}"],
     "cancelled": [40, 3],
+    "alive": [41],
     "peer_hello": [64, 1, RUN, PEER_A, INC_A, PEER_B, INC_B],
     "peer_welcome": [65, 1],
     "peer_refused": [66, "not of this run"],

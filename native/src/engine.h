@@ -1,6 +1,7 @@
 /* engine.h: what the files of the engine share.
  *
- *   engine.c        the thread: epoll, commands, timers, links and the pulse; the public functions of the engine
+ *   engine.c        the thread: epoll, commands, events, timers, links and the pulse; its life
+ *   engine_calls.c  the public functions that the thread carries out while the caller waits
  *   engine_frames.c frames in and out: gate, messages, the actions of the operation machine
  *   engine_api.c    pyccl_op_*: submit, wait, cancel, how an operation ends
  *   engine_ops.c    attempts: which pieces are here, which go out, folding, commit
@@ -59,6 +60,11 @@ typedef struct command {
     pyccl_status status;
     bool waited, done;               /* waited: its sender waits for `done` */
 } command;
+
+typedef struct why_command {
+    command command;
+    pyccl_status why;
+} why_command;
 
 struct pyccl_op {
     command command;                 /* first: the submit; the queue holds it */
@@ -144,7 +150,8 @@ struct peer {
     bool silent, reset_owed;
     peer_tx *tx_first, *tx_last;     /* attempts that can send something to it now, oldest first */
     uint32_t tx_waiting;             /* attempts whose peer_tx waits for its eager window */
-    uint64_t eager_used;             /* bytes it holds for operations it has not opened, as far as we know */
+    uint64_t eager_used;             /* bytes it holds for operations it has not opened, as far as we know; those of
+                                        an operation that failed before its OPEN came stay until the epoch ends */
     uint64_t early_bytes;            /* bytes we hold for operations that we have not submitted */
     uint32_t early_count;
     bool state_turn;                 /* state and operations take turns */
@@ -220,6 +227,7 @@ int64_t engine_clock(void);
 void engine_event(pyccl_engine *engine, const pyccl_event *event);
 void engine_run(pyccl_engine *engine, command *c);                       /* on the thread, while the caller waits */
 bool engine_post(pyccl_engine *engine, command *c);                      /* on the thread, later; false: it has ended */
+pyccl_status engine_pulse_open(pyccl_engine *engine, int fd);            /* in place of the old one; -1: none */
 void engine_refuse(pyccl_engine *engine, peer *p);
 void engine_close_links(pyccl_engine *engine, peer *p);
 peer *engine_peer(const pyccl_engine *engine, uint32_t slot);            /* NULL: no such slot */

@@ -52,7 +52,7 @@ class LinkEvents:
 
 def auto_connections(host: str) -> int:
     """How many connections to a peer: processors limit a loopback, windows and losses limit a long line."""
-    return 2 if host.startswith("127.") or host in ("::1", "localhost") else 8
+    return 1 if host.startswith("127.") or host in ("::1", "localhost") else 8
 
 
 class Links:

@@ -25,6 +25,8 @@ _CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
 _DEAD_MS: Final = 15_000  # unacknowledged data: the host is gone
 _CONNECTIONS_MAX: Final = 4096
 _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
+# What a connection may end with besides a clean end; the loss is its sender's.
+_SENDERS_LOSS: Final = (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 log = logging.getLogger("pyccl.master")
 
@@ -75,7 +77,7 @@ class MasterServer:
                     await self._pulse(stream, first)
                 elif first is not None:
                     await self._control(stream, first)
-        except (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
+        except _SENDERS_LOSS as e:
             log.info("connection_ended cause=%s", e.__cause__ or e)
         finally:
             self._open -= 1
@@ -105,15 +107,22 @@ class MasterServer:
                 conn = self._conns[number] = _Conn(stream, send, nursery.cancel_scope)
                 nursery.start_soon(self._write, conn, receive)
                 self._perform(self._machine.connected(number, trio.current_time()))
-                message: Message | None = first
-                while message is not None and number in self._conns:
-                    self._perform(self._machine.receive(number, message, trio.current_time()))
-                    message = await envelope.receive(stream)
+                try:
+                    await self._hear(stream, number, first)
+                except _SENDERS_LOSS as e:  # here and not outside: a nursery wraps what leaves it
+                    log.info("connection_ended cause=%s", e.__cause__ or e)
+                    nursery.cancel_scope.cancel()
                 if number in self._conns:
                     nursery.cancel_scope.cancel()
         finally:
             self._conns.pop(number, None)
             self._perform(self._machine.disconnected(number, trio.current_time()))
+
+    async def _hear(self, stream: trio.SocketStream, number: int, first: Message) -> None:
+        message: Message | None = first
+        while message is not None and number in self._conns:
+            self._perform(self._machine.receive(number, message, trio.current_time()))
+            message = await envelope.receive(stream)
 
     async def _write(self, conn: _Conn, messages: trio.MemoryReceiveChannel[bytes]) -> None:
         """Ends, and the connection with it, when the channel was closed and everything in it is written."""

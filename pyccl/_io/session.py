@@ -48,6 +48,7 @@ MISMATCH_GRACE_S: Final = 5.0
 _TICK_S: Final = 0.1
 _BACKOFF_S: Final = (0.05, 2.0)
 _LEAVE_S: Final = 2.0
+_ENDING_S: Final = 10.0  # more than it ever takes from the engine's end to the thread's
 _EPOCHS_KEPT: Final = 64  # member lists of past epochs, for the info of operations that ended in them
 
 log = logging.getLogger("pyccl.session")
@@ -175,6 +176,19 @@ class Session:
             with self._waiting_lock:
                 self._waiting -= 1
 
+    def need_engine(self) -> Engine:
+        """The data plane, as long as there is one."""
+        engine = self.engine
+        if engine is None:
+            raise self.error or errors.UsageError("the communicator is closed")
+        return engine
+
+    def last_error(self) -> errors.PycclError:
+        """Why the run was left. For an operation that ended because of it: the reason is there, or on its way."""
+        if self.error is None:
+            self._closed.wait(_ENDING_S)
+        return self.error or errors.UsageError("the communicator is closed")
+
     def members_of(self, epoch: int) -> tuple[bytes, ...]:
         return self._members.get(epoch, self.view.members)
 
@@ -188,16 +202,23 @@ class Session:
 
     def fetch(self, slot: int, sync: int, offset: int, dst: object, then: Callable[[int], None]) -> None:
         """Read published state from a holder; `then(status)` is called in the Trio thread when it ended."""
-        assert self.engine is not None
+        engine = self.need_engine()
         with self._fetch_lock:
             self._fetch_last += 1
             fetch = self._fetch_last
             self._fetches[fetch] = then
         try:
-            self.engine.fetch(slot, sync, offset, dst, fetch)
+            engine.fetch(slot, sync, offset, dst, fetch)
         except errors.UsageError:  # the holder was removed, or the engine stopped, since the caller looked
             self._fetches.pop(fetch, None)
             then(status.PEER_LOST)
+
+    def forget_fetches(self) -> None:
+        """Their buffers are the caller's again, and none of their `then` is called any more."""
+        engine = self.engine
+        if engine is not None:
+            engine.forget_fetches()
+            self._fetches.clear()
 
     def _soon(self, call: Callable[[], None], waiter: Waiter | None = None) -> None:
         """Run `call` in the Trio thread; if that is over, the waiter is told so."""
@@ -228,6 +249,7 @@ class Session:
                 self.error = final if isinstance(final, errors.PycclError) else None
             if self.engine is not None:
                 self.engine.stop(status.EVICTED if isinstance(final, errors.EvictedError) else status.CLOSED)
+                self.engine = self._links = None  # it is freed, with its descriptors, once no operation refers to it
             for then in list(self._fetches.values()):
                 then(status.CLOSED)
             self._fetches.clear()
@@ -297,6 +319,7 @@ class Session:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         machine = await self._prepare(stream)
         send, receive = trio.open_memory_channel[Message](2**31)
+        broken: errors.RemoteProtocolError | None = None
         with send, receive:
             async with stream, trio.open_nursery() as nursery:
                 self._out, self._hung_up = send, trio.Event()
@@ -313,10 +336,14 @@ class Session:
                             self._welcome(nursery)
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
                     log.info("master_lost cause=%s", e.__cause__ or e)
+                except errors.RemoteProtocolError as e:
+                    broken = e  # raised outside: a nursery wraps what leaves it
                 finally:
                     self._out = None
                     self._hung_up.set()
                     nursery.cancel_scope.cancel()
+        if broken is not None:
+            raise broken
 
     async def _write(
         self, stream: trio.SocketStream, messages: trio.MemoryReceiveChannel[Message], scope: trio.CancelScope
@@ -420,9 +447,11 @@ class Session:
     def _do_enter(self, effect: member.Enter) -> None:
         assert self.engine is not None and self._machine is not None
         epoch = effect.epoch
-        self._members[epoch.number] = epoch.peers  # before the engine: operations may end in it at once
+        # Before the engine: operations may end in it at once, and their callers look here.
+        self._members[epoch.number] = epoch.peers
         for number in sorted(self._members)[:-_EPOCHS_KEPT]:
             del self._members[number]
+        self.view = View(epoch.number, epoch.id, epoch.peers, effect.world_size)
         try:
             self.engine.enter(
                 epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, effect.verdicts
@@ -430,7 +459,6 @@ class Session:
         except errors.UsageError as e:  # what the master decided can't be obeyed: we hold other facts than it thinks
             self._finish(errors.RemoteProtocolError(f"the master's epoch {epoch.number} contradicts what is here: {e}"))
             return
-        self.view = View(epoch.number, epoch.id, epoch.peers, effect.world_size)
         log.info("epoch_entered number=%d world=%d peer=%s", epoch.number, len(epoch.peers), self.peer.hex()[:8])
         self._feed(self._machine.entered(epoch.number, trio.current_time()))
 
@@ -487,7 +515,7 @@ class Session:
 
     def _leave(self) -> None:
         """Tell the master, give it a moment to hear it, and end."""
-        if self._nursery is None:
+        if self._nursery is None or self._scope.cancel_called:
             self._scope.cancel()
             return
         if self._machine is not None:
@@ -563,11 +591,15 @@ class Session:
         self._pulse_wanted.set()
 
     async def _tick(self) -> None:
+        last = trio.current_time()
         while True:
             await trio.sleep(_TICK_S)
+            now = trio.current_time()
+            if now - last > limits.PAUSE_S:  # we were stopped ourselves: nobody made us wait meanwhile
+                self._down_since = self._arrived_at = now
+            last = now
             if self._machine is None or self.engine is None:
                 continue
-            now = trio.current_time()
             self._feed(self._machine.tick(now))
             self._watch_blocked(now)
             self._watch_master(now)
@@ -590,7 +622,7 @@ class Session:
     def _watch_master(self, now: float) -> None:
         """A safe point needs the master; it does not wait for one that stays away."""
         assert self._machine is not None
-        if self._machine.link is member.Link.UP:
+        if not self._machine.master_is_away(now):
             self._down_since = now
         elif self._topology is not None and now - self._down_since >= self._unreachable_timeout:
             waiter = self._topology

@@ -83,8 +83,7 @@ def sync_shared_state(session: Session, gather: Gather, state: SharedState, time
     deadline = started + timeout
     tree = state.tree()
     sync = secrets.randbits(64)
-    engine = session.engine
-    assert engine is not None
+    engine = session.need_engine()
     buffers = [_bytes_of(array) for array in state.arrays.values()]
     engine.publish(sync, [*buffers, np.frombuffer(tree.table, np.uint8)])
     try:
@@ -272,8 +271,6 @@ def _fetch(
 ) -> _Staged:
     """The chunks that differ from the elected state, checked, in staging memory."""
     fetcher = _Fetcher(session, decided.holders, syncs, deadline)
-    engine = session.engine
-    assert engine is not None
     try:
         table = _fetch_table(fetcher, state, tree, decided)
         if table is None:
@@ -283,7 +280,7 @@ def _fetch(
         whole = fetcher.run(chunks, lambda c: sizes[id(c)], lambda c: chunk_digests(c.bytes_) == c.digest)
         return _Staged(chunks if whole else [], fetcher.fetched, whole)
     finally:
-        engine.forget_fetches()
+        session.forget_fetches()
 
 
 def _fetch_table(fetcher: _Fetcher, state: SharedState, tree: StateDigest, decided: Elected) -> bytes | None:
@@ -298,8 +295,7 @@ def _fetch_table(fetcher: _Fetcher, state: SharedState, tree: StateDigest, decid
         if one.run(parts, lambda c: min(FETCH_BYTES_MAX, size - c.array_offset), lambda c: True):
             table = b"".join(part.bytes_.tobytes() for part in parts if part.bytes_ is not None)
             if state_root(tree.layout, decided.revision, table) == decided.root:
-                fetcher.fetched.update(one.fetched)
-                return table
+                return table  # its bytes are not counted: SyncInfo tells of chunks
             log.warning("state_source_lied peer=%s what=table", source.hex()[:8])
         del fetcher.holders[source]
     return None

@@ -7,7 +7,9 @@ Threads: every method may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -105,6 +107,16 @@ def _spec_bytes(spec: Any) -> bytes:
     return bytes(ffi.buffer(out))
 
 
+def _free_unless_forked(owner: int) -> Callable[[Any], None]:
+    """The destructor of an engine: in a forked child its thread does not exist and can't be joined."""
+
+    def free(engine: Any, getpid: Callable[[], int] = os.getpid, free: Any = lib.pyccl_engine_free) -> None:
+        if getpid() == owner:
+            free(engine)
+
+    return free
+
+
 class Engine:
     """One data plane: a C thread with its links and operations. Close it with ``stop``."""
 
@@ -118,8 +130,10 @@ class Engine:
         options.fsm.tell_ns = _ns(0.2)
         slot = ffi.new("pyccl_engine **")
         check(lib.pyccl_engine_new(options, slot), "engine")
-        self._engine = ffi.gc(slot[0], lib.pyccl_engine_free)
+        self._engine = ffi.gc(slot[0], _free_unless_forked(os.getpid()))
         self.fd: int = lib.pyccl_engine_fd(self._engine)
+        self._ops: set[Op] = set()  # not released: C may write into their arrays, whoever still knows of them
+        self._ops_lock = threading.Lock()
         self._published: dict[int, object] = {}
         self._fetches: dict[int, object] = {}
 
@@ -128,6 +142,7 @@ class Engine:
         lib.pyccl_engine_stop(self._engine, why)
         self._published.clear()
         self._fetches.clear()
+        self._release_abandoned()
 
     def end(self, why: int) -> None:
         """Fail open operations with `why` and leave the epoch."""
@@ -260,9 +275,31 @@ class Engine:
             pins.append(ffi.from_buffer("uint8_t[]", dst, require_writable=True))
             args.dst, args.dst_bytes = pins[-1], len(pins[-1])
         args.timeout_ns = max(1, _ns(timeout))
+        self._release_abandoned()
         slot = ffi.new("pyccl_op **")
-        check(lib.pyccl_op_submit(self._engine, args, slot), "submit")
-        return Op(self, slot[0], pins)
+        op = Op(self, slot, pins)
+        with self._ops_lock:
+            self._ops.add(op)
+        try:
+            check(lib.pyccl_op_submit(self._engine, args, slot), "submit")
+        except BaseException:
+            if slot[0] == ffi.NULL:
+                self.forget(op)
+            raise
+        return op
+
+    def _release_abandoned(self) -> None:
+        with self._ops_lock:
+            ended = [op for op in self._ops if op.abandoned and op.done()]
+        for op in ended:
+            op.release()
+
+    def forget(self, op: Op) -> bool:
+        """The caller releases it; False: somebody else has."""
+        with self._ops_lock:
+            known = op in self._ops
+            self._ops.discard(op)
+        return known
 
     # -- shared state
 
@@ -276,10 +313,9 @@ class Engine:
         self._published[sync] = pins
 
     def unpublish(self, sync: int) -> None:
-        try:
-            check(lib.pyccl_state_unpublish(self._engine, sync), "unpublish")
-        finally:
-            self._published.pop(sync, None)
+        """Its memory is the caller's again; of a stopped engine it is already."""
+        lib.pyccl_state_unpublish(self._engine, sync)
+        self._published.pop(sync, None)
 
     def fetch(self, slot: int, sync: int, offset: int, dst: object, fetch: int) -> None:
         """Ask a holder for bytes; EventType.STATE with value=fetch ends it."""
@@ -296,20 +332,29 @@ class Engine:
         self._fetches.pop(fetch, None)
 
     def forget_fetches(self) -> None:
-        try:
-            check(lib.pyccl_state_forget(self._engine), "forget")
-        finally:
-            self._fetches.clear()
+        """Their buffers are the caller's again; no event of theirs comes any more."""
+        lib.pyccl_state_forget(self._engine)
+        self._fetches.clear()
 
 
 class Op:
     """One operation. Its buffers stay pinned until it has ended; ``release`` gives the handle back."""
 
-    def __init__(self, engine: Engine, handle: Any, pins: list[Any]) -> None:
-        self._engine, self._handle, self._pins = engine, handle, pins
+    def __init__(self, engine: Engine, slot: Any, pins: list[Any]) -> None:
+        self._engine, self._slot, self._pins = engine, slot, pins  # slot: pyccl_op **, filled by the submit
+        self.abandoned = False
+        self.ended: OpInfo | None = None  # set by ``finish``
+
+    @property
+    def _handle(self) -> Any:
+        return self._slot[0]
 
     def done(self) -> bool:
-        return self._handle is None or bool(lib.pyccl_op_done(self._handle))
+        return self._handle == ffi.NULL or bool(lib.pyccl_op_done(self._handle))
+
+    def abandon(self) -> None:
+        """Nobody will wait for it: it runs on, and the engine releases it some time after its end."""
+        self.abandoned = True
 
     def wait(self, timeout: float) -> int:
         """Wait without the GIL, looking at Python's signals ten times a second: status, or PENDING in the end."""
@@ -328,17 +373,16 @@ class Op:
     def finish(self) -> OpInfo:
         """Stay until the operation has ended, whatever is raised meanwhile; then free it and tell what it was."""
         interrupt: BaseException | None = None
-        while True:
+        while self.ended is None:
             try:
                 if self.wait(3600.0) != PENDING:
-                    break
+                    self.ended = self.info()
             except BaseException as e:  # noqa: BLE001  Ctrl-C: C may still write into the array, so stay
                 interrupt = e
-        info = self.info()
         self.release()
         if interrupt is not None:
             raise interrupt
-        return info
+        return self.ended
 
     def info(self) -> OpInfo:
         out = ffi.new("pyccl_op_info *")
@@ -350,10 +394,12 @@ class Op:
         )  # fmt: skip
 
     def release(self) -> None:
-        handle, self._handle = self._handle, None
+        """Free a handle whose operation has ended. Idempotent."""
+        if not self._engine.forget(self):
+            return
+        handle, self._slot[0] = self._slot[0], ffi.NULL
         self._pins.clear()
-        if handle is not None:
-            lib.pyccl_op_free(handle)
+        lib.pyccl_op_free(handle)
 
 
 def chunk_digests(buffer: object) -> bytes:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import enum
 import json
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ from pyccl._proto.messages import (
     KIND_LOSS,
     KIND_MISMATCH,
     KIND_SETTLE,
+    Alive,
     Arrive,
     Behind,
     Blocked,
@@ -48,6 +49,7 @@ from pyccl._proto.messages import (
     Flush,
     Heartbeat,
     Hello,
+    Key,
     Leave,
     Message,
     OpVerdict,
@@ -193,6 +195,7 @@ class _Ballot:
     detail: str
     members: tuple[PeerKey, ...]
     since: float
+    blocked: bool = False  # a mismatch seen in what Blocked says
 
 
 @dataclass(slots=True)
@@ -233,6 +236,7 @@ class MasterMachine:
         self._arrivals = 0
         self._now = 0.0
         self._ticked_at: float | None = None
+        self._line_at = self._line_since = 0.0  # when somebody was heard; since when without a long gap
         self._out: list[Effect] = []
 
     # ---- inputs
@@ -248,6 +252,7 @@ class MasterMachine:
         entry = self._conns.get(conn)
         if entry is None:
             return []  # we closed it: what was still on its way has no effect
+        self._line_works()
         try:
             if entry.peer is None:
                 self._greet(conn, message)
@@ -267,6 +272,7 @@ class MasterMachine:
         self._now = now
         record = self._peers.get((peer, incarnation))
         if record is not None:
+            self._line_works()
             record.heard_at = now
             if record.lost:
                 self._advance(self._groups[record.group])
@@ -416,6 +422,8 @@ class MasterMachine:
         if handler is not None:
             handler(self, group, record, message)
         record.heard_at = self._now
+        if isinstance(message, Heartbeat):
+            self._tell(record, Alive())
         if handler is not None or record.lost:
             self._advance(group)
 
@@ -606,7 +614,8 @@ class MasterMachine:
         if ballot is not None and ballot.members == staying:
             return False
         kind, detail = (ballot.kind, ballot.detail) if ballot is not None else (KIND_LOSS, "")
-        self._open_ballot(group, KIND_LOSS if kind == KIND_SETTLE else kind, detail)
+        blocked = ballot is not None and ballot.blocked
+        self._open_ballot(group, KIND_LOSS if kind == KIND_SETTLE else kind, detail, blocked=blocked)
         return True
 
     def _step_verdict(self, group: _Group) -> bool:
@@ -624,16 +633,33 @@ class MasterMachine:
             return True
         members = tuple(record.member for record in staying)
         epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, group.epoch.plan)
-        self._commit_epoch(group, epoch, ballot.kind, verdicts, ballot.detail)
+        self._commit_epoch(group, epoch, *self._judged(group, ballot, staying), verdicts)
         return True
+
+    def _judged(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> tuple[str, str]:
+        """(kind, detail). What Blocked said is judged again: an Unblocked may have been on its way behind it, and a
+        member's Report comes behind all that it said before it froze. What is reported all have opened."""
+        if not ballot.blocked:
+            return ballot.kind, ballot.detail
+        opened = {op.key for record in staying if record.said.report is not None for op in record.said.report.ops}
+        detail = self._blocked_in(staying, opened)
+        if detail is not None:
+            return ballot.kind, detail
+        return KIND_LOSS if len(staying) < len(self._members(group)) else KIND_SETTLE, "no mismatch after all"
+
+    def _blocked_in(self, members: list[_Peer], opened: Container[Key] = ()) -> str | None:
+        """How these wait for each other; None: they do not, or a broken link explains what they miss."""
+        if any(record.peer in other.complaints for record in members for other in members):
+            return None
+        return blocked_detail({record.peer: record.said.blocked for record in members}, opened)
 
     def _step_mismatch(self, group: _Group) -> bool:
         if group.ballot is not None or group.epoch is None:
             return False
-        detail = blocked_detail({record.peer: record.said.blocked for record in self._members(group)})
+        detail = self._blocked_in(self._members(group))
         if detail is None:
             return False
-        self._open_ballot(group, KIND_MISMATCH, detail)
+        self._open_ballot(group, KIND_MISMATCH, detail, blocked=True)
         return True
 
     def _step_propose(self, group: _Group) -> bool:
@@ -714,11 +740,11 @@ class MasterMachine:
 
     # ---- ballots
 
-    def _open_ballot(self, group: _Group, kind: str, detail: str) -> None:
+    def _open_ballot(self, group: _Group, kind: str, detail: str, *, blocked: bool = False) -> None:
         group.proposal = None  # the safe point starts over in the epoch this leads to
         group.ballot_number += 1
         staying = tuple(record.key for record in self._members(group) if not record.lost)
-        group.ballot = _Ballot(group.ballot_number, kind, detail, staying, self._now)
+        group.ballot = _Ballot(group.ballot_number, kind, detail, staying, self._now, blocked)
         self._log(
             "ballot_opened",
             group=group.group,
@@ -746,7 +772,7 @@ class MasterMachine:
     # ---- epochs
 
     def _commit_epoch(
-        self, group: _Group, epoch: Epoch, kind: str, verdicts: tuple[OpVerdict, ...] = (), detail: str = ""
+        self, group: _Group, epoch: Epoch, kind: str, detail: str = "", verdicts: tuple[OpVerdict, ...] = ()
     ) -> None:
         """The one place where an epoch becomes the current one: what a journal must hold is decided here."""
         before = self._members(group)
@@ -814,7 +840,7 @@ class MasterMachine:
             self._advance(group)
 
     def _newcomer_is_late(self, group: _Group, record: _Peer) -> str:
-        silent_s, proposal = self._now - record.heard_at, group.proposal
+        silent_s, proposal = self._now - max(record.heard_at, self._silent_since()), group.proposal
         if silent_s >= self.peer_timeout:
             return f"silent for {silent_s:.1f} s"
         if proposal is None or record.key not in proposal.newcomers or record.said.ready == proposal.version:
@@ -836,7 +862,8 @@ class MasterMachine:
         if group.epoch is None:
             return
         seen = self._seen(group)
-        lost = [(peer, reason, False) for peer, reason in lost_members(seen, self._now, self.peer_timeout)]
+        judged = lost_members(seen, self._now, self.peer_timeout, self._silent_since())
+        lost = [(peer, reason, False) for peer, reason in judged]
         lost += [(peer, reason, True) for peer, reason in self._stuck(group)]
         if not lost and self._all_are_gone(group):
             lost = [(r.peer, "the whole group was lost and newcomers wait", True) for r in self._members(group)]
@@ -863,6 +890,17 @@ class MasterMachine:
         open_ = any(record.conn is not None for record in members)
         patience_s = max(limits.STUCK_S if open_ else limits.TOTAL_LOSS_S, self.peer_timeout)
         return bool(self._pending(group)) and all(self._now - record.heard_at >= patience_s for record in members)
+
+    def _line_works(self) -> None:
+        """Somebody is heard. If nobody was for a while, our own line may have failed: silence counts from here."""
+        if self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS:
+            self._line_since = self._now
+        self._line_at = self._now
+
+    def _silent_since(self) -> float:
+        """Silence before this says nothing of the silent."""
+        quiet = self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS
+        return self._now if quiet else self._line_since
 
     def _seen(self, group: _Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""
@@ -1038,7 +1076,7 @@ def _status_json(status: dict[str, Any]) -> str:
     return text
 
 
-# What a message changes. Heartbeat has no row: that it came is all it says.
+# What a message changes. Heartbeat has no row: that it came is all it says, and it is answered.
 _HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, _Group, _Peer, Any], None]]] = {
     Leave: MasterMachine._on_leave,
     Arrive: MasterMachine._on_arrive,

@@ -28,6 +28,7 @@ from pyccl._proto.messages import (
     KIND_JOIN,
     KIND_MISMATCH,
     SUSPECT_CAUSES,
+    Alive,
     Arrive,
     Behind,
     Blocked,
@@ -202,12 +203,14 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.GREETING, Rejected): State.ENDED,
     (State.GREETING, Evicted): State.ENDED,
     (State.PENDING, Pending): State.PENDING,
+    (State.PENDING, Alive): State.PENDING,
     (State.PENDING, EpochPropose): State.LINKING,
     (State.PENDING, EpochCommit): State.MEMBER,  # founded with us, or the commit we missed while disconnected
     (State.PENDING, Cancelled): State.PENDING,
     (State.PENDING, Rejected): State.ENDED,
     (State.PENDING, Evicted): State.ENDED,
     (State.LINKING, Pending): State.LINKING,
+    (State.LINKING, Alive): State.LINKING,
     (State.LINKING, EpochPropose): State.LINKING,
     (State.LINKING, EpochCommit): State.MEMBER,
     (State.LINKING, Cancelled): State.PENDING,
@@ -215,6 +218,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.LINKING, Evicted): State.ENDED,
     (State.MEMBER, Welcome): State.MEMBER,  # the control connection came back
     (State.MEMBER, Pending): State.MEMBER,
+    (State.MEMBER, Alive): State.MEMBER,
     (State.MEMBER, EpochPropose): State.MEMBER,
     (State.MEMBER, EpochCommit): State.MEMBER,
     (State.MEMBER, Cancelled): State.MEMBER,
@@ -288,7 +292,8 @@ class MemberMachine:
         self._standing = _Standing()
         self._arrived: tuple[Count, ...] | None = None
         self._complaints: dict[bytes, _Complaint] = {}
-        self._sent_at = 0.0
+        self._beat_at = 0.0
+        self._heard_at = 0.0
 
     # ---- the control connection
 
@@ -302,7 +307,7 @@ class MemberMachine:
         hello = Hello(
             limits.PROTOCOL_VERSION, self.library, self.group, self.peer, self.incarnation, self.addresses, resume
         )
-        self._sent_at = now
+        self._beat_at = self._heard_at = now
         return [Send(hello)]
 
     def disconnected(self, now: float) -> list[Effect]:
@@ -328,7 +333,12 @@ class MemberMachine:
             )
         effects: list[Effect] = _HANDLERS[type(message)](self, message, now)
         self.state = state_next
+        self._heard_at = now
         return effects
+
+    def master_is_away(self, now: float) -> bool:
+        """No control connection, or one on which nothing came for peer_timeout although every heartbeat is answered."""
+        return self.link is not Link.UP or now - self._heard_at >= self.peer_timeout
 
     # ---- answers of the shell and the engine
 
@@ -437,12 +447,19 @@ class MemberMachine:
         return effects
 
     def withdraw(self, now: float) -> list[Effect]:
-        """update_topology() was given up. Should the commit be on its way already, it is entered all the same."""
+        """update_topology() was given up. Should the commit be on its way already, it is entered all the same.
+
+        So after Ready the cut stays: nothing may start in an epoch that the others have perhaps left. It goes with
+        Cancelled, or with the next epoch.
+        """
         if self.state is not State.MEMBER or self._arrived is None:
             return []
         effects = self.unblocked(now)
         self._arrived = None
         effects += self._send(Withdraw(self._number), now)
+        proposal = self._standing.proposal
+        if proposal is not None and isinstance(proposal.answer, Ready):
+            return effects
         return effects + self._drop_proposal()
 
     def leave(self, now: float) -> list[Effect]:
@@ -452,9 +469,11 @@ class MemberMachine:
         return [*effects, *self._end("left", "left the run")]
 
     def tick(self, now: float) -> list[Effect]:
-        if self.link is Link.UP and now - self._sent_at >= self.peer_timeout / limits.HEARTBEATS_PER_TIMEOUT:
-            return self._send(Heartbeat(), now)
-        return []
+        """A heartbeat at regular times, whatever else was sent: its answer tells that the master lives."""
+        if self.link is not Link.UP or now - self._beat_at < self.peer_timeout / limits.HEARTBEATS_PER_TIMEOUT:
+            return []
+        self._beat_at = now
+        return self._send(Heartbeat(), now)
 
     # ---- handlers: check everything first, then change
 
@@ -488,16 +507,19 @@ class MemberMachine:
         proposal = self._standing.proposal
         if proposal is not None and message.version < proposal.version:
             return []
-        if proposal is not None and message.version == proposal.version:  # repeated after a resume
-            return self._send(proposal.answer, now) if proposal.answer is not None else []
         if self.state is State.MEMBER and self._arrived is None:  # withdrawn while it was on its way
             return self._send(Withdraw(self._number), now)
+        if proposal is not None and message.version == proposal.version:  # repeated after a resume
+            return self._send(proposal.answer, now) if proposal.answer is not None else []
         self._standing.proposal = _Proposal(message.version, message.epoch)
         others = tuple(member for member in message.epoch.members if member.peer != self.peer)
         effects: list[Effect] = [OpenLinks(message.version, message.epoch.number, others)]
         if self.state is State.MEMBER:
             effects.append(SetCut(message.version, message.cut))
         return effects
+
+    def _on_alive(self, message: Alive, now: float) -> list[Effect]:
+        return []
 
     def _on_cancelled(self, message: Cancelled, now: float) -> list[Effect]:
         proposal = self._standing.proposal
@@ -628,7 +650,6 @@ class MemberMachine:
     def _send(self, message: Message, now: float) -> list[Effect]:
         if self.link is not Link.UP:
             return []
-        self._sent_at = now
         return [Send(message)]
 
     def _end(self, kind: str, reason: str) -> list[Effect]:
@@ -642,6 +663,7 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MemberMachine, Any, float], li
     Rejected: MemberMachine._on_rejected,
     Evicted: MemberMachine._on_evicted,
     Pending: MemberMachine._on_pending,
+    Alive: MemberMachine._on_alive,
     EpochPropose: MemberMachine._on_propose,
     EpochCommit: MemberMachine._on_commit,
     Cancelled: MemberMachine._on_cancelled,

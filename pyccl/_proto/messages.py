@@ -481,6 +481,14 @@ class Cancelled(Message):
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Alive(Message):
+    """The answer to a Heartbeat: a master that was stopped keeps its connections, and gives none."""
+
+    TYPE = 41
+    KINDS = ()
+
+
 # -- peer to peer, the handshake of data connections
 
 
@@ -515,7 +523,7 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
     for cls in (
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
         *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk),
-        *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled),
+        *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
         *(PeerHello, PeerWelcome, PeerRefused),
     )
 }

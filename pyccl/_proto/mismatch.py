@@ -7,7 +7,7 @@ person can both read it:  "peers 0123abcd 4567cdef; fields count dtype; <what ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Final
 
 from pyccl._proto import limits, spec
@@ -52,11 +52,12 @@ def differs_detail(sender: bytes, message: Differs) -> str | None:
     return make_detail((sender, message.peer), map(spec.field_name, differing), text)
 
 
-def blocked_detail(blocked: Mapping[bytes, Blocked | None]) -> str | None:
+def blocked_detail(blocked: Mapping[bytes, Blocked | None], opened: Container[Key] = ()) -> str | None:
     """Whether the members wait for each other in a way that none can end, and in what way. None: not (yet).
 
     `blocked` has an entry for every member; None where a member still moves. So does one whose open operations all
-    the others have opened too and that is at no safe point: they only take their time.
+    the others have opened too and that is at no safe point: they only take their time. An operation that all wait in,
+    and one that is known to be opened by all, is lacked by nobody: its OPEN is late on some link.
     """
     live = {peer: message for peer, message in sorted(blocked.items()) if message is not None}
     below = [peer for peer, message in live.items() if message.below_cut]
@@ -67,7 +68,10 @@ def blocked_detail(blocked: Mapping[bytes, Blocked | None]) -> str | None:
         return None
     inside = [peer for peer, message in live.items() if message.at_safe_point]
     outside = [peer for peer, message in live.items() if not message.at_safe_point]
-    lacking = {key: [peer for peer, message in live.items() if key in message.lacking] for key in _lacked(live)}
+    waiting_in = {key: [peer for peer, m in live.items() if key in m.lacking] for key in _lacked(live)}
+    lacking = {key: peers for key, peers in waiting_in.items() if len(peers) < len(live) and key not in opened}
+    if not all(any(peer in peers for peers in lacking.values()) for peer in outside):
+        return None
     if not lacking and not (inside and outside):
         return None
     parts = [

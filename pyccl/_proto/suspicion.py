@@ -8,7 +8,7 @@ never both. Rules: design.md 5 ("Eviction for silence") and 6.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pyccl._proto.messages import CAUSE_PROTOCOL, CAUSE_REFUSED
@@ -46,11 +46,16 @@ def refused_at_once(members: Sequence[Seen]) -> list[tuple[bytes, str]]:
     return lost
 
 
-def lost_members(members: Sequence[Seen], now: float, peer_timeout: float) -> list[tuple[bytes, str]]:
-    """(peer, reason) of all members to evict now. Members stand in the order of the epoch."""
+def lost_members(
+    members: Sequence[Seen], now: float, peer_timeout: float, line_since: float
+) -> list[tuple[bytes, str]]:
+    """(peer, reason) of all members to evict now. Members stand in the order of the epoch.
+
+    line_since: since when the master's own line works; silence and complaints count from then at the earliest.
+    """
     lost = dict(refused_at_once(members))
     for member in members:
-        silent_s = now - member.heard_at
+        silent_s = now - max(member.heard_at, line_since)
         if silent_s < peer_timeout or member.peer in lost:
             continue
         by = [m for m in members if m.connected and m.peer != member.peer and member.peer in m.complaints]
@@ -61,18 +66,19 @@ def lost_members(members: Sequence[Seen], now: float, peer_timeout: float) -> li
         elif len(members) == 1 and not member.connected:
             lost[member.peer] = f"silent for {silent_s:.1f} s and nobody else is there"
     rest = [member for member in members if member.peer not in lost]
-    return [*lost.items(), *_partitions(rest, now, peer_timeout)]
+    return [*lost.items(), *_partitions(rest, now, peer_timeout, line_since)]
 
 
-def _partitions(members: Sequence[Seen], now: float, peer_timeout: float) -> list[tuple[bytes, str]]:
+def _partitions(members: Sequence[Seen], now: float, peer_timeout: float, line_since: float) -> list[tuple[bytes, str]]:
     """Both sides of a complaint are heard: after the time to mend, the side with the most complaints goes."""
     edges: dict[tuple[int, int], Complaint] = {}  # ranks, the lower first -> the oldest complaint of the two
     rank = {member.peer: index for index, member in enumerate(members)}
     for member in members:
         if not member.connected or now - member.heard_at >= peer_timeout:
             continue  # a complaint of somebody whom we do not hear ourselves may be stale
-        for peer, complaint in member.complaints.items():
+        for peer, said in member.complaints.items():
             if peer in rank and peer != member.peer:
+                complaint = replace(said, since=max(said.since, line_since))  # a Trust may have been held up before
                 a, b = sorted((rank[member.peer], rank[peer]))
                 known = edges.get((a, b))
                 if known is None or _due(complaint, peer_timeout) < _due(known, peer_timeout):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pyccl.cli.demo import demo
+from pyccl.cli.status import status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -14,6 +15,7 @@ def main() -> None:
 
 
 main.add_command(demo)
+main.add_command(status)
 
 
 if __name__ == "__main__":

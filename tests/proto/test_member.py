@@ -8,6 +8,7 @@ from pyccl._proto import member as mb
 from pyccl._proto.epoch import Epoch, Member, make_epoch
 from pyccl._proto.member import Link, MemberMachine, State
 from pyccl._proto.messages import (
+    Alive,
     Arrive,
     Behind,
     Blocked,
@@ -421,7 +422,7 @@ def test_arriving_takes_a_block_back_and_a_new_epoch_forgets_it() -> None:
     assert machine.unblocked(0.0) == []
 
 
-def test_heartbeat_goes_out_after_a_fifth_of_the_timeout_without_other_messages() -> None:
+def test_heartbeat_goes_out_every_fifth_of_the_timeout() -> None:
     machine = fresh()
     assert machine.tick(100.0) == []
     machine.connected(0.0)
@@ -430,3 +431,15 @@ def test_heartbeat_goes_out_after_a_fifth_of_the_timeout_without_other_messages(
     assert machine.tick(0.9) == []
     assert sent(machine.tick(1.0)) == [Heartbeat()]
     assert machine.tick(1.9) == []
+    assert sent(machine.tick(2.0)) == [Heartbeat()]
+
+
+def test_master_that_answers_no_heartbeat_is_away_until_it_does() -> None:
+    machine, _ = in_epoch()
+    timeout = machine.peer_timeout
+    assert not machine.master_is_away(0.9 * timeout)
+    assert machine.master_is_away(timeout)
+    assert machine.receive(Alive(), timeout) == []
+    assert not machine.master_is_away(timeout)
+    machine.disconnected(timeout)
+    assert machine.master_is_away(timeout)

@@ -1,0 +1,840 @@
+/* test_engine.c: several engines in one process, over TCP on loopback and over socket pairs, without Python.
+ * The test plays the master: it enters epochs, freezes and gives verdicts. Results are compared bit for bit with a
+ * plain loop. Nothing sleeps: every wait has a condition and a deadline. */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <math.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "pyccl.h"
+#include "test.h"
+
+#define ENGINES_MAX 5
+#define CONNS 4
+#define SECOND INT64_C(1000000000)
+#define PATIENCE (60 * SECOND)
+
+typedef struct cluster {
+    uint32_t count, conns;
+    pyccl_engine *engine[ENGINES_MAX];
+    uint8_t id[ENGINES_MAX][16];
+    uint32_t slot[ENGINES_MAX][ENGINES_MAX];
+    int raw[ENGINES_MAX][ENGINES_MAX][CONNS]; /* duplicates of the engines' sockets, to break them from outside */
+    int alive[ENGINES_MAX];
+    uint64_t number;
+} cluster;
+
+typedef enum wire { OVER_TCP, OVER_UNIX } wire;
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * SECOND + now.tv_nsec;
+}
+
+/* ---- cluster ---- */
+
+static void tcp_pair(int pair[2]) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof address;
+    const int listener = socket(AF_INET, SOCK_STREAM, 0);
+    REQUIRE(listener >= 0 && bind(listener, (struct sockaddr *)&address, sizeof address) == 0 && listen(listener, 1) == 0);
+    REQUIRE(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
+    pair[0] = socket(AF_INET, SOCK_STREAM, 0);
+    REQUIRE(connect(pair[0], (struct sockaddr *)&address, sizeof address) == 0);
+    pair[1] = accept(listener, NULL, NULL);
+    REQUIRE(pair[1] >= 0);
+    close(listener);
+}
+
+static void cluster_link(cluster *c, uint32_t a, uint32_t b, uint32_t conn, wire how) {
+    int pair[2];
+    if (how == OVER_TCP) tcp_pair(pair);
+    else REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    c->raw[a][b][conn] = dup(pair[0]);
+    c->raw[b][a][conn] = dup(pair[1]);
+    REQUIRE(pyccl_engine_conn_add(c->engine[a], c->slot[a][b], pair[0]) == PYCCL_OK);
+    REQUIRE(pyccl_engine_conn_add(c->engine[b], c->slot[b][a], pair[1]) == PYCCL_OK);
+}
+
+static void cluster_epoch_with(cluster *c, int restart, const pyccl_op_verdict *verdicts, size_t count) {
+    uint8_t members[ENGINES_MAX][16];
+    uint32_t world = 0;
+    pyccl_epoch epoch = {.number = ++c->number, .restart = (uint8_t)restart};
+    memset(epoch.id, (int)(0x40 + c->number), sizeof epoch.id);
+    for (uint32_t i = 0; i < c->count; i++)
+        if (c->alive[i]) memcpy(members[world++], c->id[i], 16);
+    epoch.world = world;
+    epoch.members = members[0];
+    for (uint32_t i = 0; i < c->count; i++) {
+        if (!c->alive[i]) continue;
+        REQUIRE(pyccl_engine_epoch(c->engine[i], &epoch, verdicts, count) == PYCCL_OK);
+        epoch.rank++;
+    }
+}
+
+static void cluster_epoch(cluster *c, int restart) { cluster_epoch_with(c, restart, NULL, 0); }
+
+static void cluster_open_with(cluster *c, uint32_t count, uint32_t conns, wire how, int64_t heartbeat_ns, int64_t silence_ns) {
+    memset(c, 0, sizeof *c);
+    c->count = count;
+    c->conns = conns;
+    for (uint32_t i = 0; i < count; i++) {
+        pyccl_engine_options options = {.heartbeat_ns = heartbeat_ns, .silence_ns = silence_ns,
+            .fsm = {.settle_ns = 5 * SECOND, .stall_ns = 30 * SECOND, .tell_ns = SECOND / 10}};
+        memset(c->id[i], (int)i + 1, 16);
+        memcpy(options.self_id, c->id[i], 16);
+        REQUIRE(pyccl_engine_new(&options, &c->engine[i]) == PYCCL_OK);
+        c->alive[i] = 1;
+    }
+    for (uint32_t a = 0; a < count; a++)
+        for (uint32_t b = 0; b < count; b++)
+            if (a != b) REQUIRE(pyccl_engine_peer_add(c->engine[a], c->id[b], &c->slot[a][b]) == PYCCL_OK);
+    for (uint32_t a = 0; a < count; a++)
+        for (uint32_t b = a + 1; b < count; b++)
+            for (uint32_t k = 0; k < conns; k++) cluster_link(c, a, b, k, how);
+    cluster_epoch(c, 1);
+}
+
+static void cluster_open(cluster *c, uint32_t count, uint32_t conns, wire how) {
+    cluster_open_with(c, count, conns, how, SECOND, 5 * SECOND);
+}
+
+static void cluster_close(cluster *c) {
+    for (uint32_t i = 0; i < c->count; i++) pyccl_engine_free(c->engine[i]);
+    for (uint32_t a = 0; a < c->count; a++)
+        for (uint32_t b = 0; b < c->count; b++)
+            for (uint32_t k = 0; a != b && k < c->conns; k++)
+                if (c->raw[a][b][k] > 0) close(c->raw[a][b][k]);
+}
+
+/* Wait for an event of this type; others are dropped. */
+static int await_event(pyccl_engine *engine, uint32_t type, pyccl_event *out) {
+    const int64_t until = now_ns() + PATIENCE;
+    while (now_ns() < until) {
+        pyccl_event event;
+        while (pyccl_engine_events(engine, &event, 1) == 1)
+            if (event.type == type) {
+                if (out != NULL) *out = event;
+                return 1;
+            }
+        struct pollfd wait = {.fd = pyccl_engine_fd(engine), .events = POLLIN};
+        poll(&wait, 1, 1000);
+    }
+    return 0;
+}
+
+/* ---- operations ---- */
+
+static pyccl_op *submit(const cluster *c, uint32_t i, pyccl_spec spec, const void *src, void *dst, uint64_t dst_bytes) {
+    spec.algorithm = PYCCL_DIRECT;
+    spec.retry = 1;
+    const pyccl_op_args args = {.spec = spec, .src = src, .dst = dst, .dst_bytes = dst_bytes, .timeout_ns = PATIENCE};
+    pyccl_op *op = NULL;
+    REQUIRE(pyccl_op_submit(c->engine[i], &args, &op) == PYCCL_OK);
+    return op;
+}
+
+static pyccl_spec reduce_spec(uint8_t dtype, uint8_t op, uint64_t count, uint32_t tag) {
+    return (pyccl_spec){.kind = PYCCL_ALL_REDUCE, .dtype = dtype, .op = op, .count = count, .tag = tag};
+}
+
+static int finish(pyccl_op *op) {
+    const int status = pyccl_op_wait(op, PATIENCE);
+    if (status == PYCCL_PENDING) {
+        printf("an operation did not end\n");
+        abort();
+    }
+    pyccl_op_free(op);
+    return status;
+}
+
+/* ---- data and the plain loop ---- */
+
+static void fill(void *out, uint8_t dtype, uint64_t count, uint64_t seed) {
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t r = test_random(&seed);
+        switch (dtype) {
+        case PYCCL_INT32: ((uint32_t *)out)[i] = (uint32_t)r; break;
+        case PYCCL_INT64: ((uint64_t *)out)[i] = r; break;
+        case PYCCL_FLOAT32: ((float *)out)[i] = (float)(int32_t)r * 0x1p-24f; break;
+        case PYCCL_FLOAT64: ((double *)out)[i] = (double)(int64_t)r * 0x1p-56; break;
+        default: ((uint8_t *)out)[i] = (uint8_t)r;
+        }
+    }
+}
+
+#define FOLD(type, zero_type)                                                            \
+    do {                                                                                 \
+        const type *const *x = (const type *const *)in;                                  \
+        for (uint64_t i = 0; i < count; i++) {                                           \
+            type a = x[0][i];                                                            \
+            for (uint32_t r = 1; r < world; r++) {                                       \
+                const type b = x[r][i];                                                  \
+                if (op == PYCCL_SUM || op == PYCCL_AVG) a = (type)((zero_type)a + (zero_type)b); \
+                if (op == PYCCL_PROD) a = (type)((zero_type)a * (zero_type)b);           \
+                if (op == PYCCL_MIN) a = b < a ? b : a;                                  \
+                if (op == PYCCL_MAX) a = b > a ? b : a;                                  \
+            }                                                                            \
+            if (op == PYCCL_AVG) a = (type)(a / (type)world);                            \
+            ((type *)out)[i] = a;                                                        \
+        }                                                                                \
+    } while (0)
+
+static void fold(uint8_t dtype, uint8_t op, const void *const *in, uint32_t world, uint64_t count, void *out) {
+    switch (dtype) {
+    case PYCCL_INT32: FOLD(int32_t, uint32_t); break;
+    case PYCCL_INT64: FOLD(int64_t, uint64_t); break;
+    case PYCCL_FLOAT32: FOLD(float, float); break;
+    default: FOLD(double, double);
+    }
+}
+
+typedef struct vectors {             /* the inputs of one all_reduce and what must come out */
+    uint32_t world;
+    uint64_t bytes;
+    uint8_t *in[ENGINES_MAX], *out[ENGINES_MAX], *want;
+} vectors;
+
+static vectors vectors_new(uint8_t dtype, uint8_t op, uint64_t count, uint32_t world, uint64_t seed) {
+    vectors v = {.world = world, .bytes = count * pyccl_dtype_size(dtype)};
+    for (uint32_t i = 0; i < world; i++) {
+        v.in[i] = malloc(v.bytes + 1);
+        v.out[i] = malloc(v.bytes + 1);
+        memset(v.out[i], 0xEE, v.bytes + 1);
+        fill(v.in[i], dtype, count, seed * 1000 + i);
+    }
+    v.want = malloc(v.bytes + 1);
+    fold(dtype, op, (const void *const *)v.in, world, count, v.want);
+    return v;
+}
+
+static void vectors_free(vectors *v) {
+    for (uint32_t i = 0; i < v->world; i++) {
+        free(v->in[i]);
+        free(v->out[i]);
+    }
+    free(v->want);
+}
+
+static void check_all_reduce(const cluster *c, uint8_t dtype, uint8_t op, uint64_t count, int in_place) {
+    vectors v = vectors_new(dtype, op, count, c->count, count * 31 + dtype * 7 + op);
+    pyccl_op *ops[ENGINES_MAX];
+    for (uint32_t i = 0; i < c->count; i++)
+        ops[i] = submit(c, i, reduce_spec(dtype, op, count, 0), v.in[i], in_place ? v.in[i] : v.out[i], v.bytes);
+    for (uint32_t i = 0; i < c->count; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(in_place ? v.in[i] : v.out[i], v.want, v.bytes) == 0);
+        CHECK(in_place || v.out[i][v.bytes] == 0xEE);
+    }
+    vectors_free(&v);
+}
+
+/* ---- tests: values ---- */
+
+static void all_reduce_suite(uint32_t world, wire how) {
+    static const uint8_t dtypes[] = {PYCCL_INT32, PYCCL_INT64, PYCCL_FLOAT32, PYCCL_FLOAT64};
+    static const uint64_t counts[] = {1, 7, 1001, 300001};
+    cluster c;
+    cluster_open(&c, world, 2, how);
+    for (size_t d = 0; d < sizeof dtypes; d++)
+        for (uint8_t op = PYCCL_SUM; op <= PYCCL_MAX; op++) {
+            if (op == PYCCL_AVG && dtypes[d] <= PYCCL_INT64) continue;
+            for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) check_all_reduce(&c, dtypes[d], op, counts[k], (k + op) % 2);
+        }
+    check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_SUM, 0, 0);
+    check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_AVG, 3000017, 0);
+    check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_AVG, 3000017, 1);
+    cluster_close(&c);
+}
+
+TEST(engine_all_reduce_of_two_gives_the_bits_of_a_plain_loop) { all_reduce_suite(2, OVER_TCP); }
+TEST(engine_all_reduce_of_three_gives_the_bits_of_a_plain_loop) { all_reduce_suite(3, OVER_UNIX); }
+TEST(engine_all_reduce_of_five_gives_the_bits_of_a_plain_loop) { all_reduce_suite(5, OVER_TCP); }
+
+TEST(engine_broadcast_gives_all_the_bytes_of_the_root) {
+    static const uint64_t counts[] = {0, 1, 5, 1000, 5000011};
+    cluster c;
+    cluster_open(&c, 3, 2, OVER_TCP);
+    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++)
+        for (uint32_t root = 0; root < 3; root++) {
+            pyccl_spec spec = {.kind = PYCCL_BROADCAST, .dtype = PYCCL_UINT8, .count = counts[k], .tag = 9};
+            memcpy(spec.root, c.id[root], 16);
+            vectors v = vectors_new(PYCCL_INT64, PYCCL_SUM, counts[k] / 8 + 1, 3, k);
+            uint8_t *want = malloc(counts[k] + 1);
+            memcpy(want, v.in[root], counts[k]);
+            pyccl_op *ops[3];
+            for (uint32_t i = 0; i < 3; i++) ops[i] = submit(&c, i, spec, v.in[i], v.in[i], counts[k]);
+            for (uint32_t i = 0; i < 3; i++) {
+                CHECK_EQ(finish(ops[i]), PYCCL_OK);
+                CHECK(memcmp(v.in[i], want, counts[k]) == 0);
+            }
+            free(want);
+            vectors_free(&v);
+        }
+    cluster_close(&c);
+}
+
+TEST(engine_all_gather_gives_all_the_inputs_in_order_of_the_ranks) {
+    static const uint64_t counts[] = {0, 1, 1000, 700001};
+    cluster c;
+    cluster_open(&c, 3, 2, OVER_TCP);
+    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
+        const uint64_t bytes = counts[k] * 4;
+        const pyccl_spec spec = {.kind = PYCCL_ALL_GATHER, .dtype = PYCCL_FLOAT32, .count = counts[k], .tag = 4};
+        vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, counts[k], 3, k);
+        pyccl_op *ops[3];
+        uint8_t *out[3];
+        for (uint32_t i = 0; i < 3; i++) {
+            out[i] = malloc(3 * bytes + 1);
+            ops[i] = submit(&c, i, spec, v.in[i], out[i], 3 * bytes);
+        }
+        for (uint32_t i = 0; i < 3; i++) {
+            CHECK_EQ(finish(ops[i]), PYCCL_OK);
+            for (uint32_t j = 0; j < 3; j++) CHECK(memcmp(out[i] + j * bytes, v.in[j], bytes) == 0);
+        }
+        for (uint32_t i = 0; i < 3; i++) free(out[i]);
+        vectors_free(&v);
+    }
+    cluster_close(&c);
+}
+
+TEST(engine_all_gather_into_too_little_memory_fails_on_all) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    uint8_t in[2][64] = {{0}}, out[2][128];
+    const pyccl_spec spec = {.kind = PYCCL_ALL_GATHER, .dtype = PYCCL_UINT8, .count = 64};
+    pyccl_op *a = submit(&c, 0, spec, in[0], out[0], 127), *b = submit(&c, 1, spec, in[1], out[1], 128);
+    CHECK_EQ(finish(a), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(finish(b), PYCCL_ERR_CANCELLED);
+    cluster_close(&c);
+}
+
+TEST(engine_barrier_ends_when_all_have_come) {
+    cluster c;
+    cluster_open(&c, 3, 1, OVER_TCP);
+    const pyccl_spec spec = {.kind = PYCCL_BARRIER, .dtype = PYCCL_UINT8, .tag = 1};
+    pyccl_op *a = submit(&c, 0, spec, NULL, NULL, 0), *b = submit(&c, 1, spec, NULL, NULL, 0);
+    CHECK_EQ(pyccl_op_wait(a, SECOND / 50), PYCCL_PENDING);
+    CHECK(!pyccl_op_done(b));
+    pyccl_op *last = submit(&c, 2, spec, NULL, NULL, 0);
+    CHECK_EQ(finish(a), PYCCL_OK);
+    CHECK_EQ(finish(b), PYCCL_OK);
+    CHECK_EQ(finish(last), PYCCL_OK);
+    cluster_close(&c);
+}
+
+/* ---- tests: many at a time ---- */
+
+static void many_ops(uint32_t world, uint32_t tags, uint64_t count, uint32_t conns) {
+    cluster c;
+    cluster_open(&c, world, conns, OVER_TCP);
+    vectors *v = calloc(tags, sizeof *v);
+    pyccl_op **ops = calloc((size_t)tags * world, sizeof *ops);
+    for (uint32_t tag = 0; tag < tags; tag++) v[tag] = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count + tag, world, tag);
+    for (uint32_t k = 0; k < tags; k++)
+        for (uint32_t i = 0; i < world; i++) {
+            const uint32_t tag = i == 0 ? k : i == 1 ? tags - 1 - k : (k * 7 + i) % tags;
+            if (tags % 7 == 0 && i > 1) abort();
+            ops[tag * world + i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count + tag, tag), v[tag].in[i], v[tag].in[i], 0);
+        }
+    for (uint32_t tag = 0; tag < tags; tag++) {
+        for (uint32_t i = 0; i < world; i++) {
+            CHECK_EQ(finish(ops[tag * world + i]), PYCCL_OK);
+            CHECK(memcmp(v[tag].in[i], v[tag].want, v[tag].bytes) == 0);
+        }
+        vectors_free(&v[tag]);
+    }
+    free(v);
+    free(ops);
+    cluster_close(&c);
+}
+
+TEST(engine_runs_200_tagged_operations_submitted_in_different_orders) { many_ops(3, 200, 1000, 3); }
+TEST(engine_runs_big_operations_submitted_in_reversed_order) { many_ops(2, 4, 9 * 262144 + 1, 2); }
+TEST(engine_runs_big_operations_of_three_members_in_different_orders) { many_ops(3, 5, 9 * 262144 + 1, 1); }
+
+TEST(engine_keeps_the_order_of_one_tag) {
+    cluster c;
+    cluster_open(&c, 2, 2, OVER_TCP);
+    enum { RUNS = 300 };
+    pyccl_op *ops[2][RUNS];
+    static int64_t x[2][RUNS];
+    for (int k = 0; k < RUNS; k++) x[0][k] = k, x[1][k] = 1000 * k;
+    for (uint32_t i = 0; i < 2; i++)
+        for (int k = 0; k < RUNS; k++) ops[i][k] = submit(&c, i, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 5), &x[i][k], &x[i][k], 8);
+    for (uint32_t i = 0; i < 2; i++)
+        for (int k = 0; k < RUNS; k++) {
+            CHECK_EQ(finish(ops[i][k]), PYCCL_OK);
+            CHECK_EQ(x[i][k], 1001 * k);
+        }
+    cluster_close(&c);
+}
+
+/* ---- tests: connections and members that end ---- */
+
+static void await_bytes(const cluster *c, uint32_t i, uint32_t j, uint64_t bytes) {
+    const int64_t until = now_ns() + PATIENCE;
+    pyccl_link_stats stats = {0};
+    while (stats.rx_bytes < bytes && now_ns() < until) REQUIRE(pyccl_engine_link_stats(c->engine[i], c->slot[i][j], &stats) == PYCCL_OK);
+    CHECK(stats.rx_bytes >= bytes);
+}
+
+static void kill_conn(const cluster *c, uint32_t i, uint32_t j, uint32_t k) { shutdown(c->raw[i][j][k], SHUT_RDWR); }
+
+static void conns_die_midway(uint32_t world, uint32_t conns, uint32_t deaths, wire how) {
+    cluster c;
+    cluster_open(&c, world, conns, how);
+    const uint64_t count = 12000007;
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, world, 77);
+    pyccl_op *ops[ENGINES_MAX];
+    for (uint32_t i = 0; i < world; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+    for (uint32_t k = 0; k < deaths; k++) {
+        await_bytes(&c, 0, 1, (k + 1) * (3u << 20));
+        kill_conn(&c, k % 2, 1 - k % 2, k);
+        if (world > 2) kill_conn(&c, 2, 0, k);
+    }
+    for (uint32_t i = 0; i < world; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+    }
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, NULL));
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
+TEST(engine_completes_when_one_connection_of_several_dies) { conns_die_midway(2, 4, 1, OVER_TCP); }
+TEST(engine_completes_when_all_but_one_connection_die) { conns_die_midway(2, 4, 3, OVER_TCP); }
+TEST(engine_completes_when_connections_of_three_members_die) { conns_die_midway(3, 3, 2, OVER_UNIX); }
+
+TEST(engine_completes_when_the_only_connection_dies_and_another_comes) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    const uint64_t count = 12000007;
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 2, 78);
+    pyccl_op *ops[2];
+    for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+    for (int k = 0; k < 3; k++) {
+        await_bytes(&c, 0, 1, (k + 1) * (3u << 20));
+        kill_conn(&c, 0, 1, 0);
+        pyccl_event event;
+        for (uint32_t i = 0; i < 2; i++) {
+            CHECK(await_event(c.engine[i], PYCCL_EVENT_CONN_DOWN, &event));
+            CHECK_EQ(event.count, 0);
+            close(c.raw[i][1 - i][0]);
+        }
+        cluster_link(&c, 0, 1, 0, OVER_TCP);
+    }
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+    }
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
+TEST(engine_survivors_repeat_an_operation_when_a_member_is_lost) {
+    cluster c;
+    cluster_open(&c, 3, 2, OVER_TCP);
+    const uint64_t count = 9000001;
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 3, 5), rest = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 2, 5);
+    pyccl_op *ops[3];
+    for (uint32_t i = 0; i < 3; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+    await_bytes(&c, 0, 2, 1 << 20);
+    pyccl_engine_stop(c.engine[2], PYCCL_ERR_CLOSED);
+    c.alive[2] = 0;
+    int committed = 0;
+    for (uint32_t i = 0; i < 2; i++) {
+        pyccl_op_report reports[8];
+        size_t reported = 0;
+        CHECK(await_event(c.engine[i], PYCCL_EVENT_CONN_DOWN, NULL));
+        CHECK_EQ(pyccl_engine_freeze(c.engine[i], reports, 8, &reported), PYCCL_OK);
+        for (size_t k = 0; k < reported; k++) committed |= reports[k].state == PYCCL_STATE_COMMITTED;
+    }
+    CHECK(!committed);
+    cluster_epoch(&c, 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK_EQ(pyccl_op_wait(ops[i], PATIENCE), PYCCL_OK);
+        pyccl_op_info info;
+        pyccl_op_info_get(ops[i], &info);
+        CHECK_EQ(info.attempts, 2);
+        CHECK_EQ(info.world, 2);
+        CHECK_EQ(info.epoch_number, 2);
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.in[i], rest.want, v.bytes) == 0);
+    }
+    CHECK(finish(ops[2]) < 0);
+    CHECK(memcmp(v.in[2], v.want, v.bytes) != 0);
+    vectors_free(&v);
+    vectors_free(&rest);
+    cluster_close(&c);
+}
+
+TEST(engine_obeys_a_commit_verdict_with_the_result_it_holds) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, 1000, 2, 3);
+    /* Both are frozen as soon as both hold their result, before both have committed: retry until we hit that. */
+    for (int run = 0; run < 200; run++) {
+        memcpy(v.out[0], v.in[0], v.bytes);
+        memcpy(v.out[1], v.in[1], v.bytes);
+        pyccl_op *ops[2];
+        pyccl_op_report reports[2][64];
+        size_t reported[2] = {0, 0};
+        for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, 1000, 0), v.out[i], v.out[i], 0);
+        for (uint32_t i = 0; i < 2; i++) CHECK_EQ(pyccl_engine_freeze(c.engine[i], reports[i], 64, &reported[i]), PYCCL_OK);
+        pyccl_op_verdict verdict = {.verdict = PYCCL_VERDICT_COMMIT, .seq = (uint64_t)run};
+        int prepared = 0, committed = 0;
+        for (uint32_t i = 0; i < 2; i++)
+            for (size_t k = 0; k < reported[i]; k++) {
+                if (reports[i][k].seq != (uint64_t)run) continue;
+                prepared += reports[i][k].state == PYCCL_STATE_PREPARED;
+                committed += reports[i][k].state == PYCCL_STATE_COMMITTED;
+            }
+        cluster_epoch_with(&c, 0, &verdict, committed > 0 || prepared == 2);
+        for (uint32_t i = 0; i < 2; i++) {
+            CHECK_EQ(finish(ops[i]), PYCCL_OK);
+            CHECK(memcmp(v.out[i], v.want, v.bytes) == 0);
+        }
+    }
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
+TEST(engine_cancelled_operation_leaves_the_input_of_all_as_it_was) {
+    cluster c;
+    cluster_open(&c, 3, 2, OVER_TCP);
+    const uint64_t count = 6000001;
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 3, 11), again = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 3, 11);
+    pyccl_op *ops[3];
+    for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+    await_bytes(&c, 0, 1, 1 << 20);
+    pyccl_op_cancel(ops[0], PYCCL_ERR_CANCELLED);
+    CHECK_EQ(pyccl_op_wait(ops[0], 0), PYCCL_ERR_CANCELLED);
+    memset(v.in[0], 0x55, v.bytes); /* the array is the caller's again: nothing reads or writes it */
+    CHECK_EQ(finish(ops[1]), PYCCL_ERR_CANCELLED);
+    CHECK(memcmp(v.in[1], again.in[1], v.bytes) == 0);
+    ops[2] = submit(&c, 2, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[2], v.in[2], 0);
+    CHECK_EQ(finish(ops[2]), PYCCL_ERR_CANCELLED);
+    CHECK(memcmp(v.in[2], again.in[2], v.bytes) == 0);
+    for (uint64_t k = 0; k < v.bytes; k++)
+        if (v.in[0][k] != 0x55) {
+            CHECK(!"the array was written after its operation had ended");
+            break;
+        }
+    CHECK_EQ(finish(ops[0]), PYCCL_ERR_CANCELLED);
+    check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_SUM, 100003, 1);
+    vectors_free(&v);
+    vectors_free(&again);
+    cluster_close(&c);
+}
+
+TEST(engine_deadline_ends_an_operation_that_nobody_joins) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    int64_t x = 1;
+    pyccl_op_args args = {.spec = reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 0), .src = &x, .dst = &x, .timeout_ns = SECOND / 20, .user = 99, .notify = 1};
+    args.spec.algorithm = PYCCL_DIRECT;
+    pyccl_op *op = NULL;
+    REQUIRE(pyccl_op_submit(c.engine[0], &args, &op) == PYCCL_OK);
+    pyccl_event event;
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_OP, &event));
+    CHECK_EQ(event.value, 99);
+    CHECK(pyccl_op_done(op));
+    CHECK_EQ(finish(op), PYCCL_ERR_DEADLINE);
+    cluster_close(&c);
+}
+
+TEST(engine_refuses_a_link_that_sends_garbage_and_serves_the_others) {
+    cluster c;
+    cluster_open(&c, 3, 2, OVER_TCP);
+    uint8_t garbage[256];
+    memset(garbage, 0xA5, sizeof garbage);
+    CHECK(send(c.raw[2][0][1], garbage, sizeof garbage, MSG_NOSIGNAL) == (ssize_t)sizeof garbage);
+    pyccl_event event;
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, &event));
+    CHECK_EQ(event.slot, c.slot[0][2]);
+    pyccl_link_stats stats;
+    CHECK_EQ(pyccl_engine_link_stats(c.engine[0], c.slot[0][2], &stats), PYCCL_OK);
+    CHECK_EQ(stats.conns, 0);
+    c.alive[2] = 0;
+    for (uint32_t i = 0; i < 2; i++) {
+        size_t reported;
+        CHECK_EQ(pyccl_engine_freeze(c.engine[i], NULL, 0, &reported), PYCCL_OK);
+    }
+    cluster_epoch(&c, 0);
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, 100001, 2, 1);
+    pyccl_op *ops[2];
+    for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, 100001, 0), v.in[i], v.out[i], 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.out[i], v.want, v.bytes) == 0);
+    }
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
+/* A valid frame of the current epoch from engine `from`'s own socket, as a peer that breaks the rules would send it. */
+static void send_frame(const cluster *c, uint32_t from, uint32_t to, pyccl_frame frame, uint32_t payload) {
+    static uint8_t bytes[64 + PYCCL_PIECE_MAX];
+    frame.epoch_number = c->number;
+    memset(&frame.epoch_tag, (int)(0x40 + c->number), sizeof frame.epoch_tag);
+    frame.length = payload;
+    pyccl_frame_encode(&frame, bytes);
+    for (size_t at = 0, size = 64 + (size_t)payload; at < size;) {
+        const ssize_t n = send(c->raw[from][to][0], bytes + at, size - at, MSG_NOSIGNAL);
+        if (n < 0 && (errno == EPIPE || errno == ECONNRESET)) return;
+        if (n < 0 && errno == EAGAIN) {
+            struct pollfd wait = {.fd = c->raw[from][to][0], .events = POLLOUT};
+            poll(&wait, 1, 1000);
+        } else REQUIRE(n > 0);
+        if (n > 0) at += (size_t)n;
+    }
+}
+
+TEST(engine_refuses_pieces_that_do_not_fit_and_too_many_early_ones) {
+    const pyccl_spec spec = {.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_INT64, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .retry = 1, .count = 1000};
+    const uint32_t hash = pyccl_spec_hash(&spec);
+    const pyccl_frame bad[] = {
+        {.type = PYCCL_FRAME_DATA, .phase = 0, .offset = 8, .spec_hash = hash, .length = 4000},
+        {.type = PYCCL_FRAME_DATA, .phase = 0, .offset = 0, .spec_hash = hash, .length = 4008},
+        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = 1048576, .spec_hash = hash, .length = 8},
+        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = UINT64_MAX - 1048575, .spec_hash = hash, .length = 4000},
+    };
+    for (size_t k = 0; k < sizeof bad / sizeof *bad; k++)
+        for (int early = 0; early < 2; early++) {
+            cluster c;
+            cluster_open(&c, 2, 1, OVER_UNIX);
+            int64_t x[1000] = {0};
+            pyccl_op *op = early ? NULL : submit(&c, 0, spec, x, x, 0);
+            if (!early) await_bytes(&c, 1, 0, 64);
+            send_frame(&c, 1, 0, bad[k], bad[k].length);
+            if (early) await_bytes(&c, 0, 1, 64 + bad[k].length);
+            if (early) op = submit(&c, 0, spec, x, x, 0);
+            CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, NULL));
+            pyccl_op_cancel(op, PYCCL_ERR_CANCELLED);
+            CHECK_EQ(finish(op), PYCCL_ERR_CANCELLED);
+            cluster_close(&c);
+        }
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_UNIX);
+    for (uint64_t k = 0; k < 5; k++)
+        send_frame(&c, 1, 0, (pyccl_frame){.type = PYCCL_FRAME_DATA, .offset = k << 20}, PYCCL_PIECE_MAX);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, NULL));
+    cluster_close(&c);
+}
+
+TEST(engine_leaves_frames_of_a_later_epoch_unread_until_it_enters_it) {
+    cluster c;
+    cluster_open(&c, 2, 2, OVER_TCP);
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, 500001, 2, 9);
+    uint8_t members[2][16];
+    memcpy(members, c.id, sizeof members);
+    pyccl_epoch epoch = {.number = 2, .world = 2, .restart = 1, .members = members[0]};
+    memset(epoch.id, 0x42, 16);
+    CHECK_EQ(pyccl_engine_epoch(c.engine[0], &epoch, NULL, 0), PYCCL_OK);
+    pyccl_op *ops[2];
+    ops[0] = submit(&c, 0, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, 500001, 0), v.in[0], v.in[0], 0);
+    await_bytes(&c, 1, 0, 64);
+    CHECK_EQ(pyccl_op_wait(ops[0], SECOND / 50), PYCCL_PENDING);
+    epoch.rank = 1;
+    CHECK_EQ(pyccl_engine_epoch(c.engine[1], &epoch, NULL, 0), PYCCL_OK);
+    ops[1] = submit(&c, 1, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, 500001, 0), v.in[1], v.in[1], 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+    }
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
+TEST(engine_reports_silence_and_hears_again) {
+    cluster c;
+    cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, SECOND / 5);
+    /* Engine 0 gets a peer whose other end we hold: it says nothing until we do. */
+    uint8_t id[16];
+    uint32_t slot;
+    int pair[2];
+    memset(id, 0x77, 16);
+    REQUIRE(pyccl_engine_peer_add(c.engine[0], id, &slot) == PYCCL_OK && socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_EQ(pyccl_engine_conn_add(c.engine[0], slot, pair[0]), PYCCL_OK);
+    pyccl_event event;
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_SILENT, &event));
+    CHECK_EQ(event.slot, slot);
+    uint8_t beat[64];
+    CHECK(recv(pair[1], beat, 64, MSG_WAITALL) == 64);
+    CHECK(send(pair[1], beat, 64, MSG_NOSIGNAL) == 64);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_HEARD, &event));
+    CHECK_EQ(event.slot, slot);
+    close(pair[1]);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, &event));
+    CHECK_EQ(pyccl_engine_peer_remove(c.engine[0], slot), PYCCL_OK);
+    CHECK_EQ(pyccl_engine_peer_remove(c.engine[0], slot), PYCCL_ERR_ARGUMENT);
+    cluster_close(&c);
+}
+
+TEST(engine_pulse_beats_and_reports_its_end) {
+    cluster c;
+    cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, 5 * SECOND);
+    int pair[2];
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_EQ(pyccl_engine_pulse(c.engine[0], pair[0]), PYCCL_OK);
+    for (int k = 0; k < 3; k++) {
+        uint8_t beat[64];
+        pyccl_frame frame;
+        CHECK(recv(pair[1], beat, 64, MSG_WAITALL) == 64);
+        CHECK_EQ(pyccl_frame_decode_untrusted(beat, &frame), PYCCL_OK);
+        CHECK_EQ(frame.type, PYCCL_FRAME_HEARTBEAT);
+    }
+    close(pair[1]);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_PULSE_DOWN, NULL));
+    cluster_close(&c);
+}
+
+TEST(engine_posts_drained_once_when_everything_below_the_cut_is_settled) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    int64_t x[2] = {1, 2}, y[2] = {10, 20};
+    pyccl_op *ops[2], *later[2];
+    ops[0] = submit(&c, 0, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 0), &x[0], &x[0], 0);
+    const pyccl_op_count cut = {.tag = 0, .count = 1};
+    int behind;
+    for (uint32_t i = 0; i < 2; i++) CHECK_EQ(pyccl_engine_cut(c.engine[i], &cut, 1, 0, &behind), PYCCL_OK);
+    ops[1] = submit(&c, 1, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 0), &x[1], &x[1], 0);
+    for (uint32_t i = 0; i < 2; i++) later[i] = submit(&c, i, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 0), &y[i], &y[i], 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK(await_event(c.engine[i], PYCCL_EVENT_DRAINED, NULL));
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK_EQ(x[i], 3);
+        CHECK(!pyccl_op_done(later[i]));
+    }
+    cluster_epoch(&c, 1);
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK_EQ(finish(later[i]), PYCCL_OK);
+        CHECK_EQ(y[i], 30);
+    }
+    cluster_close(&c);
+}
+
+TEST(engine_tells_that_specs_differ) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    int64_t x[2][4] = {{0}};
+    pyccl_op *a = submit(&c, 0, reduce_spec(PYCCL_INT64, PYCCL_SUM, 4, 6), x[0], x[0], 0);
+    pyccl_op *b = submit(&c, 1, reduce_spec(PYCCL_INT64, PYCCL_SUM, 3, 6), x[1], x[1], 0);
+    pyccl_event event;
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_DIFFERS, &event));
+    CHECK_EQ(event.slot, c.slot[0][1]);
+    CHECK_EQ(event.tag, 6);
+    CHECK_EQ(event.mine.count, 4);
+    CHECK_EQ(event.theirs.count, 3);
+    for (uint32_t i = 0; i < 2; i++) CHECK_EQ(pyccl_engine_end(c.engine[i], PYCCL_ERR_MISMATCH), PYCCL_OK);
+    CHECK_EQ(finish(a), PYCCL_ERR_MISMATCH);
+    CHECK_EQ(finish(b), PYCCL_ERR_MISMATCH);
+    cluster_close(&c);
+}
+
+/* ---- tests: shared state ---- */
+
+TEST(engine_fetches_published_state_in_pieces_across_regions) {
+    cluster c;
+    cluster_open(&c, 2, 2, OVER_TCP);
+    const uint64_t size = 20000003;
+    uint8_t *source = malloc(size), *copy = calloc(1, size);
+    fill(source, PYCCL_UINT8, size, 4);
+    const pyccl_region regions[] = {{source, 5}, {NULL, 0}, {source + 5, 3000000}, {source + 3000005, size - 3000005}};
+    CHECK_EQ(pyccl_state_publish(c.engine[0], 7, regions, 4), PYCCL_OK);
+    CHECK_EQ(pyccl_state_publish(c.engine[0], 7, regions, 4), PYCCL_ERR_ARGUMENT);
+    const uint32_t piece = 65536;
+    uint64_t pieces = 0;
+    for (uint64_t at = 0; at < size; at += piece, pieces++) {
+        const uint32_t n = size - at < piece ? (uint32_t)(size - at) : piece;
+        CHECK_EQ(pyccl_state_fetch(c.engine[1], c.slot[1][0], 7, at, n, copy + at, pieces), PYCCL_OK);
+        if (pieces == 100) kill_conn(&c, 1, 0, 1);
+    }
+    for (uint64_t k = 0; k < pieces; k++) {
+        pyccl_event event;
+        CHECK(await_event(c.engine[1], PYCCL_EVENT_STATE, &event));
+        CHECK_EQ(event.code, PYCCL_OK);
+    }
+    CHECK(memcmp(source, copy, size) == 0);
+    pyccl_event event;
+    CHECK_EQ(pyccl_state_fetch(c.engine[1], c.slot[1][0], 7, size - 10, 11, copy, 500), PYCCL_OK);
+    CHECK(await_event(c.engine[1], PYCCL_EVENT_STATE, &event));
+    CHECK_EQ(event.code, PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_state_unpublish(c.engine[0], 7), PYCCL_OK);
+    CHECK_EQ(pyccl_state_fetch(c.engine[1], c.slot[1][0], 7, 0, 10, copy, 501), PYCCL_OK);
+    CHECK(await_event(c.engine[1], PYCCL_EVENT_STATE, &event));
+    CHECK_EQ(event.code, PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(event.value, 501);
+    free(source);
+    free(copy);
+    cluster_close(&c);
+}
+
+TEST(engine_frees_state_memory_in_the_middle_of_a_transfer) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    const uint64_t size = 64 << 20;
+    for (int run = 0; run < 3; run++) {
+        uint8_t *source = malloc(size), *copy = malloc(size);
+        memset(source, 3, size);
+        const pyccl_region region = {source, size};
+        CHECK_EQ(pyccl_state_publish(c.engine[0], 1, &region, 1), PYCCL_OK);
+        for (uint64_t at = 0; at < size; at += PYCCL_PIECE_MAX)
+            CHECK_EQ(pyccl_state_fetch(c.engine[1], c.slot[1][0], 1, at, PYCCL_PIECE_MAX, copy + at, at), PYCCL_OK);
+        pyccl_event event;
+        CHECK(await_event(c.engine[1], PYCCL_EVENT_STATE, &event));
+        if (run != 1) CHECK_EQ(pyccl_state_unpublish(c.engine[0], 1), PYCCL_OK);
+        if (run != 1) free(source);
+        CHECK_EQ(pyccl_state_forget(c.engine[1]), PYCCL_OK);
+        free(copy);
+        if (run == 1) CHECK_EQ(pyccl_state_unpublish(c.engine[0], 1), PYCCL_OK);
+        if (run == 1) free(source);
+    }
+    check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_SUM, 100003, 1);
+    cluster_close(&c);
+}
+
+TEST(engine_fetches_end_when_the_peer_or_the_epoch_ends) {
+    cluster c;
+    cluster_open(&c, 3, 1, OVER_TCP);
+    uint8_t copy[64];
+    pyccl_event event;
+    kill_conn(&c, 0, 1, 0);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, NULL));
+    CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][1], 1, 0, 64, copy, 1), PYCCL_OK);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_STATE, &event));
+    CHECK_EQ(event.code, PYCCL_ERR_PEER_LOST);
+    CHECK_EQ(pyccl_state_fetch(c.engine[0], 77, 1, 0, 64, copy, 1), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][2], 1, 0, 0, copy, 1), PYCCL_ERR_ARGUMENT);
+    cluster_close(&c);
+}
+
+TEST(engine_refuses_arguments_it_can_not_obey) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    int32_t x[8] = {0};
+    pyccl_op *op;
+    pyccl_op_args good = {.spec = reduce_spec(PYCCL_INT32, PYCCL_SUM, 4, 0), .src = x, .dst = x, .timeout_ns = SECOND};
+    good.spec.algorithm = PYCCL_DIRECT;
+    pyccl_op_args args = good;
+    args.spec.op = PYCCL_AVG;
+    CHECK_EQ(pyccl_op_submit(c.engine[0], &args, &op), PYCCL_ERR_ARGUMENT);
+    args = good, args.timeout_ns = 0;
+    CHECK_EQ(pyccl_op_submit(c.engine[0], &args, &op), PYCCL_ERR_ARGUMENT);
+    args = good, args.dst = x + 1;
+    CHECK_EQ(pyccl_op_submit(c.engine[0], &args, &op), PYCCL_ERR_ARGUMENT);
+    args = good, args.src = NULL;
+    CHECK_EQ(pyccl_op_submit(c.engine[0], &args, &op), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_engine_conn_add(c.engine[0], 55, dup(0)), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_engine_conn_add(c.engine[0], c.slot[0][1], -1), PYCCL_ERR_OS);
+    pyccl_engine_stop(c.engine[0], PYCCL_ERR_CLOSED);
+    pyccl_engine_stop(c.engine[0], PYCCL_ERR_CLOSED);
+    CHECK_EQ(pyccl_op_submit(c.engine[0], &good, &op), PYCCL_ERR_CLOSED);
+    CHECK(op == NULL);
+    cluster_close(&c);
+}

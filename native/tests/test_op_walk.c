@@ -1,0 +1,996 @@
+/* test_op_walk.c: the exhaustive walk: three participants, one operation, every interleaving, on the shipped op_fsm.c.
+ *
+ * The machine is included as source, so that one machine can be written down (save) and set up again (load). A state is
+ * three machines, a bag of frames in flight (many connections: any order), the master and its control messages. Depth
+ * first with a set of 128-bit hashes of the states seen; a bad state prints the steps that led to it.
+ *
+ * What the harness plays
+ *   engine  a contribution is one DATA frame; with those of all members in, the result is held; its hash names the set
+ *   master  the rules of the model: suspicion -> ballot -> every survivor freezes and reports -> verdict and epoch in one
+ *           step -> EpochCommit reaches each survivor at any later time. Control links are FIFO.
+ *   faults  each with a budget: crash of C, false suspicion of C (it runs on, fenced, until told), a suspicion revoked, a
+ *           deadline anywhere, leaving, a reset link (frames lost per direction or none; later repeated), late frames
+ * Not played separately
+ *   Frames of the crashed C that get lost: a frame that is not delivered before its receiver freezes has no effect any
+ *   more, so "delivered never" is among the orders of delivery already.
+ * Reduction: a frame that its reader will drop now and for ever (reader frozen, epoch over, operation ended) is delivered
+ * at once, alone, and must change nothing; with late frames on, one such frame may instead be kept and come at any time.
+ * Checks: see judge() and stuck(). Mutations (canaries) break a rule on purpose; the walk must notice.
+ *
+ *     OP_WALK_ALL=1         the largest walks too (up to 5 million states and 20 s each, under 300 MB)
+ *     OP_WALK_SHORT=1       those of less than 300,000 states only, as under sanitizers
+ *     OP_WALK_SHOW=1        prints the trace that each canary leads to
+ *     test_op_walk NAME     tests whose name contains NAME; each prints the number of states */
+#include "../src/op_fsm.c"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <time.h>
+
+#include "test.h"
+
+/* Walks of more states than this are left out, and say so. */
+static size_t states_allowed(void) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    size_t normal = 300000;                /* slow builds */
+#else
+    size_t normal = 2500000;
+#endif
+    if (getenv("OP_WALK_SHORT") != NULL) return 300000;
+    return getenv("OP_WALK_ALL") != NULL ? SIZE_MAX : normal;
+}
+
+enum { N = 3, A = 0, B = 1, C = 2, EPOCHS = 6, BAG = 44, ACTS = 96, DEPTH = 400 };
+enum { UP, CRASHED, LEFT, EVICTED };
+enum { NEVER, OK, FAILED_, UNKNOWN };
+enum { ALL3 = 7, COOKIE = 1 };
+enum { AT_START = 1, AT_DEADLINE = 100, AT_LEAVE = 200 };
+
+/* Deadline, crash ... what may happen in a variant, and the rule a canary breaks. */
+typedef struct variant {
+    const char *name;
+    uint8_t submit, retry;                 /* submit: 1: at any time, 0: all have                      */
+    uint8_t crash, suspect, revoke, deadline, leave, reset, late, tell, split, differ;
+    int mutation;
+} variant;
+
+enum {
+    SOUND, REPORT_WITHOUT_FREEZE, ABORT_WHILE_FROZEN, DATA_WHILE_FROZEN, STALE_EPOCH, ABORT_AFTER_DONE, MAJORITY_COMMITS, FORGET_TOMBSTONE,
+    VERDICT_FORGETS_COMMIT, DROP_RECORD, RESET_WITHOUT_REPEAT, PREPARE_WITHOUT_DATA
+};
+
+typedef struct member {
+    uint8_t life, ep, frozen, expired, submitted;
+    uint8_t tag, next_seq, told, dirty, tell;                            /* the machine's tag          */
+    uint8_t op, opened, done, settled, result, asked, leave, abort, abort_rank, have_spec, spec_rank, owner_rank, attempts, cookie, hash[N];
+    uint8_t deferred, deferred_status;
+    uint8_t started, data;                                               /* the engine                 */
+    uint8_t outcome, status, out_ep, out_set, culprit;                   /* culprit: 0 none, else member + 1 */
+} member;
+
+typedef struct frame_bits { uint8_t type, path, ep, value; } frame_bits; /* path: from << 4 | to       */
+
+typedef struct state {
+    member m[N];
+    uint8_t crash, suspect, revoke, deadline, leave, reset, late;        /* budgets left               */
+    uint8_t resync[N];                                                   /* [i]: to whom i must repeat */
+    uint8_t cur, susp, false_susp, ballot, S, rep, sent, flush, need, settle, told_settle[N];
+    uint8_t mem[EPOCHS], verdict[EPOCHS], rp[N], rh[N];
+    uint8_t bags, has_kept;
+    frame_bits kept, bag[BAG];
+} state;
+
+enum { A_SUBMIT, A_FRAME, A_KEPT, A_FLUSH, A_REPORT, A_COMMIT, A_EVICT, A_SUSPECT, A_START_FLUSH, A_SETTLE, A_TICK, A_TELL, A_RESYNC, FAULTS,
+       A_DEADLINE = FAULTS, A_LEAVE, A_CRASH, A_FALSE, A_REVOKE, A_RESET };
+static const char *const STEP[] = {"submits", "frame", "late frame", "freezes and reports", "report arrives of", "enters the epoch", "is told it is evicted",
+    "suspected", "flush starts", "settle request of", "ticks", "tells", "repeats to", "DEADLINE at", "LEAVES", "CRASH of", "FALSE SUSPICION of",
+    "SUSPICION REVOKED of", "LINK RESET"};
+static const char *const FRAME[] = {"?", "OPEN", "DATA", "DONE", "ABORT", "ASK", "ANSWER", "SETTLED"};
+typedef struct step { uint8_t kind, i, j, n; } step;
+
+static const variant *now;
+static pyccl_fsm *machine;                 /* one, loaded with whoever moves */
+static const char *bad;                    /* set: the first rule broken     */
+static char bad_text[160];
+static uint64_t commits, failures;         /* seen in the walk: it is not empty */
+
+static void broken(const char *text) { if (bad == NULL) bad = text; }
+static void brokenf(const char *format, ...) {
+    if (bad != NULL) return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(bad_text, sizeof bad_text, format, args);
+    va_end(args);
+    bad = bad_text;
+}
+
+static int pop(unsigned x) { return __builtin_popcount(x); }
+static uint32_t rank_of(uint8_t members, int i) { return (uint32_t)pop(members & ((1u << i) - 1)); }
+static int member_of(uint8_t members, uint32_t rank) {
+    for (int i = 0; i < N; i++)
+        if (members >> i & 1 && rank-- == 0) return i;
+    PYCCL_ASSERT(0);
+    return 0;
+}
+
+static pyccl_spec the_spec(void) {
+    return (pyccl_spec){.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_FLOAT32, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .retry = now->retry, .count = 8};
+}
+
+static void epoch_id(uint8_t ep, uint8_t id[16]) {
+    memset(id, 0, 16);
+    id[0] = (uint8_t)(0x40 + ep);
+}
+
+static uint32_t epoch_members(uint8_t members, uint8_t out[N * 16]) {
+    uint32_t world = 0;
+    for (int i = 0; i < N; i++)
+        if (members >> i & 1) memset(out + 16 * world++, 0x10 + i, 16);
+    return world;
+}
+
+/* ---- one machine, written down and set up again ---- */
+
+static uint8_t set_bits(const rank_set *set) { return (uint8_t)set->word[0]; }
+
+static uint8_t status_code(int32_t status) { return (uint8_t)-status; }
+
+static void save(const pyccl_fsm *fsm, member *m) {
+    PYCCL_ASSERT(fsm->queue_count == 0 && fsm->tag_count <= 1 && fsm->deferred_count <= 1 && fsm->cutting == 0);
+    m->frozen = fsm->frozen;
+    m->tell = fsm->tell_ns_at != 0;
+    m->deferred = fsm->deferred_count != 0;
+    m->deferred_status = m->deferred ? status_code(fsm->deferred_first->status) : 0;
+    const fsm_tag *tag = fsm->tags;
+    const fsm_op *op = tag != NULL ? tag->ops : NULL;
+    m->tag = tag != NULL;
+    m->next_seq = tag != NULL ? (uint8_t)tag->next_seq : 0;
+    m->told = tag != NULL ? (uint8_t)tag->told : 0;
+    m->dirty = tag != NULL ? tag->dirty : 0;
+    m->op = op != NULL ? (uint8_t)(op->state + 1) : 0;
+    m->opened = m->done = m->settled = m->result = m->asked = m->leave = m->abort = m->abort_rank = 0;
+    m->have_spec = m->spec_rank = m->owner_rank = m->attempts = m->cookie = 0;
+    memset(m->hash, 0, sizeof m->hash);
+    if (op == NULL) return;
+    PYCCL_ASSERT(op->tag_next == NULL && op->seq == 0 && !op->have_other && !op->told_differs && fsm->live_count == (op->state == RUNNING || op->state == PREPARED));
+    m->opened = set_bits(&op->opened);
+    m->done = set_bits(&op->done);
+    m->settled = set_bits(&op->settled);
+    m->result = op->result;
+    m->asked = op->asked;
+    m->leave = op->leave_ns != 0;
+    m->abort = status_code(op->abort_status);
+    m->attempts = (uint8_t)op->attempts;
+    m->cookie = (uint8_t)op->cookie;
+    if (op->state == EARLY) {
+        m->abort_rank = (uint8_t)op->abort_rank;
+        m->have_spec = op->have_spec;
+        m->spec_rank = (uint8_t)op->spec_rank;
+        m->owner_rank = (uint8_t)op->owner_rank;
+    }
+    for (uint32_t r = 0; r < fsm->world && r < N; r++)
+        if (m->done >> r & 1 || (r == fsm->rank && op->result)) m->hash[r] = (uint8_t)op->hash[r];
+}
+
+static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
+    free_tags(fsm);
+    free_deferred(fsm);
+    pyccl_map_clear(&fsm->cookie_map);
+    fsm->live_first = fsm->live_last = NULL;
+    fsm->live_count = 0;
+    fsm->queue_head = fsm->queue_count = 0;
+    uint8_t ids[N * 16];
+    pyccl_epoch epoch = {.number = m->ep + 1u, .world = epoch_members(members, ids), .rank = rank_of(members, self), .members = ids};
+    epoch_id(m->ep, epoch.id);
+    adopt(fsm, &epoch);
+    fsm->frozen = m->frozen;
+    fsm->tell_ns_at = m->tell ? AT_START : 0;
+    if (m->tag) {
+        fsm_tag *tag = tag_get(fsm, 0, 0);
+        tag->next_seq = m->next_seq;
+        tag->told = m->told;
+        tag->dirty = m->dirty;
+        if (m->dirty) fsm->dirty = tag;
+        if (m->op) {
+            fsm_op *op = op_new(fsm, tag, 0, (op_state)(m->op - 1));
+            op->spec = the_spec();
+            op->deadline_ns = AT_DEADLINE;
+            op->opened.word[0] = m->opened;
+            op->done.word[0] = m->done;
+            op->settled.word[0] = m->settled;
+            op->result = m->result;
+            op->asked = m->asked;
+            op->leave_ns = m->leave ? AT_LEAVE : 0;
+            op->abort_status = -(int32_t)m->abort;
+            op->abort_rank = m->abort_rank;
+            op->have_spec = m->have_spec;
+            op->spec_rank = m->spec_rank;
+            op->owner_rank = m->owner_rank;
+            op->attempts = m->attempts;
+            op->cookie = m->cookie;
+            for (uint32_t r = 0; r < fsm->world; r++) op->hash[r] = m->hash[r];
+            if (op->state == RUNNING || op->state == PREPARED) live_add(fsm, op);
+            if (op->state == EARLY) fsm->early[op->owner_rank] = 1;
+        }
+    }
+    if (m->deferred) {
+        deferred *item = calloc(1, sizeof *item);
+        PYCCL_ASSERT(item != NULL);
+        *item = (deferred){.cookie = m->deferred_status ? 0 : COOKIE, .spec = the_spec(), .deadline_ns = AT_DEADLINE, .status = -(int32_t)m->deferred_status};
+        fsm->deferred_first = item;
+        fsm->deferred_end = &item->next;
+        fsm->deferred_count = 1;
+    }
+}
+
+/* The machine of member i as the state has it; in the twin test the one that was never written down. */
+static pyccl_fsm *twins[N];
+static int use_twins;
+static void turn_to(const state *s, int i) {
+    if (use_twins) machine = twins[i];
+    else load(machine, &s->m[i], s->mem[s->m[i].ep], i);
+}
+
+/* ---- frames in flight ---- */
+
+static void put(state *s, uint8_t type, int from, int to, uint8_t ep, uint8_t value) {
+    if (s->m[to].life != UP || s->resync[from] >> to & 1) return;  /* gone, or into a dead link: lost */
+    if (s->bags == BAG) { broken("the bag is full: raise BAG"); return; }
+    frame_bits f = {type, (uint8_t)(from << 4 | to), ep, value};
+    int at = s->bags++;
+    while (at > 0 && memcmp(&s->bag[at - 1], &f, sizeof f) > 0) { s->bag[at] = s->bag[at - 1]; at--; }
+    s->bag[at] = f;
+}
+
+static frame_bits take(state *s, int n) {
+    frame_bits f = s->bag[n];
+    memmove(&s->bag[n], &s->bag[n + 1], (size_t)(s->bags - n - 1) * sizeof f);
+    memset(&s->bag[--s->bags], 0, sizeof f);
+    return f;
+}
+
+/* ---- the engine ---- */
+
+static int64_t clock_of(const member *m) { return m->expired ? AT_DEADLINE : AT_START; }
+
+static uint8_t result_hash(int self, uint8_t set) { return (uint8_t)(now->differ && self == now->differ - 1 ? 8 | set : set); }
+
+static void have_all(state *s, int self) {
+    member *m = &s->m[self];
+    if (now->mutation == PREPARE_WITHOUT_DATA && m->started && pop(m->data) >= 2) pyccl_fsm_result(machine, COOKIE, ALL3, clock_of(m));
+    if (m->started && (m->data & s->mem[m->ep]) == s->mem[m->ep]) pyccl_fsm_result(machine, COOKIE, result_hash(self, m->data), clock_of(m));
+}
+
+static void ends(state *s, int self, uint8_t outcome, int32_t status, uint8_t attempt_ep) {
+    member *m = &s->m[self];
+    if (m->outcome != NEVER) broken("an operation ended twice");
+    *(outcome == OK ? &commits : &failures) += 1;
+    m->outcome = outcome;
+    m->status = status_code(status);
+    m->out_ep = attempt_ep;
+    m->out_set = outcome == OK ? m->data : 0;
+    m->started = m->data = 0;
+}
+
+/* Carry out what the machine asks for. verdict_ep: in fsm_epoch the epoch before, else N_A. */
+enum { N_A = 255 };
+static void carry_out(state *s, int self, uint8_t verdict_ep) {
+    member *m = &s->m[self];
+    pyccl_action a;
+    while (pyccl_fsm_next(machine, &a)) {
+        uint8_t members = s->mem[m->ep];
+        switch (a.type) {
+        case PYCCL_ACT_SEND:
+            if (m->frozen && a.message.type != PYCCL_FRAME_ANSWER && verdict_ep == N_A) brokenf("a frozen member sends %s", FRAME[a.message.type]);
+            put(s, a.message.type, self, member_of(members, a.message.rank), m->ep, (uint8_t)(a.message.type == PYCCL_FRAME_SETTLED ? a.message.seq : a.message.value));
+            break;
+        case PYCCL_ACT_START:
+            m->started = 1;
+            m->data |= (uint8_t)(1 << self);
+            for (int j = 0; j < N; j++)
+                if (j != self && members >> j & 1) put(s, PYCCL_FRAME_DATA, self, j, m->ep, 0);
+            have_all(s, self);
+            break;
+        case PYCCL_ACT_STOP:
+            m->started = m->data = 0;
+            break;
+        case PYCCL_ACT_COMMIT:
+            if (verdict_ep == N_A) {
+                if (m->frozen) broken("a frozen member commits");
+                /* A verdict over this epoch is out and this member reported for it: it is not free to commit any more. */
+                if (s->cur > m->ep && s->mem[s->cur] >> self & 1) broken("a survivor commits by frames after the verdict");
+            }
+            ends(s, self, OK, 0, verdict_ep == N_A ? m->ep : verdict_ep);
+            if (now->mutation == DROP_RECORD && machine->tags != NULL && machine->tags->ops != NULL) op_drop(machine, machine->tags->ops);
+            break;
+        case PYCCL_ACT_FAIL:
+            m->culprit = a.peer[0] ? (uint8_t)(a.peer[0] - 0x10 + 1) : 0;
+            ends(s, self, a.status == PYCCL_ERR_OUTCOME_UNKNOWN ? UNKNOWN : FAILED_, a.status, m->ep);
+            break;
+        case PYCCL_ACT_RESEND:
+            if (m->started || m->data) put(s, PYCCL_FRAME_DATA, self, member_of(members, a.rank), m->ep, 0);
+            break;
+        case PYCCL_ACT_SETTLE:
+            s->settle |= (uint8_t)(1 << self);
+            s->told_settle[self] = m->ep;
+            break;
+        case PYCCL_ACT_LEAVE:
+            m->life = LEFT;
+            break;
+        case PYCCL_ACT_DIFFERS:
+            broken("equal specs differ");
+            break;
+        default: break;
+        }
+    }
+}
+
+/* ---- a frame arrives ---- */
+
+static pyccl_message unpack(const state *s, frame_bits f, uint8_t members) {
+    (void)s;
+    pyccl_message message = {.type = f.type, .rank = rank_of(members, f.path >> 4)};
+    if (f.type == PYCCL_FRAME_SETTLED) message.seq = f.value;
+    else message.value = f.value;
+    if (f.type == PYCCL_FRAME_OPEN) message.spec = the_spec();
+    return message;
+}
+
+static void accept_frame(state *s, int self, frame_bits f) {
+    member *m = &s->m[self];
+    uint8_t members = s->mem[m->ep];
+    int from = f.path >> 4;
+    if (f.type == PYCCL_FRAME_DATA) {
+        uint64_t cookie = 0;
+        pyccl_gate gate = pyccl_fsm_data(machine, rank_of(members, from), 0, 0, 0, &cookie);
+        if (gate == PYCCL_GATE_REFUSE) broken("DATA refused");
+        if (gate != PYCCL_GATE_PASS) return;
+        if ((cookie != 0) != (m->started != 0)) broken("DATA passes to an operation that does not run");
+        m->data |= (uint8_t)(1 << from);
+        have_all(s, self);
+        return;
+    }
+    pyccl_message message = unpack(s, f, members);
+    pyccl_status rc = pyccl_fsm_receive(machine, &message, clock_of(m));
+    if (rc != PYCCL_OK) brokenf("%s of a member that follows the rules is refused: %s", FRAME[f.type], pyccl_status_name(rc));
+    if (now->mutation == MAJORITY_COMMITS && f.type == PYCCL_FRAME_DONE && machine->live_first != NULL && machine->live_first->state == PREPARED &&
+        !machine->frozen && pop(set_bits(&machine->live_first->done)) * 2 > (int)machine->world)
+        op_commit(machine, machine->live_first, 0);
+}
+
+/* Judge the epoch as the engine does, then take it in. Returns the gate's word. */
+static pyccl_gate deliver(state *s, int self, frame_bits f) {
+    member *m = &s->m[self];
+    int from = f.path >> 4;
+    uint8_t id[16];
+    epoch_id(f.ep, id);
+    turn_to(s, self);
+    pyccl_gate gate = pyccl_fsm_gate(machine, f.ep + 1u, id[0], s->mem[m->ep] >> from & 1);
+    if (gate == PYCCL_GATE_REFUSE) broken("a frame is refused at the gate");
+    if (gate == PYCCL_GATE_DROP && now->mutation == STALE_EPOCH && s->mem[m->ep] >> from & 1) gate = PYCCL_GATE_PASS;
+    if (gate == PYCCL_GATE_PASS) {
+        uint8_t frozen = machine->frozen;
+        int thaw = (now->mutation == ABORT_WHILE_FROZEN && f.type == PYCCL_FRAME_ABORT) ||
+                   (now->mutation == DATA_WHILE_FROZEN && (f.type == PYCCL_FRAME_DATA || f.type == PYCCL_FRAME_OPEN));
+        if (thaw) machine->frozen = m->frozen = 0;
+        accept_frame(s, self, f);
+        carry_out(s, self, N_A);
+        if (thaw) machine->frozen = frozen;
+    }
+    save(machine, m);
+    return gate;
+}
+
+/* ---- the master ---- */
+
+static void flush_start(state *s) {
+    s->ballot = 0;
+    s->rep = s->sent = s->flush = s->S = 0;
+    memset(s->rp, 0, sizeof s->rp);
+    memset(s->rh, 0, sizeof s->rh);
+    s->need = 1;
+    uint8_t S = s->mem[s->cur] & (uint8_t)~s->susp;
+    if (S == 0) return;
+    s->ballot = 1;
+    s->S = s->flush = S;
+    s->need = 0;
+}
+
+static void decide(state *s) {
+    int any = 0, committed = 0, all = 1, hash = -1, differ = 0;
+    for (int i = 0; i < N; i++) {
+        if (!(s->S >> i & 1)) continue;
+        uint8_t r = s->rp[i];
+        if (now->mutation == VERDICT_FORGETS_COMMIT && r == PYCCL_STATE_COMMITTED) r = PYCCL_STATE_RUNNING;
+        any |= r != 0;
+        committed |= r == PYCCL_STATE_COMMITTED;
+        all &= r == PYCCL_STATE_PREPARED || r == PYCCL_STATE_COMMITTED;
+        if (r == PYCCL_STATE_PREPARED || r == PYCCL_STATE_COMMITTED) {
+            differ |= hash >= 0 && hash != s->rh[i];
+            hash = s->rh[i];
+        }
+    }
+    if (s->cur + 1 == EPOCHS) { broken("too many epochs: raise EPOCHS"); return; }
+    uint8_t verdict = 0;
+    if (any && (committed || all)) verdict = differ ? PYCCL_VERDICT_FAIL : PYCCL_VERDICT_COMMIT;
+    s->cur++;
+    s->mem[s->cur] = s->S;
+    s->verdict[s->cur] = verdict;
+    s->ballot = s->S = s->rep = s->sent = s->flush = s->need = 0;
+    memset(s->rp, 0, sizeof s->rp);
+    memset(s->rh, 0, sizeof s->rh);
+    s->susp &= s->mem[s->cur];
+    if (s->susp) flush_start(s);
+}
+
+static void report_arrives(state *s, int i) {
+    s->sent &= (uint8_t)~(1 << i);
+    s->rep |= (uint8_t)(1 << i);
+    if (s->rep == s->S) decide(s);
+}
+
+/* ---- steps ---- */
+
+static void act_epoch(state *s, int i) {
+    member *m = &s->m[i];
+    uint8_t old = m->ep, members = s->mem[old + 1], ids[N * 16];
+    pyccl_epoch epoch = {.number = old + 2u, .world = epoch_members(members, ids), .rank = rank_of(members, i), .members = ids};
+    pyccl_op_verdict verdict = {.verdict = s->verdict[old + 1]};
+    epoch_id((uint8_t)(old + 1), epoch.id);
+    if (now->mutation == FORGET_TOMBSTONE && machine->tags != NULL && machine->tags->ops != NULL && machine->tags->ops->state == FAILED)
+        op_drop(machine, machine->tags->ops);
+    pyccl_status rc = pyccl_fsm_epoch(machine, &epoch, &verdict, verdict.verdict != 0, clock_of(m));
+    if (rc != PYCCL_OK) { broken("a member can't obey the EpochCommit"); return; }
+    m->ep++;
+    if (!m->started) m->data = 0;  /* what came early belonged to the old epoch */
+    s->settle &= (uint8_t)~(1 << i);
+    s->told_settle[i] = 0;
+    carry_out(s, i, old);
+}
+
+static void act_deadline(state *s, int i) {
+    (void)s;
+    fsm_op *op = machine->live_first;
+    if (now->mutation == ABORT_AFTER_DONE && op != NULL && op->state == PREPARED) op->state = RUNNING;
+    pyccl_fsm_tick(machine, AT_DEADLINE);
+    carry_out(s, i, N_A);
+}
+
+static void gone(state *s, int i, uint8_t life) {
+    uint8_t outcome = s->m[i].outcome;
+    memset(&s->m[i], 0, sizeof s->m[i]);
+    s->m[i].life = life;
+    s->m[i].outcome = life == LEFT ? outcome : 0;
+    s->settle &= (uint8_t)~(1 << i);
+    s->sent &= (uint8_t)~(1 << i);  /* its control link is gone too */
+    s->flush &= (uint8_t)~(1 << i);
+    s->told_settle[i] = s->resync[i] = 0;
+    for (int j = 0; j < N; j++) s->resync[j] &= (uint8_t)~(1 << i);
+}
+
+static void lose(state *s, int from, int to) {
+    for (int n = 0; n < s->bags;)
+        if (s->bag[n].path == (from << 4 | to)) take(s, n);
+        else n++;
+}
+
+static void apply(state *s, step a) {
+    int i = a.i;
+    member *m = &s->m[i];
+    pyccl_spec spec = the_spec();
+    if (m->life == UP) turn_to(s, i);
+    switch (a.kind) {
+    case A_SUBMIT:
+        m->submitted = 1;
+        if (pyccl_fsm_submit(machine, COOKIE, &spec, AT_DEADLINE, clock_of(m)) != PYCCL_OK) broken("submit refused");
+        carry_out(s, i, N_A);
+        break;
+    case A_FRAME: deliver(s, i, take(s, a.n)); return;
+    case A_KEPT: {
+        frame_bits f = s->kept;
+        memset(&s->kept, 0, sizeof s->kept);
+        s->has_kept = 0;
+        member before = *m;
+        uint8_t bags = s->bags;
+        deliver(s, i, f);
+        if (now->mutation == SOUND && f.type != PYCCL_FRAME_ASK && (memcmp(&before, m, sizeof before) != 0 || bags != s->bags)) broken("a late frame has an effect");
+        return;
+    }
+    case A_FLUSH: {
+        if (now->mutation != REPORT_WITHOUT_FREEZE) pyccl_fsm_freeze(machine, clock_of(m));
+        pyccl_op_report report = {0};
+        size_t count = pyccl_fsm_report(machine, &report, 1);
+        s->rp[i] = count ? report.state : 0;
+        s->rh[i] = count ? (uint8_t)report.hash : 0;
+        s->flush &= (uint8_t)~(1 << i);
+        s->sent |= (uint8_t)(1 << i);
+        save(machine, m);
+        if (!now->split) report_arrives(s, i);
+        return;
+    }
+    case A_REPORT: report_arrives(s, i); return;
+    case A_COMMIT: act_epoch(s, i); break;
+    case A_EVICT:
+        pyccl_fsm_end(machine, PYCCL_ERR_EVICTED);
+        pyccl_action dropped;
+        while (pyccl_fsm_next(machine, &dropped)) {}
+        gone(s, i, EVICTED);
+        return;
+    case A_SUSPECT: s->susp |= (uint8_t)(1 << i); flush_start(s); return;
+    case A_START_FLUSH: flush_start(s); return;
+    case A_SETTLE:
+        s->settle &= (uint8_t)~(1 << i);
+        if (!s->ballot && s->told_settle[i] == s->cur) flush_start(s);
+        s->told_settle[i] = 0;
+        return;
+    case A_TICK: act_deadline(s, i); break;
+    case A_TELL: pyccl_fsm_tick(machine, clock_of(m)); carry_out(s, i, N_A); break;
+    case A_RESYNC:
+        s->resync[i] &= (uint8_t)~(1 << a.j);
+        if (s->mem[m->ep] >> a.j & 1 && now->mutation != RESET_WITHOUT_REPEAT) pyccl_fsm_link_reset(machine, rank_of(s->mem[m->ep], a.j), clock_of(m));
+        carry_out(s, i, N_A);
+        break;
+    case A_DEADLINE: s->deadline--; m->expired = 1; act_deadline(s, i); break;
+    case A_LEAVE:
+        s->leave--;
+        pyccl_fsm_tick(machine, AT_LEAVE);
+        carry_out(s, i, N_A);
+        if (m->life != LEFT || m->outcome != UNKNOWN) broken("it did not leave with OUTCOME_UNKNOWN");
+        gone(s, i, LEFT);
+        return;
+    case A_CRASH: s->crash--; gone(s, i, CRASHED); return;
+    case A_FALSE: s->suspect--; s->false_susp |= (uint8_t)(1 << i); s->susp |= (uint8_t)(1 << i); flush_start(s); return;
+    case A_REVOKE: s->revoke--; s->false_susp &= (uint8_t)~(1 << i); s->susp &= (uint8_t)~(1 << i); flush_start(s); return;
+    case A_RESET:
+        s->reset--;
+        if (a.n & 1) lose(s, i, a.j);
+        if (a.n & 2) lose(s, a.j, i);
+        s->resync[i] |= (uint8_t)(1 << a.j);
+        s->resync[a.j] |= (uint8_t)(1 << i);
+        return;
+    default: PYCCL_ASSERT(0);
+    }
+    save(machine, m);
+}
+
+static int newer(const state *s, frame_bits f) { return f.ep > s->m[f.path & 15].ep; }
+
+/* 1: whatever happens its reader will do nothing with it. */
+static int doomed(const state *s, frame_bits f) {
+    const member *m = &s->m[f.path & 15];
+    if (m->life != UP || f.ep < m->ep) return 1;
+    if (f.ep > m->ep) return !(s->mem[f.ep] >> (f.path & 15) & 1);  /* fenced: it will never get there */
+    if (m->frozen) return f.type != PYCCL_FRAME_ASK;
+    if (m->op == COMMITTED + 1) return f.type != PYCCL_FRAME_ASK && f.type != PYCCL_FRAME_SETTLED;
+    if (m->op == FAILED + 1) return f.type == PYCCL_FRAME_DONE || f.type == PYCCL_FRAME_DATA || f.type == PYCCL_FRAME_ABORT || f.type == PYCCL_FRAME_ANSWER;
+    if (m->op == PREPARED + 1) return f.type == PYCCL_FRAME_OPEN || f.type == PYCCL_FRAME_DATA;
+    return 0;
+}
+
+/* Doomed frames, and a member's last words to the dead: taken at once. Fills `late` with the frames that may be kept. */
+static void sweep(state *s, frame_bits *late, int *lates) {
+    *lates = 0;
+    for (int n = 0; n < s->bags && bad == NULL;) {
+        frame_bits f = s->bag[n];
+        /* With a rule broken they are no longer harmless: then they come in any order like all others. */
+        int harmless = now->mutation == SOUND || s->m[f.path & 15].life != UP || f.ep != s->m[f.path & 15].ep;
+        if (!doomed(s, f) || !harmless) { n++; continue; }
+        take(s, n);
+        member *m = &s->m[f.path & 15];
+        if (m->life != UP) continue;
+        if (s->late && (*lates == 0 || memcmp(&late[*lates - 1], &f, sizeof f) != 0)) late[(*lates)++] = f;
+        if (now->mutation != SOUND) continue;  /* a canary may have kept it as a late one */
+        member before = *m;
+        uint8_t bags = s->bags;
+        pyccl_gate gate = deliver(s, f.path & 15, f);
+        if (newer(s, f) != (gate == PYCCL_GATE_LATER)) broken("a frame of a newer epoch is not left unread");
+        if (memcmp(&before, m, sizeof before) != 0 || bags != s->bags) brokenf("%s changes what may not change", FRAME[f.type]);
+    }
+}
+
+static step *list_end;  /* of the list that steps() fills */
+static void list(uint8_t kind, int i, int j, int n) { *list_end++ = (step){kind, (uint8_t)i, (uint8_t)j, (uint8_t)n}; }
+
+static int steps(const state *s, step *out, int *free_steps) {
+    list_end = out;
+    for (int i = 0; i < N; i++) {
+        const member *m = &s->m[i];
+        uint8_t bit = (uint8_t)(1 << i);
+        int in = s->mem[s->cur] >> i & 1;
+        if (s->sent & bit && now->split) list(A_REPORT, i, 0, 0);
+        if (m->life != UP) {
+            if (in && !(s->susp & bit)) list(A_SUSPECT, i, 0, 0);
+            continue;
+        }
+        if (!m->submitted) list(A_SUBMIT, i, 0, 0);
+        if (m->ep < s->cur) {
+            if (s->mem[m->ep + 1] & bit) list(A_COMMIT, i, 0, 0);
+            else list(A_EVICT, i, 0, 0);
+        } else if (s->flush & bit) list(A_FLUSH, i, 0, 0);
+        if (s->settle & bit) list(A_SETTLE, i, 0, 0);
+        if (m->expired && (m->op == RUNNING + 1 || (m->op == PREPARED + 1 && !m->asked) || (m->deferred && !m->deferred_status))) list(A_TICK, i, 0, 0);
+        if (now->tell && m->tell && !m->frozen) list(A_TELL, i, 0, 0);
+        for (int j = 0; j < N; j++)
+            if (s->resync[i] >> j & 1) list(A_RESYNC, i, j, 0);
+    }
+    if (s->need && !s->ballot && (s->mem[s->cur] & ~s->susp)) list(A_START_FLUSH, 0, 0, 0);
+    for (int n = 0; n < s->bags; n++) {
+        if (n > 0 && memcmp(&s->bag[n - 1], &s->bag[n], sizeof s->bag[n]) == 0) continue;
+        if (newer(s, s->bag[n])) continue;
+        list(A_FRAME, s->bag[n].path & 15, s->bag[n].path >> 4, n);
+    }
+    if (s->has_kept && s->m[s->kept.path & 15].life == UP) list(A_KEPT, s->kept.path & 15, s->kept.path >> 4, 0);
+    *free_steps = (int)(list_end - out);
+    for (int i = 0; i < N; i++) {
+        const member *m = &s->m[i];
+        uint8_t bit = (uint8_t)(1 << i);
+        if (m->life != UP) continue;
+        if (s->deadline && !m->expired && m->submitted && m->outcome == NEVER) list(A_DEADLINE, i, 0, 0);
+        if (s->leave && m->op == PREPARED + 1 && m->asked) list(A_LEAVE, i, 0, 0);
+        if (s->crash && i == C) list(A_CRASH, i, 0, 0);
+        if (s->suspect && i == C && s->mem[s->cur] & bit && !(s->susp & bit)) list(A_FALSE, i, 0, 0);
+        if (s->revoke && s->susp & bit && s->ballot) list(A_REVOKE, i, 0, 0);
+        /* Members differ by rank only, so one pair stands for all; with C singled out by a fault, two pairs do. */
+        for (int j = i + 1; s->reset && j < N; j++)
+            if (s->m[j].life == UP && i == A && (j == B || now->crash || now->suspect || now->differ))
+                for (int n = 0; n < 4; n++)  /* what is lost: bit 0 there, bit 1 back */
+                    if (n != 2 || now->crash || now->suspect || now->differ) list(A_RESET, i, j, n);
+    }
+    PYCCL_ASSERT(list_end - out <= ACTS);
+    return (int)(list_end - out);
+}
+
+/* ---- what must hold ---- */
+
+static int survivor(const state *s, int i) {  /* of the run as the master sees it: up, and not fenced */
+    return s->m[i].life == UP && s->mem[s->cur] >> i & 1;
+}
+
+static void judge(const state *s) {
+    for (int i = 0; i < N; i++) {
+        const member *a = &s->m[i];
+        if (a->life != UP) continue;
+        if (a->outcome == OK && a->out_set != s->mem[a->out_ep]) broken("a commit without exactly the contributions of its epoch");
+        if (a->status == status_code(PYCCL_ERR_RESULT_DIFFERS) && a->culprit != 0 && a->culprit != now->differ)
+            broken("another peer than the one that differs is named");
+        for (int j = i + 1; j < N; j++) {
+            const member *b = &s->m[j];
+            if (!survivor(s, i) || !survivor(s, j)) continue;
+            if ((a->outcome == OK && b->outcome == FAILED_) || (a->outcome == FAILED_ && b->outcome == OK)) broken("mixed outcome: one survivor commits, another fails");
+            if (a->outcome == OK && b->outcome == OK && (a->out_ep != b->out_ep || a->out_set != b->out_set)) broken("survivors commit different attempts");
+        }
+    }
+}
+
+static void stuck(const state *s) {
+    for (int i = 0; i < N; i++) {
+        if (!survivor(s, i)) continue;
+        if (s->m[i].outcome == NEVER) brokenf("%c is stuck: its operation never ends", 'A' + i);
+        if (s->m[i].frozen) brokenf("%c stays frozen", 'A' + i);
+        if (s->m[i].ep != s->cur) brokenf("%c stays in an old epoch", 'A' + i);
+        if (now->tell && s->m[i].op == COMMITTED + 1 && !s->m[i].tell && !s->reset && s->deadline == now->deadline) {
+            int all = 1;
+            for (int j = 0; j < N; j++) all &= s->m[j].outcome == OK;
+            if (all) brokenf("%c keeps a record that all have settled", 'A' + i);
+        }
+    }
+}
+
+/* ---- the search ---- */
+
+typedef struct key { uint64_t a, b; } key;
+static size_t last_states;
+static key *table;
+static size_t table_cap, table_count;
+
+static uint64_t mix(uint64_t x) {
+    x = (x ^ x >> 32) * UINT64_C(0xD6E8FEB86659FD93);
+    return x ^ x >> 29;
+}
+
+static key hash_state(const state *s) {
+    uint64_t words[(sizeof *s + 7) / 8] = {0};
+    size_t used = offsetof(state, bag) + (size_t)s->bags * sizeof s->bag[0];
+    memcpy(words, s, used);
+    key k = {UINT64_C(0x9E3779B97F4A7C15), UINT64_C(0xC2B2AE3D27D4EB4F)};
+    for (size_t i = 0; i < (used + 7) / 8; i++) {
+        k.a = mix(k.a ^ words[i]) * UINT64_C(0x9FB21C651E98DF25);
+        k.b = (k.b ^ words[i]) * UINT64_C(0xA24BAED4963EE407);
+        k.b ^= k.b >> 27;
+    }
+    k.a = mix(k.a);
+    k.b = mix(k.b);
+    k.a += k.a == 0;
+    return k;
+}
+
+static int seen(key k) {
+    if (table_count * 4 >= table_cap * 3) {
+        size_t cap = table_cap ? table_cap * 2 : 1 << 16;
+        key *grown = calloc(cap, sizeof *grown);
+        PYCCL_ASSERT(grown != NULL);
+        for (size_t i = 0; i < table_cap; i++) {
+            if (table[i].a == 0) continue;
+            size_t at = table[i].a & (cap - 1);
+            while (grown[at].a != 0) at = (at + 1) & (cap - 1);
+            grown[at] = table[i];
+        }
+        free(table);
+        table = grown;
+        table_cap = cap;
+    }
+    size_t at = k.a & (table_cap - 1);
+    for (; table[at].a != 0; at = (at + 1) & (table_cap - 1))
+        if (table[at].a == k.a && table[at].b == k.b) return 1;
+    table[at] = k;
+    table_count++;
+    return 0;
+}
+
+typedef struct level {
+    state s;
+    step taken;
+    frame_bits frame;
+    uint16_t count, next, parent;          /* parent: the level it came from; siblings lie between */
+    step acts[ACTS];
+} level;
+static level *path;
+
+static void print_path(int depth) {
+    static const char *const OP[] = {"-", "early", "running", "prepared", "committed", "failed"};
+    static int way[DEPTH];
+    int length = 0;
+    for (int d = depth; d > 0; d = path[d].parent) way[length++] = d;
+    for (int n = 1; n <= length; n++) {
+        const level *l = &path[way[length - n]];
+        step a = l->taken;
+        printf("  %3d ", n);
+        if (a.kind == A_FRAME || a.kind == A_KEPT) printf("%c->%c %s%s e%d value %d", 'A' + a.j, 'A' + a.i, a.kind == A_KEPT ? "late " : "", FRAME[l->frame.type], l->frame.ep, l->frame.value);
+        else if (a.kind == A_START_FLUSH) printf("%s", STEP[a.kind]);
+        else printf("%s %c", STEP[a.kind], 'A' + a.i);
+        if (a.kind == A_RESYNC || a.kind == A_RESET) printf(" %c (%d)", 'A' + a.j, a.n);
+        printf("   ");
+        for (int i = 0; i < N; i++) {
+            const member *m = &l->s.m[i];
+            if (m->life != UP) printf(" %c[gone]", 'A' + i);
+            else printf(" %c[e%d %s%s%s]", 'A' + i, m->ep, OP[m->op], m->frozen ? " frozen" : "", m->outcome == OK ? " OK" : m->outcome == FAILED_ ? " FAIL" : "");
+        }
+        printf("\n");
+    }
+}
+
+static int enter_state(const state *s) { return !seen(hash_state(s)); }
+
+static void push(int *depth, int parent, const state *s, step taken, frame_bits frame) {
+    PYCCL_ASSERT(*depth + 1 < DEPTH);
+    level *l = &path[++*depth];
+    l->s = *s;
+    l->taken = taken;
+    l->frame = frame;
+    l->parent = (uint16_t)parent;
+    l->next = l->count = 0;
+}
+
+static void start_state(state *s) {
+    memset(s, 0, sizeof *s);
+    s->mem[0] = ALL3;
+    s->crash = now->crash;
+    s->suspect = now->suspect;
+    s->revoke = now->revoke;
+    s->deadline = now->deadline;
+    s->leave = now->leave;
+    s->reset = now->reset;
+    s->late = now->late;
+    for (int i = 0; i < N && !now->submit; i++) apply(s, (step){A_SUBMIT, (uint8_t)i, 0, 0});
+}
+
+/* Walks everything; returns the rule broken, or NULL when all states were seen and none is bad. */
+static const char *walk(const variant *v, int verbose) {
+    now = v;
+    bad = NULL;
+    commits = failures = 0;
+    pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .stall_ns = 0, .tell_ns = v->tell ? 0 : INT64_C(1) << 40};
+    PYCCL_ASSERT(pyccl_fsm_new(&options, &machine) == PYCCL_OK);
+    path = malloc(DEPTH * sizeof *path);
+    PYCCL_ASSERT(path != NULL);
+    table = NULL;
+    table_cap = table_count = 0;
+    uint64_t transitions = 0, ends_seen = 0;
+    int depth = -1, deepest = 0;
+    static state t;
+    clock_t began = clock();
+    start_state(&t);
+    frame_bits late[BAG];
+    int lates = 0;
+    sweep(&t, late, &lates);
+    enter_state(&t);
+    push(&depth, 0, &t, (step){0}, (frame_bits){0});
+    while (depth >= 0 && bad == NULL) {
+        level *l = &path[depth];
+        if (l->next == 0 && l->count == 0) {
+            int free_steps = 0;
+            l->count = (uint16_t)steps(&l->s, l->acts, &free_steps);
+            judge(&l->s);
+            if (free_steps == 0) {
+                ends_seen++;
+                stuck(&l->s);
+            }
+            if (bad != NULL) break;
+        }
+        if (l->next == l->count) { depth--; continue; }
+        step a = l->acts[l->next++];
+        int parent = depth;
+        frame_bits frame = a.kind == A_FRAME ? l->s.bag[a.n] : l->s.kept;
+        t = l->s;
+        transitions++;
+        apply(&t, a);
+        sweep(&t, late, &lates);
+        if (bad != NULL) { push(&depth, parent, &t, a, frame); break; }
+        for (int k = -1; k < lates && !t.has_kept; k++) {  /* -1: no frame is kept for later */
+            state u = t;
+            if (k >= 0) { u.kept = late[k]; u.has_kept = 1; u.late--; }
+            if (k >= 0 && enter_state(&u)) push(&depth, parent, &u, a, frame);
+        }
+        if (enter_state(&t)) push(&depth, parent, &t, a, frame);
+        if (depth > deepest) deepest = depth;
+    }
+    double seconds = (double)(clock() - began) / CLOCKS_PER_SEC;
+    last_states = table_count;
+    printf("  %-52s %9zu states %10llu steps %8llu ends, depth %3d, %5.1f s: %s\n", v->name, table_count, (unsigned long long)transitions,
+           (unsigned long long)ends_seen, deepest, seconds, bad != NULL ? bad : "exhausted");
+    if (bad != NULL && verbose) print_path(depth);
+    free(table);
+    free(path);
+    pyccl_fsm_free(machine);
+    return bad;
+}
+
+/* ---- what the walk is made of ---- */
+
+/* Random runs, once with machines written down and set up again at every step and once with machines left alone. */
+TEST(op_walk_save_and_load_keep_all_that_a_machine_does) {
+    static state runs[2][200];
+    static const variant v = {.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 2, .reset = 1, .tell = 1};
+    const pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .tell_ns = 0};
+    uint64_t seed = 20310504, compared = 0;
+    now = &v;
+    for (int run = 0; run < 3000; run++, seed++) {
+        int length[2];
+        for (use_twins = 0; use_twins < 2; use_twins++) {
+            uint64_t random = seed;
+            pyccl_fsm *spare = NULL;
+            REQUIRE(pyccl_fsm_new(&options, &spare) == PYCCL_OK);
+            machine = spare;
+            bad = NULL;
+            state *s = &runs[use_twins][0];
+            start_state(s);
+            for (int i = 0; i < N && use_twins; i++) {
+                REQUIRE(pyccl_fsm_new(&options, &twins[i]) == PYCCL_OK);
+                load(twins[i], &s->m[i], ALL3, i);
+            }
+            int n = 0;
+            for (; n < 199; n++) {
+                step list_[ACTS];
+                frame_bits late[BAG];
+                int lates = 0, free_steps = 0, count = steps(s, list_, &free_steps);
+                if (count == 0) break;
+                uint64_t pick = test_random(&random);
+                if (free_steps > 0 && pick % 8 != 0) count = free_steps;  /* faults are rare */
+                s[1] = s[0];
+                s++;
+                apply(s, list_[test_random(&random) % (uint64_t)count]);
+                sweep(s, late, &lates);
+            }
+            length[use_twins] = n;
+            CHECK(bad == NULL);
+            if (bad != NULL) printf("  %s\n", bad);
+            for (int i = 0; i < N && use_twins; i++) pyccl_fsm_free(twins[i]);
+            pyccl_fsm_free(spare);
+        }
+        use_twins = 0;
+        CHECK_EQ(length[0], length[1]);
+        for (int n = 0; n <= length[0] && n <= length[1]; n++) {
+            compared++;
+            CHECK(memcmp(&runs[0][n], &runs[1][n], sizeof(state)) == 0);
+        }
+    }
+    CHECK(compared > 50000);
+}
+
+/* ---- the walks ---- */
+
+/* least: what it has at least to see, so that a walk that has become empty is noticed. */
+static void holds(const variant *v, size_t least) {
+    if (least > states_allowed()) {
+        printf("  %-52s left out, has more than %zu states\n", v->name, least);
+        return;
+    }
+    const char *found = walk(v, 1);
+    CHECK(found == NULL);
+    CHECK(last_states >= least);
+}
+
+#define HOLDS(least, ...) holds(&(variant){__VA_ARGS__}, (least))
+
+TEST(op_walk_all_commit_when_nothing_fails) {
+    HOLDS(7000, .name = "submits at any time", .submit = 1, .retry = 1);
+    CHECK(commits > 0 && failures == 0);
+    HOLDS(7000, .name = "records told and freed", .tell = 1, .retry = 1);
+    CHECK(failures == 0);
+    HOLDS(7000, .name = "one result differs", .submit = 1, .retry = 1, .differ = 2);
+    CHECK(commits == 0 && failures > 0);
+}
+
+TEST(op_walk_outcome_is_atomic_when_a_member_crashes) {
+    HOLDS(13000, .name = "crash", .retry = 1, .crash = 1);
+    HOLDS(16000, .name = "crash, submits at any time", .submit = 1, .retry = 1, .crash = 1);
+    HOLDS(16000, .name = "crash, retry=0", .submit = 1, .crash = 1);
+    HOLDS(24000, .name = "crash, reports travel", .submit = 1, .retry = 1, .crash = 1, .split = 1);
+    HOLDS(38000, .name = "crash, a late frame", .submit = 1, .retry = 1, .crash = 1, .late = 1);
+    HOLDS(13000, .name = "crash, one result differs", .retry = 1, .crash = 1, .differ = 1);
+}
+
+TEST(op_walk_outcome_is_atomic_at_a_deadline) {
+    HOLDS(286000, .name = "deadline", .submit = 1, .retry = 1, .deadline = 1);
+    HOLDS(545000, .name = "deadline, may leave", .retry = 1, .deadline = 1, .leave = 1);
+}
+
+TEST(op_walk_outcome_is_atomic_at_a_deadline_and_a_crash) {
+    HOLDS(465000, .name = "crash, deadline, submits at any time", .submit = 1, .retry = 1, .crash = 1, .deadline = 1);
+    HOLDS(443000, .name = "crash, deadline, retry=0", .crash = 1, .deadline = 1);
+    HOLDS(727000, .name = "crash, deadline, may leave", .retry = 1, .crash = 1, .deadline = 1, .leave = 1);
+    HOLDS(447000, .name = "crash, deadline, one result differs", .retry = 1, .crash = 1, .deadline = 1, .differ = 2);
+}
+
+TEST(op_walk_a_late_frame_has_no_effect) {
+    HOLDS(2210000, .name = "crash, deadline, a late frame", .retry = 1, .crash = 1, .deadline = 1, .late = 1);
+    HOLDS(145000, .name = "false suspicion, a late frame", .retry = 1, .suspect = 1, .late = 1);
+}
+
+TEST(op_walk_an_evicted_member_has_no_effect) {
+    HOLDS(49000, .name = "false suspicion", .submit = 1, .retry = 1, .suspect = 1);
+    HOLDS(1110000, .name = "false suspicion, deadline", .retry = 1, .suspect = 1, .deadline = 1);
+}
+
+TEST(op_walk_a_revoked_suspicion_restarts_the_ballot) {
+    HOLDS(256000, .name = "suspicion revoked", .submit = 1, .retry = 1, .suspect = 1, .revoke = 1);
+    HOLDS(417000, .name = "suspicion revoked, reports travel", .retry = 1, .suspect = 1, .revoke = 1, .split = 1);
+    HOLDS(3229000, .name = "suspicion revoked, deadline", .retry = 1, .suspect = 1, .revoke = 1, .deadline = 1);
+}
+
+TEST(op_walk_a_link_that_comes_back_repeats_enough) {
+    HOLDS(174000, .name = "link reset", .submit = 1, .retry = 1, .reset = 1);
+    HOLDS(466000, .name = "link reset, crash", .retry = 1, .reset = 1, .crash = 1);
+    HOLDS(322000, .name = "link reset, one result differs", .retry = 1, .reset = 1, .differ = 3);
+    HOLDS(154000, .name = "link reset, records told and freed", .retry = 1, .reset = 1, .tell = 1);
+    HOLDS(1295000, .name = "link reset, false suspicion", .retry = 1, .reset = 1, .suspect = 1);
+}
+
+TEST(op_walk_a_link_that_comes_back_at_a_deadline) {
+    HOLDS(3979000, .name = "link reset, deadline", .retry = 1, .reset = 1, .deadline = 1);
+}
+
+TEST(op_walk_two_deadlines) {
+    HOLDS(2087000, .name = "two deadlines", .retry = 1, .deadline = 2);
+}
+
+TEST(op_walk_records_live_long_enough_for_who_asks) {
+    HOLDS(4787000, .name = "deadline, records told and freed", .retry = 1, .deadline = 1, .tell = 1);
+}
+
+/* ---- canaries: a walk that can't find these finds nothing ---- */
+
+static void finds(const variant *v) { CHECK(walk(v, getenv("OP_WALK_SHOW") != NULL) != NULL); }
+#define FINDS(...) finds(&(variant){__VA_ARGS__})
+
+TEST(op_walk_finds_a_report_without_freeze) { FINDS(.name = "canary: reports without freezing", .retry = 1, .crash = 1, .mutation = REPORT_WITHOUT_FREEZE); }
+TEST(op_walk_finds_an_abort_taken_while_frozen) { FINDS(.name = "canary: ABORT taken while frozen", .retry = 1, .crash = 1, .deadline = 1, .mutation = ABORT_WHILE_FROZEN); }
+TEST(op_walk_finds_data_taken_while_frozen) { FINDS(.name = "canary: OPEN and DATA taken while frozen", .retry = 1, .crash = 1, .mutation = DATA_WHILE_FROZEN); }
+TEST(op_walk_finds_a_stale_epoch_accepted) { FINDS(.name = "canary: a frame of the old epoch is accepted", .retry = 1, .crash = 1, .late = 1, .mutation = STALE_EPOCH); }
+TEST(op_walk_finds_an_abort_after_done) { FINDS(.name = "canary: ABORT after DONE", .retry = 1, .deadline = 1, .mutation = ABORT_AFTER_DONE); }
+TEST(op_walk_finds_a_commit_on_the_majority) { FINDS(.name = "canary: commits on DONE of the majority", .retry = 1, .deadline = 1, .mutation = MAJORITY_COMMITS); }
+TEST(op_walk_finds_a_forgotten_tombstone) { FINDS(.name = "canary: tombstone forgotten in a loss epoch", .retry = 1, .crash = 1, .deadline = 1, .mutation = FORGET_TOMBSTONE); }
+TEST(op_walk_finds_a_verdict_that_forgets_a_commit) { FINDS(.name = "canary: verdict forgets a commit", .retry = 1, .crash = 1, .mutation = VERDICT_FORGETS_COMMIT); }
+TEST(op_walk_finds_a_record_dropped_at_once) { FINDS(.name = "canary: commit record dropped at once", .retry = 1, .crash = 1, .mutation = DROP_RECORD); }
+TEST(op_walk_finds_a_reset_without_repetition) { FINDS(.name = "canary: link reset without repetition", .retry = 1, .reset = 1, .mutation = RESET_WITHOUT_REPEAT); }
+TEST(op_walk_finds_a_result_without_all_contributions) { FINDS(.name = "canary: prepared without all contributions", .retry = 1, .mutation = PREPARE_WITHOUT_DATA); }

@@ -1,0 +1,37 @@
+"""Ask a running master for its status: one connection, one question, one answer (proto/wire.md 4, StatusAsk)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import trio
+
+from pyccl import errors
+from pyccl._io import envelope
+from pyccl._proto import limits
+from pyccl._proto.messages import Rejected, Status, StatusAsk
+
+
+async def ask_status(host: str, port: int) -> dict[str, Any]:
+    """The master's account of its run. MasterUnavailableError, RemoteProtocolError or RejectedError otherwise."""
+    where = f"{host}:{port}"
+    try:
+        async with await trio.open_tcp_stream(host, port) as stream:
+            await stream.send_all(envelope.pack(StatusAsk(limits.PROTOCOL_VERSION)))
+            answer = await envelope.receive(stream)
+    except (OSError, trio.BrokenResourceError) as e:
+        raise errors.MasterUnavailableError(f"no master answers at {where}: {e.__cause__ or e}") from e
+    if answer is None:
+        raise errors.MasterUnavailableError(f"{where} closed the connection without an answer")
+    if isinstance(answer, Rejected):
+        raise errors.RejectedError(answer.reason)
+    if not isinstance(answer, Status):
+        raise errors.RemoteProtocolError(f"{where} answered with {type(answer).__name__}")
+    try:
+        told = json.loads(answer.json)
+    except ValueError as e:
+        raise errors.RemoteProtocolError(f"the status of {where} is no JSON") from e
+    if not isinstance(told, dict):
+        raise errors.RemoteProtocolError(f"the status of {where} is no object")
+    return told
