@@ -17,6 +17,7 @@ from pyccl.errors import (
     RemoteProtocolError,
     UsageError,
 )
+from pyccl.reference import reference_all_reduce
 from pyccl.state import SharedState
 
 __version__ = _version("pyccl-p2p")
@@ -39,4 +40,5 @@ __all__ = [
     "UsageError",
     "Work",
     "connect",
+    "reference_all_reduce",
 ]

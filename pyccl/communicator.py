@@ -12,6 +12,8 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -24,13 +26,16 @@ from pyccl._io.session import Session, SessionConfig, View
 from pyccl._io.statesync import SyncInfo, sync_shared_state
 from pyccl._native import status
 from pyccl._native._pyccl import lib
-from pyccl._native.handles import WORLD_MAX, Kind, Op, OpInfo, Spec
+from pyccl._native.handles import TIMEOUT_S_MAX, WORLD_MAX, Kind, Op, OpInfo, Spec
 from pyccl._proto import limits
+from pyccl.arrays import Buffer, as_buffer, check_out, numpy_dtype
+from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
 OPERATION_TIMEOUT_S: Final = 1800.0
 REACH_TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 3600.0
+_IN_FLIGHT_MAX: Final = 1024
 _TAG_PENDING: Final = 0  # of the library's own tags; those of state sync: _io/statesync.py
 _SESSIONS: Final[set[Session]] = set()  # open ones, to end them at interpreter exit
 
@@ -54,12 +59,7 @@ _OPS: Final[dict[ReduceOp, int]] = {
     ReduceOp.MIN: lib.PYCCL_MIN,
     ReduceOp.MAX: lib.PYCCL_MAX,
 }
-_DTYPES: Final[dict[str, int]] = {
-    "int32": lib.PYCCL_INT32,
-    "int64": lib.PYCCL_INT64,
-    "float32": lib.PYCCL_FLOAT32,
-    "float64": lib.PYCCL_FLOAT64,
-}
+_CODECS: Final[dict[str, int]] = {"uint8": lib.PYCCL_CODEC_UINT8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,13 @@ class Work:
         """Whether ``wait`` would return at once."""
         return self._op.done()
 
+    def take(self, out: np.ndarray[Any, Any]) -> None:
+        """Copy the result that an all_gather without ``out`` has kept, and give up the handle."""
+        try:
+            self._op.take(out)
+        finally:
+            self._op.release()
+
     def wait(self, timeout: float | None = None) -> ReduceInfo:
         """Wait for the end of the operation and return its info, or raise its error.
 
@@ -119,6 +126,13 @@ class Work:
             self._op.finish()
             raise
         return self._op.finish()
+
+    def settle(self) -> None:
+        """Give the operation up if it is not complete, and wait for its end without an error."""
+        with self._lock:
+            if self._op.ended is None:
+                self._op.cancel()
+                self._op.finish()
 
     def __del__(self) -> None:
         self._op.abandon()
@@ -166,6 +180,7 @@ class Communicator:
             DeadlineError: not admitted within `timeout`.
             UsageError: connected already.
         """
+        limit_s, reach_s = _seconds("timeout", timeout), _seconds("reach_timeout", reach_timeout)
         with self._lock:
             self._check_process()
             if self._session is not None and self._session.error is None:
@@ -175,7 +190,7 @@ class Communicator:
             session = Session(self._config, self._id, secrets.token_bytes(16))
             _SESSIONS.add(session)
             try:
-                session.start(timeout, reach_timeout)
+                session.start(limit_s, reach_s)
             except BaseException:
                 _SESSIONS.discard(session)
                 raise
@@ -238,7 +253,7 @@ class Communicator:
             self._view = session.view
             return session.pending > 0
         mine = np.array([session.pending], np.int32)
-        spec = Spec(Kind.ALL_REDUCE, _DTYPES["int32"], 1, lib.PYCCL_MAX, lib.PYCCL_SPACE_INTERNAL, _TAG_PENDING)
+        spec = Spec(Kind.ALL_REDUCE, lib.PYCCL_INT32, 1, lib.PYCCL_MAX, lib.PYCCL_SPACE_INTERNAL, _TAG_PENDING)
         try:
             self._run(session, spec, mine, mine, OPERATION_TIMEOUT_S, "are_peers_pending")
         except errors.AloneError:
@@ -255,9 +270,9 @@ class Communicator:
             MismatchError: members were elsewhere, in operations this peer never called.
             DeadlineError: `timeout` seconds passed; this peer has gone back from the safe point.
         """
-        session = self._require()
+        limit_s, session = _seconds("timeout", timeout), self._require()
         try:
-            session.update_topology(timeout, REACH_TIMEOUT_S)
+            session.update_topology(limit_s, REACH_TIMEOUT_S)
         finally:
             self._view = session.view
 
@@ -275,20 +290,29 @@ class Communicator:
         weight: float = 1.0,
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
+        quantize_block: int = QUANTIZE_BLOCK,
     ) -> ReduceInfo:
         """Reduce ``x`` over all members of the epoch; the result is in ``out``, or in ``x`` itself without ``out``.
 
         Every member gets the same bits: each element is folded by one member in rank order.
 
         Args:
-            x: any shape, C-contiguous int32, int64, float32 or float64; shape and dtype equal on all members.
-                Writable when ``out`` is not given.
+            x: any shape, C-contiguous; (u)int8/16/32/64, float16, bfloat16, float32 or float64; shape and dtype equal
+                on all members. A NumPy array (bfloat16: ``ml_dtypes``), a torch tensor in host memory, or anything
+                with the buffer protocol or DLPack; never copied. Writable when ``out`` is not given.
             op: "sum", "avg" (floats only: one sum, one division), "prod", "min", "max". Integers wrap; min and max
-                propagate NaN and order -0 below +0; a NaN result is the canonical quiet NaN.
+                propagate NaN and order -0 below +0; a NaN result is the canonical quiet NaN. float16 and bfloat16 are
+                folded in float32 and rounded once.
             out: array of the same shape and dtype that does not overlap ``x`` in part; undefined after an error.
             tag: 0..2**32-1, pairs operations that run at the same time: the n-th call with a tag on one member
                 belongs to the n-th on the others.
-            quantize, algorithm, weight: only None, "auto" or "direct", and 1.0 in this version.
+            quantize: None, or "uint8" (floats only): blocks of ``quantize_block`` elements (a power of two, 64..65536)
+                travel as one byte an element with an offset and a scale. Each contribution is rounded once and, with
+                more than two members, the result once more; still the same bits everywhere. A block with a NaN or
+                an infinity becomes NaN. Equal on all members. Codec: proto/wire.md 3.6.
+            algorithm: "auto" or "direct".
+            weight: of this member's ``x`` in an "avg": finite, >= 0; the sum of the weighted inputs is divided by the
+                sum of the weights. UsageError on all members when that is 0.
             retry: run it again among the survivors when a member is lost; False raises PeerLostError instead.
             timeout: seconds from this call to the result, waiting for stragglers included.
         Raises:
@@ -300,7 +324,7 @@ class Communicator:
             EvictedError, OutcomeUnknownError: this peer is out of the run; ``connect()`` again.
             After every one of them ``x`` holds its input.
         """
-        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout).wait()
+        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block).wait()
 
     def all_reduce_async(
         self,
@@ -314,9 +338,10 @@ class Communicator:
         weight: float = 1.0,
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
+        quantize_block: int = QUANTIZE_BLOCK,
     ) -> Work:
         """Start an ``all_reduce`` and return a handle; ``x`` and ``out`` belong to it until ``wait()`` has ended."""
-        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout)
+        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
 
     def broadcast(
         self, x: Any, root: str, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
@@ -333,11 +358,72 @@ class Communicator:
         session = self._require()
         source = _parse_peer(root)
         at_root = source == self._id
-        array = _array("x", x, writable=not at_root)
-        spec = Spec(
-            Kind.BROADCAST, _dtype("x", array), array.size, tag=_tag(tag), retry=bool(retry), root=source
-        )
-        return self._run(session, spec, array, array if not at_root else None, timeout, "broadcast")
+        buffer = as_buffer("x", x, writable=not at_root)
+        spec = Spec(Kind.BROADCAST, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry), root=source)
+        memory = buffer.bytes_
+        return self._run(session, spec, memory, memory if not at_root else None, timeout, "broadcast")
+
+    def all_gather(
+        self, x: Any, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
+    ) -> np.ndarray[Any, Any]:
+        """Everybody's ``x``, on everybody.
+
+        Args:
+            x: as for ``all_reduce``, shape and dtype equal on all members; not changed.
+            tag, retry, timeout: as for ``all_reduce``.
+        Returns:
+            A new NumPy array of shape (group_world_size, *x.shape) in member order: of the members that contributed,
+            which after a loss are those of the view. bfloat16 comes as ``ml_dtypes.bfloat16``.
+        Raises: as ``all_reduce``.
+        """
+        session = self._require()
+        buffer = as_buffer("x", x, writable=False)
+        dtype = numpy_dtype(buffer)
+        spec = Spec(Kind.ALL_GATHER, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry))
+        work = self._start(session, spec, buffer.bytes_, None, timeout, "all_gather")
+        info = work.wait()
+        out = np.empty((info.world_size, *buffer.shape), dtype)
+        if out.size:
+            work.take(out.reshape(-1).view(np.uint8))
+        return out
+
+    def all_reduce_many(
+        self,
+        arrays: Sequence[Any],
+        op: ReduceOp | str = ReduceOp.SUM,
+        *,
+        max_in_flight: int = 8,
+        tag: int = 0,
+        **options: Any,
+    ) -> list[ReduceInfo]:
+        """``all_reduce`` each of the arrays in place, several at a time, all with one tag; equal order on all members.
+
+        Args:
+            arrays: as ``x`` of ``all_reduce``, not overlapping.
+            max_in_flight: 1..1024, operations that run at the same time.
+            options: further keywords of ``all_reduce`` but ``out``.
+        Returns:
+            One info per array, in order.
+        Raises: what the first operation that failed raised, after all that were started have ended. Arrays before it
+            are reduced, it and those never started hold their inputs, the others in flight hold one or the other.
+        """
+        _check_range("max_in_flight", max_in_flight, 1, _IN_FLIGHT_MAX)
+        if "out" in options:
+            raise errors.UsageError("all_reduce_many works in place: it takes no out")
+        infos: list[ReduceInfo] = []
+        works: deque[Work] = deque()
+        try:
+            for x in arrays:
+                if len(works) == max_in_flight:
+                    infos.append(works.popleft().wait())
+                works.append(self.all_reduce_async(x, op, tag=tag, **options))
+            while works:
+                infos.append(works.popleft().wait())
+        except BaseException:
+            for work in works:  # the caller's arrays again, whatever becomes of it
+                work.settle()
+            raise
+        return infos
 
     def barrier(self, *, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S) -> ReduceInfo:
         """Return when every member has called it."""
@@ -366,10 +452,10 @@ class Communicator:
             raise errors.UsageError(f"a SharedState is needed, not {type(state).__name__}")
         if strategy != "enforce_popular":
             raise errors.UsageError(f"strategy {strategy!r} is not known; this version has 'enforce_popular'")
-        session = self._require()
+        limit_s, session = _seconds("timeout", timeout), self._require()
         with self._sync_lock:
             try:
-                return sync_shared_state(session, self._gather, state, timeout)
+                return sync_shared_state(session, self._gather, state, limit_s)
             except errors.UsageError:
                 if session.error is not None:  # left the run meanwhile
                     raise session.error from None
@@ -403,30 +489,28 @@ class Communicator:
         weight: float,
         retry: bool,
         timeout: float,
+        quantize_block: int,
     ) -> Work:
         session = self._require()
-        array = _array("x", x, writable=out is None)
-        target = array if out is None else _array("out", out, writable=True)
-        dtype, code = _dtype("x", array), _OPS[_reduce_op(op, array)]
-        spec = Spec(Kind.ALL_REDUCE, dtype, array.size, code, tag=_tag(tag), retry=bool(retry))
-        if out is not None:
-            _check_out(array, target)
-        if quantize is not None:
-            raise errors.UsageError(f"quantize={quantize!r}: this version has no codecs")
+        source = as_buffer("x", x, writable=out is None)
+        target = source if out is None else as_buffer("out", out, writable=True)
+        known = _reduce_op(op, source)
+        check_out(source, target)
+        codec, block = _codec(quantize, quantize_block, source)
         if algorithm not in ("auto", "direct"):
             raise errors.UsageError(f"algorithm={algorithm!r}: this version has 'auto' and 'direct'")
-        if weight != 1.0:
-            raise errors.UsageError(f"weight={weight!r}: this version has only 1.0")
-        return self._start(session, spec, array, target, timeout, "all_reduce")
+        spec = Spec(
+            Kind.ALL_REDUCE, source.code, source.count, _OPS[known],
+            tag=_tag(tag), retry=bool(retry), codec=codec, block=block, weight=_weight(weight, known),
+        )  # fmt: skip
+        return self._start(session, spec, source.bytes_, target.bytes_, timeout, "all_reduce")
 
     def _start(
         self, session: Session, spec: Spec, src: Array | None, dst: Array | None, timeout: float, what: str
     ) -> Work:
-        if not timeout > 0:
-            raise errors.UsageError(f"timeout={timeout!r}: a positive number of seconds is needed")
-        engine = session.need_engine()
+        limit_s, engine = _seconds("timeout", timeout), session.need_engine()
         try:
-            op = engine.submit(spec, src if spec.count else None, dst if spec.count else None, timeout)
+            op = engine.submit(spec, src if spec.count else None, dst if spec.count else None, limit_s)
         except errors.UsageError:
             if session.error is not None:  # left the run between the check and the submit
                 raise session.error from None
@@ -519,47 +603,48 @@ def _check_range(name: str, value: object, low: int, high: int) -> None:
         raise errors.UsageError(f"{name}={value!r}: a whole number of {low}..{high} is needed")
 
 
+def _seconds(name: str, value: object) -> float:
+    """A time to wait; so long a one that no clock or lock minds it, where more is asked for."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not float(value) > 0:
+        raise errors.UsageError(f"{name}={value!r}: a positive number of seconds is needed")
+    return min(float(value), TIMEOUT_S_MAX)
+
+
 def _tag(tag: int) -> int:
     _check_range("tag", tag, 0, limits.U32_MAX)
     return int(tag)
 
 
-def _array(name: str, value: Any, *, writable: bool) -> Array:
-    """The caller's memory as a NumPy array, never a copy."""
-    if isinstance(value, np.ndarray):
-        array = value
-    else:
-        try:
-            array = np.asarray(memoryview(value))
-        except TypeError:
-            raise errors.UsageError(f"{name}: an array is needed, not {type(value).__name__}") from None
-    if not array.flags.c_contiguous:
-        raise errors.UsageError(f"{name}: the array is not C-contiguous")
-    if writable and not array.flags.writeable:
-        raise errors.UsageError(f"{name}: the array is read-only")
-    return array
-
-
-def _dtype(name: str, array: Array) -> int:
-    code = _DTYPES.get(array.dtype.name) if array.dtype.isnative else None
-    if code is None:
-        raise errors.UsageError(f"{name}: dtype {array.dtype} is not one of {', '.join(_DTYPES)}")
-    return code
-
-
-def _reduce_op(op: ReduceOp | str, array: Array) -> ReduceOp:
+def _reduce_op(op: ReduceOp | str, x: Buffer) -> ReduceOp:
     try:
         known = ReduceOp(op)
     except ValueError:
         raise errors.UsageError(f"op={op!r} is not one of {', '.join(ReduceOp)}") from None
-    if known is ReduceOp.AVG and array.dtype.kind not in "f":
-        raise errors.UsageError(f"op='avg' needs floats, not {array.dtype}: sum them and divide as you need")
+    if known is ReduceOp.AVG and not x.is_float:
+        raise errors.UsageError(f"op='avg' needs floats, not {x.dtype}: sum them and divide as you need")
     return known
 
 
-def _check_out(x: Array, out: Array) -> None:
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise errors.UsageError(f"out is {out.dtype}{list(out.shape)}, x is {x.dtype}{list(x.shape)}")
-    start, other = x.__array_interface__["data"][0], out.__array_interface__["data"][0]
-    if start != other and start < other + out.nbytes and other < start + x.nbytes:
-        raise errors.UsageError("out overlaps x in part")
+def _codec(quantize: str | None, block: int, x: Buffer) -> tuple[int, int]:
+    """(codec, block) of the spec."""
+    if quantize is None:
+        return lib.PYCCL_CODEC_NONE, 0
+    codec = _CODECS.get(quantize)
+    if codec is None:
+        raise errors.UsageError(f"quantize={quantize!r} is not one of {', '.join(_CODECS)}")
+    if not x.is_float:
+        raise errors.UsageError(f"quantize={quantize!r} needs floats, not {x.dtype}")
+    _check_range("quantize_block", block, lib.PYCCL_BLOCK_MIN, lib.PYCCL_BLOCK_MAX)
+    if block & (block - 1):
+        raise errors.UsageError(f"quantize_block={block}: a power of two is needed")
+    return codec, int(block)
+
+
+def _weight(weight: float, op: ReduceOp) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
+        raise errors.UsageError(f"weight={weight!r}: a number is needed")
+    if not 0 <= float(weight) < float("inf"):
+        raise errors.UsageError(f"weight={weight!r}: finite and not negative is needed")
+    if op is not ReduceOp.AVG and float(weight) != 1.0:
+        raise errors.UsageError(f"weight={weight!r}: weights are for op='avg' only")
+    return float(weight)

@@ -29,7 +29,8 @@ MARKS_OF_A_PURE_ROOM = ("pyccl._proto", "pyccl.errors")  # standard library only
 # Layers of native/src, lowest first. A file includes headers of lower layers, and of its own.
 LAYERS: list[set[str]] = [
     {"op_fsm", "map"},
-    {"frame", "digest", "reduce", "status", "direct"},
+    {"kernel", "element", "float_mode", "simd"},
+    {"frame", "digest", "reduce", "quant", "status", "direct"},
     {"link"},
     {"engine"},
 ]

@@ -7,6 +7,7 @@ that the C code is not its own judge. Every vector is a line; the C and the Pyth
     frames.txt   NAME ok|refused HEADER [FIELD=VALUE ...]
     specs.txt    NAME ok|refused SPEC [FIELD=VALUE ...]     hash= is the spec hash that DATA frames carry
     digests.txt  LENGTH SEED XXH3_64 XXH3_128               of the bytes (i * 131 + 7) & 255
+    codecs.txt   NAME CODEC DTYPE BLOCK COUNT INPUT ENCODED DECODED     INPUT - where only decoding is meant
 
 Bytes are hexadecimal, numbers decimal. What is refused has a correct checksum unless its name says otherwise, so that
 the one wrong field decides. ``--check`` writes nothing and fails when a file is not what this script would write.
@@ -15,6 +16,7 @@ the one wrong field decides. ``--check`` writes nothing and fails when a file is
 from __future__ import annotations
 
 import argparse
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -90,6 +92,8 @@ TYPICAL = {
 FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
     ("open_zero", "open", dict.fromkeys(FRAME_FIELDS[2:7], 0) | {"value": 0}),
     ("open_value_most", "open", {"value": U64_MAX}),
+    ("open_weight_one", "open", {"offset": 0x3FF << 52}),
+    ("open_weight_most", "open", {"offset": (0x7FF << 52) - 1}),
     ("data_length_least", "data", {"length": 1, "phase": 0}),
     ("data_length_most", "data", {"length": PIECE_MAX}),
     ("data_all_ones", "data", dict.fromkeys(("epoch_number", "epoch_tag", "seq", "offset"), U64_MAX) | {
@@ -107,7 +111,7 @@ FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
 ]  # fmt: skip
 # Fields that a type does not name must be zero.
 UNNAMED = {
-    "open": ("phase", "offset", "spec_hash"),
+    "open": ("phase", "spec_hash"),
     "data": ("value",),
     "done": ("phase", "length", "offset", "spec_hash"),
     "abort": ("phase", "length", "offset", "spec_hash"),
@@ -128,6 +132,10 @@ FRAMES_BEYOND_LIMITS: list[tuple[str, str, Fields]] = [
     ("open_length_41", "open", {"length": 41}),
     ("open_length_zero", "open", {"length": 0}),
     ("open_space_2", "open", {"space": 2}),
+    ("open_weight_infinite", "open", {"offset": 0x7FF << 52}),
+    ("open_weight_nan", "open", {"offset": (0x7FF << 52) + 1}),
+    ("open_weight_negative", "open", {"offset": (1 << 63) | (0x3FF << 52)}),
+    ("open_weight_minus_zero", "open", {"offset": 1 << 63}),
     ("data_phase_2", "data", {"phase": 2}),
     ("data_space_2", "data", {"space": 2}),
     ("data_space_255", "data", {"space": 255}),
@@ -174,7 +182,10 @@ def frame_lines() -> Iterator[str]:
 
 Spec = dict[str, int | bytes]
 KINDS = {"all_reduce": 1, "broadcast": 2, "barrier": 3, "all_gather": 4}
-DTYPES = {"int32": 1, "int64": 2, "float32": 3, "float64": 4, "uint8": 5}
+DTYPES = {
+    "int32": 1, "int64": 2, "float32": 3, "float64": 4, "uint8": 5, "int8": 6, "uint16": 7, "int16": 8, "uint32": 9,
+    "uint64": 10, "float16": 11, "bfloat16": 12,
+}  # fmt: skip
 OPS = {"sum": 1, "avg": 2, "prod": 3, "min": 4, "max": 5}
 COUNT_MAX = 2**48
 ROOT = bytes(range(0xA0, 0xB0))
@@ -207,7 +218,7 @@ def spec_lines() -> Iterator[str]:
     for dtype_name, dtype in DTYPES.items():
         for op_name, op in OPS.items():
             name, fields = f"all_reduce_{op_name}_{dtype_name}", spec("all_reduce", dtype=dtype, op=op)
-            good = dtype_name != "uint8" and (op_name != "avg" or dtype_name.startswith("float"))
+            good = op_name != "avg" or "float" in dtype_name
             yield ok(name, fields) if good else refused(name, fields)
         for kind in ("broadcast", "barrier", "all_gather"):
             yield ok(f"{kind}_{dtype_name}", spec(kind, dtype=dtype))
@@ -220,7 +231,7 @@ def spec_lines() -> Iterator[str]:
         yield refused(f"{kind}_count_beyond", spec(kind, count=COUNT_MAX + 1))
         yield refused(f"{kind}_count_all_ones", spec(kind, count=U64_MAX))
         for field, wrong in (
-            ("dtype", 0), ("dtype", 6), ("dtype", 255), ("codec", 1), ("algorithm", 0), ("algorithm", 2), ("retry", 2),
+            ("dtype", 0), ("dtype", 13), ("dtype", 255), ("codec", 1), ("algorithm", 0), ("algorithm", 2), ("retry", 2),
             ("space", 2), ("reserved", 1), ("block", 1),
         ):  # fmt: skip
             yield refused(f"{kind}_{field}_{wrong}", spec(kind, **{field: wrong}))
@@ -228,8 +239,17 @@ def spec_lines() -> Iterator[str]:
             yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (0, 6, 255))
         else:
             yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (1, 5, 255))
+        coded = spec(kind, dtype=DTYPES["float32"], codec=1, block=4096)
+        yield ok(f"{kind}_coded", coded) if kind == "all_reduce" else refused(f"{kind}_coded", coded)
         if kind != "broadcast":
             yield refused(f"{kind}_root_not_zero", spec(kind, root=bytes(15) + b"\1"))
+    for dtype_name, dtype in DTYPES.items():
+        coded = spec("all_reduce", dtype=dtype, codec=1, block=64)
+        yield ok(f"coded_{dtype_name}", coded) if "float" in dtype_name else refused(f"coded_{dtype_name}", coded)
+    for block in (64, 65536):
+        yield ok(f"block_{block}", spec("all_reduce", dtype=DTYPES["float32"], codec=1, block=block))
+    for block in (0, 32, 63, 4095, 4097, 96, 131072, U32_MAX):
+        yield refused(f"block_{block}", spec("all_reduce", dtype=DTYPES["float32"], codec=1, block=block))
     yield refused("barrier_count_one", spec("barrier", count=1))
     yield from (refused(f"kind_{kind}", spec("all_gather", kind=kind)) for kind in (0, 5, 255))
     yield refused("all_zero", spec("all_gather") | dict.fromkeys(SPEC_FIELDS[:-1], 0))
@@ -251,10 +271,113 @@ def digest_lines() -> Iterator[str]:
             yield f"{length} {seed} {xxhash.xxh3_64_hexdigest(data, seed)} {xxhash.xxh3_128_hexdigest(data, seed)}"
 
 
+def f32(x: float) -> float:
+    """Rounded to float32. Sums, products and quotients of two float32 come out as IEEE float32 arithmetic has them."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", x))[0])
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
+DTYPE_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+DTYPE_MOST = {"float32": f32(2.0**128 - 2.0**104), "float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
+DTYPE_MOST["float64"] = DTYPE_MOST["float32"]
+DTYPE_NAN = {"float32": "0000c07f", "float64": "000000000000f87f", "float16": "007e", "bfloat16": "c07f"}
+
+
+def unpack_floats(dtype: str, data: bytes) -> list[float]:
+    """As float32: float64 rounded, the others exact."""
+    if dtype == "bfloat16":
+        return [struct.unpack("<f", b"\0\0" + data[i : i + 2])[0] for i in range(0, len(data), 2)]
+    code = {"float32": "f", "float64": "d", "float16": "e"}[dtype]
+    return [f32(x) for x in struct.unpack(f"<{len(data) // DTYPE_BYTES[dtype]}{code}", data)]
+
+
+def pack_float(dtype: str, x: float) -> bytes:
+    if math.isnan(x):
+        return bytes.fromhex(DTYPE_NAN[dtype])
+    if dtype == "bfloat16":
+        (bits,) = struct.unpack("<I", struct.pack("<f", x))
+        return struct.pack("<H", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+    return struct.pack({"float32": "<f", "float64": "<d", "float16": "<e"}[dtype], x)
+
+
+def encode_uint8(elements: list[float]) -> bytes:
+    """One block (proto/wire.md 3.6)."""
+    if not all(math.isfinite(x) for x in elements):
+        return bytes.fromhex("0000c07f0000c07f") + bytes(len(elements))
+    low, high = min(elements) + 0.0, max(elements)
+    if low == high:
+        return struct.pack("<ff", low, 0.0) + bytes(len(elements))
+    mantissa, exponent = math.frexp(f32((high - low) / 255))
+    scale = max(math.ldexp(round(mantissa * 2**16), exponent - 16), 2.0**-125)  # round() takes ties to even
+    inverse = f32(1 / (scale * 0.5))
+    codes = [round(f32(f32(f32(x * 0.5) - f32(low * 0.5)) * inverse)) for x in elements]
+    return struct.pack("<ff", low, scale) + bytes(codes)
+
+
+def decode_uint8(block: bytes, dtype: str) -> bytes:
+    low, scale = struct.unpack("<ff", block[:8])
+    (scale_bits,) = struct.unpack("<I", block[4:8])
+    most, half = DTYPE_MOST[dtype], 0.5 if scale > 2.0**120 else 1.0
+    legal = math.isfinite(low) and scale_bits < 0x7F800000 and scale_bits % 256 == 0
+    out = b""
+    for code in block[8:]:
+        x = f32(f32(low * half) + f32(code * (scale * half))) / half if legal else math.nan
+        out += pack_float(dtype, x if math.isnan(x) else min(max(f32(x), -most), most))
+    return out
+
+
+Block = tuple[str, str, int, list[float]]
+CODEC_INPUTS: list[Block] = [
+    ("plain", "float32", 8, [math.sin(i * 0.7) * 3 for i in range(19)]),
+    ("ties", "float32", 16, [0.0, 255.0, 0.5, 1.5, 2.5, 253.5, 254.5, 127.5, 128.5]),
+    ("equal", "float32", 4, [-3.5] * 4),
+    ("zeros", "float32", 4, [-0.0, 0.0, -0.0]),
+    ("zeros_of_both_signs_among_others", "float32", 8, [-0.0, 1.0, 0.0, 2.0]),
+    ("denormals", "float32", 8, [0.0, 2.0**-149, -(2.0**-149), 2.0**-127]),
+    ("least_scale", "float32", 8, [2.0**-120, 2.0**-119, 2.0**-118]),
+    ("whole_range", "float32", 8, [-DTYPE_MOST["float32"], DTYPE_MOST["float32"], 0.0, 1e38, -1e38]),
+    ("far_from_zero", "float32", 8, [1e6, 1e6 + 0.0625, 1e6 + 0.125, 1e6 + 0.1875]),
+    ("infinity_spoils_its_block_only", "float32", 2, [1.0, math.inf, 1.0, 2.0, -math.inf]),
+    ("nan_spoils_its_block", "float32", 4, [1.0, math.nan, 2.0]),
+    ("plain", "float64", 8, [math.cos(i * 1.3) / 3 for i in range(11)]),
+    ("beyond_float32", "float64", 8, [1.0, 1e300]),
+    ("plain", "float16", 8, [math.sin(i * 0.9) * 3 for i in range(13)]),
+    ("most", "float16", 8, [65504.0, -65504.0, 0.0, 1.0]),
+    ("plain", "bfloat16", 8, [math.sin(i * 1.1) * 3 for i in range(13)]),
+    ("most", "bfloat16", 8, [DTYPE_MOST["bfloat16"], -DTYPE_MOST["bfloat16"], 0.0]),
+]
+HOSTILE_HEADS = {  # low, scale
+    "scale_with_spare_bits": "0000803f0100803f", "scale_negative": "0000803f000080bf",
+    "scale_minus_zero": "0000803f00000080",
+    "scale_infinite": "0000803f0000807f", "low_infinite": "000080ff0000803f", "low_nan": "0100807f0000803f",
+    "overflowing": "00ff7f7f00ff7f7f", "scale_denormal": "0100008000010000", "low_minus_zero": "000000800000803f",
+}  # fmt: skip
+
+
+def codec_lines() -> Iterator[str]:
+    for name, dtype, block, elements in CODEC_INPUTS:
+        data = b"".join(pack_float(dtype, x) for x in elements)
+        values = unpack_floats(dtype, data)
+        blocks = [encode_uint8(values[i : i + block]) for i in range(0, len(values), block)]
+        decoded = b"".join(decode_uint8(one, dtype) for one in blocks)
+        line = f"{name}_{dtype} 1 {DTYPES[dtype]} {block} {len(values)} {data.hex()}"
+        yield f"{line} {b''.join(blocks).hex()} {decoded.hex()}"
+    for name, head in HOSTILE_HEADS.items():
+        for dtype in DTYPE_BYTES:
+            encoded = bytes.fromhex(head) + bytes([0, 1, 128, 255])
+            yield f"{name}_{dtype} 1 {DTYPES[dtype]} 4 4 - {encoded.hex()} {decode_uint8(encoded, dtype).hex()}"
+
+
 FILES = {
     "frames.txt": ("NAME ok|refused HEADER [FIELD=VALUE ...]", frame_lines),
     "specs.txt": ("NAME ok|refused SPEC [FIELD=VALUE ...]; hash= is the spec hash that DATA frames carry", spec_lines),
     "digests.txt": ("LENGTH SEED XXH3_64 XXH3_128, of the bytes (i * 131 + 7) & 255", digest_lines),
+    "codecs.txt": (
+        "NAME CODEC DTYPE BLOCK COUNT INPUT ENCODED DECODED; INPUT - where only decoding is meant",
+        codec_lines,
+    ),
 }
 
 

@@ -26,6 +26,8 @@ extern "C" {
 #define PYCCL_FRAME_SIZE 64         /* bytes of a data-frame header */
 #define PYCCL_SPEC_SIZE 40          /* bytes of an encoded pyccl_spec, the payload of OPEN */
 #define PYCCL_PIECE_MAX 1048576     /* bytes of the longest payload of one frame */
+#define PYCCL_BLOCK_MIN 64          /* elements of a codec block: a power of two */
+#define PYCCL_BLOCK_MAX 65536
 #define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
 #define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
 #define PYCCL_EARLY_MAX 4096        /* operations one peer may open before we submit them */
@@ -65,11 +67,19 @@ typedef enum pyccl_dtype {
     PYCCL_INT64 = 2,
     PYCCL_FLOAT32 = 3,
     PYCCL_FLOAT64 = 4,
-    PYCCL_UINT8 = 5                  /* raw bytes; not reducible yet */
+    PYCCL_UINT8 = 5,
+    PYCCL_INT8 = 6,
+    PYCCL_UINT16 = 7,
+    PYCCL_INT16 = 8,
+    PYCCL_UINT32 = 9,
+    PYCCL_UINT64 = 10,
+    PYCCL_FLOAT16 = 11,
+    PYCCL_BFLOAT16 = 12
 } pyccl_dtype;
 
 typedef enum pyccl_reduce_op { PYCCL_SUM = 1, PYCCL_AVG = 2, PYCCL_PROD = 3, PYCCL_MIN = 4, PYCCL_MAX = 5 } pyccl_reduce_op;
 typedef enum pyccl_space { PYCCL_SPACE_USER = 0, PYCCL_SPACE_INTERNAL = 1 } pyccl_space;
+typedef enum pyccl_codec { PYCCL_CODEC_NONE = 0, PYCCL_CODEC_UINT8 = 1 } pyccl_codec;  /* proto/wire.md 3.6 */
 typedef enum pyccl_algorithm { PYCCL_DIRECT = 1 } pyccl_algorithm;
 
 /* What an operation is; equal on all participants or it is a mismatch. Encoded in OPEN (proto/wire.md 3.2). */
@@ -77,13 +87,13 @@ typedef struct pyccl_spec {
     uint8_t kind;                    /* pyccl_kind */
     uint8_t dtype;                   /* pyccl_dtype */
     uint8_t op;                      /* pyccl_reduce_op; 0 where nothing is reduced */
-    uint8_t codec;                   /* 0: none */
+    uint8_t codec;                   /* pyccl_codec; all_reduce of floats only */
     uint8_t algorithm;               /* pyccl_algorithm */
     uint8_t retry;                   /* 1: a loss epoch runs it again, 0: it fails with PEER_LOST */
     uint8_t space;                   /* pyccl_space: tags of users and of the library do not meet */
     uint8_t reserved;                /* 0 */
     uint32_t tag;
-    uint32_t block;                  /* elements in one codec block; 0: none */
+    uint32_t block;                  /* elements in one codec block: PYCCL_BLOCK_MIN..MAX; 0 without a codec */
     uint64_t count;                  /* elements of each participant's input */
     uint8_t root[16];                /* broadcast: the peer id of the source; else zero */
 } pyccl_spec;
@@ -111,7 +121,7 @@ typedef struct pyccl_frame {         /* the 64-byte header, decoded */
     uint64_t seq;
     uint32_t tag;
     uint32_t length;                 /* payload bytes that follow */
-    uint64_t offset;
+    uint64_t offset;                 /* OPEN: bits of the sender's weight, a double, finite and >= 0 */
     uint64_t value;
     uint32_t spec_hash;              /* DATA: low half of the hash of the encoded spec; else 0 */
 } pyccl_frame;
@@ -133,9 +143,33 @@ void pyccl_chunk_digests(const void *data, size_t size_bytes, size_t chunk_bytes
 
 size_t pyccl_dtype_size(uint8_t dtype);      /* bytes of one element; 0: no such dtype */
 /* out[i] = fold of in[0][i], in[1][i], … in[inputs-1][i] in that order; AVG divides the finished sum once by `inputs`.
- * Floats: no FMA, NaN results are the canonical quiet NaN, min/max propagate NaN and order -0 below +0. Integers wrap.
- * out may be equal to one of the inputs, but not overlap one in part. ERR_ARGUMENT: dtype or op not reducible. */
-pyccl_status pyccl_reduce(uint8_t dtype, uint8_t op, const void *const *in, size_t inputs, size_t count, void *out);
+ * Floats: no FMA, NaN results are the canonical quiet NaN, min/max propagate NaN and order -0 below +0; float16 and
+ * bfloat16 are folded in float32 and rounded once. Integers wrap and have no AVG.
+ * weights: NULL, or for AVG one per input, >= 0: each element is multiplied by its weight in the accumulation type
+ * (float64 for float64, else float32; the weight is rounded to it), the products are summed in order and divided by the
+ * sum of the weights (in float64, in order, then rounded to that type). Weights of 1 give the bytes that NULL gives.
+ * out may be equal to one of the inputs, but not overlap one in part.
+ * ERR_ARGUMENT: dtype and op can't be reduced; a weight is negative or not finite, or the total 0 or not finite, in the
+ * accumulation type. With count 0 nothing but the arguments is looked at. */
+pyccl_status pyccl_reduce(uint8_t dtype, uint8_t op, const void *const *in, const double *weights, size_t inputs,
+                          size_t count, void *out);
+
+/* Codecs (proto/wire.md 3.6): blocks of `block` elements, the last one shorter, each encoded by itself. dtype is that of
+ * the array in memory, one of the floats; what is encoded is float32. Arrays need no alignment and must not overlap.
+ * ERR_ARGUMENT: no such codec, a dtype that is no float, or block 0. */
+size_t pyccl_codec_size(uint8_t codec, uint32_t block, size_t count);   /* bytes of `count` elements encoded; 0: no such codec */
+pyccl_status pyccl_codec_encode(uint8_t codec, uint8_t dtype, uint32_t block, const void *in, size_t count, uint8_t *out);
+/* Any pyccl_codec_size bytes decode to something, the same everywhere; what no encoder writes decodes to NaN. */
+pyccl_status pyccl_codec_decode(uint8_t codec, uint8_t dtype, uint32_t block, const uint8_t *in, size_t count, void *out);
+/* Decode every input to float32 and fold as pyccl_reduce does, tile by tile: same bytes, no arrays in between. */
+pyccl_status pyccl_codec_reduce(uint8_t codec, uint8_t op, uint32_t block, const uint8_t *const *in, const double *weights,
+                                size_t inputs, size_t count, float *out);
+
+/* The instruction set that digests, folds and codecs use: "scalar", "avx2", "avx512" or "neon"; all give the same bytes. */
+const char *pyccl_kernel_name(void);
+/* For tests and benchmarks, of the whole process: one of those names, or "auto", which is how it starts: the best that
+ * the CPU has. ERR_ARGUMENT: no such name, or this CPU lacks it; nothing has changed. */
+pyccl_status pyccl_kernel_select(const char *name);
 
 /* ---- the operation machine ---------------------------------------------------------------------------------- */
 
@@ -196,13 +230,15 @@ typedef struct pyccl_message {       /* OPEN, DONE, ABORT, ASK, ANSWER, SETTLED 
     uint32_t tag;
     uint64_t seq, value;
     pyccl_spec spec;                 /* OPEN only */
+    double weight;                   /* OPEN only: of the sender's input to an avg; else 1 */
 } pyccl_message;
 
 typedef enum pyccl_action_type {
     PYCCL_ACT_SEND = 1,              /* send `message` in the current epoch                                       */
     PYCCL_ACT_START = 2,             /* move data for `cookie` in the current epoch as number `seq`; from scratch */
     PYCCL_ACT_STOP = 3,              /* drop everything the attempt of `cookie` received or computed              */
-    PYCCL_ACT_PEER_OPEN = 4,         /* `rank` has opened `cookie`: the eager window no longer binds              */
+    PYCCL_ACT_PEER_OPEN = 4,         /* `rank` has opened `cookie`: its weight is message.weight; the eager window
+                                        no longer binds                                                           */
     PYCCL_ACT_COMMIT = 5,            /* `cookie` succeeded: result to the caller                                  */
     PYCCL_ACT_FAIL = 6,              /* `cookie` failed with `status`; culprit peer in `peer` (zero: none)        */
     PYCCL_ACT_RESEND = 7,            /* repeat to `rank` the DATA of `cookie` that the lost link may have eaten   */
@@ -217,7 +253,7 @@ typedef struct pyccl_action {
     int32_t status;
     uint32_t attempts;               /* COMMIT, FAIL: epochs in which the operation ran */
     uint8_t peer[16];
-    pyccl_message message;           /* SEND, DIFFERS */
+    pyccl_message message;           /* SEND, DIFFERS; PEER_OPEN: weight only */
 } pyccl_action;
 
 typedef enum pyccl_gate {
@@ -231,6 +267,9 @@ pyccl_status pyccl_fsm_new(const pyccl_fsm_options *options, pyccl_fsm **out);
 void pyccl_fsm_free(pyccl_fsm *fsm);
 /* cookie: not 0, unique among open operations. The machine answers with START or FAIL, at once or in a later epoch. */
 pyccl_status pyccl_fsm_submit(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, int64_t deadline_ns, int64_t now_ns);
+/* weight: what its OPEN tells the others; pyccl_fsm_submit: 1. */
+pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, double weight,
+                                       int64_t deadline_ns, int64_t now_ns);
 void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t now_ns);  /* whole result held */
 void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns);               /* bytes moved      */
 /* The caller gives up. Before DONE it fails with `why`; after DONE its deadline becomes now and it is settled. */
@@ -277,9 +316,11 @@ typedef struct pyccl_engine_options {
 typedef struct pyccl_op_args {
     pyccl_spec spec;
     const void *src;                 /* spec.count elements (broadcast: read at the root only) */
-    void *dst;                       /* result; may equal src (in place). all_gather: world * count elements, set at
-                                        commit; dst_bytes says how much there is, ERR_ARGUMENT when too little */
+    void *dst;                       /* result; may equal src (in place), else must not overlap it. all_gather: world * count
+                                        elements (dst_bytes says how much there is, ERR_ARGUMENT when too little), or
+                                        NULL: see pyccl_op_take. What is not src is undefined after a failure */
     uint64_t dst_bytes;
+    double weight;                   /* of our input to an avg: finite, >= 0, total > 0 (or ERR_ARGUMENT on all); else 1 */
     int64_t timeout_ns;              /* from now to the result; <= 0 is ERR_ARGUMENT */
     uint64_t user;                   /* with notify: returned in EVENT_OP */
     int32_t notify;                  /* 1: post PYCCL_EVENT_OP when it has ended */
@@ -303,7 +344,7 @@ typedef enum pyccl_event_type {
     PYCCL_EVENT_OP = 5,              /* operation with args.notify ended; value: args.user                           */
     PYCCL_EVENT_SETTLE = 6,          /* ask the master for a flush                                                   */
     PYCCL_EVENT_LEAVE = 7,           /* an outcome can't be learned: leave the run                                   */
-    PYCCL_EVENT_DIFFERS = 8,         /* `slot` opened (space, tag, seq) as `theirs`, we have `mine`                  */
+    PYCCL_EVENT_DIFFERS = 8,         /* `slot` opened (space, tag, seq) as `theirs`, we have `mine`; value: epoch     */
     PYCCL_EVENT_DRAINED = 9,         /* all below the cut is settled here; value: number of the pyccl_engine_cut call */
     PYCCL_EVENT_STATE = 10,          /* a fetch ended; value: fetch id; code: status                                 */
     PYCCL_EVENT_PULSE_DOWN = 11      /* the pulse connection to the master ended                                     */
@@ -350,7 +391,8 @@ pyccl_status pyccl_engine_freeze(pyccl_engine *engine, pyccl_op_report *out, siz
 pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count);
 pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind);
-/* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since the last submit, *below the cut. */
+/* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since a submit, the end of
+ * an operation, a cut or an epoch, *below the cut. */
 pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,
                                   int64_t *quiet_ns, int *below);
 
@@ -360,6 +402,9 @@ pyccl_status pyccl_op_wait(pyccl_op *op, int64_t timeout_ns);   /* PENDING, or t
 int pyccl_op_done(const pyccl_op *op);
 void pyccl_op_cancel(pyccl_op *op, pyccl_status why);           /* as pyccl_fsm_cancel; wait afterwards */
 void pyccl_op_info_get(const pyccl_op *op, pyccl_op_info *out);
+/* The result of an all_gather that was submitted without dst and has succeeded: info.world * count elements, copied to
+ * dst; as often as wanted until op_free. ERR_ARGUMENT: no such result, or dst_bytes is less than it. */
+pyccl_status pyccl_op_take(const pyccl_op *op, void *dst, uint64_t dst_bytes);
 void pyccl_op_free(pyccl_op *op);                               /* NULL or an operation that has ended */
 
 /* Shared state: what is published under `sync` is served to members that ask. The memory must stay valid until

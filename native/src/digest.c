@@ -11,8 +11,8 @@
  *     | stripe 0 | stripe 1 | ... | stripe 15 | scramble | stripe 16 | ...      | last 64 bytes (may overlap) |
  *       secret+0   secret+8         secret+120  secret+128  secret+0              secret+121
  *
- * Only the last regime moves much data; it exists as scalar code, the reference, and for AVX2 and AVX-512, picked at run
- * time. Lanes are integers, so all give the same bytes. Hosts are little-endian.      Threads: nothing shared.
+ * Only the last regime moves much data; it exists as scalar code, the reference, and for AVX2, AVX-512 and NEON
+ * (kernel.h). Lanes are integers, so all give the same bytes. Hosts are little-endian.     Threads: nothing shared.
  * Source: Y. Collet, XXH3, doc/xxhash_spec.md of the xxHash project. */
 #include "digest.h"
 
@@ -23,6 +23,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -327,21 +329,62 @@ __attribute__((target("avx512f"))) static void long_avx512(uint64_t acc[LANES], 
     _mm512_storeu_si512((void *)acc, lanes);
 }
 
-#endif /* __x86_64__ */
+#elif defined(__aarch64__)
 
-static void long_run(digest_kernel kernel, uint64_t acc[LANES], stripes s, const uint8_t secret[SECRET_BYTES]) {
+#define NEON static inline __attribute__((always_inline))
+NEON uint64x2_t load_neon(const uint8_t *at) { return vreinterpretq_u64_u8(vld1q_u8(at)); }
+
+NEON uint64x2_t accumulate_neon(uint64x2_t acc, const uint8_t *in, const uint8_t *secret) {
+    const uint64x2_t word = load_neon(in), keyed = veorq_u64(word, load_neon(secret));
+    acc = vaddq_u64(acc, vextq_u64(word, word, 1));
+    return vmlal_u32(acc, vmovn_u64(keyed), vshrn_n_u64(keyed, 32));
+}
+
+NEON uint64x2_t scramble_neon(uint64x2_t acc, const uint8_t *secret) {
+    const uint64x2_t keyed = veorq_u64(veorq_u64(acc, vshrq_n_u64(acc, 47)), load_neon(secret));
+    const uint32x2_t prime = vdup_n_u32(PRIME32_1);
+    const uint64x2_t high = vmull_u32(vshrn_n_u64(keyed, 32), prime);
+    return vmlal_u32(vshlq_n_u64(high, 32), vmovn_u64(keyed), prime);
+}
+
+static void long_neon(uint64_t acc[LANES], stripes s, const uint8_t *secret) {
+    uint64x2_t lanes[LANES / 2];
+    for (size_t k = 0; k < LANES / 2; k++) lanes[k] = vld1q_u64(acc + 2 * k);
+    for (size_t block = 0; block <= s.blocks; block++) {
+        const size_t count = block < s.blocks ? STRIPES_PER_BLOCK : s.rest;
+        const uint8_t *in = s.in + block * BLOCK_BYTES;
+        for (size_t i = 0; i < count; i++)
+            for (size_t k = 0; k < LANES / 2; k++)
+                lanes[k] = accumulate_neon(lanes[k], in + i * STRIPE_BYTES + 16 * k, secret + 8 * i + 16 * k);
+        if (block == s.blocks) break;
+        for (size_t k = 0; k < LANES / 2; k++) lanes[k] = scramble_neon(lanes[k], secret + SCRAMBLE_AT + 16 * k);
+    }
+    for (size_t k = 0; k < LANES / 2; k++) {
+        lanes[k] = accumulate_neon(lanes[k], s.last + 16 * k, secret + LAST_STRIPE_AT + 16 * k);
+        vst1q_u64(acc + 2 * k, lanes[k]);
+    }
+}
+
+#endif
+
+static void long_run(kernel k, uint64_t acc[LANES], stripes s, const uint8_t secret[SECRET_BYTES]) {
     memcpy(acc, LANES_START, sizeof LANES_START);
 #if defined(__x86_64__)
-    if (kernel == DIGEST_AVX512) {
+    if (k == KERNEL_AVX512) {
         long_avx512(acc, s, secret);
         return;
     }
-    if (kernel == DIGEST_AVX2) {
+    if (k == KERNEL_AVX2) {
         long_avx2(acc, s, secret);
         return;
     }
+#elif defined(__aarch64__)
+    if (k == KERNEL_NEON) {
+        long_neon(acc, s, secret);
+        return;
+    }
 #endif
-    PYCCL_ASSERT(kernel == DIGEST_SCALAR);
+    PYCCL_ASSERT(k == KERNEL_SCALAR);
     long_scalar(acc, s, secret);
 }
 
@@ -359,71 +402,58 @@ static uint64_t lanes_merge(const uint64_t acc[LANES], const uint8_t *secret, ui
     return avalanche(start);
 }
 
-static uint64_t long_64(digest_kernel kernel, const uint8_t *in, size_t size, uint64_t seed) {
+static uint64_t long_64(kernel k, const uint8_t *in, size_t size, uint64_t seed) {
     uint8_t secret[SECRET_BYTES];
     uint64_t acc[LANES];
     secret_seeded(secret, seed);
-    long_run(kernel, acc, stripes_of(in, size), secret);
+    long_run(k, acc, stripes_of(in, size), secret);
     return lanes_merge(acc, secret + 11, size * PRIME64_1);
 }
 
-static u128 long_128(digest_kernel kernel, const uint8_t *in, size_t size, uint64_t seed) {
+static u128 long_128(kernel k, const uint8_t *in, size_t size, uint64_t seed) {
     uint8_t secret[SECRET_BYTES];
     uint64_t acc[LANES];
     secret_seeded(secret, seed);
-    long_run(kernel, acc, stripes_of(in, size), secret);
+    long_run(k, acc, stripes_of(in, size), secret);
     return (u128){lanes_merge(acc, secret + 11, size * PRIME64_1),
                   lanes_merge(acc, secret + SECRET_BYTES - STRIPE_BYTES - 11, ~(size * PRIME64_2))};
 }
 
 /* ---- the whole ---- */
 
-bool digest_kernel_supported(digest_kernel kernel) {
-#if defined(__x86_64__)
-    if (kernel == DIGEST_AVX512) return __builtin_cpu_supports("avx512f") != 0;
-    if (kernel == DIGEST_AVX2) return __builtin_cpu_supports("avx2") != 0;
-#endif
-    return kernel == DIGEST_SCALAR;
-}
-
-digest_kernel digest_kernel_best(void) {
-    if (digest_kernel_supported(DIGEST_AVX512)) return DIGEST_AVX512;
-    return digest_kernel_supported(DIGEST_AVX2) ? DIGEST_AVX2 : DIGEST_SCALAR;
-}
-
-uint64_t digest_xxh3_64(digest_kernel kernel, const void *data, size_t size_bytes, uint64_t seed) {
+uint64_t digest_xxh3_64(kernel k, const void *data, size_t size_bytes, uint64_t seed) {
     if (size_bytes <= 16) return short_64(data, size_bytes, seed);
     if (size_bytes <= MIDSIZE_MAX) return middle_64(data, size_bytes, seed);
-    return long_64(kernel, data, size_bytes, seed);
+    return long_64(k, data, size_bytes, seed);
 }
 
 static void put_big_endian(uint8_t *at, uint64_t x) {
     for (int i = 0; i < 8; i++) at[i] = (uint8_t)(x >> (56 - 8 * i));
 }
 
-void digest_xxh3_128(digest_kernel kernel, const void *data, size_t size_bytes, uint64_t seed, uint8_t out[16]) {
+void digest_xxh3_128(kernel k, const void *data, size_t size_bytes, uint64_t seed, uint8_t out[16]) {
     const u128 h = size_bytes <= 16            ? short_128(data, size_bytes, seed)
                    : size_bytes <= MIDSIZE_MAX ? middle_128(data, size_bytes, seed)
-                                               : long_128(kernel, data, size_bytes, seed);
+                                               : long_128(k, data, size_bytes, seed);
     put_big_endian(out, h.high);
     put_big_endian(out + 8, h.low);
 }
 
 uint64_t pyccl_xxh3_64(const void *data, size_t size_bytes, uint64_t seed) {
-    return digest_xxh3_64(digest_kernel_best(), data, size_bytes, seed);
+    return digest_xxh3_64(kernel_current(), data, size_bytes, seed);
 }
 
 void pyccl_xxh3_128(const void *data, size_t size_bytes, uint64_t seed, uint8_t out[16]) {
-    digest_xxh3_128(digest_kernel_best(), data, size_bytes, seed, out);
+    digest_xxh3_128(kernel_current(), data, size_bytes, seed, out);
 }
 
 void pyccl_chunk_digests(const void *data, size_t size_bytes, size_t chunk_bytes, uint8_t *out) {
     PYCCL_ASSERT(chunk_bytes > 0);
-    const digest_kernel kernel = digest_kernel_best();
+    const kernel k = kernel_current();
     const uint8_t *in = data;
     while (size_bytes > 0) {
         const size_t chunk = size_bytes < chunk_bytes ? size_bytes : chunk_bytes;
-        digest_xxh3_128(kernel, in, chunk, 0, out);
+        digest_xxh3_128(k, in, chunk, 0, out);
         in += chunk;
         size_bytes -= chunk;
         out += 16;

@@ -1,10 +1,13 @@
 /* direct.h: the schedule of algorithm "direct": who sends which piece to whom, and where it lies in the result.
  * Every member owns one share of the result. Phase 0 brings the contributions to a share to its owner, phase 1 takes
  * the finished share from its owner to everybody who needs it. Pieces of a share travel and are folded one by one.
+ * The swap, an all_reduce of two: each side owns the whole vector, sends all of its input and folds; no phase 1.
  *
+ * Places are elements of the result; offsets and bytes "on the wire" are those of frames, encoded where a codec is used.
  * Pure arithmetic: no socket, clock or allocation. The engine asks these functions and does no share arithmetic of
  * its own: another algorithm, or shares of unequal size, are a change of this file.
- * Invariant: the shares of a plan cover each byte of the result exactly once, in the order of their owners.
+ * Invariant: the shares of a plan cover each element of the result exactly once, in the order of their owners; in a
+ * swap each of the two shares does.
  * Threads: nothing shared, a plan belongs to its caller.          Spec: proto/wire.md 3.3 */
 #ifndef PYCCL_DIRECT_H
 #define PYCCL_DIRECT_H
@@ -21,7 +24,11 @@ typedef struct direct_plan {
     uint8_t kind;                    /* pyccl_kind */
     uint32_t world, rank;            /* rank: ours */
     uint32_t root;                   /* broadcast: rank of the source */
+    bool swap;
+    uint8_t codec;                   /* pyccl_codec of pieces on the wire */
+    uint32_t block;                  /* elements of a codec block, which no share or piece divides; 1 without a codec */
     uint32_t element_bytes;
+    uint64_t piece_elements;         /* of a piece that is not the last of its share: whole blocks */
     uint64_t count;                  /* elements of one input */
 } direct_plan;
 
@@ -30,11 +37,14 @@ void direct_plan_init(direct_plan *plan, const pyccl_spec *spec, uint32_t world,
 
 uint64_t direct_input_bytes(const direct_plan *plan);
 uint64_t direct_result_bytes(const direct_plan *plan);
-uint64_t direct_share_offset(const direct_plan *plan, uint32_t owner);   /* byte offset inside the result */
-uint64_t direct_share_bytes(const direct_plan *plan, uint32_t owner);
-uint64_t direct_pieces(const direct_plan *plan, uint32_t owner);         /* pieces of the owner's share */
-uint64_t direct_piece_offset(const direct_plan *plan, uint64_t piece);   /* byte offset inside the share */
-uint32_t direct_piece_bytes(const direct_plan *plan, uint32_t owner, uint64_t piece);
+uint64_t direct_share_start(const direct_plan *plan, uint32_t owner);     /* its first element in the result */
+uint64_t direct_share_elements(const direct_plan *plan, uint32_t owner);
+uint64_t direct_pieces(const direct_plan *plan, uint32_t owner);          /* pieces of the owner's share */
+uint64_t direct_result_pieces(const direct_plan *plan);                   /* pieces of the whole result */
+uint64_t direct_piece_start(const direct_plan *plan, uint32_t owner, uint64_t piece); /* first element in the result */
+uint64_t direct_piece_elements(const direct_plan *plan, uint32_t owner, uint64_t piece);
+uint64_t direct_piece_offset(const direct_plan *plan, uint64_t piece);    /* on the wire, inside the share */
+uint32_t direct_piece_bytes(const direct_plan *plan, uint32_t owner, uint64_t piece);  /* on the wire */
 /* The piece a frame carries: false when offset and length are not exactly those of one piece of the owner's share. */
 bool direct_piece_find(const direct_plan *plan, uint32_t owner, uint64_t offset, uint64_t length, uint64_t *piece);
 

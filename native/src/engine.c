@@ -327,6 +327,19 @@ static void silence_check(pyccl_engine *engine, peer *p) {
     } else sooner(&engine->check_ns, p->link.heard_ns + engine->options.silence_ns);
 }
 
+/* Only connections between two frames can beat; nothing is read, so nobody is called silent for what we did not hear. */
+void engine_breathe(pyccl_engine *engine) {
+    const int64_t turn_ns = engine->env.now_ns, now = engine_clock(), beat = engine->options.heartbeat_ns;
+    engine->env.now_ns = now;
+    (void)pulse_beat(engine);
+    for (peer *p = engine->peers; p != NULL; p = p->next)
+        for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+            pyccl_conn *conn = p->link.conns[i];
+            if (conn != NULL && now - conn->sent_ns >= beat) link_conn_heartbeat(conn);
+        }
+    engine->env.now_ns = turn_ns;
+}
+
 /* Each idle connection says something now and then: also so that a side notices that the other has given it up. */
 static void links_check(pyccl_engine *engine) {
     const int64_t now = engine->env.now_ns, beat = engine->options.heartbeat_ns;
@@ -383,7 +396,7 @@ static void turn(pyccl_engine *engine) {
     struct epoll_event events[EPOLL_BATCH];
     const int timeout_ms = wait_ms(engine);
     const int64_t before = engine_clock();
-    const bool slow = before - engine->env.now_ns > GAP_NS;
+    const bool slow = before - engine->looked_ns > GAP_NS;
     const int n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, timeout_ms);
     PYCCL_ASSERT(n >= 0 || errno == EINTR);
     engine->env.now_ns = engine_clock();
@@ -393,6 +406,8 @@ static void turn(pyccl_engine *engine) {
         engine->env.now_ns = engine_clock();
         pump_all(engine);
     }
+    if (engine->env.now_ns - engine->looked_ns > timeout_ms * INT64_C(1000000) + GAP_NS) after_gap(engine);
+    engine->looked_ns = engine->env.now_ns;
     commands_run(engine);
     ops_work(engine);
     engine_act(engine);
@@ -461,7 +476,7 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
     engine->env.ctx = engine;
     engine->env.user_timeout_ms = options->silence_ns / 1000000 > USER_TIMEOUT_MIN_MS / 3
         ? (options->silence_ns / 1000000 < INT32_MAX / 3 ? options->silence_ns / 1000000 * 3 : INT32_MAX) : USER_TIMEOUT_MIN_MS;
-    engine->env.now_ns = engine->submitted_ns = engine_clock();
+    engine->env.now_ns = engine->looked_ns = engine->moved_ns = engine_clock();
     engine->tick_ns = INT64_MAX;
     engine->stop_why = PYCCL_ERR_CLOSED;
     pthread_mutex_init(&engine->lock, NULL);

@@ -4,7 +4,8 @@
  *   engine_calls.c  the public functions that the thread carries out while the caller waits
  *   engine_frames.c frames in and out: gate, messages, the actions of the operation machine
  *   engine_api.c    pyccl_op_*: submit, wait, cancel, how an operation ends
- *   engine_ops.c    attempts: which pieces are here, which go out, folding, commit
+ *   engine_ops.c    attempts: which pieces are here, which go out, commit
+ *   engine_fold.c   the result of an attempt: folds, codecs, weights, undo
  *   engine_memory.c result buffers and piece buffers that are used again
  *   engine_early.c  pieces of operations that are not submitted here yet
  *   engine_state.c  the state service: publications, asks, fetches
@@ -34,6 +35,7 @@
 #define EARLY_PIECES_MAX (2 * PYCCL_OPS_OPEN_MAX + PYCCL_CONNS_MAX) /* of one peer; small ones are many */
 #define SCRATCH_KEPT 4               /* freed result buffers that are kept: the biggest */
 #define PIECES_KEPT 16               /* freed piece buffers that are kept */
+#define ENGINE_TILE_FLOATS 65536     /* of the longest codec block */
 #define ASKS_MAX 1024                /* queued at the one who serves, per peer */
 #define ASKS_SENT_MAX 256            /* unanswered at the one who asks, per peer */
 
@@ -74,6 +76,8 @@ struct pyccl_op {
     uint64_t cookie;                 /* 0: not in the table */
     attempt *attempt;                /* NULL: none runs */
     uint64_t tx_bytes, rx_bytes, seq;
+    void *kept;                      /* result of an all_gather without dst, after the commit: see pyccl_op_take */
+    uint64_t kept_bytes;
     uint32_t world;                  /* of the epoch it ran in last; 0: it never ran */
     uint64_t epoch_number;
     uint8_t epoch_id[16];
@@ -113,8 +117,22 @@ struct attempt {
     direct_plan plan;
     const uint8_t *src;
     uint8_t *result;                 /* where the whole result comes together; NULL: it is empty, or src is it */
-    void *scratch;                   /* result, when it is not the caller's */
+    void *scratch;                   /* result or undo, of ours */
     size_t scratch_bytes;
+    uint8_t *undo;                   /* old bytes of what the result has overwritten; NULL: they need not come back */
+    uint8_t *saved;                  /* [slot]: undo holds the old bytes of this piece */
+    uint64_t *slot_at;               /* [owner]: a piece of the result has the slot slot_at[owner] + piece */
+    uint8_t *codes;                  /* codec: our input, encoded: [slot * code_stride], where `encoded`[slot] */
+    uint8_t *encoded;
+    uint8_t *result_codes;           /* our share of the result, encoded: [own piece * code_stride] */
+    size_t codes_bytes;
+    uint64_t code_stride;
+    double *weights;                 /* [rank]: avg only */
+    uint32_t weights_missing;        /* ranks whose OPEN, and so whose weight, is not here */
+    bool weighted;                   /* one is not 1 */
+    bool committed;
+    uint64_t *held;                  /* own pieces with all contributions that wait for weights */
+    uint64_t held_count;
     uint64_t own_pieces;             /* of our share */
     uint8_t **contribution;          /* [rank * own_pieces + piece]: all_reduce only */
     uint16_t *missing;               /* [own piece]: contributions not here yet */
@@ -186,11 +204,12 @@ struct pyccl_engine {
     pyccl_fsm *fsm;
     bool stopping, acting;
     pyccl_status stop_why;
+    int64_t looked_ns;               /* when the sockets were looked at last */
     int64_t ticked_ns;               /* when the fsm was called last */
     int64_t tick_ns;                 /* when the fsm wants to be called */
     int64_t check_ns;                /* when heartbeats and silence are looked at */
     bool tick_stale;                 /* something happened that may have moved tick_ns */
-    int64_t submitted_ns;            /* last submit */
+    int64_t moved_ns;                /* last submit, end of an operation, cut or epoch: quiet since */
     bool cut, drained_told;
     uint64_t cuts;                   /* calls of pyccl_engine_cut: an event names the cut it belongs to */
 
@@ -213,6 +232,7 @@ struct pyccl_engine {
     uint32_t local_work;             /* attempts with has_local */
     struct { void *memory; size_t bytes; } scratch[SCRATCH_KEPT];
     void *pieces[PIECES_KEPT];
+    float *tile;                     /* ENGINE_TILE_FLOATS of scratch; NULL until a codec is used */
     uint32_t piece_count;
     early_piece *early[EARLY_BUCKETS];
     publication *publications;
@@ -224,6 +244,7 @@ struct pyccl_engine {
 
 /* engine.c */
 int64_t engine_clock(void);
+void engine_breathe(pyccl_engine *engine);   /* now and then in long work: others hear that we are alive, nothing else moves */
 void engine_event(pyccl_engine *engine, const pyccl_event *event);
 void engine_run(pyccl_engine *engine, command *c);                       /* on the thread, while the caller waits */
 bool engine_post(pyccl_engine *engine, command *c);                      /* on the thread, later; false: it has ended */
@@ -248,8 +269,8 @@ void engine_op_end(pyccl_op *op, int32_t status, uint32_t attempts, const uint8_
 /* engine_ops.c */
 void ops_start(pyccl_engine *engine, pyccl_op *op, uint64_t seq);
 void ops_stop(pyccl_engine *engine, pyccl_op *op);
-void ops_commit(pyccl_op *op);                                           /* the result to the caller's memory */
-void ops_peer_open(pyccl_engine *engine, pyccl_op *op, uint32_t rank);
+void ops_commit(pyccl_op *op);                                           /* what was overwritten is not needed any more */
+void ops_peer_open(pyccl_engine *engine, pyccl_op *op, uint32_t rank, double weight);
 void ops_forget_peer(pyccl_engine *engine, peer *p);      /* it is no member any more, or the epoch ends */
 void ops_conn_lost(pyccl_engine *engine, peer *p, uint32_t conn_index);
 void ops_requeue(pyccl_engine *engine, peer *p);                         /* whatever can be sent to it is in its queue */
@@ -261,6 +282,17 @@ link_verdict ops_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn);
 void ops_data_cancel(pyccl_conn *conn);
 /* A piece that lies in `*data` (piece_alloc(length)); it may be taken (*data = NULL). False: protocol error. */
 bool ops_deliver(pyccl_engine *engine, peer *p, pyccl_op *op, const pyccl_frame *frame, uint8_t **data);
+
+void ops_result_ready(pyccl_engine *engine, attempt *a, uint64_t piece); /* of our share */
+
+/* engine_fold.c */
+const uint8_t *fold_source(attempt *a, uint32_t phase, uint32_t to, uint64_t piece); /* a piece as it goes to `to` */
+uint8_t *fold_place(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece); /* where a piece of the result may be written */
+void fold_contribution(pyccl_engine *engine, attempt *a, uint64_t piece);   /* another one to a piece of our share is here */
+void fold_result(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *codes); /* in its place, or codes */
+void fold_local(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece);
+pyccl_status fold_weight(pyccl_engine *engine, attempt *a, uint32_t rank, double weight); /* ERR_ARGUMENT: the total is 0 */
+void fold_restore(pyccl_engine *engine, attempt *a);                     /* the caller's memory is as it was submitted */
 
 /* engine_memory.c; NULL: no memory. Both kinds may also be given to free(). */
 uint8_t *piece_alloc(pyccl_engine *engine, uint32_t bytes);

@@ -5,6 +5,7 @@
  * thread does to it; from then on it is the caller's.
  * Threads: pyccl_op_* from any; engine_* on the engine's thread.   Spec: pyccl.h */
 #include <errno.h>
+#include <float.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -44,6 +45,7 @@ void engine_op_end(pyccl_op *op, int32_t status, uint32_t attempts, const uint8_
     pyccl_engine *engine = op->engine;
     ops_stop(engine, op);
     table_remove(engine, op);
+    engine->moved_ns = engine->env.now_ns;
     const pyccl_event event = {.type = PYCCL_EVENT_OP, .slot = UINT32_MAX, .code = status, .value = op->args.user,
                                .seq = op->seq, .tag = op->args.spec.tag, .space = op->args.spec.space};
     const bool notify = op->args.notify != 0;
@@ -63,35 +65,38 @@ static void run_submit(pyccl_engine *engine, command *c) {
     pyccl_op *op = (pyccl_op *)c;
     const int64_t now = engine->env.now_ns;
     const int64_t deadline = op->args.timeout_ns > INT64_MAX - op->submitted_ns ? INT64_MAX : op->submitted_ns + op->args.timeout_ns;
-    engine->submitted_ns = now;
+    engine->moved_ns = now;
     engine->tick_stale = true;
     if (!table_add(engine, op)) {
         engine_op_end(op, PYCCL_ERR_LIMIT, 0, NULL);
         return;
     }
-    const pyccl_status rc = pyccl_fsm_submit(engine->fsm, op->cookie, &op->args.spec, deadline, now);
+    const pyccl_status rc = pyccl_fsm_submit_weighted(engine->fsm, op->cookie, &op->args.spec, op->args.weight, deadline, now);
     if (rc != PYCCL_OK) engine_op_end(op, rc, 0, NULL);
 }
 
 /* ---- for the caller ---- */
 
-static bool overlap(const void *a, const void *b, uint64_t bytes) {
+static bool overlap(const void *a, uint64_t a_bytes, const void *b, uint64_t b_bytes) {
     const uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
-    return x < y ? y - x < bytes : x - y < bytes;
+    return x < y ? y - x < a_bytes : x - y < b_bytes;
+}
+
+static bool weight_valid(const pyccl_op_args *args) {
+    if (args->spec.op != PYCCL_AVG) return args->weight == 1.0;
+    return args->weight >= 0 && args->weight <= DBL_MAX;
 }
 
 static pyccl_status args_check(const pyccl_engine *engine, const pyccl_op_args *args) {
     const pyccl_spec *spec = &args->spec;
-    if (!frame_spec_valid(spec) || args->timeout_ns <= 0) return PYCCL_ERR_ARGUMENT;
+    if (!frame_spec_valid(spec) || !weight_valid(args) || args->timeout_ns <= 0) return PYCCL_ERR_ARGUMENT;
     if (spec->kind == PYCCL_BARRIER || spec->count == 0) return PYCCL_OK;
-    const bool root = memcmp(spec->root, engine->options.self_id, PYCCL_ID_SIZE) == 0;
-    const bool reads = spec->kind != PYCCL_BROADCAST || root, writes = spec->kind != PYCCL_BROADCAST || !root;
+    const bool root = memcmp(spec->root, engine->options.self_id, PYCCL_ID_SIZE) == 0, gather = spec->kind == PYCCL_ALL_GATHER;
+    const bool reads = spec->kind != PYCCL_BROADCAST || root, writes = !gather && (spec->kind != PYCCL_BROADCAST || !root);
     if ((reads && args->src == NULL) || (writes && args->dst == NULL)) return PYCCL_ERR_ARGUMENT;
     const uint64_t bytes = spec->count * pyccl_dtype_size(spec->dtype);
-    /* all_gather writes dst only from a buffer of ours, at the commit */
-    if (!reads || spec->kind == PYCCL_ALL_GATHER || args->dst == NULL || args->dst == args->src) return PYCCL_OK;
-    if (overlap(args->src, args->dst, bytes)) return PYCCL_ERR_ARGUMENT;
-    return PYCCL_OK;
+    if (!reads || args->dst == NULL || (args->dst == args->src && !gather)) return PYCCL_OK;
+    return overlap(args->src, bytes, args->dst, gather ? args->dst_bytes : bytes) ? PYCCL_ERR_ARGUMENT : PYCCL_OK;
 }
 
 static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pyccl_op **out) {
@@ -109,6 +114,7 @@ static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pycc
     }
     op->engine = engine;
     op->args = *args;
+    op->args.weight += 0.0; /* -0 becomes +0 */
     op->command.run = run_submit;
     op->submitted_ns = engine_clock();
     atomic_init(&op->ended, 0);
@@ -118,6 +124,7 @@ static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pycc
 
 static void op_delete(pyccl_op *op) {
     pthread_cond_destroy(&op->cond);
+    free(op->kept);
     free(op);
 }
 
@@ -179,6 +186,13 @@ void pyccl_op_info_get(const pyccl_op *op, pyccl_op_info *out) {
     memset(out, 0, sizeof *out);
     out->status = PYCCL_PENDING;
     if (pyccl_op_done(op)) *out = op->info;
+}
+
+pyccl_status pyccl_op_take(const pyccl_op *op, void *dst, uint64_t dst_bytes) {
+    if (!pyccl_op_done(op) || op->info.status != PYCCL_OK) return PYCCL_ERR_ARGUMENT;
+    if (op->args.spec.kind != PYCCL_ALL_GATHER || op->args.dst != NULL || dst_bytes < op->kept_bytes) return PYCCL_ERR_ARGUMENT;
+    if (op->kept_bytes > 0) memcpy(dst, op->kept, op->kept_bytes);
+    return PYCCL_OK;
 }
 
 void pyccl_op_free(pyccl_op *op) {

@@ -204,6 +204,7 @@ static void run_cut(pyccl_engine *engine, command *c) {
     fsm_command *f = (fsm_command *)c;
     engine->cut = engine->in_epoch && !f->open;
     engine->cuts++;
+    engine->moved_ns = engine->env.now_ns;
     engine->drained_told = false;
     engine->tick_stale = true;
     f->behind = pyccl_fsm_cut(engine->fsm, f->cut, f->cuts, f->open, engine->env.now_ns);
@@ -220,7 +221,7 @@ static void run_blocked(pyccl_engine *engine, command *c) {
     fsm_command *f = (fsm_command *)c;
     f->count = pyccl_fsm_lacking(engine->fsm, f->out, f->cap);
     f->below = pyccl_fsm_below_cut(engine->fsm);
-    f->quiet_ns = engine->env.now_ns - engine->submitted_ns;
+    f->quiet_ns = engine->env.now_ns - engine->moved_ns;
     pthread_mutex_lock(&engine->done_lock);
     f->waiters = engine->waiters;
     pthread_mutex_unlock(&engine->done_lock);

@@ -70,8 +70,10 @@ static link_verdict message_end(pyccl_engine *engine, const peer *p, const pyccl
     pyccl_message message = {.type = frame->type, .space = frame->space, .rank = (uint32_t)p->rank, .tag = frame->tag,
                              .seq = frame->seq, .value = frame->value};
     if (frame->type == PYCCL_FRAME_OPEN) {
+        memcpy(&message.weight, &frame->offset, sizeof message.weight);
         if (pyccl_spec_decode_untrusted(conn->small, &message.spec) != PYCCL_OK) return LINK_REFUSE;
         if (message.spec.space != frame->space || message.spec.tag != frame->tag) return LINK_REFUSE;
+        if (message.spec.op != PYCCL_AVG && message.weight != 1.0) return LINK_REFUSE;
     }
     engine->tick_stale = true;
     return pyccl_fsm_receive(engine->fsm, &message, engine->env.now_ns) == PYCCL_OK ? LINK_GO : LINK_REFUSE;
@@ -147,6 +149,7 @@ static void send_message(pyccl_engine *engine, const pyccl_message *message) {
     const bool open = message->type == PYCCL_FRAME_OPEN;
     pyccl_frame frame = {.type = message->type, .space = message->space, .seq = message->seq, .tag = message->tag,
                          .value = message->value, .length = open ? PYCCL_SPEC_SIZE : 0};
+    if (open) memcpy(&frame.offset, &message->weight, sizeof frame.offset);
     engine_frame_stamp(engine, &frame);
     link_control_push(&p->link, &frame, open ? &message->spec : NULL);
 }
@@ -154,7 +157,7 @@ static void send_message(pyccl_engine *engine, const pyccl_message *message) {
 static void tell_differs(pyccl_engine *engine, const pyccl_action *action, const pyccl_op *op) {
     const peer *p = engine->ranks[action->rank];
     if (p == NULL) return;
-    const pyccl_event event = {.type = PYCCL_EVENT_DIFFERS, .slot = p->link.slot, .seq = action->message.seq,
+    const pyccl_event event = {.type = PYCCL_EVENT_DIFFERS, .slot = p->link.slot, .value = engine->epoch_number, .seq = action->message.seq,
                                .tag = action->message.tag, .space = action->message.space,
                                .mine = op->args.spec, .theirs = action->message.spec};
     engine_event(engine, &event);
@@ -167,7 +170,7 @@ static void act_on_op(pyccl_engine *engine, const pyccl_action *action) {
     switch (action->type) {
     case PYCCL_ACT_START: ops_start(engine, op, action->seq); break;
     case PYCCL_ACT_STOP: ops_stop(engine, op); break;
-    case PYCCL_ACT_PEER_OPEN: ops_peer_open(engine, op, action->rank); break;
+    case PYCCL_ACT_PEER_OPEN: ops_peer_open(engine, op, action->rank, action->message.weight); break;
     case PYCCL_ACT_COMMIT:
         ops_commit(op);
         engine_op_end(op, PYCCL_OK, action->attempts, action->peer);
@@ -228,6 +231,7 @@ void engine_forget_epoch(pyccl_engine *engine) {
 
 static void adopt(pyccl_engine *engine, const pyccl_epoch *epoch) {
     engine->in_epoch = true;
+    engine->moved_ns = engine->env.now_ns;
     engine->world = epoch->world;
     engine->rank = epoch->rank;
     engine->epoch_number = epoch->number;

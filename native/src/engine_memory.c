@@ -68,5 +68,6 @@ void scratch_give(pyccl_engine *engine, void *memory, size_t taken_bytes) {
 
 void memory_fini(pyccl_engine *engine) {
     for (int i = 0; i < SCRATCH_KEPT; i++) free(engine->scratch[i].memory);
+    free(engine->tile);
     while (engine->piece_count > 0) free(engine->pieces[--engine->piece_count]);
 }

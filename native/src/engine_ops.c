@@ -1,6 +1,6 @@
-/* engine_ops.c: attempts. An attempt is one run of one operation in one epoch: what has arrived, what is folded, what
- * has gone to whom over which connection. The machine (op_fsm.c) says when one starts, stops and commits; the schedule
- * (direct.c) says what has to move.
+/* engine_ops.c: attempts. An attempt is one run of one operation in one epoch: what has arrived, what has gone to whom
+ * over which connection. The machine (op_fsm.c) says when one starts, stops and commits; the schedule (direct.c) says
+ * what has to move; engine_fold.c makes the result.
  *
  * Receiving: a piece is NONE, ARRIVING (a connection writes it to its place) or DONE. A second copy that comes while
  * the first is arriving is kept aside and counts when it is whole first: the sender repeats a piece only when it has
@@ -88,11 +88,13 @@ static pyccl_status attempt_tables(attempt *a) {
     const uint32_t world = a->plan.world;
     uint64_t results = 0;
     a->arrived_at = calloc(world, sizeof *a->arrived_at);
-    if (a->arrived_at == NULL) return PYCCL_ERR_NOMEM;
+    a->slot_at = calloc(world, sizeof *a->slot_at);
+    if (a->arrived_at == NULL || a->slot_at == NULL) return PYCCL_ERR_NOMEM;
+    a->pieces_left = direct_result_pieces(&a->plan);
     for (uint32_t owner = 0; owner < world; owner++) {
         a->arrived_at[owner] = results;
         results += pieces_from(a, DIRECT_RESULT, owner);
-        a->pieces_left += direct_pieces(&a->plan, owner);
+        if (owner > 0 && !a->plan.swap) a->slot_at[owner] = a->slot_at[owner - 1] + direct_pieces(&a->plan, owner - 1);
     }
     const uint64_t contributions = direct_contributors(&a->plan, a->plan.rank) > 0 ? world * a->own_pieces : 0;
     a->arrived[DIRECT_CONTRIBUTION] = calloc(contributions + 1, 1);
@@ -104,6 +106,16 @@ static pyccl_status attempt_tables(attempt *a) {
         return PYCCL_ERR_NOMEM;
     for (uint64_t piece = 0; piece < a->own_pieces; piece++)
         a->missing[piece] = (uint16_t)direct_contributors(&a->plan, a->plan.rank);
+    return PYCCL_OK;
+}
+
+static pyccl_status attempt_weights(attempt *a) {
+    if (a->op->args.spec.op != PYCCL_AVG) return PYCCL_OK;
+    a->weights = calloc(a->plan.world, sizeof *a->weights);
+    a->held = calloc(a->own_pieces + 1, sizeof *a->held);
+    if (a->weights == NULL || a->held == NULL) return PYCCL_ERR_NOMEM;
+    a->weights[a->plan.rank] = a->op->args.weight;
+    a->weights_missing = a->plan.world - 1;
     return PYCCL_OK;
 }
 
@@ -126,18 +138,39 @@ static pyccl_status attempt_peers(attempt *a) {
     return PYCCL_OK;
 }
 
+/* Where the result comes together: in the caller's memory, or in ours where there is none. What it overwrites there and
+ * must be put back if there is no commit is saved piece by piece: see engine_fold.c. */
 static pyccl_status attempt_result(pyccl_engine *engine, attempt *a) {
     const pyccl_op_args *args = &a->op->args;
     const uint64_t bytes = direct_result_bytes(&a->plan);
-    if (a->plan.kind == PYCCL_ALL_GATHER && args->dst_bytes < bytes) return PYCCL_ERR_ARGUMENT;
+    const bool gather = a->plan.kind == PYCCL_ALL_GATHER;
+    if (gather && args->dst != NULL && args->dst_bytes < bytes) return PYCCL_ERR_ARGUMENT;
     if (bytes == 0 || (a->plan.kind == PYCCL_BROADCAST && a->plan.root == a->plan.rank)) return PYCCL_OK;
-    if (a->plan.kind == PYCCL_ALL_REDUCE && args->dst != args->src) {
-        a->result = args->dst;
+    a->result = args->dst;
+    const bool overwrites = a->plan.kind == PYCCL_BROADCAST || (!gather && args->dst == args->src);
+    if (args->dst != NULL && !overwrites) return PYCCL_OK;
+    a->scratch = scratch_take(engine, bytes, &a->scratch_bytes);
+    if (a->scratch == NULL) return PYCCL_ERR_NOMEM;
+    if (args->dst == NULL) {
+        a->result = a->scratch;
         return PYCCL_OK;
     }
-    a->scratch = scratch_take(engine, bytes, &a->scratch_bytes);
-    a->result = a->scratch;
-    return a->scratch != NULL ? PYCCL_OK : PYCCL_ERR_NOMEM;
+    a->undo = a->scratch;
+    a->saved = calloc(direct_result_pieces(&a->plan), 1);
+    return a->saved != NULL ? PYCCL_OK : PYCCL_ERR_NOMEM;
+}
+
+/* Codes: of our input to every piece, and of our share of the result where it goes to others. */
+static pyccl_status attempt_codes(pyccl_engine *engine, attempt *a) {
+    if (a->plan.codec == PYCCL_CODEC_NONE || a->plan.count == 0) return PYCCL_OK;
+    const uint64_t inputs = direct_result_pieces(&a->plan), results = a->plan.swap ? 0 : a->own_pieces;
+    a->code_stride = direct_piece_bytes(&a->plan, 0, 0); /* the first share is the longest */
+    a->encoded = calloc(inputs, 1);
+    a->codes = scratch_take(engine, (inputs + results) * a->code_stride, &a->codes_bytes);
+    if (engine->tile == NULL) engine->tile = malloc(ENGINE_TILE_FLOATS * sizeof(float));
+    if (a->encoded == NULL || a->codes == NULL || engine->tile == NULL) return PYCCL_ERR_NOMEM;
+    a->result_codes = a->codes + inputs * a->code_stride;
+    return PYCCL_OK;
 }
 
 static void attempt_free(pyccl_engine *engine, attempt *a) {
@@ -148,6 +181,12 @@ static void attempt_free(pyccl_engine *engine, attempt *a) {
     if (a->peers != NULL)
         for (uint32_t rank = 0; rank < a->plan.world; rank++) free(a->peers[rank].carrier[0]);
     scratch_give(engine, a->scratch, a->scratch_bytes);
+    scratch_give(engine, a->codes, a->codes_bytes);
+    free(a->encoded);
+    free(a->saved);
+    free(a->slot_at);
+    free(a->weights);
+    free(a->held);
     free(a->peers);
     free(a->contribution);
     free(a->missing);
@@ -175,7 +214,9 @@ static pyccl_status attempt_new(pyccl_engine *engine, pyccl_op *op, uint64_t seq
     a->own_pieces = direct_pieces(&a->plan, engine->rank);
     pyccl_status rc = attempt_tables(a);
     if (rc == PYCCL_OK) rc = attempt_peers(a);
+    if (rc == PYCCL_OK) rc = attempt_weights(a);
     if (rc == PYCCL_OK) rc = attempt_result(engine, a);
+    if (rc == PYCCL_OK) rc = attempt_codes(engine, a);
     if (rc == PYCCL_OK) *out = a;
     else attempt_free(engine, a);
     return rc;
@@ -189,6 +230,7 @@ void ops_stop(pyccl_engine *engine, pyccl_op *op) {
         tx_stop_waiting(engine, &a->peers[rank]);
     }
     for (peer *p = engine->peers; p != NULL; p = p->next) link_disown(&p->link, a);
+    if (!a->committed) fold_restore(engine, a);
     if (a->prev != NULL) a->prev->next = a->next;
     else engine->attempts = a->next;
     if (a->next != NULL) a->next->prev = a->prev;
@@ -200,15 +242,8 @@ void ops_stop(pyccl_engine *engine, pyccl_op *op) {
 
 /* ---- the result ---- */
 
-static uint64_t result_offset(const attempt *a, uint32_t owner, uint64_t piece) {
-    return direct_share_offset(&a->plan, owner) + direct_piece_offset(&a->plan, piece);
-}
-
-static void piece_is_whole(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *bytes) {
-    a->hash += pyccl_xxh3_64(bytes, direct_piece_bytes(&a->plan, owner, piece), result_offset(a, owner, piece));
-    PYCCL_ASSERT(a->pieces_left > 0);
-    a->pieces_left--;
-    if (owner != a->plan.rank) return;
+/* A piece of our share is whole: it goes to everybody who needs it. */
+void ops_result_ready(pyccl_engine *engine, attempt *a, uint64_t piece) {
     a->ready[a->ready_count++] = piece;
     for (uint32_t rank = 0; rank < a->plan.world; rank++)
         if (a->peers[rank].results) tx_enqueue(engine, &a->peers[rank]);
@@ -216,49 +251,23 @@ static void piece_is_whole(pyccl_engine *engine, attempt *a, uint32_t owner, uin
 
 /* Tell the machine once the whole result is here. */
 static void tell_if_whole(pyccl_engine *engine, attempt *a) {
-    if (a->pieces_left > 0 || a->told) return;
+    if (a->pieces_left > 0 || a->weights_missing > 0 || a->told) return;
     a->told = true;
     engine->tick_stale = true;
     pyccl_fsm_result(engine->fsm, a->op->cookie, a->hash, engine->env.now_ns);
 }
 
-/* All contributions to a piece of our share are here: fold them in the order of the ranks. */
-static void piece_fold(pyccl_engine *engine, attempt *a, uint64_t piece) {
-    const void *in[PYCCL_WORLD_MAX];
-    const uint64_t offset = result_offset(a, a->plan.rank, piece);
-    const uint32_t bytes = direct_piece_bytes(&a->plan, a->plan.rank, piece);
-    for (uint32_t rank = 0; rank < a->plan.world; rank++)
-        in[rank] = rank == a->plan.rank ? a->src + offset : a->contribution[rank * a->own_pieces + piece];
-    const pyccl_spec *spec = &a->op->args.spec;
-    const pyccl_status rc = pyccl_reduce(spec->dtype, spec->op, in, a->plan.world, bytes / a->plan.element_bytes, a->result + offset);
-    PYCCL_ASSERT(rc == PYCCL_OK);
-    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
-        if (rank == a->plan.rank) continue;
-        piece_free(engine, a->contribution[rank * a->own_pieces + piece], bytes);
-        a->contribution[rank * a->own_pieces + piece] = NULL;
-    }
-    piece_is_whole(engine, a, a->plan.rank, piece, a->result + offset);
-}
-
 void ops_commit(pyccl_op *op) {
-    const attempt *a = op->attempt;
+    attempt *a = op->attempt;
     PYCCL_ASSERT(a != NULL && a->told);
-    const uint64_t bytes = direct_result_bytes(&a->plan);
-    const void *from = a->result != NULL ? a->result : a->src;
-    if (bytes == 0 || op->args.dst == NULL || from == op->args.dst) return;
-    memcpy(op->args.dst, from, bytes);
+    a->committed = true;
+    if (a->plan.kind != PYCCL_ALL_GATHER || op->args.dst != NULL) return;
+    op->kept = a->scratch;
+    op->kept_bytes = direct_result_bytes(&a->plan);
+    a->scratch = NULL;
 }
 
 /* ---- pieces that need nothing from the network ---- */
-
-static void local_piece(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
-    const uint8_t *from = a->src + result_offset(a, owner, piece);
-    if (a->plan.kind == PYCCL_ALL_GATHER) {
-        from = a->src + direct_piece_offset(&a->plan, piece);
-        memcpy(a->result + result_offset(a, owner, piece), from, direct_piece_bytes(&a->plan, owner, piece));
-    }
-    piece_is_whole(engine, a, owner, piece, from);
-}
 
 /* At most `budget` pieces of one attempt. */
 static void attempt_work(pyccl_engine *engine, attempt *a, int budget) {
@@ -269,7 +278,7 @@ static void attempt_work(pyccl_engine *engine, attempt *a, int budget) {
             a->local_piece = 0;
             continue;
         }
-        local_piece(engine, a, a->local_share, a->local_piece++);
+        fold_local(engine, a, a->local_share, a->local_piece++);
         budget--;
     }
     if (a->has_local && a->local_share == a->plan.world) {
@@ -343,12 +352,6 @@ static bool tx_pick(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
     return t->contribution_next < t->contributions;
 }
 
-static const uint8_t *piece_source(const attempt *a, uint32_t phase, uint32_t to, uint64_t piece) {
-    if (phase == DIRECT_CONTRIBUTION) return a->src + result_offset(a, to, piece);
-    if (a->plan.kind == PYCCL_ALL_GATHER) return a->src + direct_piece_offset(&a->plan, piece);
-    return (a->result != NULL ? a->result : a->src) + result_offset(a, a->plan.rank, piece);
-}
-
 static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t piece, const pyccl_conn *conn, link_load *load) {
     attempt *a = t->attempt;
     const uint32_t owner = phase == DIRECT_RESULT ? a->plan.rank : t->rank;
@@ -362,7 +365,7 @@ static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t p
                                 .length = direct_piece_bytes(&a->plan, owner, piece),
                                 .offset = direct_piece_offset(&a->plan, piece)};
     engine_frame_stamp(engine, &load->frame);
-    load->data = piece_source(a, phase, t->rank, piece);
+    load->data = fold_source(a, phase, t->rank, piece);
     load->owner = a;
     a->op->tx_bytes += load->frame.length;
     ops_moved(engine, a);
@@ -396,11 +399,19 @@ bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *l
     return false;
 }
 
-void ops_peer_open(pyccl_engine *engine, pyccl_op *op, uint32_t rank) {
+/* Its weight may be the last that a fold waits for. */
+static void take_weight(pyccl_engine *engine, attempt *a, uint32_t rank, double weight) {
+    const pyccl_status rc = fold_weight(engine, a, rank, weight);
+    if (rc == PYCCL_OK) tell_if_whole(engine, a);
+    else pyccl_fsm_cancel(engine->fsm, a->op->cookie, rc, engine->env.now_ns);
+}
+
+void ops_peer_open(pyccl_engine *engine, pyccl_op *op, uint32_t rank, double weight) {
     peer *p = engine->ranks[rank];
     if (op->attempt == NULL) return;
     peer_tx *t = &op->attempt->peers[rank];
     t->open = true;
+    if (op->attempt->weights_missing > 0) take_weight(engine, op->attempt, rank, weight);
     if (p == NULL) return;
     PYCCL_ASSERT(p->eager_used >= t->eager_bytes);
     p->eager_used -= t->eager_bytes;
@@ -446,21 +457,30 @@ static bool is_folded(const attempt *a, uint32_t phase) {
     return phase == DIRECT_CONTRIBUTION && a->plan.kind == PYCCL_ALL_REDUCE;
 }
 
-/* Where a piece belongs; contributions that will be folded get a buffer. NULL: no memory. */
-static uint8_t *piece_place(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece) {
-    const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
-    if (!is_folded(a, phase)) return a->result + result_offset(a, owner, piece);
-    uint8_t **place = &a->contribution[rank * a->own_pieces + piece];
-    if (*place == NULL) *place = piece_alloc(engine, direct_piece_bytes(&a->plan, owner, piece));
-    return *place;
+static bool is_coded_result(const attempt *a, uint32_t phase) {
+    return phase == DIRECT_RESULT && a->plan.codec != PYCCL_CODEC_NONE;
 }
 
-static void piece_arrived(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece) {
+/* Where a piece belongs; what will be folded or decoded gets a buffer, results that are decoded at once one that the
+ * sink owns. sink->dst NULL: no memory. */
+static void piece_place(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece, link_sink *sink) {
+    const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
+    const uint32_t bytes = direct_piece_bytes(&a->plan, owner, piece);
+    if (is_coded_result(a, phase)) sink->dst = sink->owned = piece_alloc(engine, bytes);
+    else if (is_folded(a, phase)) {
+        uint8_t **place = &a->contribution[rank * a->own_pieces + piece];
+        if (*place == NULL) *place = piece_alloc(engine, bytes);
+        sink->dst = *place;
+    } else sink->dst = fold_place(engine, a, owner, piece);
+}
+
+/* codes: the piece, where it must be decoded. */
+static void piece_arrived(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece, const uint8_t *codes) {
     const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
     a->op->rx_bytes += direct_piece_bytes(&a->plan, owner, piece);
     ops_moved(engine, a);
-    if (!is_folded(a, phase)) piece_is_whole(engine, a, owner, piece, a->result + result_offset(a, owner, piece));
-    else if (--a->missing[piece] == 0) piece_fold(engine, a, piece);
+    if (is_folded(a, phase)) fold_contribution(engine, a, piece);
+    else fold_result(engine, a, owner, piece, codes);
     tell_if_whole(engine, a);
 }
 
@@ -482,9 +502,11 @@ static void copy_arrived(pyccl_engine *engine, peer *p, attempt *a, uint32_t pha
     if (place != NULL && *place == NULL) {
         *place = *data;
         *data = NULL;
-    } else memcpy(piece_place(engine, a, rank, phase, piece), *data, bytes);
+    } else if (place != NULL) memcpy(*place, *data, bytes);
+    else if (!is_coded_result(a, phase))
+        memcpy(fold_place(engine, a, phase == DIRECT_RESULT ? rank : a->plan.rank, piece), *data, bytes);
     *state = PIECE_DONE;
-    piece_arrived(engine, a, rank, phase, piece);
+    piece_arrived(engine, a, rank, phase, piece, *data);
 }
 
 bool ops_deliver(pyccl_engine *engine, peer *p, pyccl_op *op, const pyccl_frame *frame, uint8_t **data) {
@@ -506,13 +528,9 @@ link_verdict ops_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn, pyc
     if (state == NULL) return LINK_REFUSE;
     if (*state == PIECE_DONE) return LINK_GO;
     link_sink sink = {.owner = a, .note = a, .piece = piece};
-    if (*state == PIECE_NONE) {
-        sink.kind = SINK_PIECE;
-        sink.dst = piece_place(engine, a, (uint32_t)p->rank, frame->phase, piece);
-    } else {
-        sink.kind = SINK_COPY;
-        sink.dst = sink.owned = piece_alloc(engine, frame->length);
-    }
+    sink.kind = *state == PIECE_NONE ? SINK_PIECE : SINK_COPY;
+    if (sink.kind == SINK_COPY) sink.dst = sink.owned = piece_alloc(engine, frame->length);
+    else piece_place(engine, a, (uint32_t)p->rank, frame->phase, piece, &sink);
     if (sink.dst == NULL) {
         pyccl_fsm_cancel(engine->fsm, op->cookie, PYCCL_ERR_NOMEM, engine->env.now_ns);
         engine_act(engine);
@@ -535,8 +553,10 @@ link_verdict ops_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn) {
     }
     PYCCL_ASSERT(*state == PIECE_ARRIVING);
     *state = PIECE_DONE;
+    uint8_t *codes = conn->sink.owned;
     conn->sink = (link_sink){.kind = SINK_NONE};
-    piece_arrived(engine, a, (uint32_t)p->rank, conn->frame.phase, piece);
+    piece_arrived(engine, a, (uint32_t)p->rank, conn->frame.phase, piece, codes);
+    piece_free(engine, codes, conn->frame.length);
     return LINK_GO;
 }
 

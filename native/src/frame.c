@@ -74,7 +74,7 @@ typedef struct frame_rule { /* one row of the table in wire.md 3; what is not na
 #define OF_STATE .epoch = true, .seq = true, .offset = true
 
 static const frame_rule FRAME_RULES[] = {
-    [PYCCL_FRAME_OPEN] = {.length = {PYCCL_SPEC_SIZE, PYCCL_SPEC_SIZE}, .value = ANY, OF_OPERATION},
+    [PYCCL_FRAME_OPEN] = {.length = {PYCCL_SPEC_SIZE, PYCCL_SPEC_SIZE}, .value = ANY, OF_OPERATION, .offset = true},
     [PYCCL_FRAME_DATA] = {.length = PIECE, .value = ZERO, OF_OPERATION, .phase = true, .offset = true, .spec_hash = true},
     [PYCCL_FRAME_DONE] = {.length = ZERO, .value = ANY, OF_OPERATION},
     [PYCCL_FRAME_ABORT] = {.length = ZERO, .value = STATUS_VALUE, OF_OPERATION},
@@ -89,9 +89,13 @@ static const frame_rule FRAME_RULES[] = {
 
 static bool in_range(uint64_t x, field_range range) { return range.low <= x && x <= range.high; }
 
+/* Of an IEEE double: finite, sign bit 0. */
+static bool weight_valid(uint64_t bits) { return bits < UINT64_C(0x7FF) << 52; }
+
 bool frame_valid(const pyccl_frame *frame) {
     if (frame->type < PYCCL_FRAME_OPEN || frame->type > PYCCL_FRAME_STATE_NONE) return false;
     const frame_rule *rule = &FRAME_RULES[frame->type];
+    if (frame->type == PYCCL_FRAME_OPEN && !weight_valid(frame->offset)) return false;
     return in_range(frame->length, rule->length) && in_range(frame->value, rule->value) &&
            frame->phase <= (rule->phase ? 1 : 0) && frame->space <= (rule->space ? PYCCL_SPACE_INTERNAL : 0) &&
            (rule->epoch || (frame->epoch_number == 0 && frame->epoch_tag == 0)) &&
@@ -142,15 +146,25 @@ pyccl_status pyccl_frame_decode_untrusted(const uint8_t in[64], pyccl_frame *out
 
 static bool spec_op_valid(const pyccl_spec *spec) {
     if (spec->kind != PYCCL_ALL_REDUCE) return spec->op == 0;
-    if (spec->op < PYCCL_SUM || spec->op > PYCCL_MAX || spec->dtype == PYCCL_UINT8) return false;
-    return spec->op != PYCCL_AVG || spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64;
+    if (spec->op < PYCCL_SUM || spec->op > PYCCL_MAX) return false;
+    return spec->op != PYCCL_AVG || spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 ||
+           spec->dtype == PYCCL_FLOAT16 || spec->dtype == PYCCL_BFLOAT16;
+}
+
+/* Blocks of 2^6 to 2^16 elements, a power of two, for a codec; it needs floats to reduce. */
+static bool spec_codec_valid(const pyccl_spec *spec) {
+    const bool floats = spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 || spec->dtype == PYCCL_FLOAT16 ||
+                        spec->dtype == PYCCL_BFLOAT16;
+    if (spec->codec == PYCCL_CODEC_NONE) return spec->block == 0;
+    return spec->codec == PYCCL_CODEC_UINT8 && spec->kind == PYCCL_ALL_REDUCE && floats && spec->block >= PYCCL_BLOCK_MIN &&
+           spec->block <= PYCCL_BLOCK_MAX && (spec->block & (spec->block - 1)) == 0;
 }
 
 bool frame_spec_valid(const pyccl_spec *spec) {
     static const uint8_t no_root[16] = {0};
     return spec->kind >= PYCCL_ALL_REDUCE && spec->kind <= PYCCL_ALL_GATHER &&
-           spec->dtype >= PYCCL_INT32 && spec->dtype <= PYCCL_UINT8 && spec_op_valid(spec) &&
-           spec->codec == 0 && spec->block == 0 && spec->algorithm == PYCCL_DIRECT && spec->retry <= 1 &&
+           spec->dtype >= PYCCL_INT32 && spec->dtype <= PYCCL_BFLOAT16 && spec_op_valid(spec) &&
+           spec_codec_valid(spec) && spec->algorithm == PYCCL_DIRECT && spec->retry <= 1 &&
            spec->space <= PYCCL_SPACE_INTERNAL && spec->reserved == 0 &&
            spec->count <= (spec->kind == PYCCL_BARRIER ? 0 : SPEC_COUNT_MAX) &&
            (spec->kind == PYCCL_BROADCAST || memcmp(spec->root, no_root, sizeof no_root) == 0);

@@ -463,3 +463,11 @@ void link_disown(pyccl_link *link, const void *owner) {
         if (conn->sink.owner == owner) link_sink_drop(conn);
     }
 }
+
+void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uint64_t bytes, const uint8_t *to) {
+    for (uint32_t i = 0; link->conn_count > 0 && i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = link->conns[i];
+        if (conn == NULL || conn->data == NULL || conn->data_owner != owner) continue;
+        if (conn->data >= from && (uint64_t)(conn->data - from) < bytes) conn->data = to + (conn->data - from);
+    }
+}

@@ -144,6 +144,8 @@ void link_conn_resume(pyccl_conn *conn);         /* judge the paused frame again
 void link_conn_heartbeat(pyccl_conn *conn);      /* if it is idle */
 void link_sink_drop(pyccl_conn *conn);           /* discard the rest of the payload that is arriving */
 void link_disown(pyccl_link *link, const void *owner);
+/* What `from` .. from+bytes held of the owner's lies at `to` now: frames that are half sent go on from there. */
+void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uint64_t bytes, const uint8_t *to);
 bool link_is_paused(const pyccl_link *link);
 
 #endif

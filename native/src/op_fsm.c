@@ -45,6 +45,8 @@ typedef struct fsm_op {
     pyccl_spec spec;                       /* ours; EARLY: the first one a peer opened it with      */
     pyccl_spec other;                      /* EARLY: a second, different one                        */
     uint32_t spec_rank, other_rank;
+    double weight;                         /* ours                                                  */
+    double *weights;                       /* (world) of each rank that opened it; behind hash      */
     uint32_t owner_rank;                   /* EARLY: whose share of PYCCL_EARLY_MAX it counts in    */
     uint32_t attempts;
     int64_t deadline_ns, progress_ns, leave_ns;
@@ -69,6 +71,7 @@ typedef struct deferred {                  /* submitted while frozen or above th
     struct deferred *next;
     uint64_t cookie;
     pyccl_spec spec;
+    double weight;
     int64_t deadline_ns;
     int32_t status;                        /* not 0: given up, it only takes its number             */
 } deferred;
@@ -130,7 +133,7 @@ int pyccl_fsm_next(pyccl_fsm *fsm, pyccl_action *out) {
 }
 
 static void send_one(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_frame_type type, uint32_t to, uint64_t value,
-                     const pyccl_spec *spec) {
+                     const fsm_op *opened) {
     pyccl_message *message = &act(fsm, PYCCL_ACT_SEND)->message;
     message->type = (uint8_t)type;
     message->rank = to;
@@ -138,13 +141,15 @@ static void send_one(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_fra
     message->tag = tag->tag;
     message->seq = seq;
     message->value = value;
-    if (spec != NULL) message->spec = *spec;
+    if (opened == NULL) return;
+    message->spec = opened->spec;
+    message->weight = opened->weight;
 }
 
 static void send_all(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_frame_type type, uint64_t value,
-                     const pyccl_spec *spec) {
+                     const fsm_op *opened) {
     for (uint32_t rank = 0; rank < fsm->world; rank++)
-        if (rank != fsm->rank) send_one(fsm, tag, seq, type, rank, value, spec);
+        if (rank != fsm->rank) send_one(fsm, tag, seq, type, rank, value, opened);
 }
 
 /* ---- tags ---- */
@@ -195,8 +200,9 @@ static fsm_op *op_find(const fsm_tag *tag, uint64_t seq) {
 }
 
 static fsm_op *op_new(pyccl_fsm *fsm, fsm_tag *tag, uint64_t seq, op_state state) {
-    fsm_op *op = calloc(1, sizeof *op + fsm->world * sizeof op->hash[0]);
+    fsm_op *op = calloc(1, sizeof *op + fsm->world * (sizeof op->hash[0] + sizeof op->weights[0]));
     PYCCL_ASSERT(op != NULL);
+    op->weights = (double *)(void *)(op->hash + fsm->world);
     op->tag = tag;
     op->seq = seq;
     op->state = state;
@@ -343,13 +349,20 @@ static int lacks_root(const pyccl_fsm *fsm, const pyccl_spec *spec) {
     return spec->kind == PYCCL_BROADCAST && !is_member(fsm, spec->root);
 }
 
+static void tell_peer_open(pyccl_fsm *fsm, const fsm_op *op, uint32_t rank) {
+    pyccl_action *action = act(fsm, PYCCL_ACT_PEER_OPEN);
+    action->cookie = op->cookie;
+    action->rank = rank;
+    action->message.weight = op->weights[rank];
+}
+
 /* Begin an attempt in the current epoch: tell everybody, move data. */
 static void op_begin(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
     uint64_t watermark = tag_watermark(op->tag);
     set_add(&op->opened, fsm->rank);
     op->attempts++;
     op->progress_ns = now_ns;
-    send_all(fsm, op->tag, op->seq, PYCCL_FRAME_OPEN, watermark, &op->spec);
+    send_all(fsm, op->tag, op->seq, PYCCL_FRAME_OPEN, watermark, op);
     if (watermark > op->tag->told) op->tag->told = watermark;
     pyccl_action *action = act(fsm, PYCCL_ACT_START);
     action->cookie = op->cookie;
@@ -370,6 +383,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
         op->state = RUNNING;
     }
     op->spec = from->spec;
+    op->weight = from->weight;
     op->cookie = from->cookie;
     op->deadline_ns = from->deadline_ns;
     memset(&op->opened, 0, sizeof op->opened);
@@ -404,9 +418,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
         for (uint32_t r = 0; r < fsm->world; r++)
             if (set_has(&early.opened, r)) {
                 set_add(&op->opened, r);
-                pyccl_action *action = act(fsm, PYCCL_ACT_PEER_OPEN);
-                action->cookie = op->cookie;
-                action->rank = r;
+                tell_peer_open(fsm, op, r);
             }
     }
 }
@@ -507,12 +519,17 @@ void pyccl_fsm_end(pyccl_fsm *fsm, pyccl_status why) {
 /* ---- the caller's events ---- */
 
 pyccl_status pyccl_fsm_submit(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, int64_t deadline_ns, int64_t now_ns) {
+    return pyccl_fsm_submit_weighted(fsm, cookie, spec, 1.0, deadline_ns, now_ns);
+}
+
+pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, double weight,
+                                       int64_t deadline_ns, int64_t now_ns) {
     PYCCL_ASSERT(cookie != 0);
     if (!fsm->entered) return PYCCL_ERR_CLOSED;
     if (fsm->live_count + fsm->deferred_count >= PYCCL_OPS_OPEN_MAX) return PYCCL_ERR_LIMIT;
     fsm_tag *tag = tag_find(fsm, spec->space, spec->tag);
     if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
-    deferred item = {.cookie = cookie, .spec = *spec, .deadline_ns = deadline_ns};
+    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .deadline_ns = deadline_ns};
     if (fsm->world == 1 && !fsm->frozen && !fsm->cutting) {  /* a newcomer may be on its way: else wait for it */
         fail_action(fsm, cookie, 0, PYCCL_ERR_ALONE, 0, NULL);
         return PYCCL_OK;
@@ -636,16 +653,16 @@ static pyccl_status on_open(pyccl_fsm *fsm, const pyccl_message *message, int64_
             op->other_rank = message->rank;
         }
         set_add(&op->opened, message->rank);
+        op->weights[message->rank] = message->weight;
         break;
     case RUNNING:
         if (!spec_equal(&op->spec, &message->spec)) {
             tell_differs(fsm, op, message->rank, &message->spec);
         } else if (!set_has(&op->opened, message->rank)) {
             set_add(&op->opened, message->rank);
+            op->weights[message->rank] = message->weight;
             op->progress_ns = now_ns;
-            pyccl_action *action = act(fsm, PYCCL_ACT_PEER_OPEN);
-            action->cookie = op->cookie;
-            action->rank = message->rank;
+            tell_peer_open(fsm, op, message->rank);
             op_advance(fsm, op, now_ns);
         }
         break;
@@ -675,6 +692,7 @@ static pyccl_status on_done(pyccl_fsm *fsm, const pyccl_message *message, int64_
 
 static int32_t abort_status(uint64_t value) {
     switch (-(int32_t)value) {
+    case PYCCL_ERR_ARGUMENT:
     case PYCCL_ERR_DEADLINE:
     case PYCCL_ERR_STALLED:
     case PYCCL_ERR_RESULT_DIFFERS:
@@ -686,7 +704,8 @@ static int32_t abort_status(uint64_t value) {
 
 /* Whom a failure learned from `rank` is blamed on; NULL: `rank` only knows that it failed, not through whom. */
 static const uint8_t *culprit_of(const pyccl_fsm *fsm, int32_t status, uint32_t rank) {
-    return status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ? NULL : fsm->members[rank];
+    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST || status == PYCCL_ERR_ARGUMENT;
+    return nobody ? NULL : fsm->members[rank];
 }
 
 static pyccl_status on_abort(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
@@ -754,7 +773,7 @@ void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
         if (tag->told > 0) send_one(fsm, tag, tag->told, PYCCL_FRAME_SETTLED, rank, 0, NULL);  /* or its records stay */
         for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next) {
             if (op->state == RUNNING || op->state == PREPARED) {
-                send_one(fsm, tag, op->seq, PYCCL_FRAME_OPEN, rank, tag_watermark(tag), &op->spec);
+                send_one(fsm, tag, op->seq, PYCCL_FRAME_OPEN, rank, tag_watermark(tag), op);
                 pyccl_action *action = act(fsm, PYCCL_ACT_RESEND);
                 action->cookie = op->cookie;
                 action->rank = rank;

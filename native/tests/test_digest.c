@@ -12,13 +12,13 @@ static uint8_t *pattern_new(size_t size) {
     return data;
 }
 
-static void check_kernel(digest_kernel kernel, const uint8_t *data, size_t size, uint64_t seed, uint64_t want_64,
+static void check_kernel(kernel k, const uint8_t *data, size_t size, uint64_t seed, uint64_t want_64,
                          const uint8_t want_128[16]) {
     uint8_t got[16];
-    digest_xxh3_128(kernel, data, size, seed, got);
-    const bool same = digest_xxh3_64(kernel, data, size, seed) == want_64 && memcmp(got, want_128, 16) == 0;
+    digest_xxh3_128(k, data, size, seed, got);
+    const bool same = digest_xxh3_64(k, data, size, seed) == want_64 && memcmp(got, want_128, 16) == 0;
     CHECK(same);
-    if (!same) printf("    kernel %d, length %zu, seed %llu\n", (int)kernel, size, (unsigned long long)seed);
+    if (!same) printf("    kernel %d, length %zu, seed %llu\n", (int)k, size, (unsigned long long)seed);
 }
 
 TEST(digest_vectors_hold_for_every_kernel) {
@@ -31,8 +31,8 @@ TEST(digest_vectors_hold_for_every_kernel) {
         REQUIRE(sscanf(vectors.line, "%llu %llu %llx %32s", &size, &seed, &want_64, hex) == 4);
         REQUIRE(bytes_from_hex(hex, want_128, sizeof want_128));
         uint8_t *data = pattern_new(size); /* of just this size: ASan sees a read past the end */
-        for (digest_kernel kernel = DIGEST_SCALAR; kernel <= DIGEST_AVX512; kernel++)
-            if (digest_kernel_supported(kernel)) check_kernel(kernel, data, size, seed, want_64, want_128);
+        for (kernel k = KERNEL_SCALAR; k < KERNEL_COUNT; k++)
+            if (kernel_supported(k)) check_kernel(k, data, size, seed, want_64, want_128);
         CHECK(pyccl_xxh3_64(data, size, seed) == want_64);
         pyccl_xxh3_128(data, size, seed, got);
         CHECK(memcmp(got, want_128, sizeof got) == 0);
@@ -50,15 +50,29 @@ TEST(digest_kernels_agree_on_random_lengths_and_alignments) {
         uint8_t *data = malloc(size + skew + 1), want[16];
         REQUIRE(data != NULL);
         for (size_t k = 0; k < size + skew; k++) data[k] = (uint8_t)test_random(&state);
-        const uint64_t want_64 = digest_xxh3_64(DIGEST_SCALAR, data + skew, size, seed);
-        digest_xxh3_128(DIGEST_SCALAR, data + skew, size, seed, want);
-        for (digest_kernel kernel = DIGEST_AVX2; kernel <= DIGEST_AVX512; kernel++)
-            if (digest_kernel_supported(kernel)) check_kernel(kernel, data + skew, size, seed, want_64, want);
+        const uint64_t want_64 = digest_xxh3_64(KERNEL_SCALAR, data + skew, size, seed);
+        digest_xxh3_128(KERNEL_SCALAR, data + skew, size, seed, want);
+        for (kernel k = KERNEL_SCALAR + 1; k < KERNEL_COUNT; k++)
+            if (kernel_supported(k)) check_kernel(k, data + skew, size, seed, want_64, want);
         free(data);
     }
 }
 
-TEST(digest_best_kernel_is_supported) { CHECK(digest_kernel_supported(digest_kernel_best())); }
+TEST(digest_follows_the_selected_kernel_which_the_cpu_must_have) {
+    const char *const names[] = {"scalar", "avx2", "avx512", "neon"};
+    CHECK(kernel_supported(kernel_current()));
+    CHECK(kernel_supported(KERNEL_SCALAR));
+    for (kernel k = KERNEL_SCALAR; k < KERNEL_COUNT; k++) {
+        const char *before = pyccl_kernel_name();
+        const pyccl_status rc = pyccl_kernel_select(names[k]);
+        CHECK_EQ(rc, kernel_supported(k) ? PYCCL_OK : PYCCL_ERR_ARGUMENT);
+        CHECK(strcmp(pyccl_kernel_name(), rc == PYCCL_OK ? names[k] : before) == 0);
+    }
+    CHECK_EQ(pyccl_kernel_select("mmx"), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_kernel_select(""), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_kernel_select("auto"), PYCCL_OK);
+    printf("  kernel: %s\n", pyccl_kernel_name());
+}
 
 TEST(chunk_digests_are_the_digests_of_the_chunks) {
     enum { CHUNK = 1000 };

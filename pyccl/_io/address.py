@@ -17,7 +17,9 @@ def parse_address(address: str) -> tuple[str, int]:
     host, separator, port = address.rpartition(":")
     if not separator or (":" in host and not host.startswith("[")) or address.endswith("]"):
         host, port = address, str(DEFAULT_PORT)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= limits.PORT_MAX:
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    bad_host = not host or any(c.isspace() or c in "[]/" for c in host)
+    if bad_host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= limits.PORT_MAX:
         raise UsageError(f"{address!r} is not HOST:PORT with a port of 1..{limits.PORT_MAX}")
     return host, int(port)

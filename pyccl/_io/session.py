@@ -27,6 +27,7 @@ import trio
 from pyccl import errors
 from pyccl._io import envelope
 from pyccl._io.links import LinkEvents, Links, listen
+from pyccl._io.resolver import Resolver
 from pyccl._native import status
 from pyccl._native.handles import Engine, Event, EventType
 from pyccl._proto import limits, member
@@ -122,6 +123,7 @@ class Session:
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._links: Links | None = None
+        self._listener: trio.SocketListener | None = None
         self._out: trio.MemorySendChannel[Message] | None = None
         self._hung_up = trio.Event()
         self._effects: deque[member.Effect] = deque()
@@ -260,12 +262,17 @@ class Session:
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        trio.socket.set_custom_hostname_resolver(Resolver())
         self._started.set()
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._control)
-                nursery.start_soon(self._tick)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._control)
+                    nursery.start_soon(self._tick)
+        finally:
+            if self._listener is not None:
+                self._listener.socket.close()
 
     def _finish(self, error: errors.PycclError) -> None:
         """Out of the run: the thread ends, and with it everything it made."""
@@ -288,7 +295,7 @@ class Session:
             except (OSError, trio.TooSlowError) as e:
                 cause = e.__cause__ or e
             else:
-                self._down_since = trio.current_time()
+                met = self._down_since = trio.current_time()
                 try:
                     if welcome:
                         await self._talk(stream)
@@ -304,9 +311,10 @@ class Session:
                 if self._machine is not None:
                     self._feed(self._machine.disconnected(trio.current_time()))
                     welcome = welcome or self._machine.run is not None
+                if trio.current_time() - met > _BACKOFF_S[1]:
+                    pause = _BACKOFF_S[0]  # that was a connection that lived
             if welcome:
                 started = trio.current_time()
-                pause = min(pause, _BACKOFF_S[1])
             elif trio.current_time() >= started + self._reach_timeout:
                 self._finish(errors.MasterUnavailableError(f"no master at {address}: {cause}"))
                 return
@@ -380,6 +388,7 @@ class Session:
                 up=lambda peer: self._feed(machine.trust(peer, trio.current_time())),
             )
             self._links = Links(machine.run, me, self.engine, self.config.connections, outer, events)
+            assert self._listener is not None
             outer.start_soon(self._links.serve, self._listener)
             outer.start_soon(self._pump)
         nursery.start_soon(self._pulse)
@@ -441,6 +450,7 @@ class Session:
 
     def _do_freeze(self, effect: member.Freeze) -> None:
         assert self.engine is not None and self._machine is not None
+        self._watch_blocked(trio.current_time())  # what the report goes with must not be older than it
         ops = tuple(OpReport(*op) for op in self.engine.freeze())
         self._feed(self._machine.frozen(effect.ballot, ops, trio.current_time()))
 
@@ -461,6 +471,15 @@ class Session:
             return
         log.info("epoch_entered number=%d world=%d peer=%s", epoch.number, len(epoch.peers), self.peer.hex()[:8])
         self._feed(self._machine.entered(epoch.number, trio.current_time()))
+        self._suspect_silent(epoch.peers)
+
+    def _suspect_silent(self, peers: tuple[bytes, ...]) -> None:
+        """A link that fell silent before its peer was a member was reported once, when nobody could be suspected."""
+        assert self.engine is not None and self._machine is not None and self._links is not None
+        for peer in peers:
+            slot = self._links.slot_of(peer)
+            if slot is not None and self.engine.heard_ago(slot) >= self._machine.peer_timeout:
+                self._suspect(slot, CAUSE_SILENT, "nothing heard since before it was a member")
 
     def _do_joined(self, effect: member.Joined) -> None:
         self._joined.finish()
@@ -572,7 +591,7 @@ class Session:
     def _on_differs(self, event: Event) -> None:
         assert self._links is not None and self._machine is not None
         peer = self._links.peer_of(event.slot)
-        if peer is not None:
+        if peer is not None and event.value == self.view.epoch:
             key = Key(event.space, event.tag, event.seq)
             self._feed(self._machine.differs(key, peer, event.mine, event.theirs, trio.current_time()))
 

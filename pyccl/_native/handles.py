@@ -74,6 +74,9 @@ class Spec:
     tag: int = 0
     retry: bool = True
     root: bytes = bytes(16)
+    codec: int = lib.PYCCL_CODEC_NONE
+    block: int = 0
+    weight: float = 1.0  # not of the spec: each member has its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,15 @@ class Engine:
         check(status, "link_stats")
         return int(stats.conns)
 
+    def heard_ago(self, slot: int) -> float:
+        """Seconds since anything was heard on the link; 0 for a slot that was removed."""
+        stats = ffi.new("pyccl_link_stats *")
+        status = lib.pyccl_engine_link_stats(self._engine, slot, stats)
+        if status == ARGUMENT:
+            return 0.0
+        check(status, "link_stats")
+        return float(stats.heard_ns_ago / NS)
+
     # -- epochs
 
     def freeze(self) -> list[tuple[int, int, int, int, int]]:
@@ -266,6 +278,7 @@ class Engine:
         s = args.spec
         s.kind, s.dtype, s.op, s.algorithm = spec.kind, spec.dtype, spec.op, lib.PYCCL_DIRECT
         s.retry, s.space, s.tag, s.count = spec.retry, spec.space, spec.tag, spec.count
+        s.codec, s.block = spec.codec, spec.block
         ffi.memmove(s.root, spec.root, 16)
         pins: list[Any] = []
         if src is not None:
@@ -275,9 +288,11 @@ class Engine:
             pins.append(ffi.from_buffer("uint8_t[]", dst, require_writable=True))
             args.dst, args.dst_bytes = pins[-1], len(pins[-1])
         args.timeout_ns = max(1, _ns(timeout))
+        args.weight = spec.weight
         self._release_abandoned()
         slot = ffi.new("pyccl_op **")
         op = Op(self, slot, pins)
+        op.keeps = spec.kind == Kind.ALL_GATHER and dst is None and spec.count > 0
         with self._ops_lock:
             self._ops.add(op)
         try:
@@ -341,8 +356,10 @@ class Op:
     """One operation. Its buffers stay pinned until it has ended; ``release`` gives the handle back."""
 
     def __init__(self, engine: Engine, slot: Any, pins: list[Any]) -> None:
-        self._engine, self._slot, self._pins = engine, slot, pins  # slot: pyccl_op **, filled by the submit
+        self._engine: Engine | None = engine  # kept alive until the release
+        self._slot, self._pins = slot, pins  # slot: pyccl_op **, filled by the submit
         self.abandoned = False
+        self.keeps = False  # an all_gather without dst: its result stays here until ``take``
         self.ended: OpInfo | None = None  # set by ``finish``
 
     @property
@@ -379,10 +396,16 @@ class Op:
                     self.ended = self.info()
             except BaseException as e:  # noqa: BLE001  Ctrl-C: C may still write into the array, so stay
                 interrupt = e
-        self.release()
+        if not self.keeps or self.ended.status != OK:
+            self.release()
         if interrupt is not None:
             raise interrupt
         return self.ended
+
+    def take(self, out: object) -> None:
+        """Copy the result that a finished operation of `keeps` holds; then ``release`` it."""
+        pin = ffi.from_buffer("uint8_t[]", out, require_writable=True)
+        check(lib.pyccl_op_take(self._handle, pin, len(pin)), "take")
 
     def info(self) -> OpInfo:
         out = ffi.new("pyccl_op_info *")
@@ -395,11 +418,13 @@ class Op:
 
     def release(self) -> None:
         """Free a handle whose operation has ended. Idempotent."""
-        if not self._engine.forget(self):
+        engine = self._engine
+        if engine is None or not engine.forget(self):
             return
         handle, self._slot[0] = self._slot[0], ffi.NULL
         self._pins.clear()
         lib.pyccl_op_free(handle)
+        self._engine = None
 
 
 def chunk_digests(buffer: object) -> bytes:

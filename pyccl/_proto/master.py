@@ -799,6 +799,8 @@ class MasterMachine:
             for peer, complaint in list(record.complaints.items()):
                 if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
+        self._tell_pending(group)  # first: who enters the epoch must not take for pending who enters it too
+        for record in self._members(group):
             self._tell(record, group.commit)
 
     def _evict(self, record: _Peer) -> None:

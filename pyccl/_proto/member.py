@@ -401,7 +401,7 @@ class MemberMachine:
     def trust(self, peer: bytes, now: float) -> list[Effect]:
         if self._complaints.pop(peer, None) is None or self.state is not State.MEMBER:
             return []
-        return self._send(Trust(peer), now)
+        return self.unblocked(now) + self._send(Trust(peer), now)  # what we missed may be on its way over that link
 
     def settle(self, now: float) -> list[Effect]:
         """An operation here is prepared and past its deadline: only a ballot can tell what became of it."""

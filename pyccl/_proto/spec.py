@@ -29,6 +29,13 @@ class Dtype(enum.IntEnum):
     FLOAT32 = 3
     FLOAT64 = 4
     UINT8 = 5
+    INT8 = 6
+    UINT16 = 7
+    INT16 = 8
+    UINT32 = 9
+    UINT64 = 10
+    FLOAT16 = 11
+    BFLOAT16 = 12
 
 
 class ReduceOp(enum.IntEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from pyccl.cli.bench import bench
 from pyccl.cli.demo import demo
 from pyccl.cli.status import status
 
@@ -14,6 +15,7 @@ def main() -> None:
     """Collectives for peers that come and go."""
 
 
+main.add_command(bench)
 main.add_command(demo)
 main.add_command(status)
 

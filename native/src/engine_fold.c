@@ -1,0 +1,244 @@
+/* engine_fold.c: the result of an attempt: where its pieces lie, how they are folded and encoded, and how memory that
+ * the result overwrites gets its old bytes back.
+ *
+ *   in place    the result comes together in the caller's array. Before a piece of it is overwritten its old bytes go
+ *               to `undo` (same offsets); until the commit they are our input, for repeated contributions too, and
+ *               fold_restore puts them back when the attempt ends without a commit.
+ *   codec       every contribution is encoded once, our own too, and kept until the attempt ends; the owner folds what
+ *               the codes decode to, encodes the result and uses what that decodes to, as everybody else does.
+ *   avg         waits for the OPEN of every participant, which brings its weight.
+ * Invariant: input_at() gives the bytes the caller submitted, whatever has been overwritten.
+ * Threads: the engine's thread only.                               Spec: proto/wire.md 3.3, 3.4, 3.6, 3.7 */
+#include <string.h>
+
+#include "engine.h"
+#include "reduce.h"
+
+#define TILE_BYTES 65536             /* what is folded and saved at a time, so that it is read from memory once */
+#define BREATH_BYTES (8u << 20)      /* copied between two looks at the clock */
+
+/* ---- places ---- */
+
+static uint64_t slot_of(const attempt *a, uint32_t owner, uint64_t piece) { return a->slot_at[owner] + piece; }
+
+static uint64_t result_offset(const attempt *a, uint32_t owner, uint64_t piece) {
+    return direct_piece_start(&a->plan, owner, piece) * a->plan.element_bytes;
+}
+
+static uint64_t result_bytes(const attempt *a, uint32_t owner, uint64_t piece) {
+    return direct_piece_elements(&a->plan, owner, piece) * a->plan.element_bytes;
+}
+
+/* Our input to a piece, as it was submitted. */
+static const uint8_t *input_at(const attempt *a, uint32_t owner, uint64_t piece) {
+    if (a->plan.kind == PYCCL_ALL_GATHER) return a->src + piece * a->plan.piece_elements * a->plan.element_bytes;
+    const bool saved = a->undo != NULL && a->saved[slot_of(a, owner, piece)];
+    return (saved ? a->undo : a->src) + result_offset(a, owner, piece);
+}
+
+/* ---- undo ---- */
+
+/* The old bytes of the piece are in undo: frames that are half sent go on from there. */
+static void mark_saved(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
+    const uint64_t offset = result_offset(a, owner, piece);
+    a->saved[slot_of(a, owner, piece)] = 1;
+    for (peer *p = engine->peers; p != NULL; p = p->next)
+        link_redirect(&p->link, a, a->result + offset, result_bytes(a, owner, piece), a->undo + offset);
+}
+
+static void save(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
+    if (a->undo == NULL || a->saved[slot_of(a, owner, piece)]) return;
+    const uint64_t offset = result_offset(a, owner, piece);
+    memcpy(a->undo + offset, a->result + offset, result_bytes(a, owner, piece));
+    mark_saved(engine, a, owner, piece);
+}
+
+uint8_t *fold_place(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
+    save(engine, a, owner, piece);
+    return a->result + result_offset(a, owner, piece);
+}
+
+void fold_restore(pyccl_engine *engine, attempt *a) {
+    uint64_t copied = 0;
+    if (a->undo == NULL) return;
+    for (uint32_t owner = 0; owner < a->plan.world; owner++)
+        for (uint64_t piece = 0; piece < direct_pieces(&a->plan, owner); piece++) {
+            const uint64_t slot = slot_of(a, owner, piece), offset = result_offset(a, owner, piece);
+            if (!a->saved[slot]) continue;
+            memcpy(a->result + offset, a->undo + offset, result_bytes(a, owner, piece));
+            a->saved[slot] = 0;
+            copied += result_bytes(a, owner, piece);
+            if (copied < BREATH_BYTES) continue;
+            copied = 0;
+            engine_breathe(engine);
+        }
+}
+
+/* ---- codec ---- */
+
+static bool is_coded(const attempt *a) { return a->plan.codec != PYCCL_CODEC_NONE; }
+
+static const uint8_t *encoded_input(attempt *a, uint32_t owner, uint64_t piece) {
+    const uint64_t slot = slot_of(a, owner, piece);
+    uint8_t *codes = a->codes + slot * a->code_stride;
+    if (a->encoded[slot]) return codes;
+    const pyccl_status rc = pyccl_codec_encode(a->plan.codec, a->op->args.spec.dtype, a->plan.block, input_at(a, owner, piece),
+                                               direct_piece_elements(&a->plan, owner, piece), codes);
+    PYCCL_ASSERT(rc == PYCCL_OK);
+    a->encoded[slot] = 1;
+    return codes;
+}
+
+static uint8_t *encoded_result(const attempt *a, uint64_t own_piece) {
+    return a->result_codes + own_piece * a->code_stride;
+}
+
+const uint8_t *fold_source(attempt *a, uint32_t phase, uint32_t to, uint64_t piece) {
+    const uint32_t self = a->plan.rank;
+    if (phase == DIRECT_CONTRIBUTION) return is_coded(a) ? encoded_input(a, to, piece) : input_at(a, to, piece);
+    if (is_coded(a)) return encoded_result(a, piece);
+    if (a->plan.kind == PYCCL_ALL_GATHER || a->result == NULL) return input_at(a, self, piece);
+    return a->result + result_offset(a, self, piece);
+}
+
+/* float32 rounded once to another float, as every fold ends; NaN canonical. */
+static void round_floats(uint8_t dtype, const float *in, size_t count, uint8_t *out) {
+    static const uint64_t nan_bits = UINT64_C(0x7ff8000000000000);
+    if (dtype == PYCCL_FLOAT64) {
+        for (size_t i = 0; i < count; i++) {
+            const double wide = in[i];
+            memcpy(out + i * sizeof wide, in[i] == in[i] ? (const void *)&wide : (const void *)&nan_bits, sizeof wide);
+        }
+        return;
+    }
+    reduce_fold fold;
+    const pyccl_status rc = reduce_fold_init(&fold, kernel_current(), dtype, PYCCL_SUM, NULL, 1);
+    PYCCL_ASSERT(rc == PYCCL_OK);
+    const reduce_step step = {.a = in, .b = in, .out = out, .count = count, .dtype = dtype, .op = REDUCE_ONE, .a_wide = true,
+                              .weight_a = 1, .weight_b = 1, .divisor = 1};
+    fold.run(&step);
+}
+
+/* Elements of a tile: whole blocks. */
+static uint64_t tile_elements(const attempt *a) {
+    const uint64_t elements = TILE_BYTES / sizeof(float);
+    return elements < a->plan.block ? a->plan.block : elements;
+}
+
+/* An encoded piece of the result, from its owner. */
+static void result_decode(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *codes) {
+    const uint8_t dtype = a->op->args.spec.dtype;
+    uint8_t *out = fold_place(engine, a, owner, piece);
+    uint64_t left = direct_piece_elements(&a->plan, owner, piece);
+    while (left > 0) {
+        const uint64_t n = left < tile_elements(a) ? left : tile_elements(a);
+        void *to = dtype == PYCCL_FLOAT32 ? (void *)out : engine->tile;
+        const pyccl_status rc = pyccl_codec_decode(a->plan.codec, PYCCL_FLOAT32, a->plan.block, codes, n, to);
+        PYCCL_ASSERT(rc == PYCCL_OK);
+        if (dtype != PYCCL_FLOAT32) round_floats(dtype, engine->tile, n, out);
+        codes += pyccl_codec_size(a->plan.codec, a->plan.block, n);
+        out += n * a->plan.element_bytes;
+        left -= n;
+    }
+}
+
+/* ---- folds ---- */
+
+static const double *weights_of(const attempt *a) { return a->weighted ? a->weights : NULL; }
+
+static void fold_plain(attempt *a, uint64_t piece, const void **in) {
+    const pyccl_spec *spec = &a->op->args.spec;
+    const uint64_t offset = result_offset(a, a->plan.rank, piece), bytes = result_bytes(a, a->plan.rank, piece);
+    const uint64_t tile = a->undo != NULL ? TILE_BYTES : bytes;
+    uint8_t *out = a->result + offset;
+    for (uint64_t at = 0; at < bytes; at += tile) {
+        const uint64_t n = bytes - at < tile ? bytes - at : tile;
+        if (a->undo != NULL) memcpy(a->undo + offset + at, out + at, n);
+        const pyccl_status rc = pyccl_reduce(spec->dtype, spec->op, in, weights_of(a), a->plan.world, n / a->plan.element_bytes, out + at);
+        PYCCL_ASSERT(rc == PYCCL_OK);
+        for (uint32_t rank = 0; rank < a->plan.world; rank++) in[rank] = (const uint8_t *)in[rank] + n;
+    }
+}
+
+/* What the codes decode to is folded in float32. In a swap that is the result, else what its codes decode to. */
+static void fold_coded(pyccl_engine *engine, attempt *a, uint64_t piece, const uint8_t **in) {
+    const pyccl_spec *spec = &a->op->args.spec;
+    const uint64_t offset = result_offset(a, a->plan.rank, piece), tile = tile_elements(a);
+    uint64_t left = direct_piece_elements(&a->plan, a->plan.rank, piece), at = offset;
+    uint8_t *codes = a->plan.swap ? NULL : encoded_result(a, piece);
+    while (left > 0) {
+        const uint64_t n = left < tile ? left : tile, size = pyccl_codec_size(spec->codec, spec->block, n);
+        float *folded = spec->dtype == PYCCL_FLOAT32 ? (float *)(void *)(a->result + at) : engine->tile;
+        if (a->undo != NULL) memcpy(a->undo + at, a->result + at, n * a->plan.element_bytes);
+        pyccl_status rc = pyccl_codec_reduce(spec->codec, spec->op, spec->block, in, weights_of(a), a->plan.world, n, folded);
+        if (rc == PYCCL_OK && codes != NULL) rc = pyccl_codec_encode(spec->codec, PYCCL_FLOAT32, spec->block, folded, n, codes);
+        if (rc == PYCCL_OK && codes != NULL) rc = pyccl_codec_decode(spec->codec, PYCCL_FLOAT32, spec->block, codes, n, folded);
+        PYCCL_ASSERT(rc == PYCCL_OK);
+        if (spec->dtype != PYCCL_FLOAT32) round_floats(spec->dtype, folded, n, a->result + at);
+        for (uint32_t rank = 0; rank < a->plan.world; rank++) in[rank] += size;
+        if (codes != NULL) codes += size;
+        at += n * a->plan.element_bytes;
+        left -= n;
+    }
+}
+
+static void piece_is_whole(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *bytes) {
+    a->hash += pyccl_xxh3_64(bytes, result_bytes(a, owner, piece), result_offset(a, owner, piece));
+    PYCCL_ASSERT(a->pieces_left > 0);
+    a->pieces_left--;
+    if (owner == a->plan.rank) ops_result_ready(engine, a, piece);
+}
+
+/* All contributions to a piece of our share are here: fold them in the order of the ranks. */
+static void fold_piece(pyccl_engine *engine, attempt *a, uint64_t piece) {
+    const void *in[PYCCL_WORLD_MAX];
+    const uint32_t self = a->plan.rank;
+    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
+        if (rank != self) in[rank] = a->contribution[rank * a->own_pieces + piece];
+        else in[rank] = is_coded(a) ? encoded_input(a, self, piece) : input_at(a, self, piece);
+    }
+    if (is_coded(a)) fold_coded(engine, a, piece, (const uint8_t **)in);
+    else fold_plain(a, piece, in);
+    if (a->undo != NULL) mark_saved(engine, a, self, piece);
+    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
+        if (rank == self) continue;
+        uint8_t **buffer = &a->contribution[rank * a->own_pieces + piece];
+        piece_free(engine, *buffer, direct_piece_bytes(&a->plan, self, piece));
+        *buffer = NULL;
+    }
+    piece_is_whole(engine, a, self, piece, a->result + result_offset(a, self, piece));
+}
+
+void fold_contribution(pyccl_engine *engine, attempt *a, uint64_t piece) {
+    if (--a->missing[piece] > 0) return;
+    if (a->weights_missing > 0) a->held[a->held_count++] = piece;
+    else fold_piece(engine, a, piece);
+}
+
+void fold_result(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *codes) {
+    if (is_coded(a)) result_decode(engine, a, owner, piece, codes);
+    piece_is_whole(engine, a, owner, piece, a->result + result_offset(a, owner, piece));
+}
+
+void fold_local(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
+    const uint8_t *from = input_at(a, owner, piece);
+    uint8_t *dst = a->plan.kind == PYCCL_ALL_GATHER ? a->result : a->op->args.dst;
+    if (dst != NULL && dst != a->src) memcpy(dst + result_offset(a, owner, piece), from, result_bytes(a, owner, piece));
+    piece_is_whole(engine, a, owner, piece, from);
+}
+
+/* ---- weights ---- */
+
+pyccl_status fold_weight(pyccl_engine *engine, attempt *a, uint32_t rank, double weight) {
+    if (a->weights_missing == 0) return PYCCL_OK;
+    const pyccl_spec *spec = &a->op->args.spec;
+    a->weights[rank] = weight;
+    if (--a->weights_missing > 0) return PYCCL_OK;
+    for (uint32_t i = 0; i < a->plan.world; i++) a->weighted |= a->weights[i] != 1.0;
+    const uint8_t dtype = is_coded(a) ? PYCCL_FLOAT32 : spec->dtype;
+    const void *in[PYCCL_WORLD_MAX] = {NULL};
+    const pyccl_status rc = pyccl_reduce(dtype, spec->op, in, weights_of(a), a->plan.world, 0, NULL); /* the total */
+    if (rc != PYCCL_OK) return rc;
+    while (a->held_count > 0) fold_piece(engine, a, a->held[--a->held_count]);
+    return PYCCL_OK;
+}

@@ -1,0 +1,132 @@
+"""The caller's arrays as memory that the engine can use: NumPy, buffer protocol, DLPack, torch on the CPU. No copies.
+
+Every kind ends as a Buffer: the bytes, and which of our dtypes they hold. bfloat16 has no NumPy dtype of its own: it
+comes as ``ml_dtypes.bfloat16`` or as a torch tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from pyccl._native._pyccl import lib
+from pyccl.errors import UsageError
+
+Array = np.ndarray[Any, Any]
+
+DTYPES: Final[dict[str, int]] = {
+    "int8": lib.PYCCL_INT8,
+    "int16": lib.PYCCL_INT16,
+    "int32": lib.PYCCL_INT32,
+    "int64": lib.PYCCL_INT64,
+    "uint8": lib.PYCCL_UINT8,
+    "uint16": lib.PYCCL_UINT16,
+    "uint32": lib.PYCCL_UINT32,
+    "uint64": lib.PYCCL_UINT64,
+    "float16": lib.PYCCL_FLOAT16,
+    "bfloat16": lib.PYCCL_BFLOAT16,
+    "float32": lib.PYCCL_FLOAT32,
+    "float64": lib.PYCCL_FLOAT64,
+}
+FLOATS: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory of the caller. Holding it keeps the caller's object alive."""
+
+    bytes_: np.ndarray[Any, np.dtype[np.uint8]]
+    dtype: str
+    shape: tuple[int, ...]
+    writable: bool
+    owner: object
+
+    @property
+    def code(self) -> int:
+        return DTYPES[self.dtype]
+
+    @property
+    def count(self) -> int:
+        return self.bytes_.nbytes // int(lib.pyccl_dtype_size(self.code))
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+    @property
+    def address(self) -> int:
+        return int(self.bytes_.__array_interface__["data"][0])
+
+
+def as_buffer(name: str, value: Any, *, writable: bool) -> Buffer:
+    """The caller's memory. UsageError: not an array, not contiguous, read-only where it must not be, or its dtype."""
+    array, dtype = _as_array(name, value)
+    if dtype not in DTYPES:
+        raise UsageError(f"{name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
+    if not array.flags.c_contiguous:
+        raise UsageError(f"{name}: the array is not C-contiguous")
+    if writable and not array.flags.writeable:
+        raise UsageError(f"{name}: the array is read-only")
+    return Buffer(array.reshape(-1).view(np.uint8), dtype, array.shape, array.flags.writeable, value)
+
+
+def _as_array(name: str, value: Any) -> tuple[Array, str]:
+    if isinstance(value, np.ndarray):
+        return value, value.dtype.name if value.dtype.isnative else f"{value.dtype} (foreign byte order)"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _of_torch(name, torch, value)
+    try:
+        array: Array = np.asarray(memoryview(value))
+    except (TypeError, ValueError, BufferError):
+        array = _of_dlpack(name, value)
+    return array, array.dtype.name
+
+
+def _of_torch(name: str, torch: Any, tensor: Any) -> tuple[Array, str]:
+    """A torch tensor shares its memory; its gradient history is not touched."""
+    if tensor.device.type != "cpu":
+        raise UsageError(f"{name}: the tensor is on {tensor.device}; this version takes tensors in host memory")
+    if tensor.layout is not torch.strided:
+        raise UsageError(f"{name}: a {tensor.layout} tensor is no dense array")
+    detached = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return detached.view(torch.int16).numpy(), "bfloat16"
+    try:
+        array: Array = detached.numpy()
+    except (TypeError, RuntimeError) as e:  # a dtype or a view (conjugate, negative) that NumPy can't show
+        raise UsageError(f"{name}: {e}") from e
+    return array, array.dtype.name
+
+
+def _of_dlpack(name: str, value: Any) -> Array:
+    if not hasattr(value, "__dlpack__"):
+        raise UsageError(f"{name}: an array is needed, not {type(value).__name__}")
+    try:
+        array: Array = np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as e:
+        raise UsageError(f"{name}: {type(value).__name__} does not give its memory: {e}") from e
+    return array
+
+
+def check_out(x: Buffer, out: Buffer) -> None:
+    """`out` is of the shape and dtype of `x` and is the same memory or apart from it."""
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise UsageError(f"out is {out.dtype}{list(out.shape)}, x is {x.dtype}{list(x.shape)}")
+    size = x.bytes_.nbytes
+    if x.address != out.address and x.address < out.address + size and out.address < x.address + size:
+        raise UsageError("out overlaps x in part")
+
+
+def numpy_dtype(buffer: Buffer) -> Any:
+    """The NumPy dtype of a new array of this kind. UsageError: bfloat16 without the package ml_dtypes."""
+    if buffer.dtype != "bfloat16":
+        return np.dtype(buffer.dtype)
+    try:
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError:
+        raise UsageError("bfloat16 in NumPy needs the package ml_dtypes: pip install ml_dtypes") from None

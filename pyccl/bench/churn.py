@@ -1,0 +1,254 @@
+"""``pyccl bench join``, ``sync`` and ``loss``: a group in a loop of all-reduces that one comes to or goes from.
+
+arrivals   a process that is loaded and waits is told to go: connect(), sync_shared_state(), some rounds, leave
+losses     a member is killed (SIGKILL), or stopped (SIGSTOP) so that it falls silent; then another takes its place
+A pause is the time between two completed all-reduces of one member. All times are from inside the processes, but for
+the moment of a kill or stop, which is read on the same clock just before the signal is sent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from pyccl.bench.conductor import BenchError, Conductor, ExitStatus, Fields
+from pyccl.bench.figures import NS, Summary, gaps_within_ns, longest_gap_ns, summarize
+
+VECTOR_BYTES: Final = 4096
+SMALL_STATE_BYTES: Final = 64 << 10
+ROUNDS_OF_A_NEWCOMER: Final = 50  # it stays for these, so that its going is told apart from its coming
+STATE_SEED: Final = 1
+OTHER_SEED: Final = 1000
+CAUSES: Final = ("killed", "silent")
+PEER_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivalPlan:
+    """world: members once the newcomer is in."""
+
+    world: int = 4
+    iterations: int = 5
+    state_bytes: int = SMALL_STATE_BYTES
+    vector_bytes: int = VECTOR_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One newcomer. stall_s: longest pause of any member that overlaps its coming."""
+
+    connect_s: float
+    sync_s: float
+    stall_s: float
+    rx_bytes: int
+    source_bytes: tuple[int, ...]  # sent by each holder
+
+    @property
+    def total_s(self) -> float:
+        return self.connect_s + self.sync_s
+
+    @property
+    def mb_per_s(self) -> float:
+        return self.rx_bytes / self.sync_s / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """The members before anybody came or went: median and longest pause between all-reduces."""
+
+    median_s: float
+    longest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    plan: ArrivalPlan
+    arrivals: tuple[Arrival, ...]
+    quiet: Quiet
+
+    def summary(self, name: str) -> Summary:
+        return summarize([getattr(arrival, name) for arrival in self.arrivals])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.plan),
+            **{name: self.summary(name).to_json() for name in ("connect_s", "sync_s", "total_s", "stall_s")},
+            "sync_mb_per_s": self.summary("mb_per_s").to_json(),
+            "quiet": asdict(self.quiet),
+            "arrivals": [asdict(arrival) for arrival in self.arrivals],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LossPlan:
+    world: int = 3
+    iterations: int = 5
+    peer_timeout_s: float = PEER_TIMEOUT_S
+    vector_bytes: int = 1 << 20
+    causes: tuple[str, ...] = CAUSES
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One member lost. gap_s: longest pause of any survivor; recovered_s: from the signal to the last survivor's next
+    completed all-reduce."""
+
+    cause: str
+    gap_s: float
+    recovered_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    plan: LossPlan
+    losses: tuple[Loss, ...]
+    quiet: Quiet
+
+    def summary(self, cause: str, name: str) -> Summary:
+        return summarize([getattr(loss, name) for loss in self.losses if loss.cause == cause])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.plan),
+            **{
+                cause: {name: self.summary(cause, name).to_json() for name in ("gap_s", "recovered_s")}
+                for cause in self.plan.causes
+            },
+            "quiet": asdict(self.quiet),
+            "losses": [asdict(loss) for loss in self.losses],
+        }
+
+
+class _Group:
+    """The founders, and who comes later."""
+
+    def __init__(self, conductor: Conductor, vector_bytes: int, state_bytes: int, peer_timeout_s: float) -> None:
+        self._conductor = conductor
+        self._vector_bytes, self._state_bytes = vector_bytes, max(state_bytes // 8, 1) * 8
+        self._later = 0
+        self.started_ns = 0  # the founders were synchronised
+        conductor.start_master(peer_timeout_s)
+
+    def found(self, count: int) -> list[str]:
+        names = [f"founder {number}" for number in range(count)]
+        self._conductor.start_all(names, "member", lambda number: self._settings(count, STATE_SEED, 0))
+        joined = self._conductor.wait("joined", names)
+        self.wait_until_steady(names, count)
+        self.started_ns = max(fields["synced_ns"] for fields in joined.values())
+        return names
+
+    def newcomer(self, leave_after: int) -> str:
+        """A process that is ready to go and knows another content of the state."""
+        self._later += 1
+        name = f"newcomer {self._later}"
+        self._conductor.start(name, "member", self._settings(0, OTHER_SEED + self._later, leave_after))
+        self._conductor.wait("ready", [name])
+        return name
+
+    def _settings(self, founders: int, seed: int, leave_after: int) -> dict[str, object]:
+        return {
+            "founders": founders, "size_bytes": self._vector_bytes, "state_bytes": self._state_bytes,
+            "seed": seed, "leave_after": leave_after,
+        }  # fmt: skip
+
+    def wait_for_world(self, names: Sequence[str], members: int) -> dict[str, Fields]:
+        return self._conductor.wait("world", names, lambda fields: bool(fields["members"] == members))
+
+    def wait_until_steady(self, names: Sequence[str], members: int) -> None:
+        """Until they have gone through some rounds in a group of this size."""
+        self._conductor.wait("steady", names, lambda fields: bool(fields["members"] == members))
+
+    def finish(self, names: Sequence[str]) -> dict[str, Fields]:
+        """Stop those who stay; their records."""
+        self._conductor.tell(names[:1], "stop")
+        return self._conductor.wait("done", names)
+
+
+def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
+    """Let one newcomer after the other join world - 1 members.
+
+    Raises:
+        BenchError: a process failed, or a newcomer did not get the members' state.
+    """
+    group = _Group(conductor, plan.vector_bytes, plan.state_bytes, peer_timeout_s=30.0)
+    founders = group.found(plan.world - 1)
+    comings: list[tuple[Fields, Fields]] = []
+    quiet_until_ns = 0
+    for _ in range(plan.iterations):
+        newcomer = group.newcomer(ROUNDS_OF_A_NEWCOMER)
+        quiet_until_ns = quiet_until_ns or time.monotonic_ns()
+        conductor.tell([newcomer], "go")
+        joined = conductor.wait("joined", [newcomer])[newcomer]
+        comings.append((joined, conductor.wait("done", [newcomer])[newcomer]))
+        group.wait_until_steady(founders, plan.world - 1)
+    records = group.finish(founders)
+    _check_state(records, [done for _, done in comings])
+    ends = [records[name]["ends_ns"] for name in founders]
+    arrivals = tuple(
+        _arrival(joined, ends, [records[name]["served"] for name in founders], number)
+        for number, (joined, _) in enumerate(comings)
+    )
+    return Arrivals(plan, arrivals, _quiet(ends, group.started_ns, quiet_until_ns))
+
+
+def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> None:
+    digests = {fields["digest"] for fields in (*members.values(), *newcomers)}
+    if len(digests) != 1:
+        raise BenchError(ExitStatus.WRONG_VALUES, f"members and newcomers hold different states: {sorted(digests)}")
+
+
+def _arrival(
+    joined: Fields, ends: Sequence[Sequence[int]], served: Sequence[Sequence[dict[str, int]]], number: int
+) -> Arrival:
+    started, member, synced = joined["started_ns"], joined["member_ns"], joined["synced_ns"]
+    if not joined["changed"]:
+        raise BenchError(ExitStatus.WRONG_VALUES, "a newcomer with another content was not given the state")
+    return Arrival(
+        connect_s=(member - started) / NS,
+        sync_s=(synced - member) / NS,
+        stall_s=_longest(ends, started, synced),
+        rx_bytes=joined["rx_bytes"],
+        source_bytes=tuple(syncs[number]["tx_bytes"] for syncs in served),
+    )
+
+
+def _longest(ends: Sequence[Sequence[int]], start_ns: int, end_ns: int) -> float:
+    return max(longest_gap_ns(times, start_ns, end_ns) or 0 for times in ends) / NS
+
+
+def _quiet(ends: Sequence[Sequence[int]], start_ns: int, end_ns: int) -> Quiet:
+    gaps = [gap for times in ends for gap in gaps_within_ns(times, start_ns, end_ns)]
+    summary = summarize(gaps or [0])
+    return Quiet(summary.median / NS, summary.max / NS)
+
+
+def measure_losses(plan: LossPlan, conductor: Conductor) -> Losses:
+    """Lose one member after the other, each of whom is replaced.
+
+    Raises:
+        BenchError: a process failed, or the survivors did not go on.
+    """
+    group = _Group(conductor, plan.vector_bytes, SMALL_STATE_BYTES, plan.peer_timeout_s)
+    *survivors, victim = group.found(plan.world)
+    lost: list[tuple[str, int, int]] = []  # cause, when, last survivor's first completion after it
+    quiet_until_ns = time.monotonic_ns()
+    for cause in plan.causes:
+        for _ in range(plan.iterations):
+            conductor.may_end(victim)
+            at_ns = time.monotonic_ns()
+            os.kill(conductor.pid(victim), signal.SIGKILL if cause == "killed" else signal.SIGSTOP)
+            told = group.wait_for_world(survivors, plan.world - 1)
+            lost.append((cause, at_ns, max(fields["at_ns"] for fields in told.values())))
+            conductor.kill(victim)
+            victim = group.newcomer(0)
+            conductor.tell([victim], "go")
+            conductor.wait("joined", [victim])
+            group.wait_until_steady([*survivors, victim], plan.world)
+    records = group.finish([*survivors, victim])
+    ends = [records[name]["ends_ns"] for name in survivors]
+    losses = tuple(Loss(cause, _longest(ends, at, after), (after - at) / NS) for cause, at, after in lost)
+    return Losses(plan, losses, _quiet(ends, group.started_ns, quiet_until_ns))

@@ -1,0 +1,192 @@
+"""``pyccl bench kernels``: the C core's element kernels on one thread, each instruction set that this CPU has.
+
+Rates are GiB of input read a second: a fold of two arrays reads both, an encoder reads elements, a decoder reads
+codes (its rate in elements is told too). "cache" works on about 1 MiB in all, input and output together, "memory" on
+the size that is asked for. Functions that this build of the core lacks are left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+
+from pyccl._native._pyccl import ffi, lib
+from pyccl.bench.figures import GIB, MIB, NS, Summary, summarize
+
+CACHE_BYTES: Final = 1 * MIB
+INPUTS: Final = 2  # arrays that are folded
+BLOCK: Final = 4096  # elements of a codec block
+SAMPLE_S: Final = 0.001  # shorter than a scheduler's slice: on a busy machine most samples are undisturbed
+SAMPLES: Final = (5, 25)  # at least, at most
+BUDGET_S: Final = 0.2  # after which the least will do
+KERNELS: Final = ("scalar", "avx2", "avx512", "neon")
+OPS: Final = ("sum", "avg", "prod", "min", "max")
+DTYPES: Final = (
+    "float32", "float64", "float16", "bfloat16",
+    "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
+)  # fmt: skip
+CODEC_DTYPES: Final = ("float32", "float16", "bfloat16")
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """GiB a second, of bytes read."""
+
+    what: str  # "reduce", "encode uint8", "decode uint8", "memcpy"
+    dtype: str
+    op: str
+    kernel: str
+    place: str  # "cache" or "memory"
+    gib_per_s: Summary
+    elements_gib_per_s: float  # the same in bytes of elements; differs for decoders only
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what, "dtype": self.dtype, "op": self.op, "kernel": self.kernel, "place": self.place,
+            "gib_per_s": self.gib_per_s.to_json(), "elements_gib_per_s": self.elements_gib_per_s,
+        }  # fmt: skip
+
+
+def sample(run: Callable[[], object], read_bytes: int, sample_s: float = SAMPLE_S) -> Summary:
+    """GiB a second over some samples, each of as many calls as fill `sample_s`."""
+    run()
+    begun_ns = time.monotonic_ns()
+    run()
+    once_ns = max(time.monotonic_ns() - begun_ns, 1)
+    calls = max(1, round(sample_s * NS / once_ns))
+    rates: list[float] = []
+    least, most = SAMPLES
+    while len(rates) < (least if time.monotonic_ns() - begun_ns > BUDGET_S * NS else most):
+        start_ns = time.monotonic_ns()
+        for _ in range(calls):
+            run()
+        rates.append(read_bytes * calls / GIB / ((time.monotonic_ns() - start_ns) / NS))
+    return summarize(rates)
+
+
+def kernels_here() -> tuple[str, ...]:
+    """Names of the instruction sets that the core has for this CPU; ("default",) where it can't be told to choose."""
+    if not hasattr(lib, "pyccl_kernel_select"):
+        return ("default",)
+    found = tuple(name for name in KERNELS if lib.pyccl_kernel_select(name.encode()) == lib.PYCCL_OK)
+    _select("auto")
+    return found
+
+
+@contextmanager
+def kernel(name: str) -> Iterator[None]:
+    """Use one instruction set in this process."""
+    _select(name)
+    try:
+        yield
+    finally:
+        _select("auto")
+
+
+def _select(name: str) -> None:
+    if name != "default" and hasattr(lib, "pyccl_kernel_select"):
+        assert lib.pyccl_kernel_select(name.encode()) == lib.PYCCL_OK, name
+
+
+def _pin(array: Array) -> Any:
+    return ffi.from_buffer("uint8_t[]", array)
+
+
+def _code(dtype: str) -> int | None:
+    return getattr(lib, f"PYCCL_{dtype.upper()}", None)
+
+
+def _elements(dtype: str, count: int, seed: int) -> Array:
+    """Raw bytes of `count` elements: floats in 1..2, so that nothing overflows or becomes subnormal; small integers."""
+    numbers = np.random.default_rng(seed).random(count, np.float32) + np.float32(1)
+    if dtype == "bfloat16":
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    if dtype.startswith("float"):
+        return numbers.astype(dtype).view(np.uint8)
+    return (numbers * 3).astype(dtype).view(np.uint8)
+
+
+def measure(
+    memory_bytes: int,
+    dtypes: Iterable[str] = DTYPES,
+    ops: Iterable[str] = OPS,
+    sample_s: float = SAMPLE_S,
+) -> list[Rate]:
+    """Every kernel in every place; then copies to compare with."""
+    dtypes, ops = tuple(dtypes), tuple(ops)
+    rates: list[Rate] = []
+    for place, size_bytes in (("cache", CACHE_BYTES), ("memory", memory_bytes)):
+        rates += _copies(place, size_bytes, sample_s)
+        for dtype in dtypes:
+            rates += _reduces(dtype, ops, place, size_bytes, sample_s)
+            if dtype in CODEC_DTYPES:
+                rates += _codecs(dtype, place, size_bytes, sample_s)
+    return rates
+
+
+def _copies(place: str, size_bytes: int, sample_s: float) -> list[Rate]:
+    source = _elements("float32", max(size_bytes // 8, 1), 1)
+    target = np.empty_like(source)
+    rate = sample(lambda: np.copyto(target, source), source.nbytes, sample_s)
+    return [Rate("memcpy", "", "", "numpy", place, rate, rate.median)]
+
+
+def _reduces(dtype: str, ops: tuple[str, ...], place: str, size_bytes: int, sample_s: float) -> Iterator[Rate]:
+    code = _code(dtype)
+    item_bytes = 0 if code is None else int(lib.pyccl_dtype_size(code))
+    if item_bytes == 0:
+        return
+    count = max(size_bytes // (INPUTS + 1) // item_bytes, 1)
+    arrays = [_elements(dtype, count, seed) for seed in range(INPUTS)]
+    out = np.empty_like(arrays[0])
+    pins = [_pin(array) for array in (*arrays, out)]
+    inputs = ffi.new("const void *[]", [ffi.cast("const void *", pin) for pin in pins[:INPUTS]])
+    for op in ops:
+        arguments = (code, getattr(lib, f"PYCCL_{op.upper()}"), inputs, ffi.NULL, INPUTS, count, pins[INPUTS])
+        if lib.pyccl_reduce(*arguments) != lib.PYCCL_OK:
+            continue  # an integer average, or a dtype that this core can't reduce
+        for name in kernels_here():
+            with kernel(name):
+                rate = sample(partial(lib.pyccl_reduce, *arguments), INPUTS * out.nbytes, sample_s)
+            yield Rate("reduce", dtype, op, name, place, rate, rate.median)
+
+
+def codecs() -> dict[str, int]:
+    """Codecs of this core: name -> number."""
+    if not hasattr(lib, "pyccl_codec_encode"):
+        return {}
+    return {
+        name.removeprefix("PYCCL_CODEC_").lower(): getattr(lib, name)
+        for name in dir(lib)
+        if name.startswith("PYCCL_CODEC_") and name != "PYCCL_CODEC_NONE"
+    }
+
+
+def _codecs(dtype: str, place: str, size_bytes: int, sample_s: float) -> Iterator[Rate]:
+    code = _code(dtype)
+    if code is None:
+        return
+    item_bytes = int(lib.pyccl_dtype_size(code))
+    for codec, number in codecs().items():
+        count = max(size_bytes // (item_bytes + 1), 1)
+        values = _elements(dtype, count, 1)
+        encoded = np.empty(int(lib.pyccl_codec_size(number, BLOCK, count)), np.uint8)
+        into = (number, code, BLOCK, _pin(values), count, _pin(encoded))
+        back = (number, code, BLOCK, _pin(encoded), count, _pin(values))
+        if lib.pyccl_codec_encode(*into) != lib.PYCCL_OK:
+            continue
+        for name in kernels_here():
+            with kernel(name):
+                encode = sample(partial(lib.pyccl_codec_encode, *into), values.nbytes, sample_s)
+                decode = sample(partial(lib.pyccl_codec_decode, *back), encoded.nbytes, sample_s)
+            yield Rate(f"encode {codec}", dtype, "", name, place, encode, encode.median)
+            elements = decode.median * values.nbytes / encoded.nbytes
+            yield Rate(f"decode {codec}", dtype, "", name, place, decode, elements)

@@ -1,0 +1,89 @@
+"""One member of the group that ``pyccl bench join``, ``sync`` and ``loss`` watch: a loop of small all-reduces.
+
+Members look after each all-reduce whether somebody waits, and if so go to the safe point and synchronise the state.
+Every completion of an all-reduce is recorded with its time; `churn` finds the pauses. The founders and those who come
+later run the same code, as in a training script. Element 0 of the vector says who was told to stop: all see the sum,
+so all stop after the same operation.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+import pyccl
+from pyccl.bench.control import Control
+
+CONNECT_TIMEOUT_S: Final = 60.0
+OPERATION_TIMEOUT_S: Final = 60.0
+BEAT_S: Final = 5.0
+STEADY_ROUNDS: Final = 20  # all-reduces without a change of membership after which a member calls itself steady
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the owner tells a member."""
+
+    master: str
+    founders: int  # size of the group to wait for; 0: comes later
+    size_bytes: int  # of the vector that is reduced
+    state_bytes: int
+    seed: int  # of the state's content before the first sync
+    leave_after: int  # all-reduces after which it leaves; 0: stays until told to stop
+
+
+def run(settings: Settings, control: Control) -> None:
+    """Join, synchronise, reduce until told to stop."""
+    numbers = np.random.default_rng(settings.seed).integers(0, 1 << 63, settings.state_bytes // 8, np.int64)
+    state = pyccl.SharedState({"state": numbers})
+    control.say("ready")
+    control.wait("go")
+    comm = pyccl.Communicator(settings.master)
+    started_ns = time.monotonic_ns()
+    comm.connect(CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S)
+    member_ns = time.monotonic_ns()
+    with comm:
+        while comm.group_world_size < settings.founders:
+            comm.update_topology(OPERATION_TIMEOUT_S)
+        sync = comm.sync_shared_state(state, timeout=OPERATION_TIMEOUT_S)
+        control.say(
+            "joined", started_ns=started_ns, member_ns=member_ns, synced_ns=time.monotonic_ns(),
+            rx_bytes=sync.rx_bytes, changed=len(sync.changed), holders=len(sync.holders), sync_s=sync.seconds,
+        )  # fmt: skip
+        ends_ns, served = _loop(comm, state, settings, control)
+    control.say("done", ends_ns=ends_ns.tolist(), served=served, digest=state.digest())
+
+
+def _loop(
+    comm: pyccl.Communicator, state: pyccl.SharedState, settings: Settings, control: Control
+) -> tuple[array[int], list[dict[str, int]]]:
+    """Completion times of the all-reduces, and (time, bytes sent) of each later sync."""
+    ends_ns: array[int] = array("q")
+    served: list[dict[str, int]] = []
+    x = np.zeros(max(settings.size_bytes // 4, 1), np.float32)
+    total = np.empty_like(x)
+    world = changed_at = 0
+    beat_ns = time.monotonic_ns()
+    while True:
+        x[0] = control.told("stop")
+        comm.all_reduce(x, out=total, timeout=OPERATION_TIMEOUT_S)
+        ends_ns.append(time.monotonic_ns())
+        if comm.group_world_size != world:
+            world = comm.group_world_size
+            changed_at = len(ends_ns)
+            control.say("world", members=world, at_ns=ends_ns[-1])
+        if len(ends_ns) == changed_at + STEADY_ROUNDS:
+            control.say("steady", members=world)
+        if total[0] > 0 or len(ends_ns) == settings.leave_after:
+            return ends_ns, served
+        if ends_ns[-1] - beat_ns > BEAT_S * 1e9:
+            beat_ns = ends_ns[-1]
+            control.say("beat")
+        if comm.are_peers_pending():
+            comm.update_topology(OPERATION_TIMEOUT_S)
+            sync = comm.sync_shared_state(state, timeout=OPERATION_TIMEOUT_S)
+            served.append({"at_ns": time.monotonic_ns(), "tx_bytes": sync.tx_bytes})

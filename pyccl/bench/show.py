@@ -1,0 +1,147 @@
+"""Results as lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pyccl.bench import digest, kernels
+from pyccl.bench.all_reduce import Result
+from pyccl.bench.churn import Arrivals, Losses, Quiet
+from pyccl.bench.figures import MIB, Summary
+from pyccl.bench.machine import Machine
+
+
+def heading(command: str, machine: Machine, versions: Mapping[str, str | None]) -> list[str]:
+    """What every output begins with."""
+    known = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
+    return [f"command   {command}", f"machine   {machine}", f"versions  {known}", ""]
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equal length as aligned lines: the first column to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def seconds(value: float) -> str:
+    """A time with a unit that fits it."""
+    if value >= 1:
+        return f"{value:.3f} s"
+    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
+
+
+def _spread(summary: Summary) -> list[str]:
+    return [seconds(summary.median), seconds(summary.min), seconds(summary.max)]
+
+
+def all_reduce(result: Result) -> list[str]:
+    plan = result.plan
+    place = "in place" if plan.in_place else "into out"
+    what = (
+        f"all-reduce of {plan.size_bytes / MIB:g} MiB of {plan.dtype}, op {plan.op}, {place}, quantize "
+        f"{plan.quantize or 'none'}, {plan.world} processes on loopback, connections {plan.connections}"
+    )
+    rows = [["", "median", "min", "max", "MiB sent/rank", "bus GB/s", "CPU s/GiB"]]
+    rows += [
+        [
+            system.name,
+            *_spread(system.seconds),
+            f"{system.wire_tx_bytes / MIB:.2f}",
+            f"{system.bus_gb_per_s:.3f}",
+            f"{system.cpu_s_per_gib:.3f}",
+        ]
+        for system in result.systems
+    ]
+    lines = [
+        what,
+        f"{plan.iterations} iterations after {plan.warmup} to warm up; timed from first start to last return",
+        "",
+        *columns(rows),
+        "",
+        "bus: 2(N-1)/N x bytes / median; CPU: user and system time of all ranks for each GiB of one rank's tensor",
+    ]
+    if result.ratio is not None:
+        cpu = "-" if result.cpu_ratio is None else f"{result.cpu_ratio:.3f}"
+        lines.append(f"pyccl / gloo: median {result.ratio:.3f}, CPU {cpu}; Gloo's bytes were counted on TCP sockets")
+    return lines
+
+
+def kernel_rates(rates: Iterable[kernels.Rate]) -> list[str]:
+    """A row for each (what, dtype, op), a column for each instruction set and place."""
+    rates = list(rates)
+    names = list(dict.fromkeys(rate.kernel for rate in rates if rate.what != "memcpy"))
+    places = list(dict.fromkeys(rate.place for rate in rates))
+    heads = [(place, name) for place in places for name in names]
+    table: dict[str, dict[tuple[str, str], str]] = {}
+    for rate in rates:
+        row = table.setdefault(" ".join(filter(None, (rate.what, rate.dtype, rate.op))), {})
+        text = f"{rate.gib_per_s.median:.1f}"
+        if rate.elements_gib_per_s != rate.gib_per_s.median:
+            text += f" ({rate.elements_gib_per_s:.1f})"
+        for name in names if rate.what == "memcpy" else [rate.kernel]:
+            row[rate.place, name] = text
+    rows = [["GiB/s of input read", *(f"{place} {name}" for place, name in heads)]]
+    rows += [[what, *(cells.get(head, "-") for head in heads)] for what, cells in table.items()]
+    note = "Medians, one thread; a reduce reads two arrays; a decoder reads codes, in brackets what it writes."
+    return [*columns(rows), "", note]
+
+
+def digest_rates(rates: Iterable[digest.Rate]) -> list[str]:
+    table: dict[str, dict[str, str]] = {}
+    for rate in rates:
+        spread = f"{rate.gib_per_s.median:.2f} ({rate.gib_per_s.min:.2f}..{rate.gib_per_s.max:.2f})"
+        table.setdefault(f"{rate.what} {rate.kernel}".rstrip(), {})[rate.place] = spread
+    rows = [["GiB/s hashed, median (min..max)", "cache", "memory"]]
+    rows += [[what, cells["cache"], cells["memory"]] for what, cells in table.items()]
+    return columns(rows)
+
+
+def _quiet(quiet: Quiet) -> str:
+    return (
+        f"before anybody came or went: {seconds(quiet.median_s)} between all-reduces (median), "
+        f"{seconds(quiet.longest_s)} at most"
+    )
+
+
+def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
+    plan = result.plan
+    rows = [["", "median", "min", "max"]]
+    rows += [
+        [label, *_spread(result.summary(name))]
+        for label, name in (
+            ("connect() to member", "connect_s"),
+            ("state synchronised", "sync_s"),
+            ("both", "total_s"),
+            ("longest stall of a member", "stall_s"),
+        )
+    ]
+    what = (
+        f"{plan.iterations} newcomers, one at a time, to {plan.world - 1} members that all-reduce "
+        f"{plan.vector_bytes} bytes in a loop; state of {plan.state_bytes / MIB:g} MiB"
+    )
+    lines = [what, "", *columns(rows)]
+    if with_rate:
+        rate = result.summary("mb_per_s")
+        lines.append(f"rate of the sync, digests included: {rate.median:.0f} MB/s ({rate.min:.0f}..{rate.max:.0f})")
+    for number, arrival in enumerate(result.arrivals):
+        shares = " + ".join(f"{sent / MIB:.2f}" for sent in arrival.source_bytes)
+        lines.append(f"newcomer {number + 1} received {arrival.rx_bytes / MIB:.2f} MiB = {shares} from its sources")
+    return [*lines, _quiet(result.quiet)]
+
+
+def losses(result: Losses) -> list[str]:
+    plan = result.plan
+    rows = [["", "median", "min", "max"]]
+    for cause in plan.causes:
+        rows.append([f"{cause}: longest gap of a survivor", *_spread(result.summary(cause, "gap_s"))])
+        rows.append([f"{cause}: signal to all going on", *_spread(result.summary(cause, "recovered_s"))])
+    what = (
+        f"one of {plan.world} members lost, {plan.iterations} times each way, in a loop of all-reduces of "
+        f"{plan.vector_bytes} bytes; killed: SIGKILL; silent: SIGSTOP with --peer-timeout {plan.peer_timeout_s:g}"
+    )
+    return [what, "", *columns(rows), _quiet(result.quiet)]

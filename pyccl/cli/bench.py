@@ -1,0 +1,221 @@
+"""``pyccl bench``: options, printing and exit status of the benchmarks; what they do is in ``pyccl.bench``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+
+from pyccl.bench import all_reduce, churn, digest, gloo, kernels, machine, show
+from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
+from pyccl.bench.figures import MIB
+from pyccl.demo.children import Children, Interrupted
+
+T = TypeVar("T")
+INTERRUPT: Final = 130  # Ctrl-C where no child is to be ended
+EPILOG: Final = """\b
+Exit status:
+  0  measured
+  1  internal error
+  2  bad arguments, or the library does not offer what was asked for
+  3  --vs gloo without torch
+  4  a result was wrong, or processes held different bits
+  6  a process failed
+  7  no report from any process for a minute and a half
+  128 + n  ended by signal n (Ctrl-C: 130)
+"""
+
+
+def _connections(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 64:
+        raise click.BadParameter(f"{value!r} is neither 'auto' nor a number of 1..64", ctx, param)
+    return int(value)
+
+
+@click.group(epilog=EPILOG)
+def bench() -> None:
+    """Measure on this machine: collectives on loopback, kernels, digests, joins, syncs, losses.
+
+    Each command starts the processes it needs, on loopback, and ends them. Figures depend on what else runs here: the
+    machine's load is printed with them.
+    """
+
+
+def _mib(text: str, default: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--mib", type=click.FloatRange(0, min_open=True, max=1 << 20), default=default, show_default=True, help=text
+    )
+
+
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all raw figures.")
+
+
+def _iters(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--iters", type=click.IntRange(1, 100_000), default=default, show_default=True, help="Iterations."
+    )
+
+
+def _world(least: int, default: int, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option("--world", type=click.IntRange(least, 64), default=default, show_default=True, help=text)
+
+
+@bench.command("all-reduce", epilog=EPILOG)
+@_world(2, 2, "Processes.")
+@_mib("Size of each process' tensor.", 64)
+@_iters(10)
+@click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
+@click.option("--dtype", type=click.Choice(kernels.DTYPES), default="float32", show_default=True)
+@click.option("--op", type=click.Choice(kernels.OPS), default="sum", show_default=True)
+@click.option("--quantize", metavar="CODEC", help="As of all_reduce(quantize=...), for pyccl only.")
+@click.option(
+    "--connections", default="auto", show_default=True, callback=_connections, metavar="auto|N",
+    help="TCP connections for each pair, 1 to 64.",
+)  # fmt: skip
+@click.option("--in-place/--out", default=True, show_default=True, help="Result in the input, or in another array.")
+@click.option("--vs", type=click.Choice(["gloo"]), help="Alternate with torch's Gloo in the same processes, over TCP.")
+@_AS_JSON
+def all_reduce_command(
+    world: int, mib: float, iters: int, warmup: int, dtype: str, op: str, quantize: str | None,
+    connections: int | str, in_place: bool, vs: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Time an all-reduce between processes on loopback."""
+    if vs == "gloo" and not machine.is_installed("torch"):
+        click.echo(f"pyccl bench: {gloo.INSTALL}", err=True)
+        sys.exit(ExitStatus.NO_TORCH)
+    if vs == "gloo" and dtype not in gloo.DTYPES:
+        raise click.UsageError(f"--vs gloo: Gloo does not reduce {dtype}, only {', '.join(gloo.DTYPES)}")
+    plan = all_reduce.Plan(
+        world=world, size_bytes=int(mib * MIB), iterations=iters, warmup=warmup, dtype=dtype, op=op,
+        quantize=quantize, connections=connections, in_place=in_place, gloo=vs == "gloo",
+    )  # fmt: skip
+    _report(
+        "all-reduce", as_json, lambda: _conduct(lambda conductor: all_reduce.measure(plan, conductor)),
+        all_reduce.Result.to_json, show.all_reduce, "torch",
+    )  # fmt: skip
+
+
+@bench.command("kernels")
+@_mib("Working set of the measurements from memory.", 64)
+@click.option("--dtype", "dtypes", type=click.Choice(kernels.DTYPES), multiple=True, help="Only this one; repeatable.")
+@click.option("--op", "ops", type=click.Choice(kernels.OPS), multiple=True, help="Only this one; repeatable.")
+@_AS_JSON
+def kernels_command(mib: float, dtypes: tuple[str, ...], ops: tuple[str, ...], as_json: bool) -> None:
+    """Rates of the element kernels and codecs, one thread, each instruction set that this CPU has."""
+    _report(
+        "kernels", as_json,
+        lambda: kernels.measure(int(mib * MIB), dtypes or kernels.DTYPES, ops or kernels.OPS),
+        lambda rates: {"settings": {"mib": mib}, "unit": "GiB/s read", "rates": [rate.to_json() for rate in rates]},
+        show.kernel_rates,
+    )  # fmt: skip
+
+
+@bench.command("digest")
+@_mib("Size of what is hashed from memory.", 64)
+@_AS_JSON
+def digest_command(mib: float, as_json: bool) -> None:
+    """Rates of the digests of shared state, one thread, and of others to compare with."""
+    _report(
+        "digest", as_json, lambda: digest.measure(int(mib * MIB)),
+        lambda rates: {"settings": {"mib": mib}, "unit": "GiB/s hashed", "rates": [rate.to_json() for rate in rates]},
+        show.digest_rates, "xxhash",
+    )  # fmt: skip
+
+
+@bench.command("join", epilog=EPILOG)
+@_world(2, 4, "Members once the newcomer is in.")
+@_iters(5)
+@_AS_JSON
+def join_command(world: int, iters: int, as_json: bool) -> None:
+    """Time a newcomer's connect() and first sync of a small state, while the members go on reducing.
+
+    Starting the newcomer's process and its imports are not counted.
+    """
+    _arrivals("join", churn.ArrivalPlan(world=world, iterations=iters), as_json)
+
+
+@bench.command("sync", epilog=EPILOG)
+@_world(2, 4, "Members once the newcomer is in; all others hold the state.")
+@_mib("Size of the state.", 128)
+@_iters(3)
+@_AS_JSON
+def sync_command(world: int, mib: float, iters: int, as_json: bool) -> None:
+    """Time the transfer of a state to a newcomer that holds another one, from all members."""
+    _arrivals("sync", churn.ArrivalPlan(world=world, iterations=iters, state_bytes=int(mib * MIB)), as_json)
+
+
+@bench.command("loss", epilog=EPILOG)
+@_world(3, 3, "Members before the loss.")
+@_mib("Size of the vector that is reduced.", 1)
+@_iters(5)
+@click.option(
+    "--cause", "causes", type=click.Choice(churn.CAUSES), multiple=True,
+    help="killed (SIGKILL) or silent (SIGSTOP); both unless given.",
+)  # fmt: skip
+@click.option(
+    "--peer-timeout", type=click.FloatRange(0.5, 60), default=churn.PEER_TIMEOUT_S, show_default=True,
+    metavar="SECONDS", help="Silence after which a member counts as dead.",
+)  # fmt: skip
+@_AS_JSON
+def loss_command(
+    world: int, mib: float, iters: int, causes: tuple[str, ...], peer_timeout: float, as_json: bool
+) -> None:
+    """Time the gap that the survivors see when a member is killed, or falls silent."""
+    plan = churn.LossPlan(
+        world=world, iterations=iters, peer_timeout_s=peer_timeout, vector_bytes=int(mib * MIB),
+        causes=tuple(dict.fromkeys(causes)) or churn.CAUSES,
+    )  # fmt: skip
+    _report(
+        "loss", as_json, lambda: _conduct(lambda conductor: churn.measure_losses(plan, conductor)),
+        churn.Losses.to_json, show.losses,
+    )  # fmt: skip
+
+
+def _arrivals(name: str, plan: churn.ArrivalPlan, as_json: bool) -> None:
+    _report(
+        name, as_json, lambda: _conduct(lambda conductor: churn.measure_arrivals(plan, conductor)),
+        churn.Arrivals.to_json, lambda result: show.arrivals(result, with_rate=name == "sync"),
+    )  # fmt: skip
+
+
+def _conduct(measure: Callable[[Conductor], T]) -> T:
+    with Children() as children:
+        return measure(Conductor(children))
+
+
+def _report(
+    name: str,
+    as_json: bool,
+    measure: Callable[[], T],
+    to_json: Callable[[T], dict[str, Any]],
+    to_lines: Callable[[T], list[str]],
+    *packages: str,
+) -> None:
+    """Tell where it is measured, measure, tell what was found."""
+    here, versions, command = machine.Machine.read(), machine.versions(*packages), machine.command()
+    if not as_json:
+        for line in show.heading(command, here, versions):
+            click.echo(line)
+    try:
+        result = measure()
+    except BenchError as error:
+        for line in error.details:
+            click.echo(line, err=True)
+        click.echo(f"pyccl bench {name}: {error}", err=True)
+        sys.exit(int(error.status))
+    except Interrupted as interrupted:
+        click.echo(f"pyccl bench {name}: ended by signal {interrupted.signal_number}", err=True)
+        sys.exit(128 + interrupted.signal_number)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPT)
+    if as_json:
+        head = {"bench": name, "command": command, "machine": here.to_json(), "versions": versions}
+        click.echo(json.dumps(head | to_json(result)))
+        return
+    for line in to_lines(result):
+        click.echo(line)

@@ -1,0 +1,222 @@
+"""The oracle: what an all-reduce gives, bit for bit, in NumPy and without the C core.
+
+Written from proto/wire.md 3.6 and 3.7, to be compared with what the engine gives on every dtype, operation, world and
+codec. It is slow and means to be obvious.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from pyccl.errors import UsageError
+
+Array = np.ndarray[Any, Any]
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+
+OPS: Final = ("sum", "avg", "prod", "min", "max")
+QUANTIZE_BLOCK: Final = 1024  # elements that share one scale, unless the caller says otherwise
+_NAN_BITS: Final = {2: 0x7E00, 4: 0x7FC00000, 8: 0x7FF8000000000000}
+_BFLOAT16_NAN: Final = 0x7FC0
+_FLOAT32_MAX: Final = np.float32(np.finfo(np.float32).max)
+_UINT: Final = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def reference_all_reduce(
+    inputs: Sequence[Array],
+    *,
+    op: str = "sum",
+    quantize: str | None = None,
+    algorithm: str = "auto",
+    weights: Sequence[float] | None = None,
+    quantize_block: int = QUANTIZE_BLOCK,
+) -> Array:
+    """The exact bits that every member's ``all_reduce`` gives.
+
+    Args:
+        inputs: one array of each member, in rank order (bytewise order of peer ids); equal shapes and dtypes.
+            bfloat16 as ``ml_dtypes.bfloat16``.
+        op, quantize, quantize_block: as for ``Communicator.all_reduce``.
+        algorithm: "auto" or "direct", which fold in rank order.
+        weights: for "avg", one per input; None stands for 1.0 each.
+    Returns:
+        A new array of the same shape and dtype.
+    Source: the fold orders and roundings of proto/wire.md 3.6, 3.7.
+    """
+    arrays = [np.ascontiguousarray(x) for x in inputs]
+    _check(arrays, op, quantize, algorithm, weights)
+    shape, dtype = arrays[0].shape, arrays[0].dtype
+    flat = [x.reshape(-1) for x in arrays]
+    scales = None if weights is None or all(w == 1.0 for w in weights) else [float(w) for w in weights]
+    with np.errstate(all="ignore"):
+        if quantize is None:
+            return _reduce(flat, op, scales).reshape(shape)
+        decoded = [_uint8_decode(_uint8_encode(_to_float32(x), quantize_block)) for x in flat]
+        folded = _reduce(decoded, op, scales)
+        if len(arrays) > 2:  # two members swap and fold on both sides: nothing is rounded a second time
+            folded = _uint8_decode(_uint8_encode(folded, quantize_block))
+        return _from_float32(folded, dtype).reshape(shape)
+
+
+def _check(
+    arrays: Sequence[Array], op: str, quantize: str | None, algorithm: str, weights: Sequence[float] | None
+) -> None:
+    if not arrays:
+        raise UsageError("at least one input is needed")
+    if any(x.shape != arrays[0].shape or x.dtype != arrays[0].dtype for x in arrays):
+        raise UsageError("the inputs differ in shape or dtype")
+    if op not in OPS:
+        raise UsageError(f"op={op!r} is not one of {', '.join(OPS)}")
+    if algorithm not in ("auto", "direct"):
+        raise UsageError(f"algorithm={algorithm!r} is not 'auto' or 'direct'")
+    floats = _is_float(arrays[0].dtype)
+    if op == "avg" and not floats:
+        raise UsageError(f"op='avg' needs floats, not {arrays[0].dtype}")
+    if quantize is not None and (quantize != "uint8" or not floats):
+        raise UsageError(f"quantize={quantize!r} of {arrays[0].dtype}: 'uint8' and floats are what there is")
+    if weights is not None:
+        if op != "avg" or len(weights) != len(arrays):
+            raise UsageError("weights are for 'avg', one per input")
+        if not all(np.isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
+            raise UsageError("weights are finite, not negative, and not all 0")
+
+
+def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    return dtype.name == "bfloat16"
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or _is_bfloat16(dtype)
+
+
+# ---- folds ----------------------------------------------------------------------------------------------------------
+
+
+def _reduce(flat: Sequence[Array], op: str, weights: Sequence[float] | None) -> Array:
+    """((x0 . x1) . x2) ...: one rounding for each operation, float16 and bfloat16 in float32 with one at the end."""
+    dtype = flat[0].dtype
+    if not _is_float(dtype):
+        return _fold(flat, op)
+    wide = flat if dtype in (np.float32, np.float64) else [_to_float32(x) for x in flat]
+    kind = wide[0].dtype.type
+    if op != "avg":
+        folded = _fold(wide, op)
+    else:
+        terms = wide if weights is None else [x * kind(w) for x, w in zip(wide, weights, strict=True)]
+        total = float(len(wide)) if weights is None else _sum64(weights)
+        folded = _fold(terms, "sum") / kind(total)
+    return _canonical(folded) if dtype == wide[0].dtype else _from_float32(folded, dtype)
+
+
+def _sum64(values: Sequence[float]) -> float:
+    total = 0.0
+    for value in values:  # in order: sum() compensates from Python 3.12 on
+        total += value
+    return total
+
+
+def _fold(values: Sequence[Array], op: str) -> Array:
+    folded = values[0].copy()
+    for x in values[1:]:
+        if op == "sum":
+            folded = folded + x
+        elif op == "prod":
+            folded = folded * x
+        else:
+            folded = _extreme(folded, x, op)
+    return folded
+
+
+def _extreme(a: Array, b: Array, op: str) -> Array:
+    """Minimum or maximum that propagates NaN and orders -0 below +0."""
+    out = (np.minimum if op == "min" else np.maximum)(a, b)
+    if out.dtype.kind == "f":
+        zeros = (a == 0) & (b == 0)
+        negative = np.signbit(a) | np.signbit(b) if op == "min" else np.signbit(a) & np.signbit(b)
+        out = np.where(zeros, np.where(negative, -0.0, 0.0).astype(out.dtype), out)
+    return out
+
+
+def _canonical(x: Array) -> Array:
+    """Every NaN as the one quiet NaN."""
+    bits = x.view(_UINT[x.dtype.itemsize]).copy()
+    bits[np.isnan(x)] = _NAN_BITS[x.dtype.itemsize]
+    return bits.view(x.dtype)
+
+
+def _to_float32(x: Array) -> Float32:
+    """Exact for the shorter floats, rounded once for float64."""
+    if _is_bfloat16(x.dtype):
+        return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32)
+
+
+def _from_float32(x: Float32, dtype: np.dtype[Any]) -> Array:
+    """Rounded once, to nearest even; NaN canonical."""
+    if _is_bfloat16(dtype):
+        bits = x.view(np.uint32).astype(np.uint64)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        rounded[np.isnan(x)] = _BFLOAT16_NAN
+        return rounded.view(dtype)
+    return _canonical(x.astype(dtype))
+
+
+# ---- codec uint8, proto/wire.md 3.6 ---------------------------------------------------------------------------------
+
+
+def _blocks(count: int, block: int) -> list[slice]:
+    return [slice(at, min(at + block, count)) for at in range(0, count, block)]
+
+
+_Encoded = list[tuple[np.float32, np.float32, np.ndarray[Any, np.dtype[np.uint8]]]]
+
+
+def _uint8_encode(x: Float32, block: int) -> _Encoded:
+    return [_encode_block(x[at]) for at in _blocks(x.size, block)]
+
+
+def _encode_block(x: Float32) -> tuple[np.float32, np.float32, np.ndarray[Any, np.dtype[np.uint8]]]:
+    f32 = np.float32
+    codes = np.zeros(x.size, np.uint8)
+    if not np.isfinite(x).all():
+        return f32(np.nan), f32(np.nan), codes
+    low, high = f32(x.min()) + f32(0.0), f32(x.max()) + f32(0.0)  # + 0.0: a low of -0 is written as +0
+    if low == high:
+        return low, f32(0.0), codes
+    scale = max(_sixteen_bits(f32((np.float64(high) - np.float64(low)) / np.float64(255.0))), f32(2.0**-125))
+    inverse = f32(1.0) / (scale * f32(0.5))
+    steps = (x * f32(0.5) - low * f32(0.5)) * inverse
+    return low, scale, np.rint(steps).astype(np.uint8)
+
+
+def _sixteen_bits(x: np.float32) -> np.float32:
+    """Rounded to 16 significant bits, ties to even: times a byte it is exact in float32."""
+    mantissa, exponent = np.frexp(np.float64(x))
+    return np.float32(np.ldexp(np.rint(np.ldexp(mantissa, 16)), int(exponent) - 16))
+
+
+def _largest(dtype: np.dtype[Any]) -> np.float32:
+    """The greatest finite value of a dtype, as far as float32 reaches."""
+    if _is_bfloat16(dtype):
+        return np.float32(np.array([0x7F7F0000], np.uint32).view(np.float32)[0])
+    return np.float32(np.finfo(np.float16 if dtype == np.float16 else np.float32).max)
+
+
+def _uint8_decode(encoded: _Encoded, limit: np.float32 = _FLOAT32_MAX) -> Float32:
+    """As float32, cut to -limit..limit."""
+    parts = [np.clip(_decode_block(*block), -limit, limit) for block in encoded]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def _decode_block(low: np.float32, scale: np.float32, codes: np.ndarray[Any, np.dtype[np.uint8]]) -> Float32:
+    f32 = np.float32
+    bits = np.array([scale], np.float32).view(np.uint32)[0]
+    if not np.isfinite(low) or not np.isfinite(scale) or bits >> 31 or bits & 0xFF:
+        return np.full(codes.size, np.array([_NAN_BITS[4]], np.uint32).view(np.float32)[0])
+    steps = codes.astype(np.float32)
+    x = low + steps * scale
+    if scale > f32(2.0**120):  # the product could overflow
+        x = (low * f32(0.5) + steps * (scale * f32(0.5))) * f32(2.0)
+    return x

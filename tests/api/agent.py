@@ -1,0 +1,458 @@
+"""A peer under test: JSON commands on stdin, one JSON line on stdout for each answer and event.
+
+    {"id": 3, "do": "all_reduce", "seed": 7, "count": 100}  ->  {"id": 3, "value": {...}}  or  {"id": 3, "error": {...}}
+
+Commands run one after the other in the main thread, or with "thread": NAME in a thread of that name, so that two can
+be blocked at a time and Ctrl-C has a main thread to go to. When stdin ends, so does the process, at once.
+"agent.py --zygote FD" forks peers and masters on request: see zygote.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import numpy as np
+from hooks import Hook, install
+from oracle import draw, sha
+from zygote import serve
+
+import pyccl
+from pyccl import communicator
+from pyccl._native import handles
+from pyccl.cli import master
+
+DEADLINE_S = 60.0
+Command = dict[str, Any]
+
+
+def error_of(error: BaseException) -> dict[str, Any]:
+    """An exception as JSON, with the fields that pyccl promises."""
+    told = {"class": type(error).__name__, "text": str(error), "pyccl": isinstance(error, pyccl.PycclError)}
+    for name in ("peer", "peers", "fields"):
+        if hasattr(error, name):
+            told[name] = getattr(error, name)
+    return told
+
+
+class CommandError(Exception):
+    """A command failed; `told` goes with the error into the answer."""
+
+    def __init__(self, error: BaseException, **told: Any) -> None:
+        super().__init__(str(error))
+        self.error, self.told = error, told
+
+
+class Agent:
+    def __init__(self) -> None:
+        self.index = -1
+        self.comm: pyccl.Communicator | None = None
+        self.address = ""
+        self.works: dict[str, tuple[pyccl.Work, Reduce]] = {}
+        self.state: pyccl.SharedState | None = None
+        self.hooks: dict[str, Hook] = {}
+        self.stop_wanted = False
+        self.exit_wanted = False
+        self.baseline: dict[str, Any] = {}
+        self._out = threading.Lock()
+        self._main: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._threads: dict[str, queue.SimpleQueue[Command]] = {}
+
+    # ---- the line protocol
+
+    def run(self) -> None:
+        threading.Thread(target=self._read, name="agent-stdin", daemon=True).start()
+        self.say(event="ready")
+        while not self.exit_wanted:
+            try:
+                command = self._main.get()
+            except KeyboardInterrupt:
+                self.say(event="interrupted")
+                continue
+            self._execute(command)
+
+    def say(self, **line: Any) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        with self._out:
+            while data:
+                data = data[os.write(1, data) :]
+
+    def _read(self) -> None:
+        rest = b""
+        while part := os.read(0, 1 << 16):
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                self._dispatch(json.loads(line))
+        os._exit(0)
+
+    def _dispatch(self, command: Command) -> None:
+        thread = command.pop("thread", None)
+        if command["do"] in ("release", "stop_loop"):  # what others wait for must not wait behind them
+            self._execute(command)
+        elif thread is None:
+            self._main.put(command)
+        else:
+            if thread not in self._threads:
+                self._threads[thread] = queue.SimpleQueue()
+                threading.Thread(
+                    target=self._work, args=(self._threads[thread],), name=f"agent-{thread}", daemon=True
+                ).start()
+            self._threads[thread].put(command)
+
+    def _work(self, commands: queue.SimpleQueue[Command]) -> None:
+        while True:
+            self._execute(commands.get())
+
+    def _execute(self, command: Command) -> None:
+        number, do = command.pop("id"), command.pop("do")
+        started = time.monotonic()
+        try:
+            handler: Callable[..., Any] = getattr(self, f"do_{do}")
+            answer: dict[str, Any] = {"value": handler(**command)}
+        except CommandError as e:
+            answer = {"error": {**error_of(e.error), **e.told}}
+        except BaseException as e:  # noqa: BLE001  also KeyboardInterrupt: it is an answer like others
+            answer = {"error": error_of(e)}
+        self.say(id=number, took=time.monotonic() - started, view=self.view(), **answer)
+
+    def view(self) -> dict[str, Any]:
+        comm = self.comm
+        if comm is None:
+            return {}
+        return {
+            "epoch": comm.epoch,
+            "members": comm.members,
+            "world": comm.world_size,
+            "group_world": comm.group_world_size,
+        }
+
+    # ---- membership
+
+    def need(self) -> pyccl.Communicator:
+        assert self.comm is not None, "no communicator was made"
+        return self.comm
+
+    def session(self) -> Any:
+        return self.comm._session if self.comm is not None else None
+
+    def do_make(
+        self,
+        address: str,
+        index: int,
+        peer: str,
+        group: int = 0,
+        connections: int | str = "auto",
+        mismatch_grace: float | None = None,
+        stall_timeout: float | None = None,
+        reach_timeout: float | None = None,
+    ) -> str:
+        """A communicator with a given peer id; times that would make tests long are shortened here."""
+        self.baseline = self.resources()
+        self.comm = pyccl.Communicator(address, group=group, connections=connections)
+        self.comm._id = bytes.fromhex(peer)
+        self.index, self.address = index, address
+        given = {"mismatch_grace": mismatch_grace, "stall_timeout": stall_timeout}
+        self.comm._config = replace(self.comm._config, **{k: v for k, v in given.items() if v is not None})
+        if reach_timeout is not None:
+            communicator.REACH_TIMEOUT_S = reach_timeout  # type: ignore[misc]  of update_topology
+        return self.comm.peer_id
+
+    def do_connect(self, timeout: float = DEADLINE_S, reach_timeout: float = 10.0) -> str:
+        comm = self.need()
+        comm.connect(timeout=timeout, reach_timeout=reach_timeout)
+        return comm.peer_id
+
+    def do_update_topology(self, timeout: float = DEADLINE_S) -> None:
+        self.need().update_topology(timeout)
+
+    def do_grow(self, world: int) -> None:
+        """As a program would: safe points until so many are there."""
+        while self.need().group_world_size < world:
+            self.need().update_topology(DEADLINE_S)
+
+    def do_wait_pending(self, count: int) -> None:
+        """Until the master has told of so many newcomers."""
+        until = time.monotonic() + DEADLINE_S
+        while self.session().pending < count:
+            assert time.monotonic() < until, f"{self.session().pending} of {count} newcomers"
+            time.sleep(0.005)
+
+    def do_wait_world(self, world: int) -> None:
+        """Until an epoch of so many members was entered."""
+        until = time.monotonic() + DEADLINE_S
+        while len(self.session().view.members) != world:
+            assert time.monotonic() < until, f"{len(self.session().view.members)} members, not {world}"
+            time.sleep(0.005)
+
+    def do_wait_blocked(self) -> None:
+        """Until a thread here waits for an operation."""
+        until = time.monotonic() + DEADLINE_S
+        while self.session()._waiting == 0:
+            assert time.monotonic() < until, "no thread waits"
+            time.sleep(0.005)
+
+    def do_wait_safe_point(self) -> None:
+        """Until a thread here stands at the safe point."""
+        until = time.monotonic() + DEADLINE_S
+        while self.session()._topology is None:
+            assert time.monotonic() < until, "no thread is at the safe point"
+            time.sleep(0.005)
+
+    def do_sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def do_are_peers_pending(self) -> bool:
+        return self.need().are_peers_pending()
+
+    def do_members(self) -> tuple[str, ...]:
+        return self.need().members
+
+    def do_close(self) -> None:
+        self.need().close()
+
+    def do_exit(self) -> None:
+        """The program ends without close()."""
+        self.exit_wanted = True
+
+    # ---- collectives
+
+    def do_all_reduce(self, **wanted: Any) -> dict[str, Any]:
+        reduce = Reduce(self.index, wanted)
+        return reduce.outcome(lambda: self.need().all_reduce(reduce.x, out=reduce.out, **reduce.keywords))
+
+    def do_submit(self, name: str, **wanted: Any) -> None:
+        reduce = Reduce(self.index, wanted)
+        self.works[name] = reduce.start(self.need()), reduce
+
+    def do_wait(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+        work, reduce = self.works[name]
+        return reduce.outcome(lambda: work.wait(timeout))
+
+    def do_done(self, name: str) -> bool:
+        return self.works[name][0].done()
+
+    def do_drop(self, **wanted: Any) -> None:
+        """Start an operation and lose the handle."""
+        Reduce(self.index, wanted).start(self.need())
+        gc.collect()
+
+    def do_loop(self, seed: int, count: int = 1000, tag: int = 0, report: int = 0) -> list[dict[str, Any]]:
+        """All-reduces of int64 until every member wants to stop: [stop?, step, random...]. One record for each."""
+        records: list[dict[str, Any]] = []
+        comm = self.need()
+        while True:
+            step = len(records)
+            x = draw(seed + step, self.index, count, "int64")
+            x[:2] = self.stop_wanted, step
+            info = comm.all_reduce(x, op="sum", tag=tag, timeout=DEADLINE_S)
+            records.append(
+                {
+                    "sha": sha(x[2:]),
+                    "members": info.members,
+                    "epoch": info.epoch,
+                    "attempts": info.attempts,
+                    "stops": int(x[0]),
+                    "step_sum": int(x[1]),
+                }
+            )
+            if len(records) == report:
+                self.say(event="loop")
+            if x[0] == info.world_size:
+                return records
+
+    def do_stop_loop(self) -> None:
+        self.stop_wanted = True
+
+    def do_broadcast(
+        self, seed: int, count: int, dtype: str, root: str, tag: int = 0, retry: bool = True
+    ) -> dict[str, Any]:
+        x = draw(seed, self.index, count, dtype)
+        before = x.copy()
+        try:
+            info = self.need().broadcast(x, root, tag=tag, retry=retry, timeout=DEADLINE_S)
+        except pyccl.PycclError as e:
+            raise CommandError(e, restored=same(x, before)) from e
+        return {"sha": sha(x), "info": told_info(info)}
+
+    def do_barrier(self, tag: int = 0, timeout: float = DEADLINE_S) -> dict[str, Any]:
+        return {"info": told_info(self.need().barrier(tag=tag, timeout=timeout))}
+
+    # ---- shared state
+
+    def do_state(self, arrays: dict[str, dict[str, Any]], revision: int = 0) -> str:
+        """arrays: name -> {seed, index, count, dtype, shape}; any dtype."""
+        made = {}
+        for name, how in arrays.items():
+            dtype = np.dtype(how["dtype"])
+            raw = draw(how["seed"], how.get("index", self.index), -(-how["count"] * dtype.itemsize // 8), "int64")
+            if dtype.kind == "b":
+                raw &= 0x0101010101010101
+            array = raw.view(np.uint8)[: how["count"] * dtype.itemsize].view(dtype)
+            made[name] = array.reshape(how.get("shape", array.shape))
+        self.state = pyccl.SharedState(made, revision=revision)
+        return self.state.digest()
+
+    def do_lie(self) -> None:
+        """Serve other bytes than those that were hashed."""
+        inner = handles.Engine.publish
+
+        def publish(engine: handles.Engine, sync: int, buffers: Any) -> None:
+            *arrays, table = buffers
+            inner(engine, sync, [*(np.bitwise_xor(array, 1) for array in arrays), table])
+
+        handles.Engine.publish = publish  # type: ignore[method-assign,assignment]
+
+    def do_poke(self, name: str, at: int, value: int) -> None:
+        """Change one byte."""
+        assert self.state is not None
+        self.state.arrays[name].reshape(-1).view(np.uint8)[at] = value
+
+    def do_advance(self, by: int = 1) -> None:
+        assert self.state is not None
+        self.state.revision += by
+
+    def do_sync(self, timeout: float = DEADLINE_S) -> dict[str, Any]:
+        assert self.state is not None
+        before = self.told_state()
+        try:
+            info = self.need().sync_shared_state(self.state, timeout=timeout)
+        except BaseException as e:
+            raise CommandError(e, restored=self.told_state() == before) from e
+        return {
+            "revision": info.revision,
+            "rx_bytes": info.rx_bytes,
+            "tx_bytes": info.tx_bytes,
+            "changed": info.changed,
+            "holders": info.holders,
+            "members": info.members,
+            "state": self.told_state(),
+        }
+
+    def told_state(self) -> dict[str, Any]:
+        assert self.state is not None
+        arrays = {name: sha(array.reshape(-1)) for name, array in self.state.arrays.items()}
+        return {"digest": self.state.digest(), "revision": self.state.revision, "arrays": arrays}
+
+    def do_digest(self) -> str:
+        assert self.state is not None
+        return self.state.digest()
+
+    # ---- traps and remains
+
+    def do_hook(self, phase: str, when: str = "before", **keywords: Any) -> None:
+        hook = Hook(phase, lambda at: self.say(event="hook", phase=at), **keywords)
+        self.hooks[phase] = hook
+        install(hook, when, self.session)
+
+    def do_release(self, phase: str) -> None:
+        self.hooks[phase].released.set()
+
+    def resources(self) -> dict[str, Any]:
+        fds = {}
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # the one of listdir itself
+                fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        children = []
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children") as text:
+                children += text.read().split()
+        names = sorted(t.name for t in threading.enumerate() if not t.name.startswith("agent-"))
+        ours = len(threading.enumerate()) - len(names)
+        return {
+            "threads": names,
+            "tasks": len(os.listdir("/proc/self/task")) - ours,
+            "fds": sorted(kind for kind in (target.split(":")[0] for target in fds.values())),
+            "children": children,
+        }
+
+    def do_resources(self) -> dict[str, Any]:
+        gc.collect()
+        return {"before": self.baseline, "now": self.resources()}
+
+    def do_fork(self, exit_normally: bool = False) -> dict[str, Any]:
+        """Use the communicator in a forked child."""
+        comm, (receive, send) = self.need(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                comm.all_reduce(np.zeros(4, np.float32))
+                told: dict[str, Any] = {"class": None}
+            except BaseException as e:  # noqa: BLE001
+                told = error_of(e)
+            comm.close()
+            os.write(send, json.dumps(told).encode())
+            if not exit_normally:
+                os._exit(0)
+            os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # the answers are the parent's
+            self.exit_wanted = True
+            return {}
+        os.close(send)
+        told = json.loads(os.read(receive, 1 << 16))
+        os.close(receive)
+        until = time.monotonic() + DEADLINE_S
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        return {**told, "status": os.waitstatus_to_exitcode(ended[1])}
+
+
+class Reduce:
+    """One all-reduce with its arrays."""
+
+    def __init__(self, index: int, wanted: dict[str, Any]) -> None:
+        self.keywords = {k: wanted[k] for k in ("op", "tag", "retry") if k in wanted}
+        self.keywords["timeout"] = wanted.get("timeout", DEADLINE_S)
+        dtype, kind = wanted.get("dtype", "float32"), wanted.get("kind", "plain")
+        self.x = draw(wanted["seed"], index, wanted["count"], dtype, kind)
+        self.before = self.x.copy()
+        self.out = np.full_like(self.x, 77) if wanted.get("out") else None
+
+    def start(self, comm: pyccl.Communicator) -> pyccl.Work:
+        return comm.all_reduce_async(self.x, out=self.out, **self.keywords)
+
+    def outcome(self, run: Callable[[], pyccl.ReduceInfo]) -> dict[str, Any]:
+        try:
+            info = run()
+        except BaseException as e:
+            raise CommandError(e, restored=same(self.x, self.before)) from e
+        result = self.x if self.out is None else self.out
+        kept = self.out is None or same(self.x, self.before)
+        return {"sha": sha(result), "kept": kept, "info": told_info(info)}
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
+
+
+def told_info(info: pyccl.ReduceInfo) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in info.__slots__}
+
+
+def main() -> None:
+    arguments = serve(int(sys.argv[2])) if sys.argv[1:2] == ["--zygote"] else ["agent"]
+    if arguments[0] == "master":
+        sys.argv = arguments
+        master.main()
+    logging.basicConfig(
+        level=logging.DEBUG, stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
+        datefmt="%H:%M:%S",
+    )  # fmt: skip
+    Agent().run()
+
+
+if __name__ == "__main__":
+    main()

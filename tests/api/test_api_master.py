@@ -1,0 +1,59 @@
+"""The master away: collectives go on, what needs it says so, and when it is back so is everything."""
+
+from __future__ import annotations
+
+import signal
+
+from cluster import Cluster
+
+
+def test_collectives_go_on_while_the_master_is_stopped(cluster: Cluster) -> None:
+    peers = cluster.members(3, reach_timeout=0.5)
+    newcomer = cluster.spawn(1)[0]
+    cluster.make([newcomer])
+    before = cluster.reduce(peers)["epoch"]
+    seed = cluster.rng.getrandbits(32)
+    loops = {peer: peer.call("loop", thread="loop", seed=seed, report=20) for peer in peers}
+    for peer in peers:
+        peer.wait_event("loop")
+    cluster.master.stop()
+    # what needs the master: a safe point ends with an error, and the operations beside it are none the worse
+    for call in [peer.call("update_topology") for peer in peers]:
+        call.error("MasterUnavailableError")
+    newcomer.call("connect", reach_timeout=0.5).error("MasterUnavailableError")
+    for peer in peers:
+        peer.ask("stop_loop")
+    records = {peer: loop.value() for peer, loop in loops.items()}
+    cluster.check_loops(records, seed)
+    assert {record["epoch"] for steps in records.values() for record in steps} == {before}
+    cluster.master.resume()
+    assert cluster.reduce(peers)["epoch"] == before  # nobody was evicted for the master's silence
+    cluster.admit(peers, [newcomer])
+    cluster.reduce([*peers, newcomer])
+
+
+def test_collectives_go_on_after_the_master_was_killed(cluster: Cluster) -> None:
+    peers = cluster.members(3, reach_timeout=0.5)
+    cluster.master.kill()
+    for _ in range(20):
+        cluster.reduce(peers)
+    for call in [peer.call("update_topology") for peer in peers]:
+        call.error("MasterUnavailableError")
+    assert [call.value() for call in [peer.call("are_peers_pending") for peer in peers]] == [False] * 3
+    for peer in peers:
+        peer.ask("state", arrays={"w": {"seed": peer.index, "count": 100, "dtype": "float32"}}, revision=1)
+    assert len({call.value()["state"]["digest"] for call in [peer.call("sync") for peer in peers]}) == 1
+    # nobody can settle a loss now: the operation ends with its own deadline, on all
+    *rest, victim = peers
+    victim.kill()
+    for call in [peer.call("all_reduce", seed=1, count=100, timeout=1.0) for peer in rest]:
+        assert call.error("DeadlineError")["restored"]
+    for peer in rest:
+        peer.ask("close")
+
+
+def test_the_master_ends_cleanly_on_sigterm_with_members_connected(cluster: Cluster) -> None:
+    peers = cluster.members(2)
+    cluster.master.signal(signal.SIGTERM)
+    assert cluster.master.wait() == 0
+    cluster.reduce(peers)

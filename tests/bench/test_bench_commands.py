@@ -1,0 +1,186 @@
+"""Every ``pyccl bench`` command on tiny sizes: what --json holds, exit statuses, and that no process remains."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+from bench_runs import RUN_S, Finished, all_gone, bench, carriers, started, state_of
+from click.testing import CliRunner
+
+from pyccl.bench import machine
+from pyccl.cli.main import main
+
+SUMMARY = {"median", "min", "max"}
+
+
+def check_head(told: dict[str, Any], name: str) -> None:
+    assert told["bench"] == name
+    assert told["command"].startswith(f"pyccl bench {name} ")
+    assert set(told["machine"]) == {"cpu", "cores", "kernel", "congestion_control", "load_1m"}
+    assert {"pyccl", "python", "numpy"} <= set(told["versions"])
+
+
+def check_summary(summary: dict[str, float]) -> None:
+    assert set(summary) == SUMMARY
+    assert 0 < summary["min"] <= summary["median"] <= summary["max"]
+
+
+def done(*arguments: str) -> dict[str, Any]:
+    finished = bench(*arguments, "--json")
+    assert finished.left == []
+    check_head(finished.json, arguments[0])
+    return finished.json
+
+
+def test_all_reduce_tells_raw_times_of_every_rank() -> None:
+    told = done("all-reduce", "--world", "3", "--mib", "0.05", "--iters", "2", "--warmup", "1", "--op", "avg", "--out")
+    assert set(told["systems"]) == {"pyccl"} and told["ratio_of_medians"] is None
+    figures = told["systems"]["pyccl"]
+    check_summary(figures["seconds"])
+    assert len(figures["raw_seconds"]) == 2
+    assert [len(times) for times in figures["rank_raw_seconds"]] == [2, 2, 2]
+    for i, slowest in enumerate(figures["raw_seconds"]):
+        assert slowest >= max(times[i] for times in figures["rank_raw_seconds"])
+    assert figures["wire_tx_bytes_per_rank"] >= min(figures["payload_tx_bytes_per_rank"]) > 0
+    assert figures["bus_gb_per_s"] > 0 and figures["cpu_s_per_gib"] > 0
+    assert told["settings"]["in_place"] is False and told["settings"]["op"] == "avg"
+
+
+def test_all_reduce_prints_a_table_for_a_person() -> None:
+    finished = bench("all-reduce", "--mib", "0.01", "--iters", "2", "--connections", "2")
+    assert finished.status == 0, finished.stderr
+    assert finished.left == []
+    for text in ("command   pyccl bench all-reduce", "machine   ", "versions  pyccl ", "bus GB/s", "CPU s/GiB"):
+        assert text in finished.stdout
+
+
+def test_all_reduce_against_gloo_uses_tcp_alone() -> None:
+    pytest.importorskip("torch")
+    told = done("all-reduce", "--mib", "0.5", "--iters", "2", "--vs", "gloo")
+    assert set(told["systems"]) == {"pyccl", "gloo"}
+    check_summary(told["systems"]["gloo"]["seconds"])
+    for transport in told["systems"]["gloo"]["transport"]:
+        assert transport["tcp_sockets"] > 0 and transport["carried_by_tcp"]
+        assert transport["unix_sockets"] == 0 and transport["shared_memory"] == []
+    medians = [told["systems"][name]["seconds"]["median"] for name in ("pyccl", "gloo")]
+    assert told["ratio_of_medians"] == pytest.approx(medians[0] / medians[1])
+
+
+def test_what_the_library_refuses_is_a_bad_argument_and_ends_all_processes() -> None:
+    finished = bench("all-reduce", "--mib", "0.01", "--iters", "2", "--quantize", "no-such-codec")
+    assert (finished.status, finished.left) == (2, [])
+    assert "no-such-codec" in finished.stderr and "Traceback" not in finished.stderr
+
+
+def test_gloo_without_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "is_installed", lambda package: False)
+    result = CliRunner().invoke(main, ["bench", "all-reduce", "--vs", "gloo"])
+    assert result.exit_code == 3
+    assert result.output == "pyccl bench: --vs gloo needs torch: pip install 'pyccl-p2p[torch]'\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["all-reduce", "--world", "1"],
+        ["all-reduce", "--mib", "0"],
+        ["all-reduce", "--connections", "none"],
+        ["all-reduce", "--connections", "65"],
+        ["all-reduce", "--dtype", "complex64"],
+        ["all-reduce", "--vs", "gloo", "--dtype", "int16"],
+        ["loss", "--world", "2"],
+        ["loss", "--cause", "boredom"],
+        ["sync", "--iters", "0"],
+        ["nothing"],
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_are_refused_at_once(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "is_installed", lambda package: True)
+    assert CliRunner().invoke(main, ["bench", *arguments]).exit_code == 2
+
+
+def test_join_tells_connect_sync_and_stall() -> None:
+    told = done("join", "--world", "3", "--iters", "2")
+    for name in ("connect_s", "sync_s", "total_s", "stall_s"):
+        check_summary(told[name])
+    assert len(told["arrivals"]) == 2
+    for arrival in told["arrivals"]:
+        assert arrival["rx_bytes"] == sum(arrival["source_bytes"]) == told["settings"]["state_bytes"]
+    assert told["quiet"]["longest_s"] >= told["quiet"]["median_s"] > 0
+
+
+def test_sync_tells_bytes_of_each_source() -> None:
+    told = done("sync", "--world", "3", "--mib", "3", "--iters", "1")
+    check_summary(told["sync_mb_per_s"])
+    (arrival,) = told["arrivals"]
+    assert len(arrival["source_bytes"]) == 2
+    assert arrival["rx_bytes"] == sum(arrival["source_bytes"]) == 3 << 20
+
+
+def test_loss_tells_the_gap_of_the_survivors() -> None:
+    told = done("loss", "--mib", "0.01", "--iters", "1", "--peer-timeout", "1")
+    for cause in ("killed", "silent"):
+        check_summary(told[cause]["gap_s"])
+    assert [loss["cause"] for loss in told["losses"]] == ["killed", "silent"]
+
+
+def test_kernels_tell_a_rate_for_each_instruction_set_and_place() -> None:
+    told = done("kernels", "--mib", "0.1", "--dtype", "float32", "--dtype", "int32", "--op", "avg", "--op", "max")
+    rates = told["rates"]
+    for rate in rates:
+        check_summary(rate["gib_per_s"])
+    reduces = [rate for rate in rates if rate["what"] == "reduce"]
+    assert {rate["place"] for rate in rates} == {"cache", "memory"}
+    assert {(rate["dtype"], rate["op"]) for rate in reduces} == {
+        ("float32", "avg"), ("float32", "max"), ("int32", "max"),  # integers have no average
+    }  # fmt: skip
+    assert {"memcpy", "reduce"} <= {rate["what"] for rate in rates}
+
+
+def test_kernels_print_a_table_that_says_what_is_counted() -> None:
+    finished = bench("kernels", "--mib", "0.1", "--dtype", "float32", "--op", "sum")
+    assert finished.status == 0, finished.stderr
+    assert "GiB/s of input read" in finished.stdout and "reduce float32 sum" in finished.stdout
+
+
+def test_digest_tells_own_rates_and_others() -> None:
+    told = done("digest", "--mib", "1")
+    whats = {rate["what"] for rate in told["rates"]}
+    assert {"pyccl chunks", "hashlib sha256"} <= whats
+    assert ("xxhash xxh3_128" in whats) == machine.is_installed("xxhash")
+    for rate in told["rates"]:
+        check_summary(rate["gib_per_s"])
+
+
+def wait_for_stopped_child(mark: str) -> None:
+    """Until a member was stopped; the run goes on for a minute after that."""
+    deadline = time.monotonic() + RUN_S
+    while not any(state_of(pid) == "T" for pid in carriers(mark)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+SILENT = ("loss", "--mib", "0.01", "--cause", "silent", "--iters", "1", "--peer-timeout", "60")
+
+
+def test_sigterm_in_the_middle_ends_all_processes_and_one_that_is_stopped_too() -> None:
+    with started(*SILENT) as (process, mark):
+        wait_for_stopped_child(mark)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=RUN_S)
+        finished = Finished(process.returncode, stdout, stderr, carriers(mark))
+    assert (finished.status, finished.left) == (128 + signal.SIGTERM, [])
+    assert "ended by signal 15" in finished.stderr
+
+
+def test_killed_command_leaves_no_process_not_even_one_that_is_stopped() -> None:
+    with started(*SILENT) as (process, mark):
+        wait_for_stopped_child(mark)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(RUN_S)
+        assert all_gone(mark)

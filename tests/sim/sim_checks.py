@@ -1,0 +1,197 @@
+"""What must always hold (design.md 4.1-4.5), judged at every event that could break it.
+
+The checks know everything and change nothing.
+
+An operation is named by (group, lineage, space, tag, seq); the lineage is the epoch in which numbers last restarted.
+Ends that the contract excepts are not judged: those of a peer that leaves or is out (its machine was told to end).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import sim_fsm
+from sim_world import S, SimError
+
+from pyccl._native._pyccl import lib
+from pyccl._proto import member
+from pyccl._proto.epoch import Epoch
+
+if TYPE_CHECKING:
+    from sim_cluster import SimCluster
+    from sim_engine import Attempt, Op
+    from sim_peer import SimPeer
+
+OpName = tuple[int, bytes, int, int, int]
+EXCUSE_S: Final = 2.0
+
+
+@dataclass(eq=False)
+class Fate:
+    """What became of one operation, everywhere."""
+
+    epoch: int = 0  # in which it committed
+    bound: set[tuple[bytes, bytes]] = field(default_factory=set)  # incarnations that may not have failed it
+    result: frozenset[tuple[Any, ...]] | None = None
+    committed: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    submits: dict[int, int] = field(default_factory=dict)  # process -> cookie
+
+
+class Checks:
+    def __init__(self, cluster: SimCluster) -> None:
+        self.cluster, self.world = cluster, cluster.world
+        self.fates: dict[OpName, Fate] = {}
+        self.epochs: dict[tuple[int, int], tuple[bytes, tuple[Any, ...]]] = {}
+        self.gone: dict[tuple[bytes, bytes], int] = {}  # incarnation -> first epoch without it
+        self.last_members: dict[int, Epoch] = {}
+        self.cut_counts: dict[bytes, tuple[str, list[tuple[int, int, int]]]] = {}
+        self.commits = self.failures = self.evictions = self.mismatches = 0
+        self.kinds: dict[str, int] = {}
+        self.statuses: dict[str, int] = {}
+
+    def fail(self, text: str) -> None:
+        raise SimError(text)
+
+    # ---- operations
+
+    def _fate(self, peer: SimPeer, op: Op) -> Fate:
+        assert op.seq is not None
+        return self.fates.setdefault((peer.group, op.lineage, op.space, op.tag, op.seq), Fate())
+
+    def started(self, peer: SimPeer, op: Op, attempt: Attempt) -> None:
+        fate = self._fate(peer, op)
+        known = fate.submits.setdefault(peer.index, op.cookie)
+        if known != op.cookie:
+            self.fail(f"{peer.name} gave one number to two operations: {self._name(op)}")
+
+    def committed(self, peer: SimPeer, op: Op, attempt: Attempt | None) -> None:
+        self.commits += 1
+        if attempt is None or attempt.result is None:
+            self.fail(f"{peer.name} commits {self._name(op)} without a result")
+            return
+        fate = self._fate(peer, op)
+        self.world.note("%s commits %s (attempt of epoch %d)", peer.name, self._name(op), attempt.epoch)
+        self._pure(peer, op, attempt, fate)
+        if fate.committed and (fate.epoch, fate.result) != (attempt.epoch, attempt.result):
+            self.fail(
+                f"{self._name(op)} committed twice: epoch {fate.epoch} {_show(fate.result)} at "
+                f"{list(fate.committed.values())}, epoch {attempt.epoch} {_show(attempt.result)} at {peer.name}"
+            )
+        fate.epoch, fate.result = attempt.epoch, attempt.result
+        assert peer.engine is not None
+        fate.bound.update(self.epochs[peer.group, peer.engine.number][1])  # by DONE from all; by verdict: all survivors
+        fate.committed[peer.index] = peer.name
+        self._atomic(op, fate)
+
+    def _pure(self, peer: SimPeer, op: Op, attempt: Attempt, fate: Fate) -> None:
+        """Exactly one contribution of each that owes one, of this epoch and of this very operation."""
+        values = attempt.result or frozenset()
+        if peer.engine is not None and peer.engine.members == (peer.peer,) != attempt.members:
+            values = frozenset(
+                v for v in values if v != (-1, peer.index)
+            )  # wrong bits, but who else is left to differ?
+        wrong = [v for v in values if len(v) != 4 or v[2] != attempt.epoch]
+        senders = [v[0] for v in values]
+        if wrong or len(set(senders)) != len(senders) or len(senders) != len(attempt.needs):
+            self.fail(f"{peer.name} commits {self._name(op)} of epoch {attempt.epoch} as {_show(attempt.result)}")
+        for sender, cookie, _, label in values:
+            process = self.cluster.peer(sender)
+            if process.peer not in attempt.members:
+                self.fail(f"{peer.name} commits {self._name(op)} with a value of {process.name}, who is no member")
+            if fate.submits.get(sender) != cookie:
+                self.fail(f"{peer.name} commits {self._name(op)} with {process.name}'s value for another operation")
+            if op.space == 0 and label != op.label and self.cluster.options.strict:
+                self.fail(f"{peer.name} commits {op.label} with {process.name}'s {label}: numbers have parted")
+
+    def failed(self, peer: SimPeer, op: Op, status: int, *, own_end: bool) -> None:
+        name = sim_fsm.status_name(status)
+        self.failures += 1
+        self.statuses[name] = self.statuses.get(name, 0) + 1
+        if status in (lib.PYCCL_ERR_CLOSED, lib.PYCCL_ERR_EVICTED, lib.PYCCL_ERR_OUTCOME_UNKNOWN) or own_end:
+            return
+        if op.seq is None:
+            return  # it never had a number: nobody can have committed it with us
+        self.world.note("%s fails %s: %s", peer.name, self._name(op), name)
+        fate = self._fate(peer, op)
+        fate.failed[peer.index] = name
+        self._atomic(op, fate)
+
+    def _atomic(self, op: Op, fate: Fate) -> None:
+        if not fate.committed:
+            return
+        for index, status in fate.failed.items():
+            process = self.cluster.peer(index)
+            if (process.peer, process.incarnation) in fate.bound:
+                self.fail(
+                    f"{self._name(op)} committed in epoch {fate.epoch} at {sorted(fate.committed.values())} "
+                    f"and failed at {process.name}: {status}"
+                )
+
+    def _name(self, op: Op) -> str:
+        return f"op {op.space}/{op.tag}/{op.seq} {op.label}"
+
+    # ---- epochs
+
+    def enters(self, peer: SimPeer, effect: member.Enter, counts: list[tuple[int, int, int]]) -> None:
+        epoch = effect.epoch
+        members = tuple((m.peer, m.incarnation) for m in epoch.members)
+        self.world.note("%s enters epoch %d %s", peer.name, epoch.number, [p.hex()[:8] for p in epoch.peers])
+        known = self.epochs.setdefault((peer.group, epoch.number), (epoch.id, members))
+        if known != (epoch.id, members):
+            self.fail(f"two epochs {epoch.number} in group {peer.group}")
+        for key in members:
+            if self.gone.get(key, 1 << 62) <= epoch.number:
+                self.fail(f"epoch {epoch.number} holds an incarnation that was out in {self.gone[key]}")
+        last = self.last_members.get(peer.index)
+        if last is not None:
+            if epoch.number <= last.number:
+                self.fail(f"{peer.name} goes from epoch {last.number} to {epoch.number}")
+            for old in last.members:
+                if (old.peer, old.incarnation) not in members:
+                    self.gone.setdefault((old.peer, old.incarnation), epoch.number)
+            if effect.restart and not effect.mismatch:
+                name, same = self.cut_counts.setdefault(epoch.id, (peer.name, sorted(counts)))
+                if same != sorted(counts):
+                    self.fail(
+                        f"at the safe point before epoch {epoch.number} {name} counts {same}, {peer.name} {counts}"
+                    )
+        self.last_members[peer.index] = epoch
+
+    def mismatch(self, peer: SimPeer, detail: str) -> None:
+        self.mismatches += 1
+        if self.cluster.options.strict:
+            self.fail(f"{peer.name} is told of a mismatch that nobody caused: {detail}")
+
+    # ---- frames and the master
+
+    def refused(self, peer: SimPeer, sender: bytes, what: object) -> None:
+        self.fail(f"{peer.name} refuses what {sender.hex()[:8]} sent: {what!r}")
+
+    def master_log(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "connection_refused":
+            self.fail(f"the master refuses an honest peer: {fields}")
+        elif event == "epoch_committed":
+            self.kinds[fields["kind"]] = self.kinds.get(fields["kind"], 0) + 1
+        elif event == "peer_lost":
+            self._lost(fields["peer"], fields["reason"])
+        elif event == "peer_evicted":
+            self.evictions += 1
+
+    def _lost(self, short: str, reason: str) -> None:
+        """Whoever is given up must have failed in some way of its own."""
+        found = [p for p in self.cluster.peers if p.peer.hex().startswith(short)]  # all its incarnations
+        if not any(self._excused(p) for p in found):
+            self.fail(f"the master gives up {short}, which is healthy: {reason}")
+
+    def _excused(self, peer: SimPeer) -> bool:
+        return not peer.runs or self.world.now <= peer.excused_until
+
+    def excuse(self, peer: SimPeer, for_s: float) -> None:
+        late_s = EXCUSE_S + 3 * self.cluster.options.peer_timeout
+        peer.excused_until = max(peer.excused_until, self.world.now + int((for_s + late_s) * S))
+
+
+def _show(result: frozenset[tuple[Any, ...]] | None) -> list[tuple[Any, ...]]:
+    return sorted(result or (), key=repr)

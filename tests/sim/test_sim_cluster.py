@@ -1,0 +1,133 @@
+"""Whole clusters from one seed: safe while faults last, live once they stop. Replay: pytest tests/sim --seed 1734
+
+An abort of the C code ends the process without a report: ``pytest -v`` shows the seed it was in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from sim_checks import Checks
+from sim_cluster import FAULT_KINDS, Options, SimCluster, draw_options, simulate
+
+
+@pytest.mark.seeded
+def test_cluster_is_atomic_pure_and_live_through_faults(seed: int, trace_max: int | None) -> None:
+    simulate(seed, trace_max=trace_max)
+
+
+def test_same_seed_gives_the_same_run() -> None:
+    first, second = simulate(7), simulate(7)
+    assert (first.world.events, first.world.now, first.checks.commits) == (
+        second.world.events,
+        second.world.now,
+        second.checks.commits,
+    )
+    assert first.world.trace_text() == second.world.trace_text()
+
+
+def test_seeds_reach_every_kind_of_epoch_fault_and_failure() -> None:
+    kinds: Counter[str] = Counter()
+    statuses: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
+    evictions = 0
+    for seed in range(5000, 5012):
+        checks: Checks = simulate(seed, faults=FAULT_KINDS, deadline_rate=0.05, flip_rate=0.01).checks
+        kinds.update(checks.kinds)
+        statuses.update(checks.statuses)
+        faults.update(draw_options(seed).faults)
+        evictions += checks.evictions
+    assert set(kinds) >= {"found", "join", "loss", "settle"}
+    assert set(statuses) >= {"DEADLINE", "ALONE", "PEER_LOST", "RESULT_DIFFERS", "EVICTED", "CLOSED"}
+    assert evictions > 5
+
+
+# ---- what must hold in one definite situation
+
+QUIET = Options(faults=(), peers=4, think_s=0.05, chaos_s=1e6)
+NO_SAFE_POINTS = replace(QUIET, meets=False)
+
+
+def _at_work(seed: int, options: Options) -> SimCluster:
+    """All are members of one epoch and reduce."""
+    cluster = SimCluster(seed, options)
+    cluster.world.run(1.0)  # all have started
+    assert cluster.converge(60.0), cluster.replay_line()
+    assert len(cluster.peers) == options.peers
+    return cluster
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_operations_commit_while_the_master_is_cut_off(seed: int) -> None:
+    cluster = _at_work(seed, QUIET)
+    for program in cluster.programs.values():
+        program.options = NO_SAFE_POINTS
+    cluster.world.run(cluster.world.now_s + 5)
+    sent = [peer.messages_out for peer in cluster.peers]
+    epochs = [peer.number for peer in cluster.peers]
+    commits = cluster.checks.commits
+    cluster.world.cut(cluster.master, None, 10.0)
+    cluster.world.run(cluster.world.now_s + 9.9)
+    assert cluster.checks.commits - commits > 200
+    assert [peer.messages_out for peer in cluster.peers] == sent, "a commit needs no message to the master"
+    cluster.world.run(cluster.world.now_s + 10)
+    assert [peer.number for peer in cluster.peers] == epochs
+    assert cluster.checks.evictions == 0
+
+
+@pytest.mark.parametrize("fault", ["master_stop", "master_cut"])
+@pytest.mark.parametrize("seed", range(6))
+def test_nobody_is_evicted_when_the_master_was_stopped_or_cut(seed: int, fault: str) -> None:
+    """Also in the middle of safe points, ballots and joins."""
+    cluster = _at_work(seed, Options(faults=(), peers=3, think_s=0.2, chaos_s=1e6, deadline_rate=0.1))
+    for _ in range(5):
+        cluster.do_fault(fault, cluster.peers[0], for_s=cluster.rng.random() * 8)
+        cluster.world.run(cluster.world.now_s + 10)
+    assert cluster.checks.evictions == 0
+    assert not any(peer.over for peer in cluster.peers), [peer.over for peer in cluster.peers]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nobody_is_evicted_for_one_paused_uplink_that_no_one_waits_for(seed: int) -> None:
+    cluster = _at_work(seed, QUIET)
+    for program in cluster.programs.values():
+        program.options = NO_SAFE_POINTS
+    cluster.world.run(cluster.world.now_s + 5)
+    commits = cluster.checks.commits
+    cluster.world.cut(cluster.peers[1], cluster.master, 20.0)
+    cluster.world.run(cluster.world.now_s + 30)
+    assert cluster.checks.evictions == 0
+    assert cluster.checks.commits - commits > 400
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fault", ["crash", "silence"])
+def test_survivors_go_on_soon_after_one_is_lost(seed: int, fault: str) -> None:
+    cluster = _at_work(seed, replace(QUIET, peer_timeout=5.0, mismatch_grace=5.0))
+    cluster.world.run(cluster.world.now_s + 2)
+    lost = cluster.peers[seed % 4]
+    cluster.do_fault(fault, lost, for_s=60.0)
+    done = {peer.index: cluster.programs[peer.index].rounds_done for peer in cluster.peers}
+    limit_s = 0.5 if fault == "crash" else 5.0 + 2.0
+    others = [peer for peer in cluster.peers if peer is not lost]
+
+    def gone_on() -> bool:
+        return all(
+            peer.machine.epoch is not None
+            and lost.peer not in peer.machine.epoch.peers
+            and cluster.programs[peer.index].rounds_done > done[peer.index] + 1
+            for peer in others
+        )
+
+    assert cluster.world.run(cluster.world.now_s + limit_s, gone_on), cluster.replay_line()
+    assert not any(peer.over for peer in others)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_program_that_skips_a_call_gets_a_mismatch_and_all_go_on(seed: int) -> None:
+    options = Options(faults=(), peers=3, think_s=0.05, chaos_s=30.0, strict=False, mismatch_rate=0.1)
+    cluster = SimCluster(seed, options).run()
+    assert cluster.checks.kinds["mismatch"] > 0
+    assert cluster.checks.evictions == 0

@@ -1,0 +1,277 @@
+"""Calls that are wrong in themselves: UsageError before anything is sent, arrays untouched. One process, one peer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyccl
+
+LISTENING = "listening on "
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def master() -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pyccl.cli.master", "--listen", "127.0.0.1:0", "--log-level", "error"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().removeprefix(LISTENING).strip()
+    finally:
+        process.terminate()
+        process.communicate(timeout=TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def comm(master: str) -> Iterator[pyccl.Communicator]:
+    with pyccl.connect(master, timeout=TIMEOUT_S) as comm:
+        yield comm
+
+
+def array(dtype: Any = np.float32, count: int = 12) -> np.ndarray[Any, Any]:
+    return np.arange(count).astype(dtype)
+
+
+def frozen() -> np.ndarray[Any, Any]:
+    x = array()
+    x.flags.writeable = False
+    return x
+
+
+WHOLE = array(count=24)
+
+BAD_ARRAYS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a list": (lambda: [1.0, 2.0], "not list"),
+    "a number": (lambda: 3.0, "not float"),
+    "read-only": (frozen, "read-only"),
+    "strided": (lambda: array()[::2], "not C-contiguous"),
+    "Fortran order": (lambda: np.asfortranarray(array().reshape(3, 4)), "not C-contiguous"),
+    "bool": (lambda: array(bool), "dtype bool"),
+    "uint8": (lambda: array(np.uint8), "dtype uint8"),
+    "float16": (lambda: array(np.float16), "dtype float16"),
+    "complex": (lambda: array(np.complex64), "dtype complex64"),
+    "object": (lambda: array(object), "dtype object"),
+    "other byte order": (lambda: array(">f4"), "dtype >f4"),
+    "structured": (lambda: np.zeros(3, [("a", "f4")]), "dtype"),
+    "bytes": (lambda: b"0123", "read-only"),
+    "bytearray": (lambda: bytearray(8), "dtype uint8"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_all_reduce_refuses_an_array_it_can_not_reduce_in_place(comm: pyccl.Communicator, what: str) -> None:
+    make, match = BAD_ARRAYS[what]
+    with pytest.raises(pyccl.UsageError, match=match):
+        comm.all_reduce(make())
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_all_reduce_refuses_an_out_it_can_not_write(comm: pyccl.Communicator, what: str) -> None:
+    with pytest.raises(pyccl.UsageError):
+        comm.all_reduce(array(), out=BAD_ARRAYS[what][0]())
+
+
+def test_broadcast_refuses_what_all_reduce_refuses(comm: pyccl.Communicator) -> None:
+    for make, match in BAD_ARRAYS.values():
+        with pytest.raises(pyccl.UsageError, match=match):
+            comm.broadcast(make(), root="0" * 32)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"op": "mean"}, "op='mean'"),
+        ({"op": None}, "op=None"),
+        ({"op": ["sum"]}, "op="),
+        ({"tag": -1}, "tag=-1"),
+        ({"tag": 2**32}, "tag=4294967296"),
+        ({"tag": 1.0}, "tag=1.0"),
+        ({"tag": True}, "tag=True"),
+        ({"tag": "1"}, "tag='1'"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"timeout": -1.0}, "timeout=-1"),
+        ({"timeout": float("nan")}, "timeout=nan"),
+        ({"timeout": None}, "timeout=None"),
+        ({"timeout": "1"}, "timeout='1'"),
+        ({"quantize": "uint8"}, "quantize='uint8'"),
+        ({"algorithm": "ring"}, "algorithm='ring'"),
+        ({"weight": 2.0}, "weight=2.0"),
+    ],
+)
+def test_all_reduce_refuses_bad_keywords(comm: pyccl.Communicator, keywords: dict[str, Any], match: str) -> None:
+    x = array()
+    with pytest.raises(pyccl.UsageError, match=match):
+        comm.all_reduce(x, **keywords)
+    assert np.array_equal(x, array())
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_avg_of_integers_is_refused(comm: pyccl.Communicator, dtype: Any) -> None:
+    with pytest.raises(pyccl.UsageError, match="avg"):
+        comm.all_reduce(array(dtype), op="avg")
+
+
+@pytest.mark.parametrize(
+    ("x", "out"),
+    [
+        (WHOLE[:12], WHOLE[1:13]),
+        (WHOLE[1:13], WHOLE[:12]),
+        (WHOLE[:12], WHOLE[11:23]),
+        (array(), array(np.float64)),
+        (array(), array(count=11)),
+        (array(), array().reshape(3, 4)),
+    ],
+    ids=["ahead", "behind", "by one element", "dtype", "count", "shape"],
+)
+def test_an_out_that_overlaps_in_part_or_does_not_fit_is_refused(
+    comm: pyccl.Communicator, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]
+) -> None:
+    with pytest.raises(pyccl.UsageError, match="out"):
+        comm.all_reduce(x, out=out)
+
+
+def test_what_is_right_passes_the_checks_and_finds_itself_alone(comm: pyccl.Communicator) -> None:
+    x = array()
+    for call in (
+        lambda: comm.all_reduce(x),
+        lambda: comm.all_reduce(x, out=x),
+        lambda: comm.all_reduce(x, op=pyccl.ReduceOp.AVG, out=array()),
+        lambda: comm.all_reduce(frozen(), out=array()),
+        lambda: comm.all_reduce(WHOLE[:12], out=WHOLE[12:], tag=np.uint32(7), timeout=float("inf")),
+        lambda: comm.all_reduce(array().reshape(3, 4), algorithm="direct", quantize=None, weight=1.0),
+        lambda: comm.all_reduce(np.zeros(())),
+        lambda: comm.all_reduce(memoryview(array())),
+        lambda: comm.all_reduce(array(count=0)),
+        lambda: comm.broadcast(frozen(), root=comm.peer_id),
+        lambda: comm.barrier(tag=2**32 - 1),
+    ):
+        with pytest.raises(pyccl.AloneError):
+            call()
+    assert np.array_equal(x, array())
+
+
+@pytest.mark.parametrize("root", ["", "0" * 31, "g" * 32, b"0" * 32, 7, None])
+def test_a_root_that_is_no_peer_id_is_refused(comm: pyccl.Communicator, root: Any) -> None:
+    with pytest.raises(pyccl.UsageError, match="no peer id"):
+        comm.broadcast(array(), root=root)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), None, "1"])
+def test_other_calls_refuse_bad_timeouts_too(comm: pyccl.Communicator, timeout: Any) -> None:
+    state = pyccl.SharedState({"x": array()})
+    for call in (
+        lambda: comm.barrier(timeout=timeout),
+        lambda: comm.broadcast(array(), root=comm.peer_id, timeout=timeout),
+        lambda: comm.update_topology(timeout=timeout),
+        lambda: comm.sync_shared_state(state, timeout=timeout),
+        lambda: pyccl.Communicator("127.0.0.1:1").connect(timeout=timeout),
+        lambda: pyccl.Communicator("127.0.0.1:1").connect(reach_timeout=timeout),
+    ):
+        with pytest.raises(pyccl.UsageError, match="timeout"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", ":1", "h:", "h:0", "h:65536", "h:-1", "h:x", "h: 1", "[::1", "[::1]:", "a b:1", "http://h:1", None, 1, b"h:1"],
+)
+def test_an_address_that_is_none_is_refused(address: Any) -> None:
+    with pytest.raises(pyccl.UsageError):
+        pyccl.Communicator(address)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"group": -1}, "group=-1"),
+        ({"group": 2**32}, "group="),
+        ({"group": "0"}, "group='0'"),
+        ({"connections": 0}, "connections=0"),
+        ({"connections": 65}, "connections=65"),
+        ({"connections": "many"}, "connections='many'"),
+        ({"connections": 2.0}, "connections=2.0"),
+    ],
+)
+def test_a_communicator_refuses_bad_keywords(keywords: dict[str, Any], match: str) -> None:
+    with pytest.raises(pyccl.UsageError, match=match):
+        pyccl.Communicator("127.0.0.1:1", **keywords)
+
+
+def test_nothing_works_before_connect_and_after_close(master: str) -> None:
+    comm = pyccl.Communicator(master, group=9)
+    calls: list[Callable[[], Any]] = [
+        lambda: comm.all_reduce(array()),
+        lambda: comm.all_reduce_async(array()),
+        lambda: comm.broadcast(array(), root=comm.peer_id),
+        comm.barrier,
+        comm.update_topology,
+        comm.are_peers_pending,
+        lambda: comm.sync_shared_state(pyccl.SharedState({"x": array()})),
+    ]
+    for call in calls:
+        with pytest.raises(pyccl.UsageError, match="not connected"):
+            call()
+    assert (comm.epoch, comm.members, comm.world_size, comm.group_world_size) == (0, (), 0, 0)
+    comm.close()
+    comm.connect(timeout=TIMEOUT_S)
+    assert comm.members == (comm.peer_id,) and comm.epoch == 1
+    with pytest.raises(pyccl.UsageError, match="connected already"):
+        comm.connect()
+    comm.close()
+    comm.close()
+    for call in calls:
+        with pytest.raises(pyccl.UsageError, match="closed"):
+            call()
+
+
+def test_a_usage_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        pyccl.Communicator("host:x")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ({}, "at least one"),
+        ({"": array()}, "name"),
+        ({"x" * 1025: array()}, "name"),
+        ({7: array()}, "name"),
+        ({"x": [1, 2]}, "NumPy array"),
+        ({"x": array(object)}, "Python objects"),
+        ({"x": array()[::2]}, "C-contiguous"),
+        ({"x": frozen()}, "read-only"),
+        ({"x": WHOLE[:12], "y": WHOLE[11:]}, "share memory"),
+        ({"x": WHOLE, "y": WHOLE}, "share memory"),
+    ],
+)
+def test_a_shared_state_refuses_what_it_can_not_hold(arrays: dict[Any, Any], match: str) -> None:
+    with pytest.raises(pyccl.UsageError, match=match):
+        pyccl.SharedState(arrays)
+
+
+@pytest.mark.parametrize("revision", [-1, 2**63, 1.0, "1", None, True])
+def test_a_revision_is_a_whole_number(revision: Any) -> None:
+    with pytest.raises(pyccl.UsageError, match="revision"):
+        pyccl.SharedState({"x": array()}, revision=revision)
+    state = pyccl.SharedState({"x": array()}, revision=3)
+    with pytest.raises(pyccl.UsageError, match="revision"):
+        state.revision = revision
+    assert state.revision == 3
+
+
+def test_sync_refuses_what_it_does_not_know(comm: pyccl.Communicator) -> None:
+    state = pyccl.SharedState({"x": array()})
+    for strategy in ("receive_only", "send_only", "", None):
+        with pytest.raises(pyccl.UsageError, match="strategy"):
+            comm.sync_shared_state(state, strategy)  # type: ignore[arg-type]
+    with pytest.raises(pyccl.UsageError, match="SharedState"):
+        comm.sync_shared_state({"x": array()})  # type: ignore[arg-type]
