@@ -240,6 +240,13 @@ static void pump_all(pyccl_engine *engine) {
         if (p->link.wants_send) link_pump(&p->link);
 }
 
+void engine_heard(pyccl_engine *engine, peer *p) {
+    if (!p->silent) return;
+    p->silent = false;
+    const pyccl_event event = {.type = PYCCL_EVENT_LINK_HEARD, .slot = p->link.slot};
+    engine_event(engine, &event);
+}
+
 static void conn_event(pyccl_engine *engine, pyccl_conn *conn, uint32_t events) {
     if (conn->fd < 0) return;
     peer *p = (peer *)conn->link;
@@ -251,10 +258,7 @@ static void conn_event(pyccl_engine *engine, pyccl_conn *conn, uint32_t events) 
     }
     if ((events & EPOLLOUT) != 0) link_conn_writable(conn);
     if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) link_conn_readable(conn);
-    if (!p->silent || p->link.rx_bytes == before) return;
-    p->silent = false;
-    const pyccl_event event = {.type = PYCCL_EVENT_LINK_HEARD, .slot = p->link.slot};
-    engine_event(engine, &event);
+    if (p->link.rx_bytes != before) engine_heard(engine, p);
 }
 
 /* ---- the pulse ---- */
@@ -315,9 +319,10 @@ static void sooner(int64_t *due, int64_t at_ns) {
     if (at_ns < *due) *due = at_ns;
 }
 
+/* A member without any connection is silent too: the host may be gone, so that nothing refuses a new one. */
 static void silence_check(pyccl_engine *engine, peer *p) {
     const int64_t now = engine->env.now_ns;
-    if (p->link.conn_count == 0) return;
+    if (p->link.conn_count == 0 && p->rank < 0) return;
     if (link_is_paused(&p->link)) p->link.heard_ns = now;
     if (p->silent) return;
     if (now - p->link.heard_ns >= engine->options.silence_ns) {

@@ -87,6 +87,7 @@ static void run_conn_add(pyccl_engine *engine, command *c) {
     wanted->error = errno;
     if (c->status != PYCCL_OK) return;
     check_within(engine, engine->options.heartbeat_ns);
+    engine_heard(engine, p); /* it shook hands just now; should it fall silent again, that is told again */
     if (!p->reset_owed) return;
     p->reset_owed = false;
     if (p->rank < 0) return;

@@ -1017,6 +1017,40 @@ TEST(engine_reports_silence_and_hears_again) {
     cluster_close(&c);
 }
 
+/* Engine 1 is gone; our end of a new connection stands in its place, still a member. */
+static void take_the_place_of_1(cluster *c, int pair[2]) {
+    pyccl_engine_stop(c->engine[1], PYCCL_ERR_CLOSED);
+    CHECK(await_event(c->engine[0], PYCCL_EVENT_CONN_DOWN, NULL));
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_EQ(pyccl_engine_conn_add(c->engine[0], c->slot[0][1], pair[0]), PYCCL_OK);
+}
+
+TEST(engine_reports_a_member_without_a_connection_as_silent) {
+    cluster c;
+    cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, SECOND / 5);
+    pyccl_engine_stop(c.engine[1], PYCCL_ERR_CLOSED);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, NULL));
+    pyccl_event event = {0};
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_SILENT, &event));
+    CHECK_EQ(event.slot, c.slot[0][1]);
+    cluster_close(&c);
+}
+
+TEST(engine_reports_silence_again_on_a_new_connection) {
+    cluster c;
+    cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, SECOND / 5);
+    int pair[2], other[2];
+    take_the_place_of_1(&c, pair);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_SILENT, NULL));
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, other) == 0);
+    CHECK_EQ(pyccl_engine_conn_add(c.engine[0], c.slot[0][1], other[0]), PYCCL_OK);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_HEARD, NULL));
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_SILENT, NULL));
+    close(pair[1]);
+    close(other[1]);
+    cluster_close(&c);
+}
+
 TEST(engine_pulse_beats_and_reports_its_end) {
     cluster c;
     cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, 5 * SECOND);
