@@ -36,6 +36,7 @@
 #define SCRATCH_KEPT 4               /* freed result buffers that are kept: the biggest */
 #define PIECES_KEPT 16               /* freed piece buffers that are kept */
 #define ENGINE_TILE_FLOATS 65536     /* of the longest codec block */
+#define CONTROL_WAITING_MAX (1 << 18) /* control frames that wait for one peer when it sends another: more is hostile */
 #define ASKS_MAX 1024                /* queued at the one who serves, per peer */
 #define ASKS_SENT_MAX 256            /* unanswered at the one who asks, per peer */
 

@@ -106,6 +106,7 @@ static link_verdict frame_whole(pyccl_engine *engine, peer *p, pyccl_conn *conn)
     default: break;
     }
     PYCCL_ASSERT(conn->sink.kind == SINK_CONTROL);
+    if (p->link.control_count > CONTROL_WAITING_MAX) return LINK_REFUSE; /* it asks and does not read our answers */
     if (conn->frame.type == PYCCL_FRAME_STATE_ASK) return state_asked(engine, p, &conn->frame);
     if (conn->frame.type != PYCCL_FRAME_STATE_NONE) return message_end(engine, p, conn);
     state_none(engine, p, &conn->frame);

@@ -1051,6 +1051,30 @@ TEST(engine_reports_silence_again_on_a_new_connection) {
     cluster_close(&c);
 }
 
+TEST(engine_refuses_a_peer_that_asks_without_end_and_reads_no_answer) {
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    int64_t x = 0;
+    const pyccl_op_args args = {.spec = {.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_INT64, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT,
+                                         .count = 1}, .src = &x, .dst = &x, .timeout_ns = 1};
+    pyccl_op *op;
+    REQUIRE(pyccl_op_submit(c.engine[0], &args, &op) == PYCCL_OK);
+    CHECK_EQ(finish(op), PYCCL_ERR_DEADLINE); /* a tombstone, which answers */
+    int pair[2];
+    take_the_place_of_1(&c, pair);
+    const int kept = c.raw[1][0][0];
+    c.raw[1][0][0] = pair[1];
+    pyccl_event event = {0};
+    for (uint32_t k = 0; k < 2000000 && event.type != PYCCL_EVENT_LINK_REFUSED; k++) {
+        send_frame(&c, 1, 0, (pyccl_frame){.type = PYCCL_FRAME_ASK}, 0);
+        if (k % 1000 == 0) (void)pyccl_engine_events(c.engine[0], &event, 1);
+    }
+    CHECK_EQ(event.type, PYCCL_EVENT_LINK_REFUSED);
+    c.raw[1][0][0] = kept;
+    close(pair[1]);
+    cluster_close(&c);
+}
+
 TEST(engine_pulse_beats_and_reports_its_end) {
     cluster c;
     cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, 5 * SECOND);
