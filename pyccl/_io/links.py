@@ -154,7 +154,7 @@ class Links:
             missing = tuple(
                 sorted(p for p in self._wanted if p not in self._peers or not self._engine.conns(self._peers[p].slot))
             )
-            self._version = None
+            # the version stays open: should a link come up after all, `ready` takes the complaint back
             self._events.failed(version, missing, f"no data connection within {LINKS_TIMEOUT_S:.0f} s")
 
     # -- connections
@@ -176,8 +176,9 @@ class Links:
                         with_hello = await self._greet(stream, peer.member)
                     if with_hello:
                         peer.dialing.discard(scope)
-                        self._adopt(peer, stream)
-                        return
+                        if self._adopt(peer, stream):
+                            return
+                        peer.dialing.add(scope)
                 except ConnectionRefusedError as e:
                     if self._is_known(peer) and self._engine.conns(peer.slot) == 0:
                         self._events.refused(peer.member.peer, str(e))
@@ -192,6 +193,8 @@ class Links:
         for address in addresses:
             try:
                 return await trio.open_tcp_stream(address.host, address.port)
+            except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
+                error = OSError(f"{address.host!r} is no name of a host: {e}")
             except OSError as e:
                 # trio wraps the causes of several addresses of one name into one OSError
                 causes = (e.__cause__,) if not isinstance(e.__cause__, BaseExceptionGroup) else e.__cause__.exceptions
@@ -219,13 +222,19 @@ class Links:
         await trio.aclose_forcefully(stream)
         return False
 
-    def _adopt(self, peer: _Peer, stream: trio.SocketStream) -> None:
+    def _adopt(self, peer: _Peer, stream: trio.SocketStream) -> bool:
+        """Hand it to the engine. False: the link still has no connection."""
         if not self._is_known(peer):
             stream.socket.close()
-            return
-        self._engine.conn_add(peer.slot, stream.socket.detach())
+            return True
+        try:
+            self._engine.conn_add(peer.slot, stream.socket.detach())
+        except (OSError, PycclError) as e:  # above all: the link has all the connections that it may have
+            log.info("connection_not_taken peer=%s cause=%s", peer.member.peer.hex()[:8], e)
+            return self._engine.conns(peer.slot) > 0
         self._events.up(peer.member.peer)
         self._check_ready()
+        return True
 
     async def serve(self, listener: trio.SocketListener) -> None:
         await trio.serve_listeners(self._accept, [listener])

@@ -1,0 +1,129 @@
+"""Links against a fake engine: what foreign data and a late connection may do, and what not."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+import trio
+
+from pyccl._io import envelope, links
+from pyccl._proto import limits
+from pyccl._proto.epoch import Address, Member
+from pyccl._proto.messages import PeerHello, PeerWelcome
+from pyccl.errors import UsageError
+
+RUN = b"R" * 16
+ME = Member(b"\x01" * 16, b"a" * 16)
+OTHER = b"\x02" * 16
+
+
+class FakeEngine:
+    """Counts connections; more than `most` of a link are refused as the engine refuses them."""
+
+    def __init__(self, most: int = 64) -> None:
+        self.most = most
+        self.links: dict[int, int] = {}
+
+    def peer_add(self, peer: bytes) -> int:
+        slot = len(self.links)
+        self.links[slot] = 0
+        return slot
+
+    def peer_remove(self, slot: int) -> None:
+        del self.links[slot]
+
+    def conn_add(self, slot: int, fd: int) -> None:
+        os.close(fd)
+        if self.links[slot] == self.most:
+            raise UsageError("conn_add: too many")
+        self.links[slot] += 1
+
+    def conns(self, slot: int) -> int:
+        return self.links.get(slot, 0)
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.ready: list[int] = []
+        self.failed: list[int] = []
+
+    def events(self) -> links.LinkEvents:
+        return links.LinkEvents(
+            self.ready.append, lambda version, who, why: self.failed.append(version), lambda *_: None, lambda *_: None
+        )
+
+
+def make(engine: FakeEngine, heard: Heard, nursery: trio.Nursery) -> links.Links:
+    engine_: Any = engine
+    return links.Links(RUN, ME, engine_, 1, nursery, heard.events())
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", ".", "\u0640"])
+def test_a_host_name_that_no_resolver_takes_is_a_failed_dial(host: str) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            made = make(FakeEngine(), Heard(), nursery)
+            made.open(1, [Member(OTHER, b"b" * 16, (Address(host, 1),))])
+            await trio.sleep(0.3)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
+    async def main() -> None:
+        engine = FakeEngine(most=2)
+        listener, address = await links.listen("127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            made = make(engine, Heard(), nursery)
+            made.open(1, [Member(OTHER, b"b" * 16)])
+            nursery.start_soon(made.serve, listener)
+            for _ in range(4):
+                async with await trio.open_tcp_stream(address.host, address.port) as stream:
+                    hello = PeerHello(limits.PROTOCOL_VERSION, RUN, OTHER, b"b" * 16, ME.peer, ME.incarnation)
+                    await stream.send_all(envelope.pack(hello))
+                    assert isinstance(await envelope.receive(stream), PeerWelcome)
+            await trio.sleep(0.1)
+            assert engine.conns(0) == 2
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_link_that_comes_up_after_the_time_ran_out_is_reported_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "LINKS_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        engine, heard = FakeEngine(), Heard()
+        closed = socket.create_server(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        closed.close()
+        async with trio.open_nursery() as nursery:
+            made = make(engine, heard, nursery)
+            made.open(7, [Member(OTHER, b"b" * 16, (Address("127.0.0.1", port),))])
+            with trio.fail_after(5):
+                while not heard.failed:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            assert heard.ready == []
+
+            async def accept(stream: trio.SocketStream) -> None:
+                async with stream:
+                    await envelope.receive(stream)
+                    await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
+                    await trio.sleep_forever()
+
+            sock = trio.socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            await sock.bind(("127.0.0.1", port))
+            sock.listen(5)
+            nursery.start_soon(trio.serve_listeners, accept, [trio.SocketListener(sock)])
+            with trio.fail_after(5):
+                while not heard.ready:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            assert heard.ready == [7] and heard.failed == [7]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
