@@ -358,6 +358,7 @@ class Op:
     def __init__(self, engine: Engine, slot: Any, pins: list[Any]) -> None:
         self._engine: Engine | None = engine  # kept alive until the release
         self._slot, self._pins = slot, pins  # slot: pyccl_op **, filled by the submit
+        self._free_lock = threading.RLock()  # who looks at the handle in ``done`` keeps it from being freed meanwhile
         self.abandoned = False
         self.keeps = False  # an all_gather without dst: its result stays here until ``take``
         self.ended: OpInfo | None = None  # set by ``finish``
@@ -367,7 +368,9 @@ class Op:
         return self._slot[0]
 
     def done(self) -> bool:
-        return self._handle == ffi.NULL or bool(lib.pyccl_op_done(self._handle))
+        with self._free_lock:
+            handle = self._handle
+            return handle == ffi.NULL or bool(lib.pyccl_op_done(handle))
 
     def abandon(self) -> None:
         """Nobody will wait for it: it runs on, and the engine releases it some time after its end."""
@@ -421,9 +424,10 @@ class Op:
         engine = self._engine
         if engine is None or not engine.forget(self):
             return
-        handle, self._slot[0] = self._slot[0], ffi.NULL
-        self._pins.clear()
-        lib.pyccl_op_free(handle)
+        with self._free_lock:
+            handle, self._slot[0] = self._slot[0], ffi.NULL
+            self._pins.clear()
+            lib.pyccl_op_free(handle)
         self._engine = None
 
 
