@@ -87,7 +87,7 @@ class MasterServer:
         if pulse.version != limits.PROTOCOL_VERSION or not self._machine.knows(pulse.peer, pulse.incarnation):
             return
         header = b""
-        while part := await stream.receive_some(FRAME_BYTES - len(header)):
+        while part := await self._pulse_bytes(stream, FRAME_BYTES - len(header)):
             header += part
             if len(header) < FRAME_BYTES:
                 continue
@@ -95,6 +95,12 @@ class MasterServer:
                 return
             header = b""
             self._perform(self._machine.heard(pulse.peer, pulse.incarnation, trio.current_time()))
+
+    async def _pulse_bytes(self, stream: trio.SocketStream, size: int) -> bytes:
+        """Empty at the end, and after a long silence: a host that is gone never closes. Who lives makes another."""
+        with trio.move_on_after(max(_DEAD_MS / 1000, 3 * self._machine.peer_timeout)):
+            return bytes(await stream.receive_some(size))
+        return b""
 
     async def _control(self, stream: trio.SocketStream, first: Message) -> None:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
