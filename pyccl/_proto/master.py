@@ -321,6 +321,8 @@ class MasterMachine:
             self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
         elif record is None:
             self._on_newcomer(conn, hello)
+        elif record.standing is Standing.PENDING:
+            self._on_newcomer_again(conn, hello, record)
         elif record.lost_for_good:
             self._send_evicted(conn, record.lost)
         else:
@@ -334,9 +336,7 @@ class MasterMachine:
             return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}"
         if record is not None and record.group != hello.group:
             return f"this incarnation belongs to group {record.group}"
-        if record is not None and record.conn is not None and hello.resume is None:
-            return "this incarnation is connected already"
-        if record is not None and record.standing is Standing.PENDING:
+        if record is not None and record.standing is Standing.PENDING and hello.resume is not None:
             return "this incarnation was not admitted yet, there is nothing to resume"
         if record is None and hello.group not in self._groups and len(self._groups) >= limits.GROUPS_MAX:
             return f"this master keeps at most {limits.GROUPS_MAX} groups"
@@ -360,6 +360,15 @@ class MasterMachine:
         self._attach(conn, record, resumed=False)
         self._log("peer_pending", peer=short(record.peer), group=record.group, library=record.library)
         self._advance(group)
+
+    def _on_newcomer_again(self, conn: int, hello: Hello, record: _Peer) -> None:
+        """It gave up a connection whose end we have not noticed (a NAT that forgot it): it starts over."""
+        reason = "the same incarnation has come on a newer connection"
+        old = record.conn
+        self._forget_newcomer(record, reason)
+        if old is not None:
+            self._close(old, reason)
+        self._on_newcomer(conn, hello)
 
     def _on_return(self, conn: int, hello: Hello, record: _Peer) -> None:
         """A living member's control connection came back. Tell it what it may have missed; it tells us the same."""

@@ -153,11 +153,29 @@ def test_other_version_is_rejected_with_both_versions_named() -> None:
     assert 1 in world.closed
 
 
-def test_second_connection_of_a_connected_incarnation_is_rejected() -> None:
+def test_newer_connection_of_a_connected_incarnation_takes_the_place_of_the_older() -> None:
+    """Its old connection may be half open: only the peer knows that it is dead. Here it had missed its first commit."""
     world = group_of(2)
     world.hello(2, conn=20)
-    assert world.last(20, Rejected).reason == "this incarnation is connected already"
-    assert 2 not in world.closed
+    assert world.last(20, Welcome).resumed
+    assert world.last(20, EpochCommit).epoch == world.epoch(1)
+    assert 2 in world.closed and 20 not in world.closed
+
+
+def test_newcomer_that_comes_again_starts_over_while_its_old_connection_is_half_open() -> None:
+    world = World()
+    world.hello(1)
+    world.hello(2)
+    world.hello(2, conn=20)
+    assert not world.got(20, Rejected) and not world.last(20, Welcome).resumed
+    assert 2 in world.closed
+    world.say(1, Arrive(1))
+    proposal = world.last(20, EpochPropose)
+    assert proposal.epoch.peers == (peer_id(1), peer_id(2))
+    world.do(world.master.disconnected(2, world.now))
+    world.say(1, Ready(2, proposal.version))
+    world.say(20, Ready(2, proposal.version))
+    assert world.epoch(20).peers == (peer_id(1), peer_id(2))
 
 
 def test_new_incarnation_of_a_live_member_waits_and_is_not_proposed_beside_it() -> None:
