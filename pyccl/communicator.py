@@ -107,6 +107,7 @@ class Work:
             DeadlineError: with `timeout`, when it passed: the operation goes on, nothing was aborted.
             KeyboardInterrupt: Ctrl-C; the operation was given up (input restored) unless it was complete already.
         """
+        self._comm._check_process()  # in a forked child nothing would ever end it
         with self._lock:
             info = self._op.ended
             if info is None:
@@ -324,7 +325,14 @@ class Communicator:
             EvictedError, OutcomeUnknownError: this peer is out of the run; ``connect()`` again.
             After every one of them ``x`` holds its input.
         """
-        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block).wait()
+        begun: list[Op] = []
+        try:
+            return self._reduce(
+                x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, begun
+            ).wait()
+        except BaseException:
+            _give_up(begun)
+            raise
 
     def all_reduce_async(
         self,
@@ -341,7 +349,12 @@ class Communicator:
         quantize_block: int = QUANTIZE_BLOCK,
     ) -> Work:
         """Start an ``all_reduce`` and return a handle; ``x`` and ``out`` belong to it until ``wait()`` has ended."""
-        return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
+        begun: list[Op] = []
+        try:
+            return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, begun)
+        except BaseException:
+            _give_up(begun)
+            raise
 
     def broadcast(
         self, x: Any, root: str, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
@@ -380,8 +393,13 @@ class Communicator:
         buffer = as_buffer("x", x, writable=False)
         dtype = numpy_dtype(buffer)
         spec = Spec(Kind.ALL_GATHER, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry))
-        work = self._start(session, spec, buffer.bytes_, None, timeout, "all_gather")
-        info = work.wait()
+        begun: list[Op] = []
+        try:
+            work = self._start(session, spec, buffer.bytes_, None, timeout, "all_gather", begun)
+            info = work.wait()
+        except BaseException:
+            _give_up(begun)
+            raise
         out = np.empty((info.world_size, *buffer.shape), dtype)
         if out.size:
             work.take(out.reshape(-1).view(np.uint8))
@@ -490,6 +508,7 @@ class Communicator:
         retry: bool,
         timeout: float,
         quantize_block: int,
+        begun: list[Op],
     ) -> Work:
         session = self._require()
         source = as_buffer("x", x, writable=out is None)
@@ -503,14 +522,21 @@ class Communicator:
             Kind.ALL_REDUCE, source.code, source.count, _OPS[known],
             tag=_tag(tag), retry=bool(retry), codec=codec, block=block, weight=_weight(weight, known),
         )  # fmt: skip
-        return self._start(session, spec, source.bytes_, target.bytes_, timeout, "all_reduce")
+        return self._start(session, spec, source.bytes_, target.bytes_, timeout, "all_reduce", begun)
 
     def _start(
-        self, session: Session, spec: Spec, src: Array | None, dst: Array | None, timeout: float, what: str
+        self,
+        session: Session,
+        spec: Spec,
+        src: Array | None,
+        dst: Array | None,
+        timeout: float,
+        what: str,
+        begun: list[Op],
     ) -> Work:
         limit_s, engine = _seconds("timeout", timeout), session.need_engine()
         try:
-            op = engine.submit(spec, src if spec.count else None, dst if spec.count else None, limit_s)
+            op = engine.submit(spec, src if spec.count else None, dst if spec.count else None, limit_s, begun)
         except errors.UsageError:
             if session.error is not None:  # left the run between the check and the submit
                 raise session.error from None
@@ -520,7 +546,12 @@ class Communicator:
     def _run(
         self, session: Session, spec: Spec, src: Array | None, dst: Array | None, timeout: float, what: str
     ) -> ReduceInfo:
-        return self._start(session, spec, src, dst, timeout, what).wait()
+        begun: list[Op] = []
+        try:
+            return self._start(session, spec, src, dst, timeout, what, begun).wait()
+        except BaseException:
+            _give_up(begun)
+            raise
 
     def _conclude(self, session: Session, info: OpInfo, what: str) -> ReduceInfo:
         """The end of an operation for its caller: the view moves on, a failure is raised."""
@@ -572,6 +603,14 @@ def connect(
     comm = Communicator(address, group=group, connections=connections)
     comm.connect(timeout, reach_timeout)
     return comm
+
+
+def _give_up(begun: list[Op]) -> None:
+    """Ctrl-C came after the submit, and outside of ``Work.wait`` which would have seen to it: the array comes back."""
+    for op in begun:
+        if not op.done():
+            op.cancel()
+            op.finish()
 
 
 @atexit.register

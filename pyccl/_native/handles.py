@@ -272,8 +272,12 @@ class Engine:
         src: object | None,
         dst: object | None,
         timeout: float,
+        begun: list[Op],
     ) -> Op:
-        """Start an operation on C-contiguous buffers; they belong to the engine until the operation has ended."""
+        """Start an operation on C-contiguous buffers; they belong to the engine until the operation has ended.
+
+        It stands in `begun` before it starts: who is interrupted before this returns can still give it up.
+        """
         args = ffi.new("pyccl_op_args *")
         s = args.spec
         s.kind, s.dtype, s.op, s.algorithm = spec.kind, spec.dtype, spec.op, lib.PYCCL_DIRECT
@@ -295,6 +299,7 @@ class Engine:
         op.keeps = spec.kind == Kind.ALL_GATHER and dst is None and spec.count > 0
         with self._ops_lock:
             self._ops.add(op)
+        begun.append(op)
         try:
             check(lib.pyccl_op_submit(self._engine, args, slot), "submit")
         except BaseException:

@@ -140,7 +140,7 @@ def group_of(n: int) -> World:
 def test_first_hello_founds_the_group_at_once() -> None:
     world = World()
     world.hello(1)
-    assert [type(m) for m in world.inbox[1]] == [Welcome, EpochCommit, Pending]
+    assert [type(m) for m in world.inbox[1]] == [Welcome, Pending, EpochCommit]
     commit = world.last(1, EpochCommit)
     assert (commit.kind, commit.epoch.number, commit.epoch.previous, commit.world_size) == ("found", 1, bytes(16), 1)
 
