@@ -13,6 +13,7 @@ through Python. Spec: proto/wire.md 6.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import queue
@@ -98,7 +99,11 @@ def sync_shared_state(session: Session, gather: Gather, state: SharedState, time
             )
         staged = _Staged()
         if session.peer in decided.fetchers:
-            staged = _fetch(session, state, tree, decided, syncs, deadline)
+            try:
+                staged = _fetch(session, state, tree, decided, syncs, deadline)
+            except BaseException:
+                _vote_no(gather, members)
+                raise
         served = _commit(session, gather, members, decided, staged, deadline)
     finally:
         engine.unpublish(sync)
@@ -144,6 +149,13 @@ def _commit(
         )
     column = 1 + members.index(session.peer)
     return sum(vote[column] for vote in votes.values())
+
+
+def _vote_no(gather: Gather, members: Sequence[bytes]) -> None:
+    """We give up between the two all-gathers: take part in the second with no time left. The others then fail at once
+    instead of waiting for us, and its number is used up here as there."""
+    with contextlib.suppress(errors.PycclError):
+        gather(TAG_COMMIT, bytes(8 * (1 + len(members))), time.monotonic())
 
 
 def _adopt(
