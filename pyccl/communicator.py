@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class Communicator:
         )
         self._id = secrets.token_bytes(16)
         self._session: Session | None = None
+        self._joining: Session | None = None  # while another thread is in connect(), for close()
         self._view = View(0, bytes(16), (), 0)
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
@@ -190,20 +192,24 @@ class Communicator:
                 self._drop(self._session)
             session = Session(self._config, self._id, secrets.token_bytes(16))
             _SESSIONS.add(session)
+            self._joining = session
             try:
                 session.start(limit_s, reach_s)
             except BaseException:
                 _SESSIONS.discard(session)
                 raise
+            finally:
+                self._joining = None
             self._session, self._view = session, session.view
+            weakref.finalize(self, _leave_dropped, session, self._pid).atexit = False
 
     def close(self) -> None:
         """Leave the run: the others go on without this peer. Open operations fail. Idempotent, any thread."""
         if os.getpid() != self._pid:
             return  # a fork's copy: threads and connections are the parent's
-        session = self._session
-        if session is not None:
-            self._drop(session)
+        for session in (self._joining, self._session):
+            if session is not None:
+                self._drop(session)
 
     def _drop(self, session: Session) -> None:
         session.close()
@@ -611,6 +617,12 @@ def _give_up(begun: list[Op]) -> None:
         if not op.done():
             op.cancel()
             op.finish()
+
+
+def _leave_dropped(session: Session, pid: int) -> None:
+    """The communicator was dropped without close(): a member that nobody drives would hold up all the others."""
+    if os.getpid() == pid:
+        session.leave_soon()
 
 
 @atexit.register

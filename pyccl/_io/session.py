@@ -109,6 +109,7 @@ class Session:
         self.error: errors.PycclError | None = None  # set once, when out of the run
         self._machine: member.MemberMachine | None = None
         self._thread: threading.Thread | None = None
+        self._closing = False
         self._token: trio.lowlevel.TrioToken | None = None
         self._started = threading.Event()
         self._joined, self._closed = Waiter(), Waiter()
@@ -141,6 +142,8 @@ class Session:
         self._thread = threading.Thread(target=self._thread_main, name="pyccl-control", daemon=True)
         self._thread.start()
         try:
+            if self._closing:
+                raise errors.UsageError("the communicator is closed")
             if not self._joined.wait(timeout):
                 raise errors.DeadlineError(f"not admitted to the run within {timeout:g} s")
         except BaseException:
@@ -149,12 +152,17 @@ class Session:
 
     def close(self) -> None:
         """Leave the run and end the thread. Idempotent, callable from any thread, waits at most a few seconds."""
+        self._closing = True  # for a start() that is on its way and has no thread yet
         if self._thread is None:
             return
         self._started.wait()
         self._soon(self._leave)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def leave_soon(self) -> None:
+        """As ``close``, without waiting for the end."""
+        self._soon(self._leave)
 
     def update_topology(self, timeout: float, unreachable_timeout: float) -> None:
         """Stand at the safe point until the next epoch, or until the master has been away too long."""
@@ -292,7 +300,7 @@ class Session:
             try:
                 with trio.fail_after(10.0 if welcome else max(0.001, left)):
                     stream = await trio.open_tcp_stream(self.config.host, self.config.port)
-            except (OSError, trio.TooSlowError) as e:
+            except (OSError, UnicodeError, trio.TooSlowError) as e:  # UnicodeError: a name that IDNA refuses
                 cause = e.__cause__ or e
             else:
                 met = self._down_since = trio.current_time()
