@@ -397,27 +397,33 @@ static void dispatch(pyccl_engine *engine, const struct epoll_event *event) {
     else if (engine->pulse_fd >= 0) pulse_read(engine);
 }
 
+/* Look at the clock, wherever it is: a process may be stopped between any two instructions. */
+static void clock_look(pyccl_engine *engine, int64_t slept_ns) {
+    const int64_t now = engine_clock();
+    if (now - engine->env.now_ns > slept_ns + GAP_NS) engine->gap = true;
+    engine->env.now_ns = now;
+}
+
 static void turn(pyccl_engine *engine) {
     struct epoll_event events[EPOLL_BATCH];
     const int timeout_ms = wait_ms(engine);
-    const int64_t before = engine_clock();
-    const bool slow = before - engine->looked_ns > GAP_NS;
+    clock_look(engine, 0);
     const int n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, timeout_ms);
     PYCCL_ASSERT(n >= 0 || errno == EINTR);
-    engine->env.now_ns = engine_clock();
-    if (slow || engine->env.now_ns - before > timeout_ms * INT64_C(1000000) + GAP_NS) after_gap(engine);
+    clock_look(engine, timeout_ms * INT64_C(1000000));
     for (int i = 0; i < n; i++) {
         dispatch(engine, &events[i]);
-        engine->env.now_ns = engine_clock();
+        clock_look(engine, 0);
         pump_all(engine);
     }
-    if (engine->env.now_ns - engine->looked_ns > timeout_ms * INT64_C(1000000) + GAP_NS) after_gap(engine);
-    engine->looked_ns = engine->env.now_ns;
     commands_run(engine);
     ops_work(engine);
     engine_act(engine);
     pump_all(engine);
     broken_take_down(engine);
+    clock_look(engine, 0);
+    if (engine->gap) after_gap(engine);
+    engine->gap = false;
     links_check(engine);
     tick(engine);
     pump_all(engine);
@@ -481,7 +487,7 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
     engine->env.ctx = engine;
     engine->env.user_timeout_ms = options->silence_ns / 1000000 > USER_TIMEOUT_MIN_MS / 3
         ? (options->silence_ns / 1000000 < INT32_MAX / 3 ? options->silence_ns / 1000000 * 3 : INT32_MAX) : USER_TIMEOUT_MIN_MS;
-    engine->env.now_ns = engine->looked_ns = engine->moved_ns = engine_clock();
+    engine->env.now_ns = engine->moved_ns = engine_clock();
     engine->tick_ns = INT64_MAX;
     engine->stop_why = PYCCL_ERR_CLOSED;
     pthread_mutex_init(&engine->lock, NULL);

@@ -204,8 +204,8 @@ struct pyccl_engine {
     /* of the thread */
     pyccl_fsm *fsm;
     bool stopping, acting;
+    bool gap;                        /* since silence was looked at, the clock has leapt */
     pyccl_status stop_why;
-    int64_t looked_ns;               /* when the sockets were looked at last */
     int64_t ticked_ns;               /* when the fsm was called last */
     int64_t tick_ns;                 /* when the fsm wants to be called */
     int64_t check_ns;                /* when heartbeats and silence are looked at */
