@@ -99,9 +99,13 @@ def test_broadcast_refuses_what_all_reduce_refuses(comm: pyccl.Communicator) -> 
         ({"timeout": float("nan")}, "timeout=nan"),
         ({"timeout": None}, "timeout=None"),
         ({"timeout": "1"}, "timeout='1'"),
-        ({"quantize": "uint8"}, "quantize='uint8'"),
+        ({"quantize": "uint3"}, "quantize='uint3'"),
         ({"algorithm": "ring"}, "algorithm='ring'"),
         ({"weight": 2.0}, "weight=2.0"),
+        ({"op": "avg", "weight": -1.0}, "weight=-1.0"),
+        ({"op": "avg", "weight": float("nan")}, "weight=nan"),
+        ({"quantize": "uint8", "quantize_block": 100}, "quantize_block=100"),
+        ({"quantize": "uint8", "quantize_block": 32}, "quantize_block=32"),
     ],
 )
 def test_all_reduce_refuses_bad_keywords(comm: pyccl.Communicator, keywords: dict[str, Any], match: str) -> None:
