@@ -1,0 +1,83 @@
+"""The golden vectors of proto/vectors through the binding, and the scripts that write them: both still say the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyccl._native._pyccl import ffi, lib
+from pyccl._proto import spec as specs
+
+ROOT = Path(__file__).resolve().parents[2]
+VECTORS = ROOT / "proto" / "vectors"
+
+
+def lines(name: str) -> list[list[str]]:
+    text = (VECTORS / name).read_text(encoding="utf-8")
+    return [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def fields(words: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words)
+
+
+@pytest.mark.parametrize("script", ["make_vectors.py", "make_message_vectors.py"])
+def test_vectors_are_what_their_script_writes(script: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / script), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_frame_vector_is_decoded_to_its_fields_or_refused() -> None:
+    judged = {"ok": 0, "refused": 0}
+    for name, verdict, header, *wanted in lines("frames.txt"):
+        frame = ffi.new("pyccl_frame *")
+        status = lib.pyccl_frame_decode_untrusted(bytes.fromhex(header), frame)
+        assert (status == lib.PYCCL_OK) == (verdict == "ok"), name
+        judged[verdict] += 1
+        for key, value in fields(wanted).items():
+            assert getattr(frame, key) == int(value), (name, key)
+        if verdict == "ok":
+            out = ffi.new("uint8_t[]", lib.PYCCL_FRAME_SIZE)
+            lib.pyccl_frame_encode(frame, out)
+            assert bytes(ffi.buffer(out)).hex() == header, name
+    assert min(judged.values()) >= 10, judged
+
+
+def test_every_spec_vector_reads_alike_in_c_and_in_python() -> None:
+    accepted = 0
+    for name, verdict, encoded, *wanted in lines("specs.txt"):
+        spec = ffi.new("pyccl_spec *")
+        status = lib.pyccl_spec_decode_untrusted(bytes.fromhex(encoded), spec)
+        assert (status == lib.PYCCL_OK) == (verdict == "ok"), name
+        if verdict != "ok":
+            continue
+        accepted += 1
+        python = specs.decode_untrusted(bytes.fromhex(encoded))
+        for key, value in fields(wanted).items():
+            if key == "hash":
+                assert lib.pyccl_spec_hash(spec) == int(value), name
+            elif key == "root":
+                assert bytes(spec.root).hex() == python.root.hex() == value, name
+            elif key != "reserved":
+                told = getattr(python, "length" if key == "count" else key)
+                assert getattr(spec, key) == told == int(value), (name, key)
+    assert accepted >= 10
+
+
+def test_digest_vectors_hold_through_the_binding() -> None:
+    for length, seed, short, long in lines("digests.txt"):
+        data = bytes((i * 131 + 7) & 255 for i in range(int(length)))
+        out = ffi.new("uint8_t[16]")
+        lib.pyccl_xxh3_128(data, len(data), int(seed), out)
+        assert f"{lib.pyccl_xxh3_64(data, len(data), int(seed)):016x}" == short, (length, seed)
+        assert bytes(ffi.buffer(out)).hex() == long, (length, seed)
+
+
+def test_a_difference_of_two_spec_vectors_is_told_by_the_name_of_the_field() -> None:
+    wanted = {name: bytes.fromhex(encoded) for name, verdict, encoded, *_ in lines("specs.txt") if verdict == "ok"}
+    mine, theirs = wanted["all_reduce_sum_int32"], wanted["all_reduce_prod_int32"]
+    assert specs.differing_fields(specs.decode_untrusted(mine), specs.decode_untrusted(theirs)) == ("op",)
