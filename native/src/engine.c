@@ -359,6 +359,7 @@ static void links_check(pyccl_engine *engine) {
             else sooner(&engine->check_ns, conn->sent_ns + beat);
         }
         silence_check(engine, p);
+        sooner(&engine->check_ns, state_check(engine, p));
     }
 }
 

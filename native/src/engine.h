@@ -34,7 +34,7 @@
 #define EARLY_BUCKETS 1024
 #define EARLY_PIECES_MAX (2 * PYCCL_OPS_OPEN_MAX + PYCCL_CONNS_MAX) /* of one peer; small ones are many */
 #define SCRATCH_KEPT 4               /* freed result buffers that are kept: the biggest */
-#define PIECES_KEPT 16               /* freed piece buffers that are kept */
+#define PIECES_KEPT 64               /* freed piece buffers that are kept: fresh pages cost as much as the copy into them */
 #define ENGINE_TILE_FLOATS 65536     /* of the longest codec block */
 #define CONTROL_WAITING_MAX (1 << 18) /* control frames that wait for one peer when it sends another: more is hostile */
 #define ASKS_MAX 1024                /* queued at the one who serves, per peer */
@@ -120,6 +120,7 @@ struct attempt {
     uint8_t *result;                 /* where the whole result comes together; NULL: it is empty, or src is it */
     void *scratch;                   /* result or undo, of ours */
     size_t scratch_bytes;
+    bool past_cache;                 /* too big for the caches: what is put aside goes past them */
     uint8_t *undo;                   /* old bytes of what the result has overwritten; NULL: they need not come back */
     uint8_t *saved;                  /* [slot]: undo holds the old bytes of this piece */
     uint64_t *slot_at;               /* [owner]: a piece of the result has the slot slot_at[owner] + piece */
@@ -178,6 +179,7 @@ struct peer {
     uint32_t ask_head, ask_count;
     fetch *fetch_first, *fetch_last; /* ours from it */
     uint32_t asked;                  /* of these, how many were sent */
+    int64_t fetch_ns;                /* when one was asked, moved or ended last */
 };
 
 struct pyccl_engine {
@@ -297,6 +299,7 @@ pyccl_status fold_weight(pyccl_engine *engine, attempt *a, uint32_t rank, double
 void fold_restore(pyccl_engine *engine, attempt *a);                     /* the caller's memory is as it was submitted */
 
 /* engine_memory.c; NULL: no memory. Both kinds may also be given to free(). */
+void copy_past(void *to, const void *from, size_t bytes);                /* memcpy past the caches */
 uint8_t *piece_alloc(pyccl_engine *engine, uint32_t bytes);
 void piece_free(pyccl_engine *engine, uint8_t *memory, uint32_t bytes);
 void *scratch_take(pyccl_engine *engine, size_t bytes, size_t *taken_bytes);
@@ -318,6 +321,8 @@ link_verdict state_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn);
 void state_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn);
 void state_data_cancel(pyccl_conn *conn);
 void state_none(pyccl_engine *engine, peer *p, const pyccl_frame *frame);
+void state_moved(pyccl_engine *engine, const fetch *f);
+int64_t state_check(pyccl_engine *engine, peer *p);      /* ask again for what does not come; returns when to look again */
 void state_conn_lost(pyccl_engine *engine, peer *p);     /* ask again over what is left, or end the fetches */
 void state_end_fetches(pyccl_engine *engine, peer *p, pyccl_status status);
 void state_clear(pyccl_engine *engine, peer *p);         /* asks and fetches of the old epoch */

@@ -14,7 +14,7 @@
 #include "engine.h"
 #include "reduce.h"
 
-#define TILE_BYTES 65536             /* what is folded and saved at a time, so that it is read from memory once */
+#define TILE_BYTES 32768             /* what is folded and saved at a time, so that it is read from memory once */
 #define BREATH_BYTES (8u << 20)      /* copied between two looks at the clock */
 
 /* ---- places ---- */
@@ -38,6 +38,12 @@ static const uint8_t *input_at(const attempt *a, uint32_t owner, uint64_t piece)
 
 /* ---- undo ---- */
 
+/* Of bytes that are not used again soon. */
+static void put_aside(const attempt *a, void *to, const void *from, size_t bytes) {
+    if (a->past_cache) copy_past(to, from, bytes);
+    else memcpy(to, from, bytes);
+}
+
 /* The old bytes of the piece are in undo: frames that are half sent go on from there. */
 static void mark_saved(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
     const uint64_t offset = result_offset(a, owner, piece);
@@ -49,7 +55,7 @@ static void mark_saved(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_
 static void save(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
     if (a->undo == NULL || a->saved[slot_of(a, owner, piece)]) return;
     const uint64_t offset = result_offset(a, owner, piece);
-    memcpy(a->undo + offset, a->result + offset, result_bytes(a, owner, piece));
+    put_aside(a, a->undo + offset, a->result + offset, result_bytes(a, owner, piece));
     mark_saved(engine, a, owner, piece);
 }
 
@@ -146,18 +152,23 @@ static void result_decode(pyccl_engine *engine, attempt *a, uint32_t owner, uint
 
 static const double *weights_of(const attempt *a) { return a->weighted ? a->weights : NULL; }
 
-static void fold_plain(attempt *a, uint64_t piece, const void **in) {
+/* Returns where the folded piece lies for now. In a big swap that is a buffer that was received: it goes from there past
+ * the caches to the result, which no one reads soon. */
+static const uint8_t *fold_plain(attempt *a, uint64_t piece, const void **in) {
     const pyccl_spec *spec = &a->op->args.spec;
     const uint64_t offset = result_offset(a, a->plan.rank, piece), bytes = result_bytes(a, a->plan.rank, piece);
     const uint64_t tile = a->undo != NULL ? TILE_BYTES : bytes;
-    uint8_t *out = a->result + offset;
+    const bool aside = a->plan.swap && a->past_cache && a->undo == NULL;
+    uint8_t *result = a->result + offset, *out = aside ? a->contribution[(1 - a->plan.rank) * a->own_pieces + piece] : result;
     for (uint64_t at = 0; at < bytes; at += tile) {
         const uint64_t n = bytes - at < tile ? bytes - at : tile;
-        if (a->undo != NULL) memcpy(a->undo + offset + at, out + at, n);
+        if (a->undo != NULL) put_aside(a, a->undo + offset + at, result + at, n);
         const pyccl_status rc = pyccl_reduce(spec->dtype, spec->op, in, weights_of(a), a->plan.world, n / a->plan.element_bytes, out + at);
         PYCCL_ASSERT(rc == PYCCL_OK);
         for (uint32_t rank = 0; rank < a->plan.world; rank++) in[rank] = (const uint8_t *)in[rank] + n;
     }
+    if (aside) put_aside(a, result, out, bytes);
+    return out;
 }
 
 /* What the codes decode to is folded in float32. In a swap that is the result, else what its codes decode to. */
@@ -169,7 +180,7 @@ static void fold_coded(pyccl_engine *engine, attempt *a, uint64_t piece, const u
     while (left > 0) {
         const uint64_t n = left < tile ? left : tile, size = pyccl_codec_size(spec->codec, spec->block, n);
         float *folded = spec->dtype == PYCCL_FLOAT32 ? (float *)(void *)(a->result + at) : engine->tile;
-        if (a->undo != NULL) memcpy(a->undo + at, a->result + at, n * a->plan.element_bytes);
+        if (a->undo != NULL) put_aside(a, a->undo + at, a->result + at, n * a->plan.element_bytes);
         pyccl_status rc = pyccl_codec_reduce(spec->codec, spec->op, spec->block, in, weights_of(a), a->plan.world, n, folded);
         if (rc == PYCCL_OK && codes != NULL) rc = pyccl_codec_encode(spec->codec, PYCCL_FLOAT32, spec->block, folded, n, codes);
         if (rc == PYCCL_OK && codes != NULL) rc = pyccl_codec_decode(spec->codec, PYCCL_FLOAT32, spec->block, codes, n, folded);
@@ -197,16 +208,17 @@ static void fold_piece(pyccl_engine *engine, attempt *a, uint64_t piece) {
         if (rank != self) in[rank] = a->contribution[rank * a->own_pieces + piece];
         else in[rank] = is_coded(a) ? encoded_input(a, self, piece) : input_at(a, self, piece);
     }
+    const uint8_t *folded = a->result + result_offset(a, self, piece);
     if (is_coded(a)) fold_coded(engine, a, piece, (const uint8_t **)in);
-    else fold_plain(a, piece, in);
+    else folded = fold_plain(a, piece, in);
     if (a->undo != NULL) mark_saved(engine, a, self, piece);
+    piece_is_whole(engine, a, self, piece, folded);
     for (uint32_t rank = 0; rank < a->plan.world; rank++) {
         if (rank == self) continue;
         uint8_t **buffer = &a->contribution[rank * a->own_pieces + piece];
         piece_free(engine, *buffer, direct_piece_bytes(&a->plan, self, piece));
         *buffer = NULL;
     }
-    piece_is_whole(engine, a, self, piece, a->result + result_offset(a, self, piece));
 }
 
 void fold_contribution(pyccl_engine *engine, attempt *a, uint64_t piece) {

@@ -136,6 +136,7 @@ static bool load_next(void *ctx, pyccl_link *link, pyccl_conn *conn, link_load *
 
 static void moved(void *ctx, const void *owner) {
     if (*(const owner_kind *)owner == OWNER_ATTEMPT) ops_moved(ctx, (attempt *)(uintptr_t)owner);
+    if (*(const owner_kind *)owner == OWNER_FETCH) state_moved(ctx, owner);
 }
 
 const link_hooks ENGINE_HOOKS = {frame_begin, frame_end, refused, load_next, moved};

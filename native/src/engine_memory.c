@@ -1,12 +1,18 @@
 /* engine_memory.c: buffers that are used again, because fresh pages cost as much as the copy into them.
  *
+ * copy_past: for bytes that nobody reads soon. A usual store reads the line it fills from memory first.
  * Pieces: one contribution until it is folded; few live at a time and stay in the cache. Scratch: whole results.
  * Threads: the engine's thread only. */
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "engine.h"
 
+#define LINE_BYTES 64
 #define PIECE_POOLED_MIN (PYCCL_PIECE_MAX / 2) /* smaller ones: exact, so that early pieces cost what they count */
 #define HUGE_BYTES ((size_t)2 << 20)
 
@@ -22,6 +28,27 @@ void piece_free(pyccl_engine *engine, uint8_t *memory, uint32_t bytes) {
     if (memory == NULL) return;
     if (bytes < PIECE_POOLED_MIN || engine->piece_count == PIECES_KEPT) free(memory);
     else engine->pieces[engine->piece_count++] = memory;
+}
+
+void copy_past(void *to, const void *from, size_t bytes) {
+#if defined(__SSE2__)
+    uint8_t *out = to;
+    const uint8_t *in = from;
+    const size_t head = (size_t)(-(uintptr_t)out & (LINE_BYTES - 1));
+    if (bytes >= head + LINE_BYTES) {
+        memcpy(out, in, head);
+        out += head, in += head, bytes -= head;
+        for (; bytes >= LINE_BYTES; out += LINE_BYTES, in += LINE_BYTES, bytes -= LINE_BYTES) {
+            __m128i line[4];
+            for (int i = 0; i < 4; i++) line[i] = _mm_loadu_si128((const __m128i *)(const void *)in + i);
+            for (int i = 0; i < 4; i++) _mm_stream_si128((__m128i *)(void *)out + i, line[i]);
+        }
+        _mm_sfence(); /* before whatever tells another thread */
+    }
+    memcpy(out, in, bytes);
+#else
+    memcpy(to, from, bytes);
+#endif
 }
 
 static void *scratch_new(size_t bytes, size_t *taken_bytes) {

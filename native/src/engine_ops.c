@@ -14,6 +14,7 @@
 #include "engine.h"
 
 #define WORK_PIECES 8                /* local pieces between two looks at the sockets */
+#define PAST_CACHE_BYTES (8u << 20)
 #define PROGRESS_NS 10000000         /* progress is told to the machine at most this often */
 
 /* ---- the queue of a peer ---- */
@@ -147,6 +148,7 @@ static pyccl_status attempt_result(pyccl_engine *engine, attempt *a) {
     if (gather && args->dst != NULL && args->dst_bytes < bytes) return PYCCL_ERR_ARGUMENT;
     if (bytes == 0 || (a->plan.kind == PYCCL_BROADCAST && a->plan.root == a->plan.rank)) return PYCCL_OK;
     a->result = args->dst;
+    a->past_cache = bytes >= PAST_CACHE_BYTES;
     const bool overwrites = a->plan.kind == PYCCL_BROADCAST || (!gather && args->dst == args->src);
     if (args->dst != NULL && !overwrites) return PYCCL_OK;
     a->scratch = scratch_take(engine, bytes, &a->scratch_bytes);

@@ -3,13 +3,16 @@
  *
  * The one who serves keeps a bounded queue of asks per peer and reads the published memory only while it sends. The
  * one who asks keeps at most ASKS_SENT_MAX unanswered; when a connection ends it asks again for all that is not here
- * (the answer or the ask may have been on it), so an ask that is queued already is not queued twice.
+ * (the answer or the ask may have been on it), so an ask that is queued already is not queued twice. The other side may
+ * notice that end later and still answer over the dead connection: what does not come for REPEAT_NS is asked again too.
  * Invariants: a publication that is gone and a fetch that has ended are borrowed by no connection.
  * Threads: the engine's thread only.                               Spec: proto/wire.md 3, STATE frames */
 #include <stdlib.h>
 #include <string.h>
 
 #include "engine.h"
+
+#define REPEAT_NS INT64_C(1000000000)
 
 struct publication {
     owner_kind owner;                /* first */
@@ -23,6 +26,7 @@ typedef enum fetch_state { FETCH_WAITING, FETCH_ASKED, FETCH_ARRIVING } fetch_st
 
 struct fetch {
     owner_kind owner;                /* first */
+    peer *from;
     fetch *prev, *next;
     uint64_t id, sync, offset;
     uint32_t size;
@@ -111,6 +115,7 @@ static void fetch_end(pyccl_engine *engine, peer *p, fetch *f, pyccl_status stat
 }
 
 static void fetches_ask(pyccl_engine *engine, peer *p) {
+    p->fetch_ns = engine->env.now_ns;
     for (fetch *f = p->fetch_first; f != NULL && p->asked < ASKS_SENT_MAX; f = f->next) {
         if (f->state != FETCH_WAITING) continue;
         f->state = FETCH_ASKED;
@@ -161,17 +166,26 @@ void state_end_fetches(pyccl_engine *engine, peer *p, pyccl_status status) {
     while (p->fetch_first != NULL) fetch_end(engine, p, p->fetch_first, status, true);
 }
 
-void state_conn_lost(pyccl_engine *engine, peer *p) {
-    if (p->link.conn_count == 0) {
-        state_end_fetches(engine, p, PYCCL_ERR_PEER_LOST);
-        return;
-    }
+void state_moved(pyccl_engine *engine, const fetch *f) { f->from->fetch_ns = engine->env.now_ns; }
+
+static void ask_again(pyccl_engine *engine, peer *p) {
     for (fetch *f = p->fetch_first; f != NULL; f = f->next) {
         if (f->state != FETCH_ASKED) continue;
         f->state = FETCH_WAITING;
         p->asked--;
     }
     fetches_ask(engine, p);
+}
+
+int64_t state_check(pyccl_engine *engine, peer *p) {
+    if (p->asked == 0) return INT64_MAX;
+    if (engine->env.now_ns - p->fetch_ns >= REPEAT_NS) ask_again(engine, p);
+    return p->fetch_ns + REPEAT_NS;
+}
+
+void state_conn_lost(pyccl_engine *engine, peer *p) {
+    if (p->link.conn_count == 0) state_end_fetches(engine, p, PYCCL_ERR_PEER_LOST);
+    else ask_again(engine, p);
 }
 
 void state_clear(pyccl_engine *engine, peer *p) {
@@ -252,6 +266,7 @@ static void run_fetch(pyccl_engine *engine, command *c) {
         c->status = PYCCL_ERR_ARGUMENT;
         return;
     }
+    f->from = p;
     f->prev = p->fetch_last;
     if (f->prev != NULL) f->prev->next = f;
     else p->fetch_first = f;

@@ -1056,7 +1056,7 @@ TEST(engine_refuses_a_peer_that_asks_without_end_and_reads_no_answer) {
     cluster_open(&c, 2, 1, OVER_TCP);
     int64_t x = 0;
     const pyccl_op_args args = {.spec = {.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_INT64, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT,
-                                         .count = 1}, .src = &x, .dst = &x, .timeout_ns = 1};
+                                         .count = 1}, .src = &x, .dst = &x, .weight = 1, .timeout_ns = 1};
     pyccl_op *op;
     REQUIRE(pyccl_op_submit(c.engine[0], &args, &op) == PYCCL_OK);
     CHECK_EQ(finish(op), PYCCL_ERR_DEADLINE); /* a tombstone, which answers */
