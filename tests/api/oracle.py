@@ -7,35 +7,54 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-DTYPES: Final = ("int32", "int64", "float32", "float64")
+INTEGERS: Final = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+FLOATS: Final = ("float16", "float32", "float64")
+DTYPES: Final = INTEGERS + FLOATS
 OPS: Final = ("sum", "avg", "prod", "min", "max")
-FLOATS: Final = ("float32", "float64")
 
-_BITS: Final = {"float32": np.uint32, "float64": np.uint64}
-_LAYOUT: Final = {  # unsigned type, mask of sign and mantissa, place of the exponent, exponent of 1
-    "float32": (np.uint32, 0x807FFFFF, 23, 127),
-    "float64": (np.uint64, 0x800FFFFFFFFFFFFF, 52, 1023),
+
+@dataclass(frozen=True)
+class _Float:
+    """How a float's bits lie."""
+
+    bits: type[np.unsignedinteger[Any]]
+    exponent_bits: int
+    mantissa_bits: int
+
+    @property
+    def size(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def infinity(self) -> int:
+        return ((1 << self.exponent_bits) - 1) << self.mantissa_bits
+
+    @property
+    def nan(self) -> int:
+        """The canonical one: quiet, positive, no payload."""
+        return self.infinity | 1 << (self.mantissa_bits - 1)
+
+    @property
+    def specials(self) -> list[int]:
+        """What is easy to get wrong: NaNs of both kinds, infinities, zeros, denormals, limits, one; of both signs."""
+        one = ((1 << (self.exponent_bits - 1)) - 1) << self.mantissa_bits
+        denormal_max, least, most = (1 << self.mantissa_bits) - 1, 1 << self.mantissa_bits, self.infinity - 1
+        positive = [self.nan, self.infinity | 1, self.infinity, 0, 1, denormal_max, least, most, one]
+        return [*positive, *(pattern | 1 << (self.size - 1) for pattern in positive)]
+
+
+_FLOATS: Final = {
+    "float16": _Float(np.uint16, 5, 10),
+    "float32": _Float(np.uint32, 8, 23),
+    "float64": _Float(np.uint64, 11, 52),
 }
-_CANONICAL_NAN: Final = {"float32": 0x7FC00000, "float64": 0x7FF8000000000000}
-# Bit patterns that are easy to get wrong: NaNs of both signs and kinds, infinities, zeros, denormals, limits.
-_SPECIAL: Final = {
-    "float32": (
-        0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF812345, 0x7F800000, 0xFF800000, 0x00000000, 0x80000000,
-        0x00000001, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x3F800000, 0xBF800000,
-    ),
-    "float64": (
-        0x7FF8000000000000, 0xFFF8000000000000, 0x7FF0000000000001, 0xFFF0000000012345, 0x7FF0000000000000,
-        0xFFF0000000000000, 0x0000000000000000, 0x8000000000000000, 0x0000000000000001, 0x8000000000000001,
-        0x000FFFFFFFFFFFFF, 0x0010000000000000, 0x7FEFFFFFFFFFFFFF, 0xFFEFFFFFFFFFFFFF, 0x3FF0000000000000,
-        0xBFF0000000000000,
-    ),
-}  # fmt: skip
 
 
 def draw(seed: int, index: int, count: int, dtype: str, kind: str = "plain") -> Array:
@@ -43,33 +62,37 @@ def draw(seed: int, index: int, count: int, dtype: str, kind: str = "plain") -> 
     if kind == "flat":
         return np.full(count, index + 1, dtype)
     rng = np.random.default_rng([seed, index])
-    if kind == "special":
-        patterns = np.array(_SPECIAL[dtype], _BITS[dtype])
-        return patterns[rng.integers(len(patterns), size=count)].view(dtype)
-    if dtype in FLOATS:  # any sign and mantissa, exponents from 2**-7 to 2**8: sums round, products do not overflow
-        bits, keep, shift, bias = _LAYOUT[dtype]
-        raw = rng.integers(0, np.iinfo(bits).max, count, bits, endpoint=True)
-        exponents = (raw & bits(15)) + bits(bias - 7)
-        return (raw & bits(keep) | exponents << bits(shift)).view(dtype)
+    if dtype in FLOATS:
+        layout = _FLOATS[dtype]
+        if kind == "special":
+            patterns = np.array(layout.specials, layout.bits)
+            return patterns[rng.integers(len(patterns), size=count)].view(dtype)
+        # any sign and mantissa, exponents from 2**-7 to 2**8: sums round, products do not overflow (but of float16)
+        raw = rng.integers(0, np.iinfo(layout.bits).max, count, layout.bits, endpoint=True)
+        exponents = (raw & layout.bits(15)) + layout.bits((1 << (layout.exponent_bits - 1)) - 8)
+        keep = layout.bits(((1 << layout.size) - 1) & ~layout.infinity)
+        return (raw & keep | exponents << layout.bits(layout.mantissa_bits)).view(dtype)
     limits = np.iinfo(dtype)
     return rng.integers(limits.min, limits.max, count, dtype=dtype, endpoint=True)  # sums and products wrap
 
 
 def fold(op: str, inputs: Sequence[Array]) -> Array:
     """What every member must hold after an all-reduce of `inputs`, which stand in rank order."""
-    step = _STEPS[op]
+    dtype, step = inputs[0].dtype, _STEPS[op]
+    wide = np.dtype("float32") if dtype == np.float16 else dtype  # accumulated there, rounded once
     with np.errstate(all="ignore"):
-        result = inputs[0].copy()
+        result = inputs[0].astype(wide)
         for array in inputs[1:]:
-            result = step(result, array)
+            result = step(result, array.astype(wide))
         if op == "avg":
-            result = result / result.dtype.type(len(inputs))
-    return _canonical(result)
+            result = result / wide.type(len(inputs))
+        return _canonical(result.astype(dtype))
 
 
 def _canonical(array: Array) -> Array:
     if array.dtype.name in FLOATS:
-        array.view(_BITS[array.dtype.name])[np.isnan(array)] = _CANONICAL_NAN[array.dtype.name]
+        layout = _FLOATS[array.dtype.name]
+        array.view(layout.bits)[np.isnan(array)] = layout.nan
     return array
 
 
@@ -81,7 +104,7 @@ def _ordered(
     def step(x: Array, y: Array) -> Array:
         if x.dtype.name not in FLOATS:
             return pick(x, y)
-        bits = _BITS[x.dtype.name]
+        bits = _FLOATS[x.dtype.name].bits
         equal = zeros(x.view(bits), y.view(bits)).view(x.dtype)  # equal values differ in the sign of a zero only
         return _canonical(np.where(x == y, equal, pick(x, y)))  # NumPy's minimum and maximum propagate NaN
 

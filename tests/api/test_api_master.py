@@ -36,9 +36,16 @@ def test_collectives_go_on_while_the_master_is_stopped(cluster: Cluster) -> None
 
 def test_collectives_go_on_after_the_master_was_killed(cluster: Cluster) -> None:
     peers = cluster.members(3, reach_timeout=0.5)
+    seed = cluster.rng.getrandbits(32)
+    loops = {peer: peer.call("loop", thread="loop", seed=seed, report=20) for peer in peers}
+    for peer in peers:
+        peer.wait_event("loop")
     cluster.master.kill()
     for _ in range(20):
-        cluster.reduce(peers)
+        cluster.reduce(peers, tag=1)
+    for peer in peers:
+        peer.ask("stop_loop")
+    cluster.check_loops({peer: loop.value() for peer, loop in loops.items()}, seed)
     for call in [peer.call("update_topology") for peer in peers]:
         call.error("MasterUnavailableError")
     assert [call.value() for call in [peer.call("are_peers_pending") for peer in peers]] == [False] * 3
