@@ -16,6 +16,7 @@ import logging
 import random
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ from pyccl._proto.messages import (
 STALL_S: Final = 30.0
 MISMATCH_GRACE_S: Final = 5.0
 _TICK_S: Final = 0.1
+_SLICE_S: Final = 0.1  # longest wait of a user thread without a look at Python's signal handlers
 _BACKOFF_S: Final = (0.05, 2.0)
 _LEAVE_S: Final = 2.0
 _ENDING_S: Final = 10.0  # more than it ever takes from the engine's end to the thread's
@@ -89,9 +91,14 @@ class Waiter:
             self._event.set()
 
     def wait(self, timeout: float) -> bool:
-        """True: fulfilled; raises what it was failed with. False: the time ran out."""
-        if not self._event.wait(timeout):
-            return False
+        """True: fulfilled; raises what it was failed with. False: the time ran out.
+
+        In slices: a Ctrl-C that the system hands to another thread, or just before the wait, does not end a wait.
+        """
+        until = time.monotonic() + timeout
+        while not self._event.wait(min(_SLICE_S, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                return False
         if self._error is not None:
             raise self._error
         return True
@@ -300,17 +307,21 @@ class Session:
             try:
                 with trio.fail_after(10.0 if welcome else max(0.001, left)):
                     stream = await trio.open_tcp_stream(self.config.host, self.config.port)
-            except (OSError, UnicodeError, trio.TooSlowError) as e:  # UnicodeError: a name that IDNA refuses
-                cause = e.__cause__ or e
+            except (OSError, UnicodeError) as e:  # UnicodeError: a name that IDNA refuses
+                cause = _reason_of(e)
+            except trio.TooSlowError:
+                pass  # what was said before says more
             else:
-                met = self._down_since = trio.current_time()
+                met, silent = trio.current_time(), False
+                self._down_since = met
                 try:
                     if welcome:
                         await self._talk(stream)
                     else:
                         with trio.CancelScope(deadline=started + self._reach_timeout) as scope:
                             await self._talk(stream, on_welcome=lambda: setattr(scope, "deadline", float("inf")))
-                    cause = "it closed the connection"
+                        silent = scope.cancelled_caught
+                    cause = "something listens there and does not answer" if silent else "it closed the connection"
                 except errors.RemoteProtocolError as e:
                     if self._machine is None or self._machine.run is None:
                         self._finish(errors.RemoteProtocolError(f"{address} does not speak pyccl: {e}"))
@@ -686,4 +697,13 @@ _EVENTS: Final[dict[int, Callable[[Session, Event], None]]] = {
     EventType.STATE: Session._on_state,
     EventType.PULSE_DOWN: Session._on_pulse_down,
 }
+
+def _reason_of(error: BaseException) -> str:
+    """Why a connection failed, in the system's words: Trio wraps the causes of several addresses in a group."""
+    cause = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+
+
 __all__ = ["Session", "SessionConfig", "View", "Waiter"]

@@ -65,6 +65,8 @@ def demo(peers: int, rounds: int, seed: int, kill: bool, join: bool, plot_path: 
 
 def _plotter(path: Path) -> Callable[[Run], None]:
     """Refuse before the run what would fail after it."""
+    if path.suffix.lower() != ".png":
+        raise click.UsageError(f"--plot: {path} does not end in .png")
     if not path.absolute().parent.is_dir():
         raise click.UsageError(f"--plot: there is no directory {path.absolute().parent}")
     try:

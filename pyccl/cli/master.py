@@ -85,7 +85,7 @@ async def _serve(family: int, address: tuple[str, int], peer_timeout: float) -> 
                 break
 
 
-@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110})
+@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option(
     "--listen", default="127.0.0.1:48148", show_default=True, metavar="HOST:PORT",
     help="Address for control connections; port 0 takes a free one. The address is printed on stdout.",

@@ -16,6 +16,8 @@ import logging
 import os
 import queue
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
@@ -32,7 +34,9 @@ from zygote import serve
 
 import pyccl
 from pyccl import communicator
+from pyccl._io import links, session
 from pyccl._native import handles
+from pyccl._proto import limits
 from pyccl.cli import master
 
 DEADLINE_S = 60.0
@@ -226,6 +230,64 @@ class Agent:
     def do_exit(self) -> None:
         """The program ends without close()."""
         self.exit_wanted = True
+
+    def do_drop_communicator(self) -> None:
+        """The last reference goes, without close()."""
+        self.comm = None
+        gc.collect()
+
+    def do_wait_gone(self) -> None:
+        """Until the threads of a dropped communicator have ended."""
+        for thread in threading.enumerate():
+            if thread.name.startswith("pyccl"):
+                thread.join(DEADLINE_S)
+
+    # ---- what goes wrong with connections
+
+    def do_cut(self, what: str) -> int:
+        """Shut down all connections to the master, or all others ("peers"), as a router that forgets them would."""
+        host, port = self.address.rsplit(":", 1)
+        cut = 0
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                copy = os.dup(int(fd))
+            except OSError:
+                continue
+            if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+                os.close(copy)
+                continue
+            with socket.socket(fileno=copy) as sock:
+                try:
+                    to_master = sock.getpeername() == (host, int(port))
+                except OSError:
+                    continue  # a listener
+                if sock.family == socket.AF_INET and to_master == (what == "master"):
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
+                        cut += 1
+        return cut
+
+    def do_renumber(self, peer: str) -> str:
+        """Another peer id, before connect."""
+        self.need()._id = bytes.fromhex(peer)
+        return self.need().peer_id
+
+    def do_links_timeout(self, seconds: float) -> None:
+        links.LINKS_TIMEOUT_S = seconds  # type: ignore[misc]
+
+    def do_hide(self) -> None:
+        """Advertise an address where nobody listens."""
+        inner = session.listen
+
+        async def listen(host: str) -> tuple[Any, Any]:
+            listener, address = await inner(host)
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                return listener, address._replace(port=free.getsockname()[1])
+
+        session.listen = listen
+
+    def do_speak_version(self, version: int) -> None:
+        limits.PROTOCOL_VERSION = version  # type: ignore[misc]
 
     # ---- collectives
 

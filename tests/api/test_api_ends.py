@@ -97,6 +97,44 @@ def test_close_ends_an_all_reduce_of_another_thread(cluster: Cluster) -> None:
     cluster.reduce(peers)
 
 
+def test_close_ends_a_connect_of_another_thread(cluster: Cluster) -> None:
+    member, = cluster.members(1)
+    newcomer, = cluster.spawn(1)
+    cluster.make([newcomer])
+    join = newcomer.call("connect", thread="join")
+    member.ask("wait_pending", count=1)
+    newcomer.ask("close")
+    join.error("UsageError")
+    cluster.admit([member], [newcomer])
+    cluster.reduce([member, newcomer])
+
+
+def test_a_safe_point_that_one_never_reaches_ends_with_its_deadline(cluster: Cluster) -> None:
+    *rest, absent = peers = cluster.members(3)
+    for call in [peer.call("update_topology", timeout=0.5) for peer in rest]:
+        call.error("DeadlineError")
+    before = cluster.reduce(peers)["epoch"]
+    for call in [peer.call("update_topology") for peer in peers]:
+        call.value()
+    assert cluster.reduce(peers)["epoch"] == before + 1
+    assert absent.ask("members") == sorted(peer.id for peer in peers)
+
+
+def test_an_outcome_that_can_not_be_learned_is_told_as_unknown(cluster: Cluster) -> None:
+    """One holds the whole result and has said so; the other stands still and there is no master to ask."""
+    asking, stopped = cluster.members(2)
+    stopped.ask("hook", phase="data", action="stop", bytes=4000)
+    late = stopped.call("all_reduce", seed=5, count=1000)
+    stopped.wait_event("hook")
+    cluster.master.kill()
+    call = asking.call("all_reduce", seed=5, count=1000, timeout=0.5)
+    assert call.error("OutcomeUnknownError")["restored"]
+    asking.call("barrier").error("OutcomeUnknownError")
+    asking.call("update_topology").error("OutcomeUnknownError")
+    stopped.resume()
+    cluster.check([late.value()], 5, 1000)  # it had the data and the word of the other: committed
+
+
 def test_a_wait_that_runs_out_aborts_nothing(cluster: Cluster) -> None:
     early, late = peers = cluster.members(2)
     early.ask("submit", name="x", seed=9, count=1000, out=True)

@@ -69,6 +69,16 @@ def test_close_with_the_master_stopped_ends(cluster: Cluster) -> None:
         left_nothing(leaver)
 
 
+def test_a_communicator_that_is_dropped_leaves_the_run_and_nothing_else(cluster: Cluster) -> None:
+    dropped, *rest = cluster.members(3)
+    dropped.ask("drop_communicator")
+    for peer in rest:
+        peer.ask("wait_world", world=2)
+    dropped.ask("wait_gone")
+    left_nothing(dropped)
+    cluster.reduce(rest)
+
+
 @pytest.mark.parametrize("busy", ["idle", "in an operation", "at the safe point"])
 def test_interpreter_exit_without_close_leaves_the_run(cluster: Cluster, busy: str) -> None:
     leaver, *rest = cluster.members(3)

@@ -190,6 +190,24 @@ def test_a_newcomer_dies_while_it_joins(cluster: Cluster, phase: str, when: str)
     cluster.reduce([*members, *other])
 
 
+def test_half_of_the_peers_die_at_once(cluster: Cluster) -> None:
+    peers = cluster.members(6)
+    seed = cluster.rng.getrandbits(32)
+    loops = {peer: peer.call("loop", thread="loop", seed=seed, report=5) for peer in peers}
+    for peer in peers:
+        peer.wait_event("loop")
+    victims = cluster.rng.sample(peers, 3)
+    for peer in victims:
+        peer.doom()
+    alive = [peer for peer in peers if peer not in victims]
+    for peer in alive:
+        peer.ask("wait_world", world=3)
+    for peer in alive:
+        peer.ask("stop_loop")
+    cluster.check_loops({peer: loops[peer].value() for peer in alive}, seed)
+    cluster.agree(alive)
+
+
 def test_peers_die_and_join_in_a_run_of_collectives(cluster: Cluster) -> None:
     """Five peers reduce without end; three die, two join at safe points, every bit is checked afterwards."""
     peers = cluster.members(5)
