@@ -14,7 +14,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -331,14 +332,10 @@ class Communicator:
             EvictedError, OutcomeUnknownError: this peer is out of the run; ``connect()`` again.
             After every one of them ``x`` holds its input.
         """
-        begun: list[Op] = []
-        try:
+        with _given_up_on_error() as begun:
             return self._reduce(
                 x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, begun
             ).wait()
-        except BaseException:
-            _give_up(begun)
-            raise
 
     def all_reduce_async(
         self,
@@ -355,12 +352,8 @@ class Communicator:
         quantize_block: int = QUANTIZE_BLOCK,
     ) -> Work:
         """Start an ``all_reduce`` and return a handle; ``x`` and ``out`` belong to it until ``wait()`` has ended."""
-        begun: list[Op] = []
-        try:
+        with _given_up_on_error() as begun:
             return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, begun)
-        except BaseException:
-            _give_up(begun)
-            raise
 
     def broadcast(
         self, x: Any, root: str, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
@@ -399,13 +392,9 @@ class Communicator:
         buffer = as_buffer("x", x, writable=False)
         dtype = numpy_dtype(buffer)
         spec = Spec(Kind.ALL_GATHER, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry))
-        begun: list[Op] = []
-        try:
+        with _given_up_on_error() as begun:
             work = self._start(session, spec, buffer.bytes_, None, timeout, "all_gather", begun)
             info = work.wait()
-        except BaseException:
-            _give_up(begun)
-            raise
         out = np.empty((info.world_size, *buffer.shape), dtype)
         if out.size:
             work.take(out.reshape(-1).view(np.uint8))
@@ -552,12 +541,8 @@ class Communicator:
     def _run(
         self, session: Session, spec: Spec, src: Array | None, dst: Array | None, timeout: float, what: str
     ) -> ReduceInfo:
-        begun: list[Op] = []
-        try:
+        with _given_up_on_error() as begun:
             return self._start(session, spec, src, dst, timeout, what, begun).wait()
-        except BaseException:
-            _give_up(begun)
-            raise
 
     def _conclude(self, session: Session, info: OpInfo, what: str) -> ReduceInfo:
         """The end of an operation for its caller: the view moves on, a failure is raised."""
@@ -611,12 +596,18 @@ def connect(
     return comm
 
 
-def _give_up(begun: list[Op]) -> None:
-    """Ctrl-C came after the submit, and outside of ``Work.wait`` which would have seen to it: the array comes back."""
-    for op in begun:
-        if not op.done():
-            op.cancel()
-            op.finish()
+@contextmanager
+def _given_up_on_error() -> Iterator[list[Op]]:
+    """Ctrl-C may come after the submit and outside of ``Work.wait``, which would see to it: the array comes back."""
+    begun: list[Op] = []
+    try:
+        yield begun
+    except BaseException:
+        for op in begun:
+            if not op.done():
+                op.cancel()
+                op.finish()
+        raise
 
 
 def _leave_dropped(session: Session, pid: int) -> None:

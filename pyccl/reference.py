@@ -197,16 +197,9 @@ def _sixteen_bits(x: np.float32) -> np.float32:
     return np.float32(np.ldexp(np.rint(np.ldexp(mantissa, 16)), int(exponent) - 16))
 
 
-def _largest(dtype: np.dtype[Any]) -> np.float32:
-    """The greatest finite value of a dtype, as far as float32 reaches."""
-    if _is_bfloat16(dtype):
-        return np.float32(np.array([0x7F7F0000], np.uint32).view(np.float32)[0])
-    return np.float32(np.finfo(np.float16 if dtype == np.float16 else np.float32).max)
-
-
-def _uint8_decode(encoded: _Encoded, limit: np.float32 = _FLOAT32_MAX) -> Float32:
-    """As float32, cut to -limit..limit."""
-    parts = [np.clip(_decode_block(*block), -limit, limit) for block in encoded]
+def _uint8_decode(encoded: _Encoded) -> Float32:
+    """As float32, cut to its finite range."""
+    parts = [np.clip(_decode_block(*block), -_FLOAT32_MAX, _FLOAT32_MAX) for block in encoded]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 

@@ -9,6 +9,7 @@ import trio
 
 from pyccl import errors
 from pyccl._io import envelope
+from pyccl._io.causes import reason_of
 from pyccl._proto import limits
 from pyccl._proto.messages import Rejected, Status, StatusAsk
 
@@ -21,7 +22,7 @@ async def ask_status(host: str, port: int) -> dict[str, Any]:
             await stream.send_all(envelope.pack(StatusAsk(limits.PROTOCOL_VERSION)))
             answer = await envelope.receive(stream)
     except (OSError, trio.BrokenResourceError) as e:
-        raise errors.MasterUnavailableError(f"no master answers at {where}: {e.__cause__ or e}") from e
+        raise errors.MasterUnavailableError(f"no master answers at {where}: {reason_of(e)}") from e
     if answer is None:
         raise errors.MasterUnavailableError(f"{where} closed the connection without an answer")
     if isinstance(answer, Rejected):

@@ -18,6 +18,7 @@ from typing import Final
 import trio
 
 from pyccl._io import envelope
+from pyccl._io.causes import causes_of
 from pyccl._native.handles import Engine
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
@@ -196,11 +197,7 @@ class Links:
             except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
                 error = OSError(f"{address.host!r} is no name of a host: {e}")
             except OSError as e:
-                # trio wraps the causes of several addresses of one name into one OSError
-                causes = (e.__cause__,) if not isinstance(e.__cause__, BaseExceptionGroup) else e.__cause__.exceptions
-                refused = isinstance(e, ConnectionRefusedError) or (
-                    bool(causes) and all(isinstance(c, ConnectionRefusedError) for c in causes)
-                )
+                refused = all(isinstance(cause, ConnectionRefusedError) for cause in causes_of(e))
                 error = ConnectionRefusedError(str(e)) if refused else e
         raise error
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import trio
 
 from pyccl._io import envelope
+from pyccl._io.causes import reason_of
 from pyccl._native.handles import FRAME_BYTES, is_heartbeat_untrusted
 from pyccl._proto import limits, master
 from pyccl._proto.messages import Message, Pulse
@@ -78,7 +79,7 @@ class MasterServer:
                 elif first is not None:
                     await self._control(stream, first)
         except _SENDERS_LOSS as e:
-            log.info("connection_ended cause=%s", e.__cause__ or e)
+            log.info("connection_ended cause=%s", reason_of(e))
         finally:
             self._open -= 1
 
@@ -116,7 +117,7 @@ class MasterServer:
                 try:
                     await self._hear(stream, number, first)
                 except _SENDERS_LOSS as e:  # here and not outside: a nursery wraps what leaves it
-                    log.info("connection_ended cause=%s", e.__cause__ or e)
+                    log.info("connection_ended cause=%s", reason_of(e))
                     nursery.cancel_scope.cancel()
                 if number in self._conns:
                     nursery.cancel_scope.cancel()

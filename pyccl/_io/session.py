@@ -27,6 +27,7 @@ import trio
 
 from pyccl import errors
 from pyccl._io import envelope
+from pyccl._io.causes import reason_of
 from pyccl._io.links import LinkEvents, Links, listen
 from pyccl._io.resolver import Resolver
 from pyccl._native import status
@@ -308,7 +309,7 @@ class Session:
                 with trio.fail_after(10.0 if welcome else max(0.001, left)):
                     stream = await trio.open_tcp_stream(self.config.host, self.config.port)
             except (OSError, UnicodeError) as e:  # UnicodeError: a name that IDNA refuses
-                cause = _reason_of(e)
+                cause = reason_of(e)
             except trio.TooSlowError:
                 pass  # what was said before says more
             else:
@@ -362,7 +363,7 @@ class Session:
                             on_welcome()
                             self._welcome(nursery)
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
-                    log.info("master_lost cause=%s", e.__cause__ or e)
+                    log.info("master_lost cause=%s", reason_of(e))
                 except errors.RemoteProtocolError as e:
                     broken = e  # raised outside: a nursery wraps what leaves it
                 finally:
@@ -697,13 +698,4 @@ _EVENTS: Final[dict[int, Callable[[Session, Event], None]]] = {
     EventType.STATE: Session._on_state,
     EventType.PULSE_DOWN: Session._on_pulse_down,
 }
-
-def _reason_of(error: BaseException) -> str:
-    """Why a connection failed, in the system's words: Trio wraps the causes of several addresses in a group."""
-    cause = error.__cause__ or error
-    while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-
-
 __all__ = ["Session", "SessionConfig", "View", "Waiter"]

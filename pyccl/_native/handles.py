@@ -147,10 +147,6 @@ class Engine:
         self._fetches.clear()
         self._release_abandoned()
 
-    def end(self, why: int) -> None:
-        """Fail open operations with `why` and leave the epoch."""
-        check(lib.pyccl_engine_end(self._engine, why), "engine_end")
-
     def events(self) -> list[Event]:
         """Take what has happened; clears the eventfd."""
         out = ffi.new("pyccl_event[]", _EVENTS_AT_ONCE)
@@ -185,21 +181,22 @@ class Engine:
 
     def conns(self, slot: int) -> int:
         """Connections of the link that stand; 0 also for a slot that was removed."""
-        stats = ffi.new("pyccl_link_stats *")
-        status = lib.pyccl_engine_link_stats(self._engine, slot, stats)
-        if status == ARGUMENT:
-            return 0
-        check(status, "link_stats")
-        return int(stats.conns)
+        stats = self._link_stats(slot)
+        return 0 if stats is None else int(stats.conns)
 
     def heard_ago(self, slot: int) -> float:
         """Seconds since anything was heard on the link; 0 for a slot that was removed."""
+        stats = self._link_stats(slot)
+        return 0.0 if stats is None else float(stats.heard_ns_ago / NS)
+
+    def _link_stats(self, slot: int) -> Any:
+        """pyccl_link_stats; None for a slot that was removed."""
         stats = ffi.new("pyccl_link_stats *")
         status = lib.pyccl_engine_link_stats(self._engine, slot, stats)
         if status == ARGUMENT:
-            return 0.0
+            return None
         check(status, "link_stats")
-        return float(stats.heard_ns_ago / NS)
+        return stats
 
     # -- epochs
 
@@ -454,8 +451,4 @@ def is_heartbeat_untrusted(header: bytes) -> bool:
     return status == OK and frame.type == lib.PYCCL_FRAME_HEARTBEAT
 
 
-def version() -> str:
-    return str(ffi.string(lib.pyccl_version()).decode())
-
-
-__all__ = ["OK", "PENDING", "Engine", "Event", "EventType", "Kind", "Op", "OpInfo", "Spec", "chunk_digests", "version"]
+__all__ = ["OK", "PENDING", "Engine", "Event", "EventType", "Kind", "Op", "OpInfo", "Spec", "chunk_digests"]

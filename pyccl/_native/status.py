@@ -37,10 +37,6 @@ _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
 }
 
 
-def status_name(status: int) -> str:
-    return str(ffi.string(lib.pyccl_status_name(status)).decode())
-
-
 def error_of(status: int, what: str, peer: str | None = None, detail: str = "") -> BaseException:
     """The exception for a negative status. `peer`: 32 hex characters of the culprit, where one is known."""
     if status == lib.PYCCL_ERR_NOMEM:
