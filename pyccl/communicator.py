@@ -274,7 +274,7 @@ class Communicator:
         Operations that other threads submitted before all members had arrived still run in the old epoch.
 
         Raises:
-            MasterUnavailableError: the master stayed away for 30 s. The epoch goes on; try again later.
+            MasterUnavailableError: this call has waited 30 s for the master. The epoch goes on; try again later.
             MismatchError: members were elsewhere, in operations this peer never called.
             DeadlineError: `timeout` seconds passed; this peer has gone back from the safe point.
         """

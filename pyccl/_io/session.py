@@ -659,11 +659,14 @@ class Session:
             self._feed(self._machine.unblocked(now))
 
     def _watch_master(self, now: float) -> None:
-        """A safe point needs the master; it does not wait for one that stays away."""
+        """A safe point needs the master; it does not wait for one that stays away.
+
+        Time counts from the call: how long the master was away before it says nothing of whether it is back by now.
+        """
         assert self._machine is not None
         if not self._machine.master_is_away(now):
             self._down_since = now
-        elif self._topology is not None and now - self._down_since >= self._unreachable_timeout:
+        elif self._topology is not None and now - max(self._down_since, self._arrived_at) >= self._unreachable_timeout:
             waiter = self._topology
             self._withdraw(waiter)
             waiter.finish(
