@@ -215,6 +215,19 @@ class Agent:
             assert time.monotonic() < until, "no thread is at the safe point"
             time.sleep(0.005)
 
+    def do_wait_watched(self) -> None:
+        """Until the control thread has once more judged whether the master is away."""
+        session, judged = self.session(), threading.Event()
+        watch = session._watch_master
+
+        def watch_and_tell(now: float) -> None:
+            watch(now)
+            judged.set()
+
+        session._watch_master = watch_and_tell  # type: ignore[method-assign]
+        assert judged.wait(DEADLINE_S), "the control thread stands still"
+        session._watch_master = watch  # type: ignore[method-assign]
+
     def do_sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 

@@ -34,6 +34,21 @@ def test_collectives_go_on_while_the_master_is_stopped(cluster: Cluster) -> None
     cluster.reduce([*peers, newcomer])
 
 
+def test_a_safe_point_after_a_long_absence_gives_the_master_its_time(cluster: Cluster) -> None:
+    peers = cluster.members(2, reach_timeout=3.0)
+    cluster.master.stop()
+    for call in [peer.call("update_topology") for peer in peers]:
+        call.error("MasterUnavailableError")
+    # away for longer than a call waits; each of these calls waits anew, and so sees it come back
+    calls = [peer.call("update_topology", thread="safe point") for peer in peers]
+    for peer in peers:
+        peer.ask("wait_safe_point")
+        peer.ask("wait_watched")
+    cluster.master.resume()
+    for call in calls:
+        call.value()
+
+
 def test_collectives_go_on_after_the_master_was_killed(cluster: Cluster) -> None:
     peers = cluster.members(3, reach_timeout=0.5)
     seed = cluster.rng.getrandbits(32)
