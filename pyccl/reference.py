@@ -43,6 +43,8 @@ def reference_all_reduce(
         weights: for "avg", one per input; None stands for 1.0 each.
     Returns:
         A new array of the same shape and dtype.
+    Raises:
+        UsageError: what ``all_reduce`` refuses, weights whose total can't divide included.
     Source: the fold orders and roundings of proto/wire.md 3.6, 3.7.
     """
     arrays = [np.ascontiguousarray(x) for x in inputs]
@@ -79,8 +81,12 @@ def _check(
     if weights is not None:
         if op != "avg" or len(weights) != len(arrays):
             raise UsageError("weights are for 'avg', one per input")
-        if not all(np.isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
-            raise UsageError("weights are finite, not negative, and not all 0")
+        kind = np.float64 if arrays[0].dtype == np.float64 and quantize is None else np.float32
+        with np.errstate(all="ignore"):
+            seen = [float(kind(w)) for w in weights]
+            total = float(kind(_sum64(weights)))
+        if not all(np.isfinite(w) and w >= 0 for w in seen) or not 0 < total < np.inf:
+            raise UsageError(f"weights are finite, not negative, and their total is so and not 0, in {kind.__name__}")
 
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:

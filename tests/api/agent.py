@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
+from cases import run_cases
 from hooks import Hook, install
 from oracle import draw, sha
 from zygote import serve
@@ -36,6 +37,7 @@ import pyccl
 from pyccl import communicator
 from pyccl._io import links, session
 from pyccl._native import handles
+from pyccl._native._pyccl import ffi, lib
 from pyccl._proto import limits
 from pyccl.cli import master
 
@@ -307,6 +309,14 @@ class Agent:
     def do_all_reduce(self, **wanted: Any) -> dict[str, Any]:
         reduce = Reduce(self.index, wanted)
         return reduce.outcome(lambda: self.need().all_reduce(reduce.x, out=reduce.out, **reduce.keywords))
+
+    def do_kernel(self, name: str) -> str:
+        """Use this instruction set from here on."""
+        assert lib.pyccl_kernel_select(name.encode()) == lib.PYCCL_OK, name
+        return str(ffi.string(lib.pyccl_kernel_name()).decode())
+
+    def do_cases(self, seed: int, rounds: int, first: int, last: int) -> list[Any]:
+        return run_cases(self.need(), seed, rounds, slice(first, last))
 
     def do_submit(self, name: str, **wanted: Any) -> None:
         reduce = Reduce(self.index, wanted)

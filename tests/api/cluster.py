@@ -25,8 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
-from oracle import draw, fold, sha
+from oracle import draw, sha
 from zygote import DEADLINE_S, Zygote
+
+import pyccl
 
 PEER_TIMEOUT_S: Final = 2.0
 LISTENING: Final = "listening on "
@@ -346,7 +348,7 @@ class Cluster:
         assert members == sorted(members) and infos[0]["world_size"] == len(members)
         dtype, kind = spec.get("dtype", "float32"), spec.get("kind", "plain")
         inputs = [draw(seed, index, count, dtype, kind) for index in self.inputs(members)]
-        expected = sha(fold(spec.get("op", "sum"), inputs))
+        expected = sha(pyccl.reference_all_reduce(inputs, op=spec.get("op", "sum")))
         for value in values:
             assert value["sha"] == expected, f"seed {self.seed}: other bits than the oracle's, {spec} count={count}"
             assert value["kept"], f"seed {self.seed}: the input was changed although there was an out"
@@ -381,4 +383,4 @@ class Cluster:
             ids = told[0]["members"]
             steps_of = [seen[id_][0] for id_ in ids]
             inputs = [draw(seed + s, i, count, "int64") for s, i in zip(steps_of, self.inputs(ids), strict=True)]
-            assert told[0]["sha"] == sha(fold("sum", inputs)[2:]), f"seed {self.seed}: {place}"
+            assert told[0]["sha"] == sha(pyccl.reference_all_reduce(inputs)[2:]), f"seed {self.seed}: {place}"

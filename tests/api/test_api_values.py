@@ -1,52 +1,65 @@
-"""Every value of every collective against NumPy, bit for bit, while nothing goes wrong."""
+"""Every value of every collective against the oracle, bit for bit, while nothing goes wrong.
+
+The groups of the drawn cases live as long as this module, so that hundreds of calls take seconds. Replay a failure
+with PYCCL_TEST_SEED=<the seed it printed>; PYCCL_TEST_LONG=1 draws more.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
-from cluster import Cluster
-from oracle import DTYPES, FLOATS, OPS, draw, sha
+from cases import check_cases, draw_cases
+from cluster import Cluster, Peer
+from zygote import Zygote
 
-PIECES = 2 * (1 << 20) + (1 << 19) + 1  # bytes: two pieces and a half, and an element that does not divide
+from pyccl._native._pyccl import lib
 
-
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_all_reduce_gives_the_bits_of_the_oracle_for_every_dtype_op_and_size(cluster: Cluster, world: int) -> None:
-    peers = cluster.members(world)
-    small = [0, 1, world - 1, world, 2 * world + 1, 1031]
-    for dtype in DTYPES:
-        for op in OPS if dtype in FLOATS else [o for o in OPS if o != "avg"]:
-            for count in small:
-                cluster.reduce(peers, count=count, dtype=dtype, op=op, out=count % 2 == 1)
-            cluster.reduce(peers, count=1031, dtype=dtype, op=op, out=False, tag=2**32 - 1)
+LONG = os.environ.get("PYCCL_TEST_LONG") == "1"
+AT_ONCE = 25  # cases in one command: none takes long, so each answer guards against a hang
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_all_reduce_of_several_pieces_gives_the_bits_of_the_oracle(cluster: Cluster, world: int) -> None:
-    peers = cluster.members(world)
-    for dtype, op, out in (("float32", "avg", False), ("int64", "sum", True), ("float64", "max", False)):
-        count = PIECES // int(dtype[-2:]) * 8
-        cluster.reduce(peers, count=count, dtype=dtype, op=op, out=out)
-        cluster.reduce(peers, count=count, dtype=dtype, op=op, out=not out)
-    cluster.reduce(peers, count=PIECES // 4 * world + 1, dtype="int32", op="prod")  # several pieces in each share
+@pytest.fixture(scope="module", params=[2, 3, 5, 8])
+def group(request: pytest.FixtureRequest, zygote: Zygote) -> Iterator[tuple[Cluster, list[Peer]]]:
+    """Members in rank order."""
+    with Cluster(zygote, request.param, peer_timeout=30.0) as cluster:
+        yield cluster, sorted(cluster.members(request.param), key=lambda peer: peer.id)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_special_floats_give_the_bits_of_the_oracle(cluster: Cluster, dtype: str) -> None:
-    peers = cluster.members(3)
-    for op in OPS:
-        for out in (False, True):
-            cluster.reduce(peers, count=4099, dtype=dtype, op=op, kind="special", out=out)
+def run_drawn(peers: list[Peer], seed: int, rounds: int) -> None:
+    cases = draw_cases(seed, len(peers), rounds)
+    for first in range(0, len(cases), AT_ONCE):
+        some = cases[first : first + AT_ONCE]
+        calls = [peer.call("cases", seed=seed, rounds=rounds, first=first, last=first + AT_ONCE) for peer in peers]
+        check_cases(seed, len(peers), some, [call.value() for call in calls])
 
 
-def test_broadcast_gives_everybody_the_bytes_of_each_root(cluster: Cluster) -> None:
-    peers = cluster.members(3)
-    for root in peers:
-        for dtype in DTYPES:
-            for count in (0, 1, 2, 1031, PIECES // 4):
-                seed = cluster.rng.getrandbits(32)
-                calls = [p.call("broadcast", seed=seed, count=count, dtype=dtype, root=root.id) for p in peers]
-                expected = sha(draw(seed, root.index, count, dtype))
-                assert [call.value()["sha"] for call in calls] == [expected] * 3, (dtype, count)
+def test_drawn_calls_give_the_bits_of_the_oracle_on_every_member(group: tuple[Cluster, list[Peer]], seed: int) -> None:
+    _, peers = group
+    run_drawn(peers, seed, 10 if LONG else 2)
+
+
+def kernels_here() -> list[str]:
+    """Instruction sets that this CPU has."""
+    found = [k for k in ("scalar", "avx2", "avx512", "neon") if lib.pyccl_kernel_select(k.encode()) == lib.PYCCL_OK]
+    assert lib.pyccl_kernel_select(b"auto") == lib.PYCCL_OK
+    return found
+
+
+def test_members_with_different_instruction_sets_give_the_bits_of_the_oracle(
+    group: tuple[Cluster, list[Peer]], seed: int
+) -> None:
+    _, peers = group
+    kernels = kernels_here()
+    try:
+        for i, peer in enumerate(peers):
+            wanted = kernels[(i + seed) % len(kernels)]  # two members: any two of them
+            assert peer.ask("kernel", name=wanted) == wanted
+        run_drawn(peers, seed, 10 if LONG else 1)
+    finally:
+        for peer in peers:
+            peer.ask("kernel", name="auto")
 
 
 def test_barrier_returns_when_the_last_has_come(cluster: Cluster) -> None:

@@ -138,6 +138,9 @@ def test_two_members_round_once_and_three_round_twice() -> None:
         {"inputs": [np.zeros(2)], "weights": [1.0]},
         {"inputs": [np.zeros(2)], "op": "avg", "weights": [0.0]},
         {"inputs": [np.zeros(2)], "op": "avg", "weights": [-1.0]},
+        {"inputs": [np.zeros(2, np.float32)], "op": "avg", "weights": [1e39]},
+        {"inputs": [np.zeros(2, np.float32)], "op": "avg", "weights": [1e-60]},
+        {"inputs": [np.zeros(2)], "op": "avg", "weights": [1e39], "quantize": "uint8"},
         {"inputs": [np.zeros(2)], "op": "avg", "weights": [1.0, 1.0]},
     ],
 )
