@@ -1,14 +1,16 @@
-"""The caller's arrays as memory that the engine can use: NumPy, buffer protocol, DLPack, torch on the CPU. No copies.
+"""The caller's arrays as memory that the engine can use: NumPy, buffer protocol, DLPack, torch. No copies.
 
 Every kind ends as a Buffer: the bytes, and which of our dtypes they hold. bfloat16 has no NumPy dtype of its own: it
-comes as ``ml_dtypes.bfloat16`` or as a torch tensor.
+comes as ``ml_dtypes.bfloat16`` or as a torch tensor. A torch tensor on an accelerator is staged: the engine works on a
+copy in host memory, which goes back to the tensor when the operation has succeeded.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -37,13 +39,16 @@ FLOATS: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory of the caller. Holding it keeps the caller's object alive."""
+    """Memory of the caller, or its copy in host memory. Holding it keeps the memory alive.
+
+    address: where the caller's array begins. put_back: of a copy, writes it to the caller's array.
+    """
 
     bytes_: np.ndarray[Any, np.dtype[np.uint8]]
     dtype: str
     shape: tuple[int, ...]
-    writable: bool
-    owner: object
+    address: int
+    put_back: Callable[[], None] | None = None
 
     @property
     def code(self) -> int:
@@ -57,58 +62,74 @@ class Buffer:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
-    @property
-    def address(self) -> int:
-        return int(self.bytes_.__array_interface__["data"][0])
-
 
 def as_buffer(name: str, value: Any, *, writable: bool) -> Buffer:
     """The caller's memory. UsageError: not an array, not contiguous, read-only where it must not be, or its dtype."""
-    array, dtype = _as_array(name, value)
+    if isinstance(value, np.ndarray):
+        return _checked(name, value, value.dtype.name, writable)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _of_torch(name, torch, value, writable)
+    try:
+        array: Array = np.asarray(memoryview(value))
+    except (TypeError, ValueError, BufferError):
+        array = _of_dlpack(name, value)
+    return _checked(name, array, array.dtype.name, writable)
+
+
+def _checked(name: str, array: Array, dtype: str, writable: bool) -> Buffer:
+    if not array.dtype.isnative:
+        raise UsageError(f"{name}: dtype {array.dtype} is of foreign byte order")
     if dtype not in DTYPES:
         raise UsageError(f"{name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
     if not array.flags.c_contiguous:
         raise UsageError(f"{name}: the array is not C-contiguous")
     if writable and not array.flags.writeable:
         raise UsageError(f"{name}: the array is read-only")
-    return Buffer(array.reshape(-1).view(np.uint8), dtype, array.shape, array.flags.writeable, value)
+    return Buffer(array.reshape(-1).view(np.uint8), dtype, array.shape, array.__array_interface__["data"][0])
 
 
-def _as_array(name: str, value: Any) -> tuple[Array, str]:
-    if isinstance(value, np.ndarray):
-        return value, value.dtype.name if value.dtype.isnative else f"{value.dtype} (foreign byte order)"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return _of_torch(name, torch, value)
-    try:
-        array: Array = np.asarray(memoryview(value))
-    except (TypeError, ValueError, BufferError):
-        array = _of_dlpack(name, value)
-    return array, array.dtype.name
+def _of_torch(name: str, torch: Any, tensor: Any, writable: bool) -> Buffer:
+    """A tensor in host memory shares it. Written as under ``torch.no_grad()``: autograd does not follow.
 
-
-def _of_torch(name: str, torch: Any, tensor: Any) -> tuple[Array, str]:
-    """A torch tensor shares its memory; its gradient history is not touched."""
-    if tensor.device.type != "cpu":
-        raise UsageError(f"{name}: the tensor is on {tensor.device}; this version takes tensors in host memory")
+    A leaf that requires grad (a parameter) takes the new values; what autograd computed from others it could not
+    follow is refused. Either way a backward pass that needs the old values fails instead of using the new ones.
+    """
     if tensor.layout is not torch.strided:
         raise UsageError(f"{name}: a {tensor.layout} tensor is no dense array")
+    if tensor.device.type == "meta":
+        raise UsageError(f"{name}: a tensor on the meta device holds no data")
+    if writable and tensor.requires_grad and not tensor.is_leaf:
+        raise UsageError(f"{name}: autograd computed this tensor and can't follow a write to it: pass {name}.detach()")
     detached = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        return detached.view(torch.int16).numpy(), "bfloat16"
+    if tensor.device.type == "cpu":
+        buffer = _of_host_tensor(name, torch, detached, writable)
+        if writable and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+        return buffer
+    if not detached.is_contiguous():
+        raise UsageError(f"{name}: the array is not C-contiguous")
+    host = detached.to("cpu")
+    staged = _of_host_tensor(name, torch, host, writable)
+    return replace(staged, address=int(detached.data_ptr()), put_back=lambda: detached.copy_(host))
+
+
+def _of_host_tensor(name: str, torch: Any, tensor: Any, writable: bool) -> Buffer:
+    is_bfloat16 = tensor.dtype is torch.bfloat16
     try:
-        array: Array = detached.numpy()
+        array: Array = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
     except (TypeError, RuntimeError) as e:  # a dtype or a view (conjugate, negative) that NumPy can't show
         raise UsageError(f"{name}: {e}") from e
-    return array, array.dtype.name
+    return _checked(name, array, "bfloat16" if is_bfloat16 else array.dtype.name, writable)
 
 
 def _of_dlpack(name: str, value: Any) -> Array:
+    """Read-only unless the producer says otherwise, which it can from DLPack 1.0 on."""
     if not hasattr(value, "__dlpack__"):
         raise UsageError(f"{name}: an array is needed, not {type(value).__name__}")
     try:
         array: Array = np.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as e:
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as e:
         raise UsageError(f"{name}: {type(value).__name__} does not give its memory: {e}") from e
     return array
 

@@ -263,7 +263,8 @@ class Communicator:
         mine = np.array([session.pending], np.int32)
         spec = Spec(Kind.ALL_REDUCE, lib.PYCCL_INT32, 1, lib.PYCCL_MAX, lib.PYCCL_SPACE_INTERNAL, _TAG_PENDING)
         try:
-            self._run(session, spec, mine, mine, OPERATION_TIMEOUT_S, "are_peers_pending")
+            buffer = as_buffer("mine", mine, writable=True)
+            self._run(session, spec, buffer, buffer, OPERATION_TIMEOUT_S, "are_peers_pending")
         except errors.AloneError:
             return session.pending > 0  # the others were lost meanwhile
         return bool(mine[0] > 0)
@@ -306,8 +307,11 @@ class Communicator:
 
         Args:
             x: any shape, C-contiguous; (u)int8/16/32/64, float16, bfloat16, float32 or float64; shape and dtype equal
-                on all members. A NumPy array (bfloat16: ``ml_dtypes``), a torch tensor in host memory, or anything
-                with the buffer protocol or DLPack; never copied. Writable when ``out`` is not given.
+                on all members. A NumPy array (bfloat16: ``ml_dtypes``), a torch tensor, or anything in host memory
+                with the buffer protocol or DLPack (writable from DLPack 1.0 on); never copied, but a tensor on an
+                accelerator is staged through host memory. Writable when ``out`` is not given.
+                A torch tensor is written as under ``torch.no_grad()``: a parameter takes the new values, a result
+                that autograd tracks is refused, a backward pass that needs the old values raises.
             op: "sum", "avg" (floats only: one sum, one division), "prod", "min", "max". Integers wrap; min and max
                 propagate NaN and order -0 below +0; a NaN result is the canonical quiet NaN. float16 and bfloat16 are
                 folded in float32 and rounded once.
@@ -351,7 +355,10 @@ class Communicator:
         timeout: float = OPERATION_TIMEOUT_S,
         quantize_block: int = QUANTIZE_BLOCK,
     ) -> Work:
-        """Start an ``all_reduce`` and return a handle; ``x`` and ``out`` belong to it until ``wait()`` has ended."""
+        """Start an ``all_reduce`` and return a handle; ``x`` and ``out`` belong to it until ``wait()`` has ended.
+
+        ``wait()`` also brings the result of a tensor on an accelerator back there.
+        """
         with _given_up_on_error() as begun:
             return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, begun)
 
@@ -372,8 +379,8 @@ class Communicator:
         at_root = source == self._id
         buffer = as_buffer("x", x, writable=not at_root)
         spec = Spec(Kind.BROADCAST, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry), root=source)
-        memory = buffer.bytes_
-        return self._run(session, spec, memory, memory if not at_root else None, timeout, "broadcast")
+        target = None if at_root else buffer
+        return self._run(session, spec, buffer, target, timeout, "broadcast")
 
     def all_gather(
         self, x: Any, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
@@ -393,7 +400,7 @@ class Communicator:
         dtype = numpy_dtype(buffer)
         spec = Spec(Kind.ALL_GATHER, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry))
         with _given_up_on_error() as begun:
-            work = self._start(session, spec, buffer.bytes_, None, timeout, "all_gather", begun)
+            work = self._start(session, spec, buffer, None, timeout, "all_gather", begun)
             info = work.wait()
         out = np.empty((info.world_size, *buffer.shape), dtype)
         if out.size:
@@ -517,21 +524,22 @@ class Communicator:
             Kind.ALL_REDUCE, source.code, source.count, _OPS[known],
             tag=_tag(tag), retry=bool(retry), codec=codec, block=block, weight=_weight(weight, known),
         )  # fmt: skip
-        return self._start(session, spec, source.bytes_, target.bytes_, timeout, "all_reduce", begun)
+        return self._start(session, spec, source, target, timeout, "all_reduce", begun)
 
     def _start(
         self,
         session: Session,
         spec: Spec,
-        src: Array | None,
-        dst: Array | None,
+        src: Buffer | None,
+        dst: Buffer | None,
         timeout: float,
         what: str,
         begun: list[Op],
     ) -> Work:
         limit_s, engine = _seconds("timeout", timeout), session.need_engine()
+        source, target = (None if x is None or spec.count == 0 else x.bytes_ for x in (src, dst))
         try:
-            op = engine.submit(spec, src if spec.count else None, dst if spec.count else None, limit_s, begun)
+            op = engine.submit(spec, source, target, limit_s, begun, None if dst is None else dst.put_back)
         except errors.UsageError:
             if session.error is not None:  # left the run between the check and the submit
                 raise session.error from None
@@ -539,7 +547,7 @@ class Communicator:
         return Work(self, session, op, what)
 
     def _run(
-        self, session: Session, spec: Spec, src: Array | None, dst: Array | None, timeout: float, what: str
+        self, session: Session, spec: Spec, src: Buffer | None, dst: Buffer | None, timeout: float, what: str
     ) -> ReduceInfo:
         with _given_up_on_error() as begun:
             return self._start(session, spec, src, dst, timeout, what, begun).wait()
@@ -575,7 +583,8 @@ class Communicator:
         out = np.empty(WORLD_MAX * size, np.uint8)
         try:
             timeout = max(deadline - time.monotonic(), 0.001)
-            info = self._run(session, spec, np.frombuffer(mine, np.uint8), out, timeout, "sync_shared_state")
+            source, target = as_buffer("mine", mine, writable=False), as_buffer("out", out, writable=True)
+            info = self._run(session, spec, source, target, timeout, "sync_shared_state")
         except errors.AloneError:
             return (self._id,), [mine]
         members = session.members_of(info.epoch)

@@ -59,6 +59,7 @@ BAD_ARRAYS: dict[str, tuple[Callable[[], Any], str]] = {
     "complex": (lambda: array(np.complex64), "dtype complex64"),
     "object": (lambda: array(object), "dtype object"),
     "other byte order": (lambda: array(">f4"), "dtype >f4"),
+    "other byte order in a buffer": (lambda: memoryview(array(">f4")), "dtype >f4"),
     "structured": (lambda: np.zeros(3, [("a", "f4")]), "dtype"),
     "bytes": (lambda: b"0123", "read-only"),
 }

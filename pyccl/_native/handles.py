@@ -270,10 +270,12 @@ class Engine:
         dst: object | None,
         timeout: float,
         begun: list[Op],
+        put_back: Callable[[], None] | None = None,
     ) -> Op:
         """Start an operation on C-contiguous buffers; they belong to the engine until the operation has ended.
 
-        It stands in `begun` before it starts: who is interrupted before this returns can still give it up.
+        It stands in `begun` before it starts: who is interrupted before this returns can still give it up. Where
+        `dst` is a copy of the caller's array, `put_back` takes the result there; ``Op.finish`` calls it.
         """
         args = ffi.new("pyccl_op_args *")
         s = args.spec
@@ -292,7 +294,7 @@ class Engine:
         args.weight = spec.weight
         self._release_abandoned()
         slot = ffi.new("pyccl_op **")
-        op = Op(self, slot, pins)
+        op = Op(self, slot, pins, put_back)
         op.keeps = spec.kind == Kind.ALL_GATHER and dst is None and spec.count > 0
         with self._ops_lock:
             self._ops.add(op)
@@ -357,8 +359,9 @@ class Engine:
 class Op:
     """One operation. Its buffers stay pinned until it has ended; ``release`` gives the handle back."""
 
-    def __init__(self, engine: Engine, slot: Any, pins: list[Any]) -> None:
+    def __init__(self, engine: Engine, slot: Any, pins: list[Any], put_back: Callable[[], None] | None) -> None:
         self._engine: Engine | None = engine  # kept alive until the release
+        self._put_back = put_back
         self._slot, self._pins = slot, pins  # slot: pyccl_op **, filled by the submit
         self._free_lock = threading.RLock()  # who looks at the handle in ``done`` keeps it from being freed meanwhile
         self.abandoned = False
@@ -403,6 +406,9 @@ class Op:
                 interrupt = e
         if not self.keeps or self.ended.status != OK:
             self.release()
+        put_back, self._put_back = self._put_back, None
+        if put_back is not None and self.ended.status == OK:
+            put_back()
         if interrupt is not None:
             raise interrupt
         return self.ended
