@@ -22,6 +22,7 @@ MAY_IMPORT_OF_PYCCL: dict[str, set[str]] = {
     "pyccl._io": {"pyccl._io", "pyccl._proto", "pyccl._native", "pyccl.errors", "pyccl.state"},
     "pyccl.state": {"pyccl._native", "pyccl.errors"},  # a value, which statesync moves
     "pyccl.errors": set(),
+    "pyccl.processes": {"pyccl.processes"},
 }
 PROTO_MUST_NOT_IMPORT = {"socket", "time", "random", "secrets", "threading", "asyncio", "select", "selectors", "ssl"}
 MARKS_OF_A_PURE_ROOM = ("pyccl._proto", "pyccl.errors")  # standard library only

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus, Fields
-from pyccl.bench.figures import NS, Summary, gaps_within_ns, longest_gap_ns, summarize
+from pyccl.bench.figures import GIB, NS, Summary, gaps_within_ns, longest_gap_ns, summarize
 
 VECTOR_BYTES: Final = 4096
 SMALL_STATE_BYTES: Final = 64 << 10
@@ -39,13 +39,19 @@ class ArrivalPlan:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One newcomer. stall_s: longest pause of any member that overlaps its coming."""
+    """One newcomer.
+
+    stall_s: longest pause of any member that overlaps its coming. rx_bytes: of state. wire_rx_bytes: on its TCP sockets
+    from connect() to the end of the sync. cpu_s: of all processes but the master's, while they were in the sync.
+    """
 
     connect_s: float
     sync_s: float
     stall_s: float
     rx_bytes: int
     source_bytes: tuple[int, ...]  # sent by each holder
+    wire_rx_bytes: int
+    cpu_s: float
 
     @property
     def total_s(self) -> float:
@@ -54,6 +60,10 @@ class Arrival:
     @property
     def mb_per_s(self) -> float:
         return self.rx_bytes / self.sync_s / 1e6
+
+    @property
+    def cpu_s_per_gib(self) -> float:
+        return self.cpu_s / (self.rx_bytes / GIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +86,9 @@ class Arrivals:
     def to_json(self) -> dict[str, Any]:
         return {
             "settings": asdict(self.plan),
-            **{name: self.summary(name).to_json() for name in ("connect_s", "sync_s", "total_s", "stall_s")},
+            **{name: self.summary(name).to_json() for name in ("connect_s", "sync_s", "total_s", "stall_s", "cpu_s")},
             "sync_mb_per_s": self.summary("mb_per_s").to_json(),
+            "sync_cpu_s_per_gib": self.summary("cpu_s_per_gib").to_json(),
             "quiet": asdict(self.quiet),
             "arrivals": [asdict(arrival) for arrival in self.arrivals],
         }
@@ -202,7 +213,7 @@ def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> Non
 
 
 def _arrival(
-    joined: Fields, ends: Sequence[Sequence[int]], served: Sequence[Sequence[dict[str, int]]], number: int
+    joined: Fields, ends: Sequence[Sequence[int]], served: Sequence[Sequence[dict[str, float]]], number: int
 ) -> Arrival:
     started, member, synced = joined["started_ns"], joined["member_ns"], joined["synced_ns"]
     if not joined["changed"]:
@@ -212,7 +223,9 @@ def _arrival(
         sync_s=(synced - member) / NS,
         stall_s=_longest(ends, started, synced),
         rx_bytes=joined["rx_bytes"],
-        source_bytes=tuple(syncs[number]["tx_bytes"] for syncs in served),
+        source_bytes=tuple(int(syncs[number]["tx_bytes"]) for syncs in served),
+        wire_rx_bytes=joined["wire_rx_bytes"],
+        cpu_s=joined["cpu_s"] + sum(syncs[number]["cpu_s"] for syncs in served),
     )
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from pyccl.demo.children import ONE_THREAD, Children, Event, Exited, Line
+from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 
 MASTER: Final = "master"
 LISTENING: Final = "listening on "
@@ -56,7 +56,7 @@ class Conductor:
     def start_master(self, peer_timeout_s: float) -> None:
         arguments = ["pyccl.cli.master", "--listen", "127.0.0.1:0", "--log-level", "warning"]
         arguments += ["--peer-timeout", str(peer_timeout_s)]
-        self._children.start(MASTER, "pyccl.demo.leash", arguments)
+        self._children.start(MASTER, "pyccl.processes.leash", arguments)
         self._heard[MASTER] = []
         while not self._address:
             self._take_one(SILENCE_S)

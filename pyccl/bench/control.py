@@ -14,7 +14,8 @@ import sys
 import threading
 from typing import Final
 
-OWNER_GONE: Final = 70  # exit status, as in pyccl.demo.leash
+from pyccl.processes.leash import OWNER_GONE
+
 _PR_SET_PDEATHSIG: Final = 1
 
 

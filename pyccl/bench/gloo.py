@@ -13,7 +13,7 @@ import numpy as np
 from pyccl.bench import wire
 
 HOST: Final = "127.0.0.1"
-INSTALL: Final = "--vs gloo needs torch: pip install 'pyccl-p2p[torch]'"
+INSTALL: Final = "--vs gloo needs torch: pip install torch"
 OPERATION_TIMEOUT_S: Final = 60
 DTYPES: Final = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 _OPS: Final = {"sum": "SUM", "avg": "AVG", "prod": "PRODUCT", "min": "MIN", "max": "MAX"}

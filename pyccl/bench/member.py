@@ -8,6 +8,7 @@ so all stop after the same operation.
 
 from __future__ import annotations
 
+import resource
 import time
 from array import array
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Final
 import numpy as np
 
 import pyccl
+from pyccl.bench import wire
 from pyccl.bench.control import Control
 
 CONNECT_TIMEOUT_S: Final = 60.0
@@ -43,16 +45,20 @@ def run(settings: Settings, control: Control) -> None:
     control.say("ready")
     control.wait("go")
     comm = pyccl.Communicator(settings.master)
+    others = wire.sockets()
     started_ns = time.monotonic_ns()
     comm.connect(CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S)
     member_ns = time.monotonic_ns()
     with comm:
         while comm.group_world_size < settings.founders:
             comm.update_topology(OPERATION_TIMEOUT_S)
+        cpu_s = _cpu_s()
         sync = comm.sync_shared_state(state, timeout=OPERATION_TIMEOUT_S)
+        synced_ns, cpu_s = time.monotonic_ns(), _cpu_s() - cpu_s
         control.say(
-            "joined", started_ns=started_ns, member_ns=member_ns, synced_ns=time.monotonic_ns(),
-            rx_bytes=sync.rx_bytes, changed=len(sync.changed), holders=len(sync.holders), sync_s=sync.seconds,
+            "joined", started_ns=started_ns, member_ns=member_ns, synced_ns=synced_ns, rx_bytes=sync.rx_bytes,
+            changed=len(sync.changed), holders=len(sync.holders), sync_s=sync.seconds, cpu_s=cpu_s,
+            wire_rx_bytes=wire.traffic((wire.sockets() - others).tcp).rx_bytes,
         )  # fmt: skip
         ends_ns, served = _loop(comm, state, settings, control)
     control.say("done", ends_ns=ends_ns.tolist(), served=served, digest=state.digest())
@@ -60,10 +66,10 @@ def run(settings: Settings, control: Control) -> None:
 
 def _loop(
     comm: pyccl.Communicator, state: pyccl.SharedState, settings: Settings, control: Control
-) -> tuple[array[int], list[dict[str, int]]]:
-    """Completion times of the all-reduces, and (time, bytes sent) of each later sync."""
+) -> tuple[array[int], list[dict[str, float]]]:
+    """Completion times of the all-reduces, and time, bytes sent and CPU time of each later sync."""
     ends_ns: array[int] = array("q")
-    served: list[dict[str, int]] = []
+    served: list[dict[str, float]] = []
     x = np.zeros(max(settings.size_bytes // 4, 1), np.float32)
     total = np.empty_like(x)
     world = changed_at = 0
@@ -85,5 +91,12 @@ def _loop(
             control.say("beat")
         if comm.are_peers_pending():
             comm.update_topology(OPERATION_TIMEOUT_S)
+            cpu_s = _cpu_s()
             sync = comm.sync_shared_state(state, timeout=OPERATION_TIMEOUT_S)
-            served.append({"at_ns": time.monotonic_ns(), "tx_bytes": sync.tx_bytes})
+            served.append({"at_ns": time.monotonic_ns(), "tx_bytes": sync.tx_bytes, "cpu_s": _cpu_s() - cpu_s})
+
+
+def _cpu_s() -> float:
+    """User and system time of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

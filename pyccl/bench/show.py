@@ -68,26 +68,26 @@ def all_reduce(result: Result) -> list[str]:
     if result.ratio is not None:
         cpu = "-" if result.cpu_ratio is None else f"{result.cpu_ratio:.3f}"
         lines.append(f"pyccl / gloo: median {result.ratio:.3f}, CPU {cpu}; Gloo's bytes were counted on TCP sockets")
+        if plan.quantize is not None:
+            lines.append(f"Gloo has no codecs: it sends {plan.dtype} as it is, pyccl {plan.quantize} codes of it")
+        if not plan.in_place:
+            lines.append("Gloo always reduces in place, pyccl here into another array")
     return lines
 
 
 def kernel_rates(rates: Iterable[kernels.Rate]) -> list[str]:
-    """A row for each (what, dtype, op), a column for each instruction set and place."""
+    """A row for each (what, dtype, op) and place, a column for each instruction set."""
     rates = list(rates)
     names = list(dict.fromkeys(rate.kernel for rate in rates if rate.what != "memcpy"))
-    places = list(dict.fromkeys(rate.place for rate in rates))
-    heads = [(place, name) for place in places for name in names]
-    table: dict[str, dict[tuple[str, str], str]] = {}
+    table: dict[str, dict[str, str]] = {}
     for rate in rates:
-        row = table.setdefault(" ".join(filter(None, (rate.what, rate.dtype, rate.op))), {})
-        text = f"{rate.gib_per_s.median:.1f}"
-        if rate.elements_gib_per_s != rate.gib_per_s.median:
-            text += f" ({rate.elements_gib_per_s:.1f})"
+        row = table.setdefault(" ".join(filter(None, (rate.what, rate.dtype, rate.op, rate.place))), {})
+        spread = f"{rate.gib_per_s.median:.1f} ({rate.gib_per_s.min:.1f}..{rate.gib_per_s.max:.1f})"
         for name in names if rate.what == "memcpy" else [rate.kernel]:
-            row[rate.place, name] = text
-    rows = [["GiB/s of input read", *(f"{place} {name}" for place, name in heads)]]
-    rows += [[what, *(cells.get(head, "-") for head in heads)] for what, cells in table.items()]
-    note = "Medians, one thread; a reduce reads two arrays; a decoder reads codes, in brackets what it writes."
+            row[name] = spread
+    rows = [["GiB/s of elements, median (min..max)", *names]]
+    rows += [[what, *(cells.get(name, "-") for name in names)] for what, cells in table.items()]
+    note = "One thread; counted: elements that a reduce (of two arrays) or an encoder reads, or that a decoder writes."
     return [*columns(rows), "", note]
 
 
@@ -118,6 +118,7 @@ def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
             ("state synchronised", "sync_s"),
             ("both", "total_s"),
             ("longest stall of a member", "stall_s"),
+            ("CPU time of the sync, all processes", "cpu_s"),
         )
     ]
     what = (
@@ -126,11 +127,15 @@ def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
     )
     lines = [what, "", *columns(rows)]
     if with_rate:
-        rate = result.summary("mb_per_s")
+        rate, cpu = result.summary("mb_per_s"), result.summary("cpu_s_per_gib")
         lines.append(f"rate of the sync, digests included: {rate.median:.0f} MB/s ({rate.min:.0f}..{rate.max:.0f})")
+        lines.append(f"CPU time for each GiB that came: {cpu.median:.2f} s/GiB ({cpu.min:.2f}..{cpu.max:.2f})")
     for number, arrival in enumerate(result.arrivals):
         shares = " + ".join(f"{sent / MIB:.2f}" for sent in arrival.source_bytes)
-        lines.append(f"newcomer {number + 1} received {arrival.rx_bytes / MIB:.2f} MiB = {shares} from its sources")
+        lines.append(
+            f"newcomer {number + 1} received {arrival.rx_bytes / MIB:.2f} MiB = {shares} from its sources,"
+            f" {arrival.wire_rx_bytes / MIB:.2f} MiB on its sockets since connect()"
+        )
     return [*lines, _quiet(result.quiet)]
 
 

@@ -12,7 +12,7 @@ import click
 from pyccl.bench import all_reduce, churn, digest, gloo, kernels, machine, show
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
-from pyccl.demo.children import Children, Interrupted
+from pyccl.processes.children import Children, Interrupted
 
 T = TypeVar("T")
 INTERRUPT: Final = 130  # Ctrl-C where no child is to be ended
@@ -37,6 +37,12 @@ def _connections(ctx: click.Context, param: click.Parameter, value: str) -> int 
     return int(value)
 
 
+def _number(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if value != value:  # no range keeps a NaN out
+        raise click.BadParameter("nan is no number", ctx, param)
+    return value
+
+
 @click.group(epilog=EPILOG)
 def bench() -> None:
     """Measure on this machine: collectives on loopback, kernels, digests, joins, syncs, losses.
@@ -48,8 +54,9 @@ def bench() -> None:
 
 def _mib(text: str, default: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option(
-        "--mib", type=click.FloatRange(0, min_open=True, max=1 << 20), default=default, show_default=True, help=text
-    )
+        "--mib", type=click.FloatRange(0, min_open=True, max=1 << 20), default=default, show_default=True, help=text,
+        callback=_number,
+    )  # fmt: skip
 
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all raw figures.")
@@ -90,6 +97,8 @@ def all_reduce_command(
         sys.exit(ExitStatus.NO_TORCH)
     if vs == "gloo" and dtype not in gloo.DTYPES:
         raise click.UsageError(f"--vs gloo: Gloo does not reduce {dtype}, only {', '.join(gloo.DTYPES)}")
+    if dtype == "bfloat16" and not machine.is_installed("ml_dtypes"):
+        raise click.UsageError("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
     plan = all_reduce.Plan(
         world=world, size_bytes=int(mib * MIB), iterations=iters, warmup=warmup, dtype=dtype, op=op,
         quantize=quantize, connections=connections, in_place=in_place, gloo=vs == "gloo",
@@ -110,7 +119,9 @@ def kernels_command(mib: float, dtypes: tuple[str, ...], ops: tuple[str, ...], a
     _report(
         "kernels", as_json,
         lambda: kernels.measure(int(mib * MIB), dtypes or kernels.DTYPES, ops or kernels.OPS),
-        lambda rates: {"settings": {"mib": mib}, "unit": "GiB/s read", "rates": [rate.to_json() for rate in rates]},
+        lambda rates: {
+            "settings": {"mib": mib}, "unit": "GiB/s of elements", "rates": [rate.to_json() for rate in rates]
+        },
         show.kernel_rates,
     )  # fmt: skip
 
@@ -159,7 +170,7 @@ def sync_command(world: int, mib: float, iters: int, as_json: bool) -> None:
 )  # fmt: skip
 @click.option(
     "--peer-timeout", type=click.FloatRange(0.5, 60), default=churn.PEER_TIMEOUT_S, show_default=True,
-    metavar="SECONDS", help="Silence after which a member counts as dead.",
+    metavar="SECONDS", callback=_number, help="Silence after which a member counts as dead.",
 )  # fmt: skip
 @_AS_JSON
 def loss_command(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from pyccl.demo.children import Children, Interrupted
 from pyccl.demo.orchestrator import Orchestrator
 from pyccl.demo.progress import ExitStatus, Plan, Run
 from pyccl.demo.show import open_screen, summary
+from pyccl.processes.children import Children, Interrupted
 
 PNG = click.Path(dir_okay=False, path_type=Path)
 EPILOG = """\b
@@ -72,7 +72,7 @@ def _plotter(path: Path) -> Callable[[Run], None]:
     try:
         from pyccl.demo import plot  # noqa: PLC0415  matplotlib is optional
     except ImportError as error:
-        raise click.UsageError(f"--plot needs matplotlib: pip install 'pyccl-p2p[plot]' ({error})") from error
+        raise click.UsageError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
     return lambda run: plot.save(run, path)
 
 

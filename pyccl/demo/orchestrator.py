@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Final
 
 from pyccl.demo import corpus
-from pyccl.demo.children import ONE_THREAD, Children, Event, Exited, Line
 from pyccl.demo.progress import ExitStatus, Fate, Mark, Peer, Plan, Run
 from pyccl.demo.show import Screen
+from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 
 MASTER: Final = "master"
 LISTENING: Final = "listening on "
@@ -43,7 +43,7 @@ class Orchestrator:
         Raises:
             Interrupted: a signal asked the program to end.
         """
-        self._children.start(MASTER, "pyccl.demo.leash", ["pyccl.cli.master", "--listen", "127.0.0.1:0"])
+        self._children.start(MASTER, "pyccl.processes.leash", ["pyccl.cli.master", "--listen", "127.0.0.1:0"])
         if self._wait_for_master():
             for number in range(self._plan.peers):
                 self._start_peer(number)

@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 import pyccl
-from pyccl.demo import corpus, leash, model
+from pyccl.demo import corpus, model
+from pyccl.processes import leash
 
 BATCH: Final = 128
 RATE: Final = 2e-3

@@ -1,5 +1,5 @@
 """Draws a run into a PNG file: validation loss above, members below, the kill and the join marked. Needs
-matplotlib, which the ``plot`` extra brings."""
+matplotlib, which the extra ``plot`` of a clone brings: pip install '.[plot]'."""
 
 from __future__ import annotations
 

@@ -86,3 +86,20 @@ def all_gone(mark: str) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def done(*arguments: str) -> dict[str, Any]:
+    """What ``pyccl bench ARGUMENTS --json`` tells; its head is checked."""
+    finished = bench(*arguments, "--json")
+    assert finished.left == []
+    told, name = finished.json, arguments[0]
+    assert told["bench"] == name
+    assert told["command"].startswith(f"pyccl bench {name} ")
+    assert set(told["machine"]) == {"cpu", "cores", "kernel", "congestion_control", "load_1m"}
+    assert {"pyccl", "python", "numpy"} <= set(told["versions"])
+    return told
+
+
+def check_summary(summary: dict[str, float]) -> None:
+    assert set(summary) == {"median", "min", "max"}
+    assert 0 < summary["min"] <= summary["median"] <= summary["max"]

@@ -1,7 +1,7 @@
 """Ties a child process to the one that started it: when its stdin ends, it ends.
 
-That covers what `children.Children` cannot: an owner killed with SIGKILL. ``python -m pyccl.demo.leash MODULE ARGS...``
-runs a module that knows nothing of this, such as the master.
+That covers what `children.Children` cannot: an owner killed with SIGKILL. ``python -m pyccl.processes.leash MODULE
+ARGS...`` runs a module that knows nothing of this, such as the master.
 """
 
 from __future__ import annotations

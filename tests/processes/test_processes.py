@@ -1,4 +1,4 @@
-"""Children of the demo end with their owner, whatever ends the owner."""
+"""Child processes end with their owner, whatever ends the owner."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 import pytest
 
-from pyccl.demo.children import Children, Exited, Interrupted, Line
+from pyccl.processes.children import Children, Exited, Interrupted, Line
 
 # Prints its pid, then sleeps for longer than any test waits.
 SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
 OWNER = """
 import sys
-from pyccl.demo.children import Children
+from pyccl.processes.children import Children
 with Children() as children:
-    children.start("sleeper", "pyccl.demo.leash", ["sleeper"], {"PYTHONPATH": sys.argv[1]})
+    children.start("sleeper", "pyccl.processes.leash", ["sleeper"], {"PYTHONPATH": sys.argv[1]})
     print(children.next_event(30.0).text, flush=True)
     children.next_event(600.0)
 """
