@@ -1,9 +1,11 @@
 # Sourced by tools/demo and tools/test: finds or installs what is needed and prepares .venv with pyccl installed in it.
-# Sets $root (the repository), $python (a Python >= 3.11 of the system) and $venv. Everything printed goes to stderr.
+# Sets $root (the repository), $python (a Python >= 3.11 of the system), $venv and $torch_venv. Everything printed goes
+# to stderr.
 # shellcheck shell=bash
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
+torch_venv="$venv/torch"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 say() { printf '%s\n' "$*" >&2; }
@@ -68,6 +70,15 @@ ensure_system() {
     [ -z "$packages" ] || die "still missing after apt-get: $packages (is this distribution's Python older than 3.11?)"
 }
 
+# The requirements of one extra in pyproject.toml.
+extra() {
+    "$python" - "$root/pyproject.toml" "$1" <<'PY'
+import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"][sys.argv[2]], sep="\n")
+PY
+}
+
 # Requirements as pyproject.toml states them: those to build, to run, to test and to plot.
 requirements() {
     "$python" - "$root/pyproject.toml" <<'PY'
@@ -118,4 +129,22 @@ ensure_venv() {
     fi
     unless_stamped "$venv/requirements.stamp" "$(requirements)" install_requirements
     unless_stamped "$venv/pyccl.stamp" "$(source_hash)" install_pyccl
+}
+
+# An environment with torch on top of .venv, which stays without: what is installed there is seen here.
+install_torch() {
+    say "installing $(extra dev-torch) into .venv/torch"
+    rm -rf "$torch_venv"
+    "$venv/bin/python" -m venv --without-pip "$torch_venv" || die "could not create $torch_venv"
+    "$torch_venv/bin/python" - "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" <<'PY'
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(sys.argv[1] + "\n")
+PY
+    # shellcheck disable=SC2046
+    "$venv/bin/python" -m pip --python "$torch_venv/bin/python" install -qq $(extra dev-torch) ||
+        die "pip could not install torch"
+}
+
+ensure_torch_venv() {
+    unless_stamped "$venv/torch.stamp" "$(extra dev-torch)" install_torch
 }
