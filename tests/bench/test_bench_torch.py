@@ -6,8 +6,7 @@ import pytest
 from bench_runs import bench, check_summary, done
 
 
-@pytest.mark.parametrize("quantize", [[], ["--quantize", "uint8"]], ids=["plain", "quantized"])
-@pytest.mark.parametrize("world", ["2", "3"])
+@pytest.mark.parametrize(("world", "quantize"), [("2", []), ("3", ["--quantize", "uint8"])], ids=["plain", "quantized"])
 def test_all_reduce_against_gloo_uses_tcp_alone(world: str, quantize: list[str]) -> None:
     told = done("all-reduce", "--world", world, "--mib", "0.5", "--iters", "2", "--vs", "gloo", *quantize)
     assert set(told["systems"]) == {"pyccl", "gloo"}
