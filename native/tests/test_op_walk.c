@@ -186,7 +186,7 @@ static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
     fsm->frozen = m->frozen;
     fsm->tell_ns_at = m->tell ? AT_START : 0;
     if (m->tag) {
-        fsm_tag *tag = tag_get(fsm, 0, 0);
+        fsm_tag *tag = tag_get(fsm, 0, 0, 0);
         tag->next_seq = m->next_seq;
         tag->told = m->told;
         tag->dirty = m->dirty;
