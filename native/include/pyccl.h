@@ -398,7 +398,8 @@ pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, 
 pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind);
 /* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since a submit, the end of
- * an operation, a cut or an epoch, *below the cut. */
+ * an operation, a cut or an epoch; 0 while one runs that all its participants have opened: who waits for its end may do
+ * anything after it. *below the cut. */
 pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,
                                   int64_t *quiet_ns, int *below);
 

@@ -1305,6 +1305,33 @@ TEST(engine_exchange_survives_the_loss_of_somebody_else_and_not_of_the_partner) 
     cluster_close(&c);
 }
 
+/* Member 0 waits in an exchange that 2 has not called; beside it runs one that 1 has opened and, frozen, does not end. */
+TEST(engine_is_not_quiet_while_an_operation_runs_that_all_have_opened) {
+    cluster c;
+    cluster_open(&c, 3, 1, OVER_TCP);
+    int64_t x[3] = {1, 2, 3}, y[3];
+    pyccl_op_lack lack[4];
+    size_t lacking = 0, reported;
+    uint32_t waiters;
+    int64_t quiet_ns = 0;
+    int below;
+    pyccl_op *waits = submit(&c, 0, exchange_spec(&c, 0, 2, PYCCL_INT64, 1), &x[0], &y[0], 8);
+    const int64_t until = now_ns() + PATIENCE;
+    while (quiet_ns == 0 && now_ns() < until)
+        CHECK_EQ(pyccl_engine_blocked(c.engine[0], lack, 4, &lacking, &waiters, &quiet_ns, &below), PYCCL_OK);
+    CHECK(quiet_ns > 0 && lacking == 1 && lack[0].tag == pyccl_channel(PYCCL_SPACE_PAIR, 7, 0, 2));
+    pyccl_op *theirs = submit(&c, 1, exchange_spec(&c, 0, 1, PYCCL_INT64, 1), &x[1], &y[1], 8);
+    await_bytes(&c, 0, 1, 64 + PYCCL_SPEC_SIZE);
+    CHECK_EQ(pyccl_engine_freeze(c.engine[1], NULL, 0, &reported), PYCCL_OK);
+    pyccl_op *runs = submit(&c, 0, exchange_spec(&c, 0, 1, PYCCL_INT64, 1), &x[0], &y[2], 8);
+    for (lacking = 2; lacking == 2 && now_ns() < until;)
+        CHECK_EQ(pyccl_engine_blocked(c.engine[0], lack, 4, &lacking, &waiters, &quiet_ns, &below), PYCCL_OK);
+    CHECK(lacking == 1 && quiet_ns == 0);
+    for (uint32_t i = 0; i < 3; i++) CHECK_EQ(pyccl_engine_end(c.engine[i], PYCCL_ERR_CANCELLED), PYCCL_OK);
+    CHECK(finish(waits) < 0 && finish(theirs) < 0 && finish(runs) < 0);
+    cluster_close(&c);
+}
+
 TEST(engine_tells_that_the_specs_of_an_exchange_differ) {
     cluster c;
     cluster_open(&c, 3, 1, OVER_TCP);

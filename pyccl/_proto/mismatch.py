@@ -98,7 +98,7 @@ def _stuck(
 ) -> set[bytes]:
     """The largest set of members of whom each waits, and only for things that need others of the set to move first."""
 
-    def may_move(peer: bytes, message: Blocked) -> bool:
+    def may_move(message: Blocked) -> bool:
         in_lacked = [key for key in message.lacking if key in lacking]
         if message.at_safe_point and (len(stuck) < len(blocked) or inside.issuperset(stuck)):
             return True  # somebody moves, and may yet arrive; or all are there
@@ -108,7 +108,7 @@ def _stuck(
 
     stuck = set(live)
     inside = {peer for peer, message in live.items() if message.at_safe_point}
-    while movers := {peer for peer in stuck if may_move(peer, live[peer])}:
+    while movers := {peer for peer in stuck if may_move(live[peer])}:
         stuck -= movers
     return stuck
 

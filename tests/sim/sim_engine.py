@@ -527,5 +527,6 @@ class SimEngine:
         return runs and not self.world.blocked(self.owner, other)
 
     def blocked(self) -> tuple[list[tuple[int, int, int]], float, bool]:
-        quiet = (self.world.now - self.quiet_since) / S
-        return self.fsm.lacking(), quiet, bool(lib.pyccl_fsm_below_cut(self.fsm.handle))
+        lacking = self.fsm.lacking()
+        quiet = 0.0 if len(self.attempts) > len(lacking) else (self.world.now - self.quiet_since) / S
+        return lacking, quiet, bool(lib.pyccl_fsm_below_cut(self.fsm.handle))
