@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -68,8 +68,8 @@ _CODECS: Final[dict[str, int]] = {"uint8": lib.PYCCL_CODEC_UINT8}
 class ReduceInfo:
     """How an operation went.
 
-    world_size, members (peer ids in hex, in rank order), epoch: those who contributed. attempts: epochs it ran in.
-    tx_bytes, rx_bytes: payload sent and received here for it. seconds: from the call to its end.
+    world_size, members (peer ids in hex, in rank order), epoch: those who contributed, two in an exchange. attempts:
+    epochs it ran in. tx_bytes, rx_bytes: payload sent and received here for it. seconds: from the call to its end.
     """
 
     world_size: int
@@ -444,6 +444,45 @@ class Communicator:
                 work.settle()
             raise
         return infos
+
+    def exchange(
+        self, x: Any, *, partner: str, out: Any = None, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S
+    ) -> ReduceInfo:
+        """Swap ``x`` with one other member, who calls this too: ``out`` holds the partner's ``x``, here and there.
+
+        Nobody else is involved: others may reduce, and other pairs exchange with the same tag, at the same time. It
+        succeeds on both or fails on both. Members that wait for each other's exchanges in a ring get MismatchError.
+
+        Args:
+            x: as for ``all_reduce``; shape and dtype equal on both. Not changed where ``out`` is given, else replaced
+                by the partner's.
+            partner: its peer id (32 hex characters).
+            out: array of the same shape and dtype that does not overlap ``x`` in part; undefined after an error.
+            tag: 0..2**32-1: the n-th exchange with a partner and a tag belongs to the partner's n-th with us.
+            timeout: seconds from this call to the result, waiting for the partner included.
+        Returns:
+            An info of the two; `attempts` counts the epochs in which it ran: the loss of somebody else repeats it.
+        Raises:
+            UsageError: arguments, ``partner`` is this peer itself; nothing was sent.
+            PeerLostError: the partner was lost, or is no member of the epoch.
+            MismatchError: the two called different things, or wait for each other elsewhere.
+            DeadlineError, EvictedError, OutcomeUnknownError: as ``all_reduce``.
+            After every one of them ``x`` holds its input.
+        """
+        session = self._require()
+        other = _parse_peer(partner)
+        if other == self._id:
+            raise errors.UsageError(f"partner={partner!r} is this peer itself")
+        source = as_buffer("x", x, writable=out is None)
+        target = source if out is None else as_buffer("out", out, writable=True)
+        check_out(source, target)
+        pair = bytes(a ^ b for a, b in zip(self._id, other, strict=True))
+        spec = Spec(Kind.EXCHANGE, source.code, source.count, space=lib.PYCCL_SPACE_PAIR, tag=_tag(tag), root=pair)
+        limit_s, view = _seconds("timeout", timeout), session.view
+        if other not in view.members:
+            raise errors.PeerLostError(f"exchange: {partner} is no member of epoch {view.epoch}", peer=other.hex())
+        info = self._run(session, spec, source.bytes_, target.bytes_, limit_s, "exchange")
+        return replace(info, world_size=2, members=tuple(sorted((self.peer_id, other.hex()))))
 
     def barrier(self, *, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S) -> ReduceInfo:
         """Return when every member has called it."""

@@ -139,6 +139,8 @@ def test_an_out_that_overlaps_in_part_or_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(pyccl.UsageError, match="out"):
         comm.all_reduce(x, out=out)
+    with pytest.raises(pyccl.UsageError, match="out"):
+        comm.exchange(x, out=out, partner="00" * 16)
 
 
 def test_what_is_right_passes_the_checks_and_finds_itself_alone(comm: pyccl.Communicator) -> None:
@@ -165,6 +167,23 @@ def test_what_is_right_passes_the_checks_and_finds_itself_alone(comm: pyccl.Comm
 def test_a_root_that_is_no_peer_id_is_refused(comm: pyccl.Communicator, root: Any) -> None:
     with pytest.raises(pyccl.UsageError, match="no peer id"):
         comm.broadcast(array(), root=root)
+    with pytest.raises(pyccl.UsageError, match="no peer id"):
+        comm.exchange(array(), out=array(), partner=root)
+
+
+def test_exchange_with_oneself_and_into_what_can_not_be_written_is_refused(comm: pyccl.Communicator) -> None:
+    stranger = "00" * 16
+    with pytest.raises(pyccl.UsageError, match="itself"):
+        comm.exchange(array(), out=array(), partner=comm.peer_id)
+    with pytest.raises(pyccl.UsageError, match="read-only"):
+        comm.exchange(frozen(), partner=stranger)
+    with pytest.raises(pyccl.UsageError, match="read-only"):
+        comm.exchange(array(), out=frozen(), partner=stranger)
+    with pytest.raises(pyccl.UsageError, match="tag=-1"):
+        comm.exchange(array(), partner=stranger, tag=-1)
+    with pytest.raises(pyccl.PeerLostError, match="no member of epoch 1") as lost:
+        comm.exchange(frozen(), out=array(), partner=stranger)
+    assert lost.value.peer == stranger
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), None, "1"])
@@ -172,6 +191,7 @@ def test_other_calls_refuse_bad_timeouts_too(comm: pyccl.Communicator, timeout: 
     state = pyccl.SharedState({"x": array()})
     for call in (
         lambda: comm.barrier(timeout=timeout),
+        lambda: comm.exchange(array(), partner="00" * 16, timeout=timeout),
         lambda: comm.broadcast(array(), root=comm.peer_id, timeout=timeout),
         lambda: comm.update_topology(timeout=timeout),
         lambda: comm.sync_shared_state(state, timeout=timeout),
@@ -214,6 +234,7 @@ def test_nothing_works_before_connect_and_after_close(master: str) -> None:
         lambda: comm.all_reduce(array()),
         lambda: comm.all_reduce_async(array()),
         lambda: comm.broadcast(array(), root=comm.peer_id),
+        lambda: comm.exchange(array(), partner="00" * 16),
         comm.barrier,
         comm.update_topology,
         comm.are_peers_pending,

@@ -24,6 +24,8 @@ INC_A, INC_B, ZERO = b"a" * 16, b"b" * 16, bytes(16)
 ADDRESSES = [["127.0.0.1", 48149], ["peer.example", 65535]]
 SPEC = bytes(40)
 U32, U64 = 2**32 - 1, 2**64 - 1
+PAIR_0_1 = 7 | 0 << 32 | 1 << 40  # tag 7 of the members of rank 0 and 1
+PAIR_LAST = U32 | 254 << 32 | 255 << 40
 
 Body = list[object]
 
@@ -49,6 +51,7 @@ GOOD: dict[str, Body] = {
     "leave": [4],
     "arrive": [5, 1, [[0, 0, 3], [1, U32, U64]]],
     "arrive_nothing_submitted": [5, U64, []],
+    "arrive_pairs": [5, 1, [[2, PAIR_0_1, 3], [2, PAIR_LAST, U64]]],
     "withdraw": [6, 1],
     "ready": [7, 2, 1],
     "behind": [8, 2, 1, [[0, 5, 9]]],
@@ -58,10 +61,13 @@ GOOD: dict[str, Body] = {
     "suspect_protocol": [10, PEER_B, "protocol", "bad magic"],
     "trust": [11, PEER_B],
     "report": [12, 1, 1, [[0, 0, 0, 1, 0], [0, 0, 1, 2, U64], [1, 9, 0, 3, 1], [1, 9, 1, 4, 0]]],
+    "report_of_a_pair": [12, 1, 1, [[2, PAIR_0_1, 0, 2, U64]]],
     "settle": [13, 1],
     "blocked": [14, 1, [[0, 0, 4]], True, False],
+    "blocked_in_a_pair": [14, 1, [[2, PAIR_0_1, 4]], False, False],
     "unblocked": [15, 1],
     "differs": [16, 1, [0, 0, 4], PEER_B, SPEC, SPEC],
+    "differs_in_a_pair": [16, 1, [2, PAIR_0_1, 4], PEER_B, SPEC, SPEC],
     "entered": [17, 1],
     "status_ask": [18, 1],
     "welcome": [32, 1, "0.1.0", RUN, 7, 5000, False],
@@ -69,6 +75,7 @@ GOOD: dict[str, Body] = {
     "epoch_propose": [34, 1, epoch(2, b"E" * 16), [[0, 0, 4]]],
     "epoch_commit_found": [35, epoch(1, peers="A"), "found", [], "", 1],
     "epoch_commit_loss": [35, epoch(2, b"E" * 16), "loss", [[0, 0, 4, 1], [0, 0, 5, 2]], "", 2],
+    "epoch_commit_verdict_of_a_pair": [35, epoch(2, b"E" * 16), "loss", [[2, PAIR_0_1, 4, 1]], "", 2],
     "epoch_commit_mismatch": [35, epoch(2, b"E" * 16), "mismatch", [], "x" * 1000, 2],
     "flush": [36, 1, 1, 2, [PEER_A, PEER_B]],
     "evicted": [37, "silent for 5.1 s"],
@@ -106,7 +113,15 @@ BAD: dict[str, object] = {
     "hello_address_of_3": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1, 1]], None],
     "hello_resume_frozen_as_number": [1, 1, "0.1.0", 0, PEER_A, INC_A, [], [RUN, 3, b"E" * 16, 1]],
     "hello_resume_false": [1, 1, "0.1.0", 0, PEER_A, INC_A, [], False],
-    "arrive_space_2": [5, 1, [[2, 0, 3]]],
+    "arrive_space_3": [5, 1, [[3, 0, 3]]],
+    "arrive_pair_without_ranks": [5, 1, [[2, 7, 3]]],
+    "arrive_pair_of_one": [5, 1, [[2, 1 << 32 | 1 << 40, 3]]],
+    "arrive_pair_out_of_order": [5, 1, [[2, 1 << 32, 3]]],
+    "arrive_pair_beyond_48_bits": [5, 1, [[2, PAIR_0_1 | 1 << 48, 3]]],
+    "arrive_collective_tag_beyond_32_bits": [5, 1, [[0, PAIR_0_1, 3]]],
+    "report_pair_out_of_order": [12, 1, 1, [[2, 1 << 32, 0, 2, 0]]],
+    "blocked_internal_tag_beyond_32_bits": [14, 1, [[1, U32 + 1, 0]], False, False],
+    "epoch_commit_verdict_pair_of_one": [35, epoch(1, peers="A"), "loss", [[2, 0, 4, 1]], "", 1],
     "arrive_counts_nil": [5, 1, None],
     "arrive_number_nil": [5, None, []],
     "unreachable_257_peers": [9, 2, 1, [PEER_B] * 257, ""],

@@ -98,6 +98,8 @@ FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
     ("data_length_most", "data", {"length": PIECE_MAX}),
     ("data_all_ones", "data", dict.fromkeys(("epoch_number", "epoch_tag", "seq", "offset"), U64_MAX) | {
         "tag": U32_MAX, "spec_hash": U32_MAX}),
+    ("open_of_a_pair", "open", {"space": 2}),
+    ("data_of_a_pair", "data", {"space": 2}),
     ("done_value_zero", "done", {"value": 0, "space": 0}),
     ("done_value_most", "done", {"value": U64_MAX}),
     ("abort_value_least", "abort", {"value": 1}),
@@ -131,13 +133,13 @@ FRAMES_BEYOND_LIMITS: list[tuple[str, str, Fields]] = [
     ("open_length_39", "open", {"length": 39}),
     ("open_length_41", "open", {"length": 41}),
     ("open_length_zero", "open", {"length": 0}),
-    ("open_space_2", "open", {"space": 2}),
+    ("open_space_3", "open", {"space": 3}),
     ("open_weight_infinite", "open", {"offset": 0x7FF << 52}),
     ("open_weight_nan", "open", {"offset": (0x7FF << 52) + 1}),
     ("open_weight_negative", "open", {"offset": (1 << 63) | (0x3FF << 52)}),
     ("open_weight_minus_zero", "open", {"offset": 1 << 63}),
     ("data_phase_2", "data", {"phase": 2}),
-    ("data_space_2", "data", {"space": 2}),
+    ("data_space_3", "data", {"space": 3}),
     ("data_space_255", "data", {"space": 255}),
     ("data_length_zero", "data", {"length": 0}),
     ("data_length_beyond", "data", {"length": PIECE_MAX + 1}),
@@ -181,7 +183,7 @@ def frame_lines() -> Iterator[str]:
 
 
 Spec = dict[str, int | bytes]
-KINDS = {"all_reduce": 1, "broadcast": 2, "barrier": 3, "all_gather": 4}
+KINDS = {"all_reduce": 1, "broadcast": 2, "barrier": 3, "all_gather": 4, "exchange": 5}
 DTYPES = {
     "int32": 1, "int64": 2, "float32": 3, "float64": 4, "uint8": 5, "int8": 6, "uint16": 7, "int16": 8, "uint32": 9,
     "uint64": 10, "float16": 11, "bfloat16": 12,
@@ -189,7 +191,10 @@ DTYPES = {
 OPS = {"sum": 1, "avg": 2, "prod": 3, "min": 4, "max": 5}
 COUNT_MAX = 2**48
 ROOT = bytes(range(0xA0, 0xB0))
-OF_KIND: dict[str, Spec] = {"all_reduce": {"op": 1}, "broadcast": {"root": ROOT}, "barrier": {"count": 0, "dtype": 5}}
+OF_KIND: dict[str, Spec] = {
+    "all_reduce": {"op": 1}, "broadcast": {"root": ROOT}, "barrier": {"count": 0, "dtype": 5},
+    "exchange": {"space": 2, "root": ROOT},
+}  # fmt: skip
 
 
 def spec(kind: str, /, **changes: int | bytes) -> Spec:
@@ -220,11 +225,12 @@ def spec_lines() -> Iterator[str]:
             name, fields = f"all_reduce_{op_name}_{dtype_name}", spec("all_reduce", dtype=dtype, op=op)
             good = op_name != "avg" or "float" in dtype_name
             yield ok(name, fields) if good else refused(name, fields)
-        for kind in ("broadcast", "barrier", "all_gather"):
+        for kind in ("broadcast", "barrier", "all_gather", "exchange"):
             yield ok(f"{kind}_{dtype_name}", spec(kind, dtype=dtype))
     for kind in KINDS:
-        yield ok(f"{kind}_no_retry", spec(kind, retry=0))
-        yield ok(f"{kind}_of_the_library", spec(kind, space=1, tag=U32_MAX))
+        collective = refused if kind == "exchange" else ok
+        yield collective(f"{kind}_no_retry", spec(kind, retry=0))
+        yield collective(f"{kind}_of_the_library", spec(kind, space=1, tag=U32_MAX))
         yield ok(f"{kind}_count_zero", spec(kind, count=0, tag=0))
         most = spec(kind, count=COUNT_MAX)
         yield refused("barrier_count_most", most) if kind == "barrier" else ok(f"{kind}_count_most", most)
@@ -232,7 +238,7 @@ def spec_lines() -> Iterator[str]:
         yield refused(f"{kind}_count_all_ones", spec(kind, count=U64_MAX))
         for field, wrong in (
             ("dtype", 0), ("dtype", 13), ("dtype", 255), ("codec", 1), ("algorithm", 0), ("algorithm", 2), ("retry", 2),
-            ("space", 2), ("reserved", 1), ("block", 1),
+            ("space", 0 if kind == "exchange" else 2), ("space", 3), ("reserved", 1), ("block", 1),
         ):  # fmt: skip
             yield refused(f"{kind}_{field}_{wrong}", spec(kind, **{field: wrong}))
         if kind == "all_reduce":
@@ -241,8 +247,9 @@ def spec_lines() -> Iterator[str]:
             yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (1, 5, 255))
         coded = spec(kind, dtype=DTYPES["float32"], codec=1, block=4096)
         yield ok(f"{kind}_coded", coded) if kind == "all_reduce" else refused(f"{kind}_coded", coded)
-        if kind != "broadcast":
+        if "root" not in OF_KIND.get(kind, {}):
             yield refused(f"{kind}_root_not_zero", spec(kind, root=bytes(15) + b"\1"))
+    yield refused("exchange_with_oneself", spec("exchange", root=bytes(16)))
     for dtype_name, dtype in DTYPES.items():
         coded = spec("all_reduce", dtype=dtype, codec=1, block=64)
         yield ok(f"coded_{dtype_name}", coded) if "float" in dtype_name else refused(f"coded_{dtype_name}", coded)
@@ -251,7 +258,7 @@ def spec_lines() -> Iterator[str]:
     for block in (0, 32, 63, 4095, 4097, 96, 131072, U32_MAX):
         yield refused(f"block_{block}", spec("all_reduce", dtype=DTYPES["float32"], codec=1, block=block))
     yield refused("barrier_count_one", spec("barrier", count=1))
-    yield from (refused(f"kind_{kind}", spec("all_gather", kind=kind)) for kind in (0, 5, 255))
+    yield from (refused(f"kind_{kind}", spec("all_gather", kind=kind)) for kind in (0, 6, 255))
     yield refused("all_zero", spec("all_gather") | dict.fromkeys(SPEC_FIELDS[:-1], 0))
 
 

@@ -59,7 +59,8 @@ typedef enum pyccl_kind {
     PYCCL_ALL_REDUCE = 1,
     PYCCL_BROADCAST = 2,
     PYCCL_BARRIER = 3,
-    PYCCL_ALL_GATHER = 4
+    PYCCL_ALL_GATHER = 4,
+    PYCCL_EXCHANGE = 5               /* two members swap their inputs; space PAIR, nobody else takes part */
 } pyccl_kind;
 
 typedef enum pyccl_dtype {
@@ -78,7 +79,7 @@ typedef enum pyccl_dtype {
 } pyccl_dtype;
 
 typedef enum pyccl_reduce_op { PYCCL_SUM = 1, PYCCL_AVG = 2, PYCCL_PROD = 3, PYCCL_MIN = 4, PYCCL_MAX = 5 } pyccl_reduce_op;
-typedef enum pyccl_space { PYCCL_SPACE_USER = 0, PYCCL_SPACE_INTERNAL = 1 } pyccl_space;
+typedef enum pyccl_space { PYCCL_SPACE_USER = 0, PYCCL_SPACE_INTERNAL = 1, PYCCL_SPACE_PAIR = 2 } pyccl_space;
 typedef enum pyccl_codec { PYCCL_CODEC_NONE = 0, PYCCL_CODEC_UINT8 = 1 } pyccl_codec;  /* proto/wire.md 3.6 */
 typedef enum pyccl_algorithm { PYCCL_DIRECT = 1 } pyccl_algorithm;
 
@@ -89,13 +90,13 @@ typedef struct pyccl_spec {
     uint8_t op;                      /* pyccl_reduce_op; 0 where nothing is reduced */
     uint8_t codec;                   /* pyccl_codec; all_reduce of floats only */
     uint8_t algorithm;               /* pyccl_algorithm */
-    uint8_t retry;                   /* 1: a loss epoch runs it again, 0: it fails with PEER_LOST */
-    uint8_t space;                   /* pyccl_space: tags of users and of the library do not meet */
+    uint8_t retry;                   /* 1: a loss epoch runs it again, 0: it fails with PEER_LOST; exchange: 1 */
+    uint8_t space;                   /* pyccl_space: tags of users, of the library and of pairs do not meet */
     uint8_t reserved;                /* 0 */
     uint32_t tag;
     uint32_t block;                  /* elements in one codec block: PYCCL_BLOCK_MIN..MAX; 0 without a codec */
     uint64_t count;                  /* elements of each participant's input */
-    uint8_t root[16];                /* broadcast: the peer id of the source; else zero */
+    uint8_t root[16];                /* broadcast: the peer id of the source; exchange: XOR of the two ids; else zero */
 } pyccl_spec;
 
 /* ---- frames ------------------------------------------------------------------------------------------------ */
@@ -199,29 +200,33 @@ typedef enum pyccl_op_state {        /* in reports; an operation that is not rep
 
 typedef enum pyccl_verdict { PYCCL_VERDICT_COMMIT = 1, PYCCL_VERDICT_FAIL = 2 } pyccl_verdict; /* none: retry */
 
+/* The control plane names what is numbered together, a channel, by space and this: the tag; in SPACE_PAIR
+ * tag | lower rank << 32 | higher rank << 40, ranks of the epoch that the message or call is about. */
+uint64_t pyccl_channel(uint8_t space, uint32_t tag, uint32_t rank, uint32_t other);  /* our rank and the partner's, either order */
+
 typedef struct pyccl_op_report {
     uint8_t space, state;            /* state: pyccl_op_state */
-    uint32_t tag;
+    uint64_t tag;                    /* here and in the next three: the channel */
     uint64_t seq, hash;              /* hash: of the result, where prepared or committed */
 } pyccl_op_report;
 
 typedef struct pyccl_op_verdict {
     uint8_t space, verdict;
-    uint32_t tag;
+    uint64_t tag;
     uint64_t seq;
 } pyccl_op_verdict;
 
-typedef struct pyccl_op_count {      /* operations of this tag submitted since numbers restarted */
+typedef struct pyccl_op_count {      /* operations of this channel submitted since numbers restarted */
     uint8_t space;
-    uint32_t tag;
+    uint64_t tag;
     uint64_t count;
 } pyccl_op_count;
 
-typedef struct pyccl_op_lack {       /* an operation we have open that a member has not opened */
+typedef struct pyccl_op_lack {       /* an operation we have open that a participant has not opened */
     uint8_t space;
-    uint32_t tag;
+    uint64_t tag;
     uint64_t seq;
-    uint32_t rank;                   /* the first such member */
+    uint32_t rank;                   /* the first such */
 } pyccl_op_lack;
 
 typedef struct pyccl_message {       /* OPEN, DONE, ABORT, ASK, ANSWER, SETTLED as the machine sees them */
@@ -316,9 +321,10 @@ typedef struct pyccl_engine_options {
 typedef struct pyccl_op_args {
     pyccl_spec spec;
     const void *src;                 /* spec.count elements (broadcast: read at the root only) */
-    void *dst;                       /* result; may equal src (in place), else must not overlap it. all_gather: world * count
-                                        elements (dst_bytes says how much there is, ERR_ARGUMENT when too little), or
-                                        NULL: see pyccl_op_take. What is not src is undefined after a failure */
+    void *dst;                       /* result; may equal src (in place), else must not overlap it. exchange: the partner's
+                                        input. all_gather: world * count elements (dst_bytes says how much there is,
+                                        ERR_ARGUMENT when too little), or NULL: see pyccl_op_take. What is not src is
+                                        undefined after a failure */
     uint64_t dst_bytes;
     double weight;                   /* of our input to an avg: finite, >= 0, total > 0 (or ERR_ARGUMENT on all); else 1 */
     int64_t timeout_ns;              /* from now to the result; <= 0 is ERR_ARGUMENT */
@@ -328,7 +334,7 @@ typedef struct pyccl_op_args {
 
 typedef struct pyccl_op_info {
     int32_t status;
-    uint32_t attempts, world, algorithm;
+    uint32_t attempts, world, algorithm;  /* world: who took part */
     uint64_t epoch_number, tx_bytes, rx_bytes;
     uint64_t seq;
     int64_t elapsed_ns;
@@ -355,7 +361,7 @@ typedef struct pyccl_event {
     int32_t code;
     uint32_t count;
     uint64_t value, seq;
-    uint32_t tag;
+    uint64_t tag;                    /* DIFFERS: the channel */
     uint8_t space;
     pyccl_spec mine, theirs;
 } pyccl_event;
@@ -392,7 +398,8 @@ pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, 
 pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind);
 /* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since a submit, the end of
- * an operation, a cut or an epoch, *below the cut. */
+ * an operation, a cut or an epoch; 0 while one runs that all its participants have opened: who waits for its end may do
+ * anything after it. *below the cut. */
 pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,
                                   int64_t *quiet_ns, int *below);
 

@@ -13,6 +13,7 @@ static uint64_t wire_bytes(const direct_plan *plan, uint64_t elements) {
 void direct_plan_init(direct_plan *plan, const pyccl_spec *spec, uint32_t world, uint32_t rank, uint32_t root) {
     PYCCL_ASSERT(world >= 1 && world <= PYCCL_WORLD_MAX && rank < world);
     PYCCL_ASSERT(spec->kind != PYCCL_BROADCAST || root < world);
+    PYCCL_ASSERT(spec->kind != PYCCL_EXCHANGE || (root < world && root != rank));
     PYCCL_ASSERT(spec->count <= UINT64_C(1) << 48);
     plan->kind = spec->kind;
     plan->world = world;
@@ -34,6 +35,8 @@ uint64_t direct_result_bytes(const direct_plan *plan) {
     return plan->kind == PYCCL_ALL_GATHER ? plan->world * direct_input_bytes(plan) : direct_input_bytes(plan);
 }
 
+static bool in_pair(const direct_plan *plan, uint32_t rank) { return rank == plan->rank || rank == plan->root; }
+
 /* numpy.array_split, of blocks: the first ones have a block more. */
 static uint64_t split_start(const direct_plan *plan, uint32_t owner) {
     const uint64_t blocks = (plan->count + plan->block - 1) / plan->block;
@@ -45,12 +48,14 @@ static uint64_t split_start(const direct_plan *plan, uint32_t owner) {
 uint64_t direct_share_start(const direct_plan *plan, uint32_t owner) {
     PYCCL_ASSERT(owner < plan->world);
     if (plan->kind == PYCCL_ALL_GATHER) return owner * plan->count;
+    if (plan->kind == PYCCL_EXCHANGE) return owner > plan->rank || owner > plan->root ? plan->count : 0;
     return plan->swap ? 0 : split_start(plan, owner);
 }
 
 uint64_t direct_share_elements(const direct_plan *plan, uint32_t owner) {
     PYCCL_ASSERT(owner < plan->world);
     if (plan->kind == PYCCL_ALL_GATHER || plan->swap) return plan->count;
+    if (plan->kind == PYCCL_EXCHANGE) return in_pair(plan, owner) ? plan->count : 0;
     return split_start(plan, owner + 1) - split_start(plan, owner);
 }
 
@@ -102,6 +107,7 @@ bool direct_receives(const direct_plan *plan, uint32_t owner, uint32_t to) {
     switch (plan->kind) {
     case PYCCL_ALL_REDUCE: return !plan->swap;
     case PYCCL_ALL_GATHER: return true;
+    case PYCCL_EXCHANGE: return in_pair(plan, owner) && in_pair(plan, to);
     case PYCCL_BROADCAST: return to != plan->root;
     default: return false;
     }
@@ -119,7 +125,8 @@ bool direct_is_local(const direct_plan *plan, uint32_t owner, uint32_t at) {
     switch (plan->kind) {
     case PYCCL_ALL_REDUCE: return plan->world == 1;
     case PYCCL_BROADCAST: return at == plan->root;
-    case PYCCL_ALL_GATHER: return owner == at;
+    case PYCCL_ALL_GATHER:
+    case PYCCL_EXCHANGE: return owner == at;
     default: return false;
     }
 }

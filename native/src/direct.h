@@ -1,6 +1,7 @@
 /* direct.h: the schedule of algorithm "direct": who sends which piece to whom, and where it lies in the result.
  * Every member owns one share of the result. Phase 0 brings the contributions to a share to its owner, phase 1 takes
  * the finished share from its owner to everybody who needs it. Pieces of a share travel and are folded one by one.
+ * An exchange is the all_gather of a pair of which each keeps the other's share; all other members own nothing.
  * The swap, an all_reduce of two: each side owns the whole vector, sends all of its input and folds; no phase 1.
  *
  * Places are elements of the result; offsets and bytes "on the wire" are those of frames, encoded where a codec is used.
@@ -23,7 +24,7 @@
 typedef struct direct_plan {
     uint8_t kind;                    /* pyccl_kind */
     uint32_t world, rank;            /* rank: ours */
-    uint32_t root;                   /* broadcast: rank of the source */
+    uint32_t root;                   /* broadcast: rank of the source; exchange: of the partner */
     bool swap;
     uint8_t codec;                   /* pyccl_codec of pieces on the wire */
     uint32_t block;                  /* elements of a codec block, which no share or piece divides; 1 without a codec */
@@ -32,11 +33,12 @@ typedef struct direct_plan {
     uint64_t count;                  /* elements of one input */
 } direct_plan;
 
-/* The spec must have been checked: a known kind and dtype, count at most 2^48; root < world for a broadcast. */
+/* The spec must have been checked: a known kind and dtype, count at most 2^48; root < world for a broadcast and an
+ * exchange, there not rank. */
 void direct_plan_init(direct_plan *plan, const pyccl_spec *spec, uint32_t world, uint32_t rank, uint32_t root);
 
 uint64_t direct_input_bytes(const direct_plan *plan);
-uint64_t direct_result_bytes(const direct_plan *plan);
+uint64_t direct_result_bytes(const direct_plan *plan);                    /* of what is kept of it: exchange, half */
 uint64_t direct_share_start(const direct_plan *plan, uint32_t owner);     /* its first element in the result */
 uint64_t direct_share_elements(const direct_plan *plan, uint32_t owner);
 uint64_t direct_pieces(const direct_plan *plan, uint32_t owner);          /* pieces of the owner's share */

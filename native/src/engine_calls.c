@@ -220,9 +220,11 @@ pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, s
 
 static void run_blocked(pyccl_engine *engine, command *c) {
     fsm_command *f = (fsm_command *)c;
+    size_t running = 0;
+    for (const attempt *a = engine->attempts; a != NULL; a = a->next) running++;
     f->count = pyccl_fsm_lacking(engine->fsm, f->out, f->cap);
     f->below = pyccl_fsm_below_cut(engine->fsm);
-    f->quiet_ns = engine->env.now_ns - engine->moved_ns;
+    f->quiet_ns = running > f->count ? 0 : engine->env.now_ns - engine->moved_ns;
     pthread_mutex_lock(&engine->done_lock);
     f->waiters = engine->waiters;
     pthread_mutex_unlock(&engine->done_lock);

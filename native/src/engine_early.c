@@ -98,12 +98,14 @@ void early_cancel(pyccl_engine *engine, pyccl_conn *conn) {
     early_free(engine, piece);
 }
 
-/* Take one whole piece of the operation out of the bucket, and give back what the operation was counted for. */
-static early_piece *take_whole(early_piece **bucket, const pyccl_spec *spec, uint64_t seq) {
+/* Take one whole piece of the operation out of the bucket, and give back what the operation was counted for. partner: who
+ * sends it, in an exchange; other pairs have the same space, tags and numbers. */
+static early_piece *take_whole(early_piece **bucket, const pyccl_spec *spec, uint64_t seq, const peer *partner) {
     early_piece *found = NULL;
     for (early_piece **at = bucket; *at != NULL;) {
         early_piece *piece = *at;
-        const bool ours = piece->frame.seq == seq && piece->frame.tag == spec->tag && piece->frame.space == spec->space;
+        const bool ours = piece->frame.seq == seq && piece->frame.tag == spec->tag && piece->frame.space == spec->space &&
+                          (spec->space != PYCCL_SPACE_PAIR || piece->from == partner);
         if (ours) uncount(piece);
         if (ours && piece->whole && found == NULL) {
             *at = piece->next;
@@ -115,8 +117,9 @@ static early_piece *take_whole(early_piece **bucket, const pyccl_spec *spec, uin
 
 void early_replay(pyccl_engine *engine, pyccl_op *op, uint64_t seq) {
     early_piece **bucket = bucket_of(engine, op->args.spec.space, op->args.spec.tag, seq);
+    const peer *partner = engine->ranks[op->attempt->plan.root];
     early_piece *piece;
-    while ((piece = take_whole(bucket, &op->args.spec, seq)) != NULL) {
+    while ((piece = take_whole(bucket, &op->args.spec, seq, partner)) != NULL) {
         peer *from = piece->from;
         const bool fits = from->rank < 0 || ops_deliver(engine, from, op, &piece->frame, &piece->data);
         early_free(engine, piece);

@@ -6,6 +6,8 @@
  *               fold_restore puts them back when the attempt ends without a commit.
  *   codec       every contribution is encoded once, our own too, and kept until the attempt ends; the owner folds what
  *               the codes decode to, encodes the result and uses what that decodes to, as everybody else does.
+ *   exchange    of a result of two shares the partner's alone is kept, at the start of the caller's array: what is sent and
+ *               what comes in its place have one slot
  *   avg         waits for the OPEN of every participant, which brings its weight.
  * Invariant: input_at() gives the bytes the caller submitted, whatever has been overwritten.
  * Threads: the engine's thread only.                               Spec: proto/wire.md 3.3, 3.4, 3.6, 3.7 */
@@ -29,11 +31,17 @@ static uint64_t result_bytes(const attempt *a, uint32_t owner, uint64_t piece) {
     return direct_piece_elements(&a->plan, owner, piece) * a->plan.element_bytes;
 }
 
+/* Where it is kept: in the caller's memory, and in undo. */
+static uint64_t kept_offset(const attempt *a, uint32_t owner, uint64_t piece) {
+    if (a->plan.kind == PYCCL_EXCHANGE) return piece * a->plan.piece_elements * a->plan.element_bytes;
+    return result_offset(a, owner, piece);
+}
+
 /* Our input to a piece, as it was submitted. */
 static const uint8_t *input_at(const attempt *a, uint32_t owner, uint64_t piece) {
     if (a->plan.kind == PYCCL_ALL_GATHER) return a->src + piece * a->plan.piece_elements * a->plan.element_bytes;
     const bool saved = a->undo != NULL && a->saved[slot_of(a, owner, piece)];
-    return (saved ? a->undo : a->src) + result_offset(a, owner, piece);
+    return (saved ? a->undo : a->src) + kept_offset(a, owner, piece);
 }
 
 /* ---- undo ---- */
@@ -46,7 +54,7 @@ static void put_aside(const attempt *a, void *to, const void *from, size_t bytes
 
 /* The old bytes of the piece are in undo: frames that are half sent go on from there. */
 static void mark_saved(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
-    const uint64_t offset = result_offset(a, owner, piece);
+    const uint64_t offset = kept_offset(a, owner, piece);
     a->saved[slot_of(a, owner, piece)] = 1;
     for (peer *p = engine->peers; p != NULL; p = p->next)
         link_redirect(&p->link, a, a->result + offset, result_bytes(a, owner, piece), a->undo + offset);
@@ -54,14 +62,14 @@ static void mark_saved(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_
 
 static void save(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
     if (a->undo == NULL || a->saved[slot_of(a, owner, piece)]) return;
-    const uint64_t offset = result_offset(a, owner, piece);
+    const uint64_t offset = kept_offset(a, owner, piece);
     put_aside(a, a->undo + offset, a->result + offset, result_bytes(a, owner, piece));
     mark_saved(engine, a, owner, piece);
 }
 
 uint8_t *fold_place(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
     save(engine, a, owner, piece);
-    return a->result + result_offset(a, owner, piece);
+    return a->result + kept_offset(a, owner, piece);
 }
 
 void fold_restore(pyccl_engine *engine, attempt *a) {
@@ -69,7 +77,7 @@ void fold_restore(pyccl_engine *engine, attempt *a) {
     if (a->undo == NULL) return;
     for (uint32_t owner = 0; owner < a->plan.world; owner++)
         for (uint64_t piece = 0; piece < direct_pieces(&a->plan, owner); piece++) {
-            const uint64_t slot = slot_of(a, owner, piece), offset = result_offset(a, owner, piece);
+            const uint64_t slot = slot_of(a, owner, piece), offset = kept_offset(a, owner, piece);
             if (!a->saved[slot]) continue;
             memcpy(a->result + offset, a->undo + offset, result_bytes(a, owner, piece));
             a->saved[slot] = 0;
@@ -103,7 +111,7 @@ const uint8_t *fold_source(attempt *a, uint32_t phase, uint32_t to, uint64_t pie
     const uint32_t self = a->plan.rank;
     if (phase == DIRECT_CONTRIBUTION) return is_coded(a) ? encoded_input(a, to, piece) : input_at(a, to, piece);
     if (is_coded(a)) return encoded_result(a, piece);
-    if (a->plan.kind == PYCCL_ALL_GATHER || a->result == NULL) return input_at(a, self, piece);
+    if (a->plan.kind == PYCCL_ALL_GATHER || a->plan.kind == PYCCL_EXCHANGE || a->result == NULL) return input_at(a, self, piece);
     return a->result + result_offset(a, self, piece);
 }
 
@@ -229,13 +237,13 @@ void fold_contribution(pyccl_engine *engine, attempt *a, uint64_t piece) {
 
 void fold_result(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *codes) {
     if (is_coded(a)) result_decode(engine, a, owner, piece, codes);
-    piece_is_whole(engine, a, owner, piece, a->result + result_offset(a, owner, piece));
+    piece_is_whole(engine, a, owner, piece, a->result + kept_offset(a, owner, piece));
 }
 
 void fold_local(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
     const uint8_t *from = input_at(a, owner, piece);
     uint8_t *dst = a->plan.kind == PYCCL_ALL_GATHER ? a->result : a->op->args.dst;
-    if (dst != NULL && dst != a->src) memcpy(dst + result_offset(a, owner, piece), from, result_bytes(a, owner, piece));
+    if (a->plan.kind != PYCCL_EXCHANGE && dst != NULL && dst != a->src) memcpy(dst + result_offset(a, owner, piece), from, result_bytes(a, owner, piece));
     piece_is_whole(engine, a, owner, piece, from);
 }
 

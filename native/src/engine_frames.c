@@ -160,8 +160,8 @@ static void tell_differs(pyccl_engine *engine, const pyccl_action *action, const
     const peer *p = engine->ranks[action->rank];
     if (p == NULL) return;
     const pyccl_event event = {.type = PYCCL_EVENT_DIFFERS, .slot = p->link.slot, .value = engine->epoch_number, .seq = action->message.seq,
-                               .tag = action->message.tag, .space = action->message.space,
-                               .mine = op->args.spec, .theirs = action->message.spec};
+                               .tag = pyccl_channel(action->message.space, action->message.tag, engine->rank, action->rank),
+                               .space = action->message.space, .mine = op->args.spec, .theirs = action->message.spec};
     engine_event(engine, &event);
 }
 

@@ -72,10 +72,14 @@ void ops_requeue(pyccl_engine *engine, peer *p) {
 
 /* ---- life of an attempt ---- */
 
+/* Of the source of a broadcast, of the partner in an exchange; else 0. */
 static uint32_t root_rank(const pyccl_engine *engine, const pyccl_spec *spec) {
+    uint8_t id[PYCCL_ID_SIZE];
     uint32_t rank = 0;
-    if (spec->kind != PYCCL_BROADCAST) return 0;
-    while (rank < engine->world && memcmp(engine->members[rank], spec->root, PYCCL_ID_SIZE) != 0) rank++;
+    if (spec->kind != PYCCL_BROADCAST && spec->kind != PYCCL_EXCHANGE) return 0;
+    for (int i = 0; i < PYCCL_ID_SIZE; i++)
+        id[i] = spec->kind == PYCCL_EXCHANGE ? spec->root[i] ^ engine->options.self_id[i] : spec->root[i];
+    while (rank < engine->world && memcmp(engine->members[rank], id, PYCCL_ID_SIZE) != 0) rank++;
     return rank;
 }
 
@@ -95,7 +99,7 @@ static pyccl_status attempt_tables(attempt *a) {
     for (uint32_t owner = 0; owner < world; owner++) {
         a->arrived_at[owner] = results;
         results += pieces_from(a, DIRECT_RESULT, owner);
-        if (owner > 0 && !a->plan.swap) a->slot_at[owner] = a->slot_at[owner - 1] + direct_pieces(&a->plan, owner - 1);
+        if (owner > 0 && !a->plan.swap && a->plan.kind != PYCCL_EXCHANGE) a->slot_at[owner] = a->slot_at[owner - 1] + direct_pieces(&a->plan, owner - 1);
     }
     const uint64_t contributions = direct_contributors(&a->plan, a->plan.rank) > 0 ? world * a->own_pieces : 0;
     a->arrived[DIRECT_CONTRIBUTION] = calloc(contributions + 1, 1);
@@ -309,7 +313,7 @@ void ops_start(pyccl_engine *engine, pyccl_op *op, uint64_t seq) {
     }
     op->attempt = a;
     op->seq = seq;
-    op->world = engine->world;
+    op->world = op->args.spec.kind == PYCCL_EXCHANGE ? 2 : engine->world;
     op->epoch_number = engine->epoch_number;
     memcpy(op->epoch_id, engine->epoch_id, sizeof op->epoch_id);
     a->prev = engine->attempts_last;

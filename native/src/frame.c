@@ -97,7 +97,7 @@ bool frame_valid(const pyccl_frame *frame) {
     const frame_rule *rule = &FRAME_RULES[frame->type];
     if (frame->type == PYCCL_FRAME_OPEN && !weight_valid(frame->offset)) return false;
     return in_range(frame->length, rule->length) && in_range(frame->value, rule->value) &&
-           frame->phase <= (rule->phase ? 1 : 0) && frame->space <= (rule->space ? PYCCL_SPACE_INTERNAL : 0) &&
+           frame->phase <= (rule->phase ? 1 : 0) && frame->space <= (rule->space ? PYCCL_SPACE_PAIR : 0) &&
            (rule->epoch || (frame->epoch_number == 0 && frame->epoch_tag == 0)) &&
            (rule->seq || frame->seq == 0) && (rule->tag || frame->tag == 0) &&
            (rule->offset || frame->offset == 0) && (rule->spec_hash || frame->spec_hash == 0);
@@ -160,14 +160,20 @@ static bool spec_codec_valid(const pyccl_spec *spec) {
            spec->block <= PYCCL_BLOCK_MAX && (spec->block & (spec->block - 1)) == 0;
 }
 
-bool frame_spec_valid(const pyccl_spec *spec) {
+/* Who takes part, beside the members of the epoch: the root of a broadcast, the pair of an exchange. */
+static bool spec_peers_valid(const pyccl_spec *spec) {
     static const uint8_t no_root[16] = {0};
-    return spec->kind >= PYCCL_ALL_REDUCE && spec->kind <= PYCCL_ALL_GATHER &&
+    const bool rootless = memcmp(spec->root, no_root, sizeof no_root) == 0;
+    if (spec->kind == PYCCL_EXCHANGE) return spec->space == PYCCL_SPACE_PAIR && spec->retry == 1 && !rootless;
+    return spec->space <= PYCCL_SPACE_INTERNAL && (spec->kind == PYCCL_BROADCAST || rootless);
+}
+
+bool frame_spec_valid(const pyccl_spec *spec) {
+    return spec->kind >= PYCCL_ALL_REDUCE && spec->kind <= PYCCL_EXCHANGE &&
            spec->dtype >= PYCCL_INT32 && spec->dtype <= PYCCL_BFLOAT16 && spec_op_valid(spec) &&
            spec_codec_valid(spec) && spec->algorithm == PYCCL_DIRECT && spec->retry <= 1 &&
-           spec->space <= PYCCL_SPACE_INTERNAL && spec->reserved == 0 &&
-           spec->count <= (spec->kind == PYCCL_BARRIER ? 0 : SPEC_COUNT_MAX) &&
-           (spec->kind == PYCCL_BROADCAST || memcmp(spec->root, no_root, sizeof no_root) == 0);
+           spec_peers_valid(spec) && spec->reserved == 0 &&
+           spec->count <= (spec->kind == PYCCL_BARRIER ? 0 : SPEC_COUNT_MAX);
 }
 
 /* Any spec, valid or not: tests and error messages may need the bytes of a wrong one. Submit checks before. */

@@ -16,6 +16,8 @@
  *  - A FAILED operation stays as tombstone until numbers restart and answers a retry of its number with ABORT.
  *  - A COMMITTED one stays until every member is known to have settled it (watermarks in OPEN and SETTLED).
  *  - A number is consumed by every submit, failed ones too: members count alike or not at all.
+ *  - An exchange concerns its pair and nobody else: "every" above is the two, and its numbers are those of the pair and
+ *    the tag. Frames between two members on SPACE_PAIR mean that pair; the control plane names it by the two ranks.
  *
  * Threads: none; the caller serialises.          Spec: proto/wire.md 5 */
 #include "pyccl.h"
@@ -64,6 +66,8 @@ struct fsm_tag {
     uint64_t cut;                          /* while cutting: numbers below it run in this epoch     */
     uint64_t told;                         /* watermark that all members were told                  */
     uint32_t tag;
+    uint32_t partner;                      /* SPACE_PAIR: rank of the other one; world: it is gone  */
+    uint8_t partner_id[PYCCL_ID_SIZE];
     uint8_t space, dirty;
 };
 
@@ -99,10 +103,41 @@ struct pyccl_fsm {
 static void set_add(rank_set *set, uint32_t rank) { set->word[rank / 64] |= UINT64_C(1) << (rank % 64); }
 static int set_has(const rank_set *set, uint32_t rank) { return (int)(set->word[rank / 64] >> (rank % 64) & 1); }
 
-static int set_is_full(const rank_set *set, uint32_t world) {
-    for (uint32_t rank = 0; rank < world; rank++)
-        if (!set_has(set, rank)) return 0;
-    return 1;
+/* ---- who takes part ---- */
+
+/* The rank of a member; world: it is none. */
+static uint32_t member_rank(const pyccl_fsm *fsm, const uint8_t id[PYCCL_ID_SIZE]) {
+    uint32_t rank = 0;
+    while (rank < fsm->world && memcmp(fsm->members[rank], id, PYCCL_ID_SIZE) != 0) rank++;
+    return rank;
+}
+
+/* Of an exchange: the other one of the pair. */
+static void partner_id_of(const pyccl_fsm *fsm, const pyccl_spec *spec, uint8_t id[PYCCL_ID_SIZE]) {
+    for (int i = 0; i < PYCCL_ID_SIZE; i++) id[i] = spec->root[i] ^ fsm->members[fsm->rank][i];
+}
+
+/* Its rank; world: it is no member. Of a collective: 0. */
+static uint32_t partner_of(const pyccl_fsm *fsm, const pyccl_spec *spec) {
+    uint8_t id[PYCCL_ID_SIZE];
+    if (spec->space != PYCCL_SPACE_PAIR) return 0;
+    partner_id_of(fsm, spec, id);
+    return member_rank(fsm, id);
+}
+
+static int takes_part(const pyccl_fsm *fsm, const fsm_tag *tag, uint32_t rank) {
+    return tag->space != PYCCL_SPACE_PAIR || rank == tag->partner || rank == fsm->rank;
+}
+
+/* The first participant that is not in the set; world: all are. */
+static uint32_t first_outside(const pyccl_fsm *fsm, const fsm_tag *tag, const rank_set *set) {
+    uint32_t rank = 0;
+    while (rank < fsm->world && (set_has(set, rank) || !takes_part(fsm, tag, rank))) rank++;
+    return rank;
+}
+
+static int set_is_full(const pyccl_fsm *fsm, const fsm_tag *tag, const rank_set *set) {
+    return first_outside(fsm, tag, set) == fsm->world;
 }
 
 /* ---- the action queue ---- */
@@ -149,29 +184,53 @@ static void send_one(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_fra
 static void send_all(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_frame_type type, uint64_t value,
                      const fsm_op *opened) {
     for (uint32_t rank = 0; rank < fsm->world; rank++)
-        if (rank != fsm->rank) send_one(fsm, tag, seq, type, rank, value, opened);
+        if (rank != fsm->rank && takes_part(fsm, tag, rank)) send_one(fsm, tag, seq, type, rank, value, opened);
 }
 
 /* ---- tags ---- */
 
-static uint64_t tag_key(uint8_t space, uint32_t tag) { return ((uint64_t)space << 32 | tag) + 1; }
-
-static fsm_tag *tag_find(const pyccl_fsm *fsm, uint8_t space, uint32_t tag) {
-    return pyccl_map_get(&fsm->tag_map, tag_key(space, tag));
+uint64_t pyccl_channel(uint8_t space, uint32_t tag, uint32_t rank, uint32_t other) {
+    if (space != PYCCL_SPACE_PAIR) return tag;
+    PYCCL_ASSERT(rank != other && rank < PYCCL_WORLD_MAX && other < PYCCL_WORLD_MAX);
+    const uint64_t low = rank < other ? rank : other, high = rank < other ? other : rank;
+    return tag | low << 32 | high << 40;
 }
 
-static fsm_tag *tag_get(pyccl_fsm *fsm, uint8_t space, uint32_t tag) {
-    fsm_tag *found = tag_find(fsm, space, tag);
+static uint64_t channel_of(const pyccl_fsm *fsm, const fsm_tag *tag) {
+    return pyccl_channel(tag->space, tag->tag, fsm->rank, tag->partner);
+}
+
+static uint64_t channel_key(uint8_t space, uint64_t channel) { return ((uint64_t)space << 48 | channel) + 1; }
+
+/* partner: of a pair; a collective has none. */
+static fsm_tag *tag_find(const pyccl_fsm *fsm, uint8_t space, uint32_t tag, uint32_t partner) {
+    return pyccl_map_get(&fsm->tag_map, channel_key(space, pyccl_channel(space, tag, fsm->rank, partner)));
+}
+
+static fsm_tag *tag_get(pyccl_fsm *fsm, uint8_t space, uint32_t tag, uint32_t partner) {
+    fsm_tag *found = tag_find(fsm, space, tag, partner);
     if (found != NULL) return found;
     found = calloc(1, sizeof *found);
     PYCCL_ASSERT(found != NULL);
     found->space = space;
     found->tag = tag;
+    if (space == PYCCL_SPACE_PAIR) {
+        found->partner = partner;
+        memcpy(found->partner_id, fsm->members[partner], PYCCL_ID_SIZE);
+    }
     found->next = fsm->tags;
     fsm->tags = found;
     fsm->tag_count++;
-    pyccl_map_put(&fsm->tag_map, tag_key(space, tag), found);
+    pyccl_map_put(&fsm->tag_map, channel_key(space, channel_of(fsm, found)), found);
     return found;
+}
+
+/* As the control plane names it. NULL: a pair that we are not of. */
+static fsm_tag *tag_of_channel(pyccl_fsm *fsm, uint8_t space, uint64_t channel) {
+    const uint32_t low = channel >> 32 & 0xFF, high = channel >> 40 & 0xFF;
+    if (space != PYCCL_SPACE_PAIR) return tag_get(fsm, space, (uint32_t)channel, 0);
+    if (low >= high || high >= fsm->world || (low != fsm->rank && high != fsm->rank)) return NULL;
+    return tag_get(fsm, space, (uint32_t)channel, low == fsm->rank ? high : low);
 }
 
 /* Every number below it is settled here. */
@@ -253,7 +312,7 @@ static void op_commit(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
     op->cookie = 0;
     set_add(&op->settled, fsm->rank);
     tag_mark_dirty(fsm, op->tag, now_ns);
-    if (set_is_full(&op->settled, fsm->world)) op_drop(fsm, op);
+    if (set_is_full(fsm, op->tag, &op->settled)) op_drop(fsm, op);
 }
 
 static void fail_action(pyccl_fsm *fsm, uint64_t cookie, uint64_t seq, int32_t status, uint32_t attempts, const uint8_t *peer) {
@@ -282,14 +341,15 @@ static void op_fail_alone(pyccl_fsm *fsm, fsm_op *op, int32_t status, int64_t no
     op_fail(fsm, op, status, NULL, now_ns);
 }
 
-/* The hash most ranks hold (the lowest of equals) is taken as right; returns the first rank that differs from it,
- * or world when all are equal. Every member computes this from the same hashes, so all name the same peer. */
+/* The hash most participants hold (the lowest of equals) is taken as right; returns the first rank that differs from it,
+ * or world when all are equal. Each of them computes this from the same hashes, so all name the same peer. */
 static uint32_t first_that_differs(const pyccl_fsm *fsm, const fsm_op *op) {
     uint64_t best = 0;
     uint32_t best_votes = 0;
     for (uint32_t i = 0; i < fsm->world; i++) {
         uint32_t votes = 0;
-        for (uint32_t j = 0; j < fsm->world; j++) votes += op->hash[j] == op->hash[i];
+        if (!takes_part(fsm, op->tag, i)) continue;
+        for (uint32_t j = 0; j < fsm->world; j++) votes += takes_part(fsm, op->tag, j) && op->hash[j] == op->hash[i];
         if (votes > best_votes || (votes == best_votes && op->hash[i] < best)) {
             best = op->hash[i];
             best_votes = votes;
@@ -297,19 +357,19 @@ static uint32_t first_that_differs(const pyccl_fsm *fsm, const fsm_op *op) {
         if (votes == fsm->world) return fsm->world;
     }
     for (uint32_t i = 0; i < fsm->world; i++)
-        if (op->hash[i] != best) return i;
+        if (takes_part(fsm, op->tag, i) && op->hash[i] != best) return i;
     return fsm->world;
 }
 
 /* Steps that need no further event: prepare, then commit. */
 static void op_advance(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
     if (fsm->frozen) return;
-    if (op->state == RUNNING && op->result && set_is_full(&op->opened, fsm->world)) {
+    if (op->state == RUNNING && op->result && set_is_full(fsm, op->tag, &op->opened)) {
         op->state = PREPARED;
         set_add(&op->done, fsm->rank);
         send_all(fsm, op->tag, op->seq, PYCCL_FRAME_DONE, op->hash[fsm->rank], NULL);
     }
-    if (op->state == PREPARED && set_is_full(&op->done, fsm->world)) {
+    if (op->state == PREPARED && set_is_full(fsm, op->tag, &op->done)) {
         uint32_t liar = first_that_differs(fsm, op);
         if (liar < fsm->world) op_fail(fsm, op, PYCCL_ERR_RESULT_DIFFERS, fsm->members[liar], now_ns);
         else op_commit(fsm, op, now_ns);
@@ -339,14 +399,8 @@ static int spec_equal(const pyccl_spec *a, const pyccl_spec *b) {
     return memcmp(x, y, sizeof x) == 0;
 }
 
-static int is_member(const pyccl_fsm *fsm, const uint8_t id[PYCCL_ID_SIZE]) {
-    for (uint32_t rank = 0; rank < fsm->world; rank++)
-        if (memcmp(fsm->members[rank], id, PYCCL_ID_SIZE) == 0) return 1;
-    return 0;
-}
-
 static int lacks_root(const pyccl_fsm *fsm, const pyccl_spec *spec) {
-    return spec->kind == PYCCL_BROADCAST && !is_member(fsm, spec->root);
+    return spec->kind == PYCCL_BROADCAST && member_rank(fsm, spec->root) == fsm->world;
 }
 
 static void tell_peer_open(pyccl_fsm *fsm, const fsm_op *op, uint32_t rank) {
@@ -427,21 +481,34 @@ static int admissible(const pyccl_fsm *fsm, const fsm_tag *tag) {
     return !fsm->frozen && (!fsm->cutting || (tag != NULL && tag->next_seq < tag->cut));
 }
 
+/* There is nobody to run it with: it fails without a number, which nobody else could count. */
+static int fails_for_want_of_peers(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec) {
+    uint8_t id[PYCCL_ID_SIZE];
+    if (partner_of(fsm, spec) == fsm->world) {
+        partner_id_of(fsm, spec, id);
+        fail_action(fsm, cookie, 0, PYCCL_ERR_PEER_LOST, 0, id);
+        return 1;
+    }
+    if (fsm->world > 1) return 0;
+    fail_action(fsm, cookie, 0, PYCCL_ERR_ALONE, 0, NULL);
+    return 1;
+}
+
 /* Submits that waited and may run now, in their order. */
 static void admit_deferred(pyccl_fsm *fsm, int64_t now_ns) {
     deferred **at = &fsm->deferred_first;
     while (*at != NULL) {
         deferred *item = *at;
-        fsm_tag *tag = tag_get(fsm, item->spec.space, item->spec.tag);
+        const uint32_t partner = partner_of(fsm, &item->spec);
+        fsm_tag *tag = partner < fsm->world ? tag_get(fsm, item->spec.space, item->spec.tag, partner) : NULL;
         if (!admissible(fsm, tag)) {
             at = &item->next;
             continue;
         }
         *at = item->next;
         fsm->deferred_count--;
-        if (item->status == 0 && fsm->world == 1)
-            fail_action(fsm, item->cookie, 0, PYCCL_ERR_ALONE, 0, NULL);
-        else op_admit(fsm, tag, item, now_ns);
+        const int fails = item->status == 0 && fails_for_want_of_peers(fsm, item->cookie, &item->spec);
+        if (!fails && tag != NULL) op_admit(fsm, tag, item, now_ns);
         free(item);
     }
     fsm->deferred_end = at;
@@ -527,15 +594,14 @@ pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const py
     PYCCL_ASSERT(cookie != 0);
     if (!fsm->entered) return PYCCL_ERR_CLOSED;
     if (fsm->live_count + fsm->deferred_count >= PYCCL_OPS_OPEN_MAX) return PYCCL_ERR_LIMIT;
-    fsm_tag *tag = tag_find(fsm, spec->space, spec->tag);
+    const uint32_t partner = partner_of(fsm, spec);
+    fsm_tag *tag = partner < fsm->world ? tag_find(fsm, spec->space, spec->tag, partner) : NULL;
     if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
     deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .deadline_ns = deadline_ns};
-    if (fsm->world == 1 && !fsm->frozen && !fsm->cutting) {  /* a newcomer may be on its way: else wait for it */
-        fail_action(fsm, cookie, 0, PYCCL_ERR_ALONE, 0, NULL);
-        return PYCCL_OK;
-    }
+    if (!fsm->frozen && !fsm->cutting && fails_for_want_of_peers(fsm, cookie, spec))
+        return PYCCL_OK;  /* frozen or cutting: a newcomer may be on its way, wait for it */
     if (admissible(fsm, tag)) {
-        op_admit(fsm, tag_get(fsm, spec->space, spec->tag), &item, now_ns);
+        op_admit(fsm, tag_get(fsm, spec->space, spec->tag, partner), &item, now_ns);
         return PYCCL_OK;
     }
     deferred *kept = malloc(sizeof *kept);
@@ -588,7 +654,7 @@ pyccl_gate pyccl_fsm_data(pyccl_fsm *fsm, uint32_t rank, uint8_t space, uint32_t
     PYCCL_ASSERT(rank < fsm->world && rank != fsm->rank);
     *cookie = 0;
     if (fsm->frozen) return PYCCL_GATE_DROP;
-    const fsm_tag *tag = tag_find(fsm, space, tag_number);
+    const fsm_tag *tag = tag_find(fsm, space, tag_number, rank);
     uint64_t next_seq = tag != NULL ? tag->next_seq : 0;
     if (seq >= next_seq) return seq - next_seq < PYCCL_EARLY_MAX ? PYCCL_GATE_PASS : PYCCL_GATE_REFUSE;
     const fsm_op *op = op_find(tag, seq);
@@ -599,7 +665,7 @@ pyccl_gate pyccl_fsm_data(pyccl_fsm *fsm, uint32_t rank, uint8_t space, uint32_t
 
 /* The operation a peer speaks of, made EARLY if we have not submitted it; NULL with *rc OK: long settled. */
 static fsm_op *op_for_peer(pyccl_fsm *fsm, const pyccl_message *message, pyccl_status *rc) {
-    fsm_tag *tag = tag_find(fsm, message->space, message->tag);
+    fsm_tag *tag = tag_find(fsm, message->space, message->tag, message->rank);
     *rc = PYCCL_OK;
     fsm_op *op = op_find(tag, message->seq);
     if (op != NULL) return op;
@@ -610,19 +676,19 @@ static fsm_op *op_for_peer(pyccl_fsm *fsm, const pyccl_message *message, pyccl_s
         return NULL;
     }
     fsm->early[message->rank]++;
-    op = op_new(fsm, tag_get(fsm, message->space, message->tag), message->seq, EARLY);
+    op = op_new(fsm, tag_get(fsm, message->space, message->tag, message->rank), message->seq, EARLY);
     op->owner_rank = message->rank;
     return op;
 }
 
 static void settled_below(pyccl_fsm *fsm, uint8_t space, uint32_t tag_number, uint32_t rank, uint64_t below) {
-    fsm_tag *tag = tag_find(fsm, space, tag_number);
+    fsm_tag *tag = tag_find(fsm, space, tag_number, rank);
     fsm_op *next = NULL;
     for (fsm_op *op = tag != NULL ? tag->ops : NULL; op != NULL; op = next) {
         next = op->tag_next;
         if (op->seq >= below || op->state == EARLY) continue;
         set_add(&op->settled, rank);
-        if (op->state == COMMITTED && set_is_full(&op->settled, fsm->world)) op_drop(fsm, op);
+        if (op->state == COMMITTED && set_is_full(fsm, tag, &op->settled)) op_drop(fsm, op);
     }
 }
 
@@ -636,6 +702,7 @@ static void tell_failed(pyccl_fsm *fsm, const fsm_op *op, uint32_t to) {
 
 static pyccl_status on_open(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
     if (message->value > message->seq) return PYCCL_ERR_FRAME;  /* it can't have settled what it opens */
+    if (message->space == PYCCL_SPACE_PAIR && partner_of(fsm, &message->spec) != message->rank) return PYCCL_ERR_FRAME;
     pyccl_status rc;
     fsm_op *op = op_for_peer(fsm, message, &rc);
     if (rc != PYCCL_OK) return rc;
@@ -728,14 +795,14 @@ static pyccl_status on_abort(pyccl_fsm *fsm, const pyccl_message *message, int64
 }
 
 static void on_ask(pyccl_fsm *fsm, const pyccl_message *message) {
-    const fsm_op *op = op_find(tag_find(fsm, message->space, message->tag), message->seq);
+    const fsm_op *op = op_find(tag_find(fsm, message->space, message->tag, message->rank), message->seq);
     if (op != NULL && (op->state == COMMITTED || op->state == FAILED))
         send_one(fsm, op->tag, op->seq, PYCCL_FRAME_ANSWER, message->rank,
                  op->state == COMMITTED ? 0 : (uint64_t)-op->abort_status, NULL);
 }
 
 static pyccl_status on_answer(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
-    fsm_op *op = op_find(tag_find(fsm, message->space, message->tag), message->seq);
+    fsm_op *op = op_find(tag_find(fsm, message->space, message->tag, message->rank), message->seq);
     if (message->value > 255) return PYCCL_ERR_FRAME;
     if (op == NULL || op->state != PREPARED || !op->asked) return PYCCL_OK;  /* settled meanwhile */
     if (message->value == 0) op_commit(fsm, op, now_ns);
@@ -770,6 +837,7 @@ void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
     if (!fsm->entered || fsm->frozen) return;  /* frozen: the next epoch repeats what it retries */
     PYCCL_ASSERT(rank < fsm->world && rank != fsm->rank);
     for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
+        if (!takes_part(fsm, tag, rank)) continue;
         if (tag->told > 0) send_one(fsm, tag, tag->told, PYCCL_FRAME_SETTLED, rank, 0, NULL);  /* or its records stay */
         for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next) {
             if (op->state == RUNNING || op->state == PREPARED) {
@@ -806,7 +874,7 @@ size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap) 
                 out[count] = (pyccl_op_report){
                     .space = tag->space,
                     .state = op->state == PREPARED ? PYCCL_STATE_PREPARED : PYCCL_STATE_COMMITTED,
-                    .tag = tag->tag, .seq = op->seq, .hash = op->hash[fsm->rank]};
+                    .tag = channel_of(fsm, tag), .seq = op->seq, .hash = op->hash[fsm->rank]};
             count++;
         }
     return count;
@@ -816,7 +884,7 @@ size_t pyccl_fsm_counts(const pyccl_fsm *fsm, pyccl_op_count *out, size_t cap) {
     size_t count = 0;
     for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
         if (tag->next_seq == 0) continue;
-        if (count < cap) out[count] = (pyccl_op_count){.space = tag->space, .tag = tag->tag, .count = tag->next_seq};
+        if (count < cap) out[count] = (pyccl_op_count){.space = tag->space, .tag = channel_of(fsm, tag), .count = tag->next_seq};
         count++;
     }
     return count;
@@ -825,11 +893,10 @@ size_t pyccl_fsm_counts(const pyccl_fsm *fsm, pyccl_op_count *out, size_t cap) {
 size_t pyccl_fsm_lacking(const pyccl_fsm *fsm, pyccl_op_lack *out, size_t cap) {
     size_t count = 0;
     for (const fsm_op *op = fsm->live_first; op != NULL; op = op->live_next) {
-        uint32_t rank = 0;
-        while (rank < fsm->world && set_has(&op->opened, rank)) rank++;
+        const uint32_t rank = first_outside(fsm, op->tag, &op->opened);
         if (rank == fsm->world) continue;
         if (count < cap)
-            out[count] = (pyccl_op_lack){.space = op->tag->space, .tag = op->tag->tag, .seq = op->seq, .rank = rank};
+            out[count] = (pyccl_op_lack){.space = op->tag->space, .tag = channel_of(fsm, op->tag), .seq = op->seq, .rank = rank};
         count++;
     }
     return count;
@@ -841,8 +908,10 @@ int pyccl_fsm_cut(pyccl_fsm *fsm, const pyccl_op_count *cut, size_t cuts, int op
     if (!fsm->entered) return 0;
     for (fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) tag->cut = 0;
     fsm->cutting = !open;
-    if (!open)
-        for (size_t i = 0; i < cuts; i++) tag_get(fsm, cut[i].space, cut[i].tag)->cut = cut[i].count;
+    for (size_t i = 0; i < cuts && !open; i++) {
+        fsm_tag *tag = tag_of_channel(fsm, cut[i].space, cut[i].tag);
+        if (tag != NULL) tag->cut = cut[i].count;
+    }
     admit_deferred(fsm, now_ns);
     int above = 0;
     for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) above |= tag->next_seq > tag->cut;
@@ -862,9 +931,10 @@ int pyccl_fsm_drained(const pyccl_fsm *fsm) {
 
 /* ---- epochs ---- */
 
-static const pyccl_op_verdict *verdict_find(const pyccl_op_verdict *verdicts, size_t count, const fsm_op *op) {
+static const pyccl_op_verdict *verdict_find(const pyccl_fsm *fsm, const pyccl_op_verdict *verdicts, size_t count, const fsm_op *op) {
+    const uint64_t channel = channel_of(fsm, op->tag);
     for (size_t i = 0; i < count; i++)
-        if (verdicts[i].seq == op->seq && verdicts[i].tag == op->tag->tag && verdicts[i].space == op->tag->space)
+        if (verdicts[i].seq == op->seq && verdicts[i].tag == channel && verdicts[i].space == op->tag->space)
             return &verdicts[i];
     return NULL;
 }
@@ -877,9 +947,9 @@ static pyccl_status epoch_check(const pyccl_fsm *fsm, const pyccl_epoch *epoch, 
             return PYCCL_ERR_ARGUMENT;
     if (epoch->mismatch && !epoch->restart) return PYCCL_ERR_ARGUMENT;
     for (uint32_t i = 0; fsm->entered && !epoch->restart && i < epoch->world; i++)  /* a loss epoch only removes members: */
-        if (!is_member(fsm, epoch->members + i * PYCCL_ID_SIZE)) return PYCCL_ERR_ARGUMENT;  /* op->hash holds no more */
+        if (member_rank(fsm, epoch->members + i * PYCCL_ID_SIZE) == fsm->world) return PYCCL_ERR_ARGUMENT;  /* op->hash holds no more */
     for (const fsm_op *op = fsm->live_first; op != NULL; op = op->live_next) {
-        const pyccl_op_verdict *verdict = verdict_find(verdicts, count, op);
+        const pyccl_op_verdict *verdict = verdict_find(fsm, verdicts, count, op);
         if (verdict != NULL && op->state != PREPARED) return PYCCL_ERR_ARGUMENT;  /* we hold no result to commit */
         if (verdict == NULL && epoch->restart && !epoch->mismatch) return PYCCL_ERR_ARGUMENT;  /* not drained */
     }
@@ -928,6 +998,38 @@ static void adopt(pyccl_fsm *fsm, const pyccl_epoch *epoch) {
     fsm->frozen = fsm->cutting = 0;
 }
 
+static int is_orphan(const pyccl_fsm *fsm, const fsm_tag *tag) {
+    return tag->space == PYCCL_SPACE_PAIR && tag->partner == fsm->world;
+}
+
+/* Ranks have moved: pairs are found under the new ones. What was open with a partner that is gone fails, and the pair is
+ * forgotten: no number of it is ever used again, whoever comes back comes with a restart. */
+static void pairs_follow(pyccl_fsm *fsm, int64_t now_ns) {
+    fsm_op *next = NULL;
+    for (fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
+        if (tag->space == PYCCL_SPACE_PAIR) tag->partner = member_rank(fsm, tag->partner_id);
+    for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
+        next = op->live_next;
+        if (is_orphan(fsm, op->tag)) op_fail(fsm, op, PYCCL_ERR_PEER_LOST, op->tag->partner_id, now_ns);
+    }
+    for (fsm_tag **at = &fsm->dirty; *at != NULL;)
+        if (is_orphan(fsm, *at)) *at = (*at)->dirty_next;
+        else at = &(*at)->dirty_next;
+    pyccl_map_clear(&fsm->tag_map);
+    for (fsm_tag **at = &fsm->tags; *at != NULL;) {
+        fsm_tag *tag = *at;
+        if (!is_orphan(fsm, tag)) {
+            pyccl_map_put(&fsm->tag_map, channel_key(tag->space, channel_of(fsm, tag)), tag);
+            at = &tag->next;
+            continue;
+        }
+        *at = tag->next;
+        while (tag->ops != NULL) op_drop(fsm, tag->ops);
+        free(tag);
+        fsm->tag_count--;
+    }
+}
+
 /* The first member of the old epoch that is not in the new one; NULL: nobody was lost. */
 static const uint8_t *first_lost(const pyccl_fsm *fsm, const pyccl_epoch *epoch) {
     for (uint32_t i = 0; i < fsm->world; i++) {
@@ -948,11 +1050,12 @@ pyccl_status pyccl_fsm_epoch(pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyc
     fsm_op *next = NULL;
     for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
         next = op->live_next;
-        op_judge(fsm, op, verdict_find(verdicts, count, op), epoch->mismatch, now_ns);
+        op_judge(fsm, op, verdict_find(fsm, verdicts, count, op), epoch->mismatch, now_ns);
     }
     forget_old(fsm);
     if (epoch->restart) free_tags(fsm);
     adopt(fsm, epoch);
+    pairs_follow(fsm, now_ns);
     for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
         next = op->live_next;
         if (fsm->world == 1) op_fail(fsm, op, PYCCL_ERR_ALONE, gone != NULL ? lost : NULL, now_ns);
@@ -982,7 +1085,7 @@ static void op_tick(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns, int64_t *due, in
             return;
         }
         sooner(due, op->deadline_ns);
-        if (fsm->options.stall_ns == 0 || fsm->frozen || !set_is_full(&op->opened, fsm->world)) return;
+        if (fsm->options.stall_ns == 0 || fsm->frozen || !set_is_full(fsm, op->tag, &op->opened)) return;
         if (now_ns - op->progress_ns >= fsm->options.stall_ns) op_fail_alone(fsm, op, PYCCL_ERR_STALLED, now_ns);
         else sooner(due, op->progress_ns + fsm->options.stall_ns);
         return;

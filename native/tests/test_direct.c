@@ -115,6 +115,30 @@ TEST(direct_all_gather_shares_are_whole_inputs) {
     CHECK(direct_is_local(&plan, 1, 1) && !direct_is_local(&plan, 0, 1));
 }
 
+TEST(direct_exchange_moves_two_inputs_between_two_members) {
+    for (uint32_t world = 2; world <= 5; world++)
+        for (uint32_t rank = 0; rank < world; rank++)
+            for (uint32_t other = 0; other < world; other++) {
+                if (other == rank) continue;
+                const direct_plan plan = plan_of(PYCCL_EXCHANGE, PYCCL_FLOAT64, 262145, world, rank, other);
+                const uint32_t low = rank < other ? rank : other, high = rank < other ? other : rank;
+                uint64_t pieces = 0;
+                CHECK_EQ(direct_result_bytes(&plan), 262145 * 8);
+                CHECK_EQ(direct_share_start(&plan, low), 0);
+                CHECK_EQ(direct_share_start(&plan, high), 262145);
+                for (uint32_t owner = 0; owner < world; owner++) {
+                    const bool of_it = owner == rank || owner == other;
+                    CHECK_EQ(direct_share_elements(&plan, owner), of_it ? 262145 : 0);
+                    CHECK_EQ(direct_contributors(&plan, owner), 0);
+                    CHECK(direct_is_local(&plan, owner, rank) == (owner == rank));
+                    pieces += direct_pieces(&plan, owner);
+                    for (uint32_t to = 0; to < world; to++)
+                        CHECK(direct_receives(&plan, owner, to) == (of_it && owner != to && (to == rank || to == other)));
+                }
+                CHECK_EQ(pieces, direct_result_pieces(&plan));
+            }
+}
+
 TEST(direct_everybody_gets_every_share_by_exactly_one_way) {
     static const uint8_t kinds[] = {PYCCL_ALL_REDUCE, PYCCL_BROADCAST, PYCCL_ALL_GATHER};
     for (uint32_t world = 2; world <= 9; world++)

@@ -31,6 +31,12 @@ static pyccl_spec broadcast_of(uint32_t tag, int root) {
     return spec;
 }
 
+static pyccl_spec exchange_of(uint32_t tag, int self, int partner) {
+    pyccl_spec spec = {.kind = PYCCL_EXCHANGE, .dtype = PYCCL_FLOAT32, .algorithm = PYCCL_DIRECT, .retry = 1, .space = PYCCL_SPACE_PAIR, .tag = tag, .count = 4};
+    memset(spec.root, (0x10 + self) ^ (0x10 + partner), 16);
+    return spec;
+}
+
 /* members: bit i stands for member i. */
 static pyccl_epoch epoch_of(uint64_t number, unsigned members, int self, uint8_t ids[16 * 8]) {
     pyccl_epoch epoch = {.number = number, .id = {(uint8_t)(0x40 + number)}, .members = ids};
@@ -996,9 +1002,201 @@ TEST(fsm_lists_who_lacks_what) {
     CHECK_EQ(pyccl_fsm_lacking(r->fsm, lack, 4), 1);
 }
 
+/* ---- exchanges: we are 1 of four, the partner is 3 ---- */
+
+static const uint64_t PAIR_1_3 = TAG | UINT64_C(1) << 32 | UINT64_C(3) << 40;
+
+static pyccl_status receive_pair(rig *r, pyccl_frame_type type, uint32_t from, uint64_t seq, uint64_t value) {
+    return receive_full(r, (pyccl_message){.type = (uint8_t)type, .space = PYCCL_SPACE_PAIR, .rank = from, .tag = TAG, .seq = seq, .value = value,
+                                           .spec = exchange_of(TAG, 1, 3)});
+}
+static rig *exchange_running(void) {
+    rig *r = rig_new(15, 1);
+    submit_spec(r, 1, exchange_of(TAG, 1, 3), DEADLINE);
+    CHECK(sends(r, PYCCL_FRAME_OPEN) == 1 && sent(r, PYCCL_FRAME_OPEN, 3) != NULL && action(r, PYCCL_ACT_START, 1) != NULL);
+    CHECK(receive_pair(r, PYCCL_FRAME_OPEN, 3, 0, 0) == PYCCL_OK);
+    return r;
+}
+static rig *exchange_prepared(void) {
+    rig *r = exchange_running();
+    result(r, 1, 55);
+    CHECK(sends(r, PYCCL_FRAME_DONE) == 1 && sent(r, PYCCL_FRAME_DONE, 3) != NULL);
+    return r;
+}
+
+TEST(fsm_exchange_asks_and_tells_the_partner_alone) {
+    rig *r = exchange_prepared();
+    receive_pair(r, PYCCL_FRAME_DONE, 3, 0, 55);
+    CHECK(committed(r, 1));
+    tick(r, TELL_NS);
+    CHECK(sends(r, PYCCL_FRAME_SETTLED) == 1 && sent(r, PYCCL_FRAME_SETTLED, 3) != NULL);
+    CHECK_EQ(reported(r), 1);
+    receive_pair(r, PYCCL_FRAME_SETTLED, 3, 1, 0);
+    CHECK_EQ(reported(r), 0);              /* the record is gone: nobody else has to settle it */
+}
+
+TEST(fsm_exchange_is_named_by_the_ranks_of_its_pair) {
+    pyccl_op_count count;
+    pyccl_op_report report;
+    pyccl_op_lack lack;
+    rig *r = rig_new(15, 1);
+    submit_spec(r, 1, exchange_of(TAG, 1, 3), DEADLINE);
+    CHECK_EQ(pyccl_fsm_lacking(r->fsm, &lack, 1), 1);
+    CHECK(lack.space == PYCCL_SPACE_PAIR && lack.tag == PAIR_1_3 && lack.rank == 3);
+    CHECK_EQ(pyccl_fsm_counts(r->fsm, &count, 1), 1);
+    CHECK(count.space == PYCCL_SPACE_PAIR && count.tag == PAIR_1_3 && count.count == 1);
+    receive_pair(r, PYCCL_FRAME_OPEN, 3, 0, 0);
+    CHECK_EQ(pyccl_fsm_lacking(r->fsm, &lack, 1), 0);
+    result(r, 1, 55);
+    CHECK_EQ(pyccl_fsm_report(r->fsm, &report, 1), 1);
+    CHECK(report.space == PYCCL_SPACE_PAIR && report.tag == PAIR_1_3 && report.state == PYCCL_STATE_PREPARED && report.hash == 55);
+}
+
+TEST(fsm_exchanges_of_one_tag_with_two_partners_do_not_meet) {
+    rig *r = exchange_running();
+    submit_spec(r, 2, exchange_of(TAG, 1, 0), DEADLINE);
+    CHECK_EQ(action(r, PYCCL_ACT_START, 2)->seq, 0);
+    submit(r, 3);                          /* nor does a collective of that tag */
+    CHECK_EQ(action(r, PYCCL_ACT_START, 3)->seq, 0);
+    result(r, 1, 55);
+    result(r, 2, 66);
+    CHECK(sends(r, PYCCL_FRAME_DONE) == 0); /* 0 has not opened it */
+    receive_pair(r, PYCCL_FRAME_DONE, 3, 0, 55);
+    CHECK(committed(r, 1) && !committed(r, 2) && !committed(r, 3));
+    uint64_t cookie = 0;
+    CHECK(pyccl_fsm_data(r->fsm, 0, PYCCL_SPACE_PAIR, TAG, 0, &cookie) == PYCCL_GATE_PASS && cookie == 2);
+    CHECK(pyccl_fsm_data(r->fsm, 2, PYCCL_SPACE_PAIR, TAG, 0, &cookie) == PYCCL_GATE_PASS && cookie == 0);
+    CHECK(pyccl_fsm_data(r->fsm, 2, PYCCL_SPACE_USER, TAG, 0, &cookie) == PYCCL_GATE_PASS && cookie == 3);
+}
+
+TEST(fsm_open_of_a_pair_from_somebody_else_is_refused) {
+    rig *r = exchange_running();
+    CHECK(receive_pair(r, PYCCL_FRAME_OPEN, 2, 1, 0) == PYCCL_ERR_FRAME);
+    CHECK(receive_pair(r, PYCCL_FRAME_OPEN, 3, 1, 0) == PYCCL_OK);
+}
+
+TEST(fsm_exchange_whose_specs_differ_tells_of_the_partner) {
+    rig *r = rig_new(15, 1);
+    pyccl_message open = {.type = PYCCL_FRAME_OPEN, .space = PYCCL_SPACE_PAIR, .rank = 3, .tag = TAG, .spec = exchange_of(TAG, 1, 3)};
+    open.spec.count = 5;
+    CHECK(receive_full(r, open) == PYCCL_OK);
+    submit_spec(r, 1, exchange_of(TAG, 1, 3), DEADLINE);
+    const pyccl_action *differs = action(r, PYCCL_ACT_DIFFERS, 1);
+    CHECK(differs != NULL && differs->rank == 3 && differs->message.space == PYCCL_SPACE_PAIR && differs->message.spec.count == 5);
+}
+
+TEST(fsm_exchange_whose_hashes_differ_fails_and_names_one_of_the_pair) {
+    rig *r = exchange_prepared();
+    receive_pair(r, PYCCL_FRAME_DONE, 3, 0, 54);
+    CHECK(failed_with(r, 1, PYCCL_ERR_RESULT_DIFFERS, 1));  /* the lower hash counts as right, on both */
+}
+
+TEST(fsm_exchange_past_its_deadline_aborts_at_the_partner_and_leaves_a_tombstone) {
+    rig *r = exchange_running();
+    tick(r, DEADLINE);
+    CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, -1));
+    CHECK(sends(r, PYCCL_FRAME_ABORT) == 1 && sent(r, PYCCL_FRAME_ABORT, 3) != NULL);
+    CHECK(enter(r, 14, 1, 0, 0, NULL, 0) == PYCCL_OK);  /* 0 is lost: we are 0 now, the partner 2 */
+    receive_pair(r, PYCCL_FRAME_OPEN, 2, 0, 0);
+    CHECK(sent(r, PYCCL_FRAME_ABORT, 2) != NULL);
+}
+
+TEST(fsm_exchange_unsettled_after_done_asks_the_partner_then_the_master) {
+    rig *r = exchange_prepared();
+    tick(r, DEADLINE);
+    CHECK(sends(r, PYCCL_FRAME_ASK) == 1 && sent(r, PYCCL_FRAME_ASK, 3) != NULL && actions(r, PYCCL_ACT_SETTLE) == 1);
+    receive_pair(r, PYCCL_FRAME_ANSWER, 3, 0, 0);
+    CHECK(committed(r, 1));
+}
+
+TEST(fsm_exchange_is_retried_with_its_number_when_somebody_else_is_lost) {
+    rig *r = exchange_running();
+    submit_spec(r, 2, exchange_of(TAG, 1, 0), DEADLINE);
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 14, 1, 0, 0, NULL, 0) == PYCCL_OK);  /* 0 is lost */
+    CHECK(failed_with(r, 2, PYCCL_ERR_PEER_LOST, 0));
+    CHECK_EQ(action(r, PYCCL_ACT_START, 1)->seq, 0);
+    CHECK(sends(r, PYCCL_FRAME_OPEN) == 1 && sent(r, PYCCL_FRAME_OPEN, 2) != NULL);
+    pyccl_op_count counts[4];
+    CHECK_EQ(pyccl_fsm_counts(r->fsm, counts, 4), 1);   /* the pair with 0 is forgotten */
+    CHECK(counts[0].tag == (TAG | UINT64_C(2) << 40) && counts[0].count == 1);
+    receive_pair(r, PYCCL_FRAME_OPEN, 2, 0, 0);
+    result(r, 1, 55);
+    receive_pair(r, PYCCL_FRAME_DONE, 2, 0, 55);
+    CHECK(committed(r, 1));
+    CHECK_EQ(action(r, PYCCL_ACT_COMMIT, 1)->attempts, 2);
+}
+
+TEST(fsm_exchange_fails_when_the_partner_is_lost_though_nobody_else_is_left) {
+    rig *r = exchange_running();
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 2, 1, 0, 0, NULL, 0) == PYCCL_OK);
+    CHECK(failed_with(r, 1, PYCCL_ERR_PEER_LOST, 3));
+    submit_spec(r, 2, exchange_of(TAG, 1, 3), DEADLINE);
+    CHECK(failed_with(r, 2, PYCCL_ERR_PEER_LOST, 3));
+}
+
+TEST(fsm_exchange_prepared_when_the_partner_is_lost_commits_by_verdict) {
+    const pyccl_op_verdict commit = {.space = PYCCL_SPACE_PAIR, .verdict = PYCCL_VERDICT_COMMIT, .tag = PAIR_1_3};
+    rig *r = exchange_prepared();
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 7, 1, 0, 0, &commit, 1) == PYCCL_OK);
+    CHECK(committed(r, 1));
+    CHECK_EQ(reported(r), 0);
+}
+
+TEST(fsm_verdict_on_another_pair_of_that_tag_is_not_ours) {
+    const pyccl_op_verdict other = {.space = PYCCL_SPACE_PAIR, .verdict = PYCCL_VERDICT_COMMIT, .tag = TAG | UINT64_C(2) << 32 | UINT64_C(3) << 40};
+    rig *r = exchange_running();
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 14, 1, 0, 0, &other, 1) == PYCCL_OK);
+    CHECK(!committed(r, 1) && action(r, PYCCL_ACT_START, 1) != NULL);
+}
+
+TEST(fsm_link_reset_repeats_exchanges_to_their_partner_only) {
+    rig *r = exchange_prepared();
+    pyccl_fsm_link_reset(r->fsm, 0, r->now);
+    take(r);
+    CHECK_EQ(r->count, 0);
+    pyccl_fsm_link_reset(r->fsm, 3, r->now);
+    take(r);
+    CHECK(sends(r, PYCCL_FRAME_OPEN) == 1 && sends(r, PYCCL_FRAME_DONE) == 1 && actions(r, PYCCL_ACT_RESEND) == 1);
+}
+
+TEST(fsm_exchange_with_nobody_of_the_epoch_fails_and_takes_no_number) {
+    rig *r = rig_new(7, 1);
+    submit_spec(r, 1, exchange_of(TAG, 1, 3), DEADLINE);
+    CHECK(failed_with(r, 1, PYCCL_ERR_PEER_LOST, 3));
+    CHECK_EQ(pyccl_fsm_counts(r->fsm, NULL, 0), 0);
+    CHECK(pyccl_fsm_cut(r->fsm, NULL, 0, 0, r->now) == 0);
+    submit_spec(r, 2, exchange_of(TAG, 1, 3), DEADLINE);
+    CHECK_EQ(r->count, 0);                 /* at a safe point: it may be the newcomer */
+    CHECK(enter(r, 15, 1, 1, 0, NULL, 0) == PYCCL_OK);
+    CHECK(action(r, PYCCL_ACT_START, 2) != NULL);
+}
+
+TEST(fsm_cut_of_a_pair_holds_the_pair_alone) {
+    const uint64_t pair_0_2 = TAG | UINT64_C(2) << 40;
+    const pyccl_op_count cut[] = {{.space = PYCCL_SPACE_PAIR, .tag = pair_0_2, .count = 5}, {.space = PYCCL_SPACE_PAIR, .tag = PAIR_1_3, .count = 1}};
+    rig *r = rig_new(15, 1);
+    CHECK(pyccl_fsm_cut(r->fsm, cut, 1, 0, r->now) == 0);
+    CHECK(!pyccl_fsm_below_cut(r->fsm) && pyccl_fsm_drained(r->fsm));
+    CHECK(pyccl_fsm_cut(r->fsm, cut, 2, 0, r->now) == 0);
+    CHECK(pyccl_fsm_below_cut(r->fsm) && !pyccl_fsm_drained(r->fsm));
+    submit_spec(r, 1, exchange_of(TAG, 1, 3), DEADLINE);
+    CHECK(action(r, PYCCL_ACT_START, 1) != NULL);
+    submit_spec(r, 2, exchange_of(TAG, 1, 3), DEADLINE);
+    CHECK_EQ(r->count, 0);                 /* above the cut */
+    receive_pair(r, PYCCL_FRAME_OPEN, 3, 0, 0);
+    result(r, 1, 55);
+    receive_pair(r, PYCCL_FRAME_DONE, 3, 0, 55);
+    CHECK(committed(r, 1) && pyccl_fsm_drained(r->fsm));
+    CHECK(pyccl_fsm_cut(r->fsm, cut, 1, 0, r->now) == 1);   /* our count is above what this one says of the pair */
+}
+
 /* ---- whole groups at random: several operations and tags at once, losses, resets; what the walk is too small for ---- */
 
-enum { NODES = 5, TAGS = 3, OPS = 3, BAG = 4096 };
+enum { NODES = 5, TAGS = 4, OPS = 3, BAG = 4096, PAIRS = 3 };  /* the tag PAIRS: node i exchanges with i ^ 1 */
 
 typedef struct letter {
     int from, to;
@@ -1028,7 +1226,7 @@ typedef struct group {
     int64_t now;
     unsigned members[64], reported;        /* [epoch] bit i: node i */
     uint64_t epoch;                        /* the master's */
-    pyccl_op_verdict verdicts[64][TAGS * OPS];
+    pyccl_op_verdict verdicts[64][(TAGS + NODES / 2) * OPS];
     size_t verdict_count[64];
     pyccl_op_report reports[NODES][TAGS * OPS];
     size_t report_count[NODES];
@@ -1058,13 +1256,22 @@ static void post(group *g, letter l) {
     g->bag[g->bags++] = l;
 }
 
+static uint8_t space_of(uint32_t tag) { return tag == PAIRS ? PYCCL_SPACE_PAIR : PYCCL_SPACE_USER; }
+
+/* Of these members those whom the operations of a tag concern that concern i. */
+static unsigned concerned(unsigned members, int i, uint32_t tag) { return tag == PAIRS ? 1u << i | 1u << (i ^ 1) : members; }
+
+static uint64_t channel_in(unsigned members, int i, uint32_t tag) {
+    return tag == PAIRS ? pyccl_channel(PYCCL_SPACE_PAIR, tag, rank_in(members, i), rank_in(members, i ^ 1)) : tag;
+}
+
 static void post_data(group *g, int self, int to, uint32_t tag, uint64_t seq) {
     post(g, (letter){.from = self, .to = to, .epoch = g->node[self].epoch, .data = 1, .message = {.tag = tag, .seq = seq}});
 }
 
 static void whole(group *g, int self, size_t t) {
     node *n = &g->node[self];
-    unsigned all = g->members[n->epoch];
+    unsigned all = concerned(g->members[n->epoch], self, (uint32_t)t / OPS);
     if (n->tasks[t].started && n->tasks[t].data == all) pyccl_fsm_result(n->fsm, t + 1, all * 1000 + t, g->now);
 }
 
@@ -1072,7 +1279,7 @@ static void carry_out(group *g, int self, uint64_t attempt_epoch) {
     node *n = &g->node[self];
     pyccl_action a;
     while (n->alive && pyccl_fsm_next(n->fsm, &a)) {
-        unsigned members = g->members[n->epoch];
+        unsigned members = g->members[n->epoch], to = a.cookie ? concerned(members, self, (uint32_t)(a.cookie - 1) / OPS) : 0;
         task *t = a.cookie ? &n->tasks[a.cookie - 1] : NULL;
         switch (a.type) {
         case PYCCL_ACT_SEND:
@@ -1085,7 +1292,7 @@ static void carry_out(group *g, int self, uint64_t attempt_epoch) {
             t->data = 1u << self | n->early[a.cookie - 1];
             n->early[a.cookie - 1] = 0;
             for (int j = 0; j < g->nodes; j++)
-                if (j != self && members >> j & 1) post_data(g, self, j, (uint32_t)(a.cookie - 1) / OPS, a.seq);
+                if (j != self && to >> j & 1) post_data(g, self, j, (uint32_t)(a.cookie - 1) / OPS, a.seq);
             whole(g, self, a.cookie - 1);
             break;
         case PYCCL_ACT_STOP: t->started = 0; break;
@@ -1095,7 +1302,7 @@ static void carry_out(group *g, int self, uint64_t attempt_epoch) {
             t->ended = 1;
             t->ok = a.type == PYCCL_ACT_COMMIT;
             t->status = a.status;
-            t->members = g->members[attempt_epoch];
+            t->members = concerned(g->members[attempt_epoch], self, (uint32_t)(a.cookie - 1) / OPS);
             if (t->ok && t->data != t->members) group_fails(g, "committed without all contributions");
             t->started = 0;
             break;
@@ -1126,7 +1333,7 @@ static void arrive(group *g, letter l) {
     }
     size_t t = l.message.tag * OPS + l.message.seq;
     uint64_t cookie;
-    if (pyccl_fsm_data(n->fsm, l.message.rank, 0, l.message.tag, l.message.seq, &cookie) != PYCCL_GATE_PASS) return;
+    if (pyccl_fsm_data(n->fsm, l.message.rank, space_of(l.message.tag), l.message.tag, l.message.seq, &cookie) != PYCCL_GATE_PASS) return;
     if (cookie == 0) n->early[t] |= 1u << l.from;
     else {
         CHECK_EQ(cookie, t + 1);
@@ -1140,18 +1347,25 @@ static void arrive(group *g, letter l) {
 static void decide(group *g) {
     unsigned survivors = g->members[g->epoch + 1];
     size_t count = 0;
-    for (uint32_t key = 0; key < TAGS * OPS; key++) {
+    for (uint32_t key = 0; key < TAGS * OPS * NODES; key++) {
+        const uint32_t tag = key / OPS % TAGS, seq = key % OPS;
+        const int first = (int)(key / (TAGS * OPS));  /* of those concerned; a pair has its turn with its lower one */
+        if (first > 0 && (tag != PAIRS || first % 2 || first >= g->nodes)) continue;
+        if (tag == PAIRS && first + 1 >= g->nodes) continue;
+        const unsigned asked = concerned(survivors, first, tag) & survivors, old = g->members[g->epoch];
+        if (asked == 0 || (tag == PAIRS && !(old >> first & old >> (first + 1) & 1))) continue;
+        const uint64_t channel = channel_in(old, first, tag);
         int any_committed = 0, all_prepared = 1;
         for (int i = 0; i < g->nodes; i++) {
-            if (!(survivors >> i & 1)) continue;
+            if (!(asked >> i & 1)) continue;
             int state = PYCCL_STATE_RUNNING;
             for (size_t k = 0; k < g->report_count[i]; k++)
-                if (g->reports[i][k].tag * OPS + g->reports[i][k].seq == key) state = g->reports[i][k].state;
+                if (g->reports[i][k].space == space_of(tag) && g->reports[i][k].tag == channel && g->reports[i][k].seq == seq) state = g->reports[i][k].state;
             any_committed |= state == PYCCL_STATE_COMMITTED;
             all_prepared &= state != PYCCL_STATE_RUNNING;
         }
         if (any_committed || all_prepared)
-            g->verdicts[g->epoch + 1][count++] = (pyccl_op_verdict){.verdict = PYCCL_VERDICT_COMMIT, .tag = key / OPS, .seq = key % OPS};
+            g->verdicts[g->epoch + 1][count++] = (pyccl_op_verdict){.space = space_of(tag), .verdict = PYCCL_VERDICT_COMMIT, .tag = channel, .seq = seq};
     }
     g->verdict_count[++g->epoch] = count;
     g->flushing = 0;
@@ -1229,7 +1443,7 @@ static void random_step(group *g, int faults) {
         for (size_t k = 0; k < OPS; k++) {
             task *t = &n->tasks[tag * OPS + k];
             if (t->submitted) continue;
-            pyccl_spec spec = spec_of((uint32_t)tag);
+            pyccl_spec spec = tag == PAIRS ? exchange_of(PAIRS, self, self ^ 1) : spec_of((uint32_t)tag);
             t->submitted = 1;
             CHECK(pyccl_fsm_submit(n->fsm, tag * OPS + k + 1, &spec, g->now + (below(g, 12) ? 100000 : (int64_t)below(g, 400)), g->now) == PYCCL_OK);
             carry_out(g, self, n->epoch);
@@ -1274,6 +1488,7 @@ static void same_outcome(const group *g, uint64_t tally[2]) {
     for (size_t t = 0; t < TAGS * OPS; t++) {
         const task *first = NULL;
         for (int i = 0; i < g->nodes; i++) {
+            if (t / OPS == PAIRS && i % 2 == 0) first = NULL;
             if (!g->node[i].alive) continue;
             const task *mine = &g->node[i].tasks[t];
             if (first == NULL) first = mine;
@@ -1301,6 +1516,8 @@ static void one_group(uint64_t seed, uint64_t tally[2]) {
         g->node[i].epoch = 1;
         REQUIRE(pyccl_fsm_new(&options, &g->node[i].fsm) == PYCCL_OK);
         REQUIRE(pyccl_fsm_epoch(g->node[i].fsm, &epoch, NULL, 0, g->now) == PYCCL_OK);
+        for (int k = 0; k < OPS && (i ^ 1) >= g->nodes; k++)  /* an odd one out exchanges with nobody */
+            g->node[i].tasks[PAIRS * OPS + k].submitted = g->node[i].tasks[PAIRS * OPS + k].ended = 1;
     }
     int calm = (int)below(g, 3) == 0, steps = 0;  /* a third of the groups runs without a fault */
     for (; steps < 100000 && unfinished(g); steps++) random_step(g, !calm && steps < 800);

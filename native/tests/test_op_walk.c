@@ -1,14 +1,15 @@
-/* test_op_walk.c: the exhaustive walk: three participants, one operation, every interleaving, on the shipped op_fsm.c.
+/* test_op_walk.c: the exhaustive walk: three members, one operation, or an exchange of two of them beside it or alone, every
+ * interleaving, on the shipped op_fsm.c.
  *
  * The machine is included as source, so that one machine can be written down (save) and set up again (load). A state is
  * three machines, a bag of frames in flight (many connections: any order), the master and its control messages. Depth
  * first with a set of 128-bit hashes of the states seen; a bad state prints the steps that led to it.
  *
  * What the harness plays
- *   engine  a contribution is one DATA frame; with those of all members in, the result is held; its hash names the set
+ *   engine  a contribution is one DATA frame; with those of all participants in, the result is held; its hash names the set
  *   master  the rules of the model: suspicion -> ballot -> every survivor freezes and reports -> verdict and epoch in one
  *           step -> EpochCommit reaches each survivor at any later time. Control links are FIFO.
- *   faults  each with a budget: crash of C, false suspicion of C (it runs on, fenced, until told), a suspicion revoked, a
+ *   faults  each with a budget: crash of the victim (C, or A), its false suspicion (it runs on, fenced, until told), a suspicion revoked, a
  *           deadline anywhere, leaving, a reset link (frames lost per direction or none; later repeated), late frames
  * Not played separately
  *   Frames of the crashed C that get lost: a frame that is not delivered before its receiver freezes has no effect any
@@ -43,7 +44,7 @@ static size_t states_allowed(void) {
 enum { N = 3, A = 0, B = 1, C = 2, EPOCHS = 6, BAG = 44, ACTS = 96, DEPTH = 400 };
 enum { UP, CRASHED, LEFT, EVICTED };
 enum { NEVER, OK, FAILED_, UNKNOWN };
-enum { ALL3 = 7, COOKIE = 1 };
+enum { ALL3 = 7, OPS = 2, ALL_ = 0, PAIR = 1 };            /* an operation k has the cookie k + 1 */
 enum { AT_START = 1, AT_DEADLINE = 100, AT_LEAVE = 200 };
 
 /* Deadline, crash ... what may happen in a variant, and the rule a canary breaks. */
@@ -51,31 +52,38 @@ typedef struct variant {
     const char *name;
     uint8_t submit, retry;                 /* submit: 1: at any time, 0: all have                      */
     uint8_t crash, suspect, revoke, deadline, leave, reset, late, tell, split, differ;
+    uint8_t pair, alone, lose_a;           /* pair: members of an exchange, or 0; alone: no collective beside it; the victim is A */
     int mutation;
 } variant;
 
 enum {
     SOUND, REPORT_WITHOUT_FREEZE, ABORT_WHILE_FROZEN, DATA_WHILE_FROZEN, STALE_EPOCH, ABORT_AFTER_DONE, MAJORITY_COMMITS, FORGET_TOMBSTONE,
-    VERDICT_FORGETS_COMMIT, DROP_RECORD, RESET_WITHOUT_REPEAT, PREPARE_WITHOUT_DATA
+    VERDICT_FORGETS_COMMIT, DROP_RECORD, RESET_WITHOUT_REPEAT, PREPARE_WITHOUT_DATA, HALF_A_PAIR_PREPARES, VERDICT_IN_NEW_RANKS, THIRD_IS_ASKED
 };
 
-typedef struct member {
-    uint8_t life, ep, frozen, expired, submitted;
-    uint8_t tag, next_seq, told, dirty, tell;                            /* the machine's tag          */
+typedef struct op_bits {
+    uint8_t submitted;
+    uint8_t tag, next_seq, told, dirty;                                  /* the machine's tag          */
     uint8_t op, opened, done, settled, result, asked, leave, abort, abort_rank, have_spec, spec_rank, owner_rank, attempts, cookie, hash[N];
     uint8_t deferred, deferred_status;
     uint8_t started, data;                                               /* the engine                 */
     uint8_t outcome, status, out_ep, out_set, culprit;                   /* culprit: 0 none, else member + 1 */
+} op_bits;
+
+typedef struct member {
+    uint8_t life, ep, frozen, expired, tell;
+    op_bits o[OPS];
 } member;
 
-typedef struct frame_bits { uint8_t type, path, ep, value; } frame_bits; /* path: from << 4 | to       */
+typedef struct frame_bits { uint8_t type, k, path, ep, value; } frame_bits; /* k: operation; path: from << 4 | to */
 
 typedef struct state {
     member m[N];
     uint8_t crash, suspect, revoke, deadline, leave, reset, late;        /* budgets left               */
     uint8_t resync[N];                                                   /* [i]: to whom i must repeat */
     uint8_t cur, susp, false_susp, ballot, S, rep, sent, flush, need, settle, told_settle[N];
-    uint8_t mem[EPOCHS], verdict[EPOCHS], rp[N], rh[N];
+    uint8_t mem[EPOCHS], verdict[EPOCHS][OPS], rp[N][OPS], rh[N][OPS];
+    uint8_t gone_ok[OPS];                  /* one that is gone had committed it                */
     uint8_t bags, has_kept;
     frame_bits kept, bag[BAG];
 } state;
@@ -113,7 +121,29 @@ static int member_of(uint8_t members, uint32_t rank) {
     return 0;
 }
 
-static pyccl_spec the_spec(void) {
+static int victim(void) { return now->lose_a ? A : C; }
+
+/* Whom operation k concerns, of these members. */
+static uint8_t concerned(int k, uint8_t members) { return k == PAIR ? members & now->pair : members; }
+static int runs(int k, int i) { return k == PAIR ? now->pair >> i & 1 : !now->alone; }
+
+static uint8_t space_of(int k) { return k == PAIR ? PYCCL_SPACE_PAIR : PYCCL_SPACE_USER; }
+
+/* Of operation k, among members of which both of a pair are. */
+static uint64_t channel_for(int k, uint8_t members) {
+    const int first = now->pair & 1 ? A : B, second = now->pair & 4 ? C : B;
+    return k == PAIR ? pyccl_channel(PYCCL_SPACE_PAIR, 0, rank_of(members, first), rank_of(members, second)) : 0;
+}
+
+static pyccl_spec the_spec(int k) {
+    if (k == PAIR) {
+        pyccl_spec spec = {.kind = PYCCL_EXCHANGE, .dtype = PYCCL_FLOAT32, .algorithm = PYCCL_DIRECT, .retry = 1, .space = PYCCL_SPACE_PAIR, .count = 8};
+        uint8_t both = 0;
+        for (int i = 0; i < N; i++)
+            if (now->pair >> i & 1) both ^= (uint8_t)(0x10 + i);
+        memset(spec.root, both, sizeof spec.root);
+        return spec;
+    }
     return (pyccl_spec){.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_FLOAT32, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .retry = now->retry, .count = 8};
 }
 
@@ -135,41 +165,96 @@ static uint8_t set_bits(const rank_set *set) { return (uint8_t)set->word[0]; }
 
 static uint8_t status_code(int32_t status) { return (uint8_t)-status; }
 
-static void save(const pyccl_fsm *fsm, member *m) {
-    PYCCL_ASSERT(fsm->queue_count == 0 && fsm->tag_count <= 1 && fsm->deferred_count <= 1 && fsm->cutting == 0);
-    m->frozen = fsm->frozen;
-    m->tell = fsm->tell_ns_at != 0;
-    m->deferred = fsm->deferred_count != 0;
-    m->deferred_status = m->deferred ? status_code(fsm->deferred_first->status) : 0;
-    const fsm_tag *tag = fsm->tags;
-    const fsm_op *op = tag != NULL ? tag->ops : NULL;
-    m->tag = tag != NULL;
-    m->next_seq = tag != NULL ? (uint8_t)tag->next_seq : 0;
-    m->told = tag != NULL ? (uint8_t)tag->told : 0;
-    m->dirty = tag != NULL ? tag->dirty : 0;
-    m->op = op != NULL ? (uint8_t)(op->state + 1) : 0;
-    m->opened = m->done = m->settled = m->result = m->asked = m->leave = m->abort = m->abort_rank = 0;
-    m->have_spec = m->spec_rank = m->owner_rank = m->attempts = m->cookie = 0;
-    memset(m->hash, 0, sizeof m->hash);
+static void save_op(const pyccl_fsm *fsm, const fsm_tag *tag, op_bits *o) {
+    const fsm_op *op = tag->ops;
+    o->tag = 1;
+    o->next_seq = (uint8_t)tag->next_seq;
+    o->told = (uint8_t)tag->told;
+    o->dirty = tag->dirty;
     if (op == NULL) return;
-    PYCCL_ASSERT(op->tag_next == NULL && op->seq == 0 && !op->have_other && !op->told_differs && fsm->live_count == (op->state == RUNNING || op->state == PREPARED));
-    m->opened = set_bits(&op->opened);
-    m->done = set_bits(&op->done);
-    m->settled = set_bits(&op->settled);
-    m->result = op->result;
-    m->asked = op->asked;
-    m->leave = op->leave_ns != 0;
-    m->abort = status_code(op->abort_status);
-    m->attempts = (uint8_t)op->attempts;
-    m->cookie = (uint8_t)op->cookie;
+    PYCCL_ASSERT(op->tag_next == NULL && op->seq == 0 && !op->have_other && !op->told_differs);
+    o->op = (uint8_t)(op->state + 1);
+    o->opened = set_bits(&op->opened);
+    o->done = set_bits(&op->done);
+    o->settled = set_bits(&op->settled);
+    o->result = op->result;
+    o->asked = op->asked;
+    o->leave = op->leave_ns != 0;
+    o->abort = status_code(op->abort_status);
+    o->attempts = (uint8_t)op->attempts;
+    o->cookie = (uint8_t)op->cookie;
     if (op->state == EARLY) {
-        m->abort_rank = (uint8_t)op->abort_rank;
-        m->have_spec = op->have_spec;
-        m->spec_rank = (uint8_t)op->spec_rank;
-        m->owner_rank = (uint8_t)op->owner_rank;
+        o->abort_rank = (uint8_t)op->abort_rank;
+        o->have_spec = op->have_spec;
+        o->spec_rank = (uint8_t)op->spec_rank;
+        o->owner_rank = (uint8_t)op->owner_rank;
     }
     for (uint32_t r = 0; r < fsm->world && r < N; r++)
-        if (m->done >> r & 1 || (r == fsm->rank && op->result)) m->hash[r] = (uint8_t)op->hash[r];
+        if (o->done >> r & 1 || (r == fsm->rank && op->result)) o->hash[r] = (uint8_t)op->hash[r];
+}
+
+static int op_of_space(uint8_t space) { return space == PYCCL_SPACE_PAIR ? PAIR : ALL_; }
+
+static void save(const pyccl_fsm *fsm, member *m) {
+    PYCCL_ASSERT(fsm->queue_count == 0 && fsm->tag_count <= OPS && fsm->deferred_count <= OPS && fsm->cutting == 0);
+    size_t live = 0;
+    m->frozen = fsm->frozen;
+    m->tell = fsm->tell_ns_at != 0;
+    for (int k = 0; k < OPS; k++) {        /* what is the machine's is written anew */
+        op_bits *o = &m->o[k], kept = *o;
+        memset(o, 0, sizeof *o);
+        o->submitted = kept.submitted;
+        o->started = kept.started;
+        o->data = kept.data;
+        o->outcome = kept.outcome;
+        o->status = kept.status;
+        o->out_ep = kept.out_ep;
+        o->out_set = kept.out_set;
+        o->culprit = kept.culprit;
+    }
+    for (const deferred *item = fsm->deferred_first; item != NULL; item = item->next) {
+        op_bits *o = &m->o[op_of_space(item->spec.space)];
+        o->deferred = 1;
+        o->deferred_status = status_code(item->status);
+    }
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
+        op_bits *o = &m->o[op_of_space(tag->space)];
+        PYCCL_ASSERT(!o->tag);
+        save_op(fsm, tag, o);
+        live += o->op == RUNNING + 1 || o->op == PREPARED + 1;
+    }
+    PYCCL_ASSERT(fsm->live_count == live);
+}
+
+static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, uint32_t partner) {
+    fsm_tag *tag = tag_get(fsm, space_of(k), 0, partner);
+    tag->next_seq = o->next_seq;
+    tag->told = o->told;
+    tag->dirty = o->dirty;
+    if (o->dirty) {
+        tag->dirty_next = fsm->dirty;
+        fsm->dirty = tag;
+    }
+    if (!o->op) return;
+    fsm_op *op = op_new(fsm, tag, 0, (op_state)(o->op - 1));
+    op->spec = the_spec(k);
+    op->deadline_ns = AT_DEADLINE;
+    op->opened.word[0] = o->opened;
+    op->done.word[0] = o->done;
+    op->settled.word[0] = o->settled;
+    op->result = o->result;
+    op->asked = o->asked;
+    op->leave_ns = o->leave ? AT_LEAVE : 0;
+    op->abort_status = -(int32_t)o->abort;
+    op->abort_rank = o->abort_rank;
+    op->have_spec = o->have_spec;
+    op->spec_rank = o->spec_rank;
+    op->owner_rank = o->owner_rank;
+    op->attempts = o->attempts;
+    op->cookie = o->cookie;
+    for (uint32_t r = 0; r < fsm->world; r++) op->hash[r] = o->hash[r];
+    if (op->state == RUNNING || op->state == PREPARED) live_add(fsm, op);
+    if (op->state == EARLY) fsm->early[op->owner_rank]++;
 }
 
 static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
@@ -185,41 +270,17 @@ static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
     adopt(fsm, &epoch);
     fsm->frozen = m->frozen;
     fsm->tell_ns_at = m->tell ? AT_START : 0;
-    if (m->tag) {
-        fsm_tag *tag = tag_get(fsm, 0, 0);
-        tag->next_seq = m->next_seq;
-        tag->told = m->told;
-        tag->dirty = m->dirty;
-        if (m->dirty) fsm->dirty = tag;
-        if (m->op) {
-            fsm_op *op = op_new(fsm, tag, 0, (op_state)(m->op - 1));
-            op->spec = the_spec();
-            op->deadline_ns = AT_DEADLINE;
-            op->opened.word[0] = m->opened;
-            op->done.word[0] = m->done;
-            op->settled.word[0] = m->settled;
-            op->result = m->result;
-            op->asked = m->asked;
-            op->leave_ns = m->leave ? AT_LEAVE : 0;
-            op->abort_status = -(int32_t)m->abort;
-            op->abort_rank = m->abort_rank;
-            op->have_spec = m->have_spec;
-            op->spec_rank = m->spec_rank;
-            op->owner_rank = m->owner_rank;
-            op->attempts = m->attempts;
-            op->cookie = m->cookie;
-            for (uint32_t r = 0; r < fsm->world; r++) op->hash[r] = m->hash[r];
-            if (op->state == RUNNING || op->state == PREPARED) live_add(fsm, op);
-            if (op->state == EARLY) fsm->early[op->owner_rank] = 1;
-        }
-    }
-    if (m->deferred) {
+    for (int k = 0; k < OPS; k++) {
+        const op_bits *o = &m->o[k];
+        const uint8_t other = (uint8_t)(now->pair & ~(1 << self));
+        if (o->tag) load_op(fsm, o, k, k == PAIR ? rank_of(members, __builtin_ctz(other)) : 0);
+        if (!o->deferred) continue;
         deferred *item = calloc(1, sizeof *item);
         PYCCL_ASSERT(item != NULL);
-        *item = (deferred){.cookie = m->deferred_status ? 0 : COOKIE, .spec = the_spec(), .deadline_ns = AT_DEADLINE, .status = -(int32_t)m->deferred_status};
-        fsm->deferred_first = item;
+        *item = (deferred){.cookie = o->deferred_status ? 0 : k + 1u, .spec = the_spec(k), .deadline_ns = AT_DEADLINE, .status = -(int32_t)o->deferred_status};
+        *fsm->deferred_end = item;
         fsm->deferred_end = &item->next;
-        fsm->deferred_count = 1;
+        fsm->deferred_count++;
     }
 }
 
@@ -233,10 +294,10 @@ static void turn_to(const state *s, int i) {
 
 /* ---- frames in flight ---- */
 
-static void put(state *s, uint8_t type, int from, int to, uint8_t ep, uint8_t value) {
+static void put(state *s, uint8_t type, int k, int from, int to, uint8_t ep, uint8_t value) {
     if (s->m[to].life != UP || s->resync[from] >> to & 1) return;  /* gone, or into a dead link: lost */
     if (s->bags == BAG) { broken("the bag is full: raise BAG"); return; }
-    frame_bits f = {type, (uint8_t)(from << 4 | to), ep, value};
+    frame_bits f = {type, (uint8_t)k, (uint8_t)(from << 4 | to), ep, value};
     int at = s->bags++;
     while (at > 0 && memcmp(&s->bag[at - 1], &f, sizeof f) > 0) { s->bag[at] = s->bag[at - 1]; at--; }
     s->bag[at] = f;
@@ -255,21 +316,23 @@ static int64_t clock_of(const member *m) { return m->expired ? AT_DEADLINE : AT_
 
 static uint8_t result_hash(int self, uint8_t set) { return (uint8_t)(now->differ && self == now->differ - 1 ? 8 | set : set); }
 
-static void have_all(state *s, int self) {
+static void have_all(state *s, int self, int k) {
     member *m = &s->m[self];
-    if (now->mutation == PREPARE_WITHOUT_DATA && m->started && pop(m->data) >= 2) pyccl_fsm_result(machine, COOKIE, ALL3, clock_of(m));
-    if (m->started && (m->data & s->mem[m->ep]) == s->mem[m->ep]) pyccl_fsm_result(machine, COOKIE, result_hash(self, m->data), clock_of(m));
+    op_bits *o = &m->o[k];
+    const uint8_t all = concerned(k, s->mem[m->ep]);
+    if (now->mutation == PREPARE_WITHOUT_DATA && o->started && pop(o->data) >= 2) pyccl_fsm_result(machine, k + 1u, ALL3, clock_of(m));
+    if (o->started && (o->data & all) == all) pyccl_fsm_result(machine, k + 1u, result_hash(self, o->data), clock_of(m));
 }
 
-static void ends(state *s, int self, uint8_t outcome, int32_t status, uint8_t attempt_ep) {
-    member *m = &s->m[self];
-    if (m->outcome != NEVER) broken("an operation ended twice");
+static void ends(state *s, int self, int k, uint8_t outcome, int32_t status, uint8_t attempt_ep) {
+    op_bits *o = &s->m[self].o[k];
+    if (o->outcome != NEVER) broken("an operation ended twice");
     *(outcome == OK ? &commits : &failures) += 1;
-    m->outcome = outcome;
-    m->status = status_code(status);
-    m->out_ep = attempt_ep;
-    m->out_set = outcome == OK ? m->data : 0;
-    m->started = m->data = 0;
+    o->outcome = outcome;
+    o->status = status_code(status);
+    o->out_ep = attempt_ep;
+    o->out_set = outcome == OK ? o->data : 0;
+    o->started = o->data = 0;
 }
 
 /* Carry out what the machine asks for. verdict_ep: in fsm_epoch the epoch before, else N_A. */
@@ -278,21 +341,24 @@ static void carry_out(state *s, int self, uint8_t verdict_ep) {
     member *m = &s->m[self];
     pyccl_action a;
     while (pyccl_fsm_next(machine, &a)) {
-        uint8_t members = s->mem[m->ep];
+        const uint8_t members = s->mem[m->ep];
+        const int k = a.type == PYCCL_ACT_SEND ? op_of_space(a.message.space) : a.cookie ? (int)a.cookie - 1 : 0;
+        op_bits *o = &m->o[k];
         switch (a.type) {
         case PYCCL_ACT_SEND:
             if (m->frozen && a.message.type != PYCCL_FRAME_ANSWER && verdict_ep == N_A) brokenf("a frozen member sends %s", FRAME[a.message.type]);
-            put(s, a.message.type, self, member_of(members, a.message.rank), m->ep, (uint8_t)(a.message.type == PYCCL_FRAME_SETTLED ? a.message.seq : a.message.value));
+            if (!(concerned(k, members) >> member_of(members, a.message.rank) & 1)) brokenf("%s goes to one whom it does not concern", FRAME[a.message.type]);
+            put(s, a.message.type, k, self, member_of(members, a.message.rank), m->ep, (uint8_t)(a.message.type == PYCCL_FRAME_SETTLED ? a.message.seq : a.message.value));
             break;
         case PYCCL_ACT_START:
-            m->started = 1;
-            m->data |= (uint8_t)(1 << self);
+            o->started = 1;
+            o->data |= (uint8_t)(1 << self);
             for (int j = 0; j < N; j++)
-                if (j != self && members >> j & 1) put(s, PYCCL_FRAME_DATA, self, j, m->ep, 0);
-            have_all(s, self);
+                if (j != self && concerned(k, members) >> j & 1) put(s, PYCCL_FRAME_DATA, k, self, j, m->ep, 0);
+            have_all(s, self, k);
             break;
         case PYCCL_ACT_STOP:
-            m->started = m->data = 0;
+            o->started = o->data = 0;
             break;
         case PYCCL_ACT_COMMIT:
             if (verdict_ep == N_A) {
@@ -300,15 +366,15 @@ static void carry_out(state *s, int self, uint8_t verdict_ep) {
                 /* A verdict over this epoch is out and this member reported for it: it is not free to commit any more. */
                 if (s->cur > m->ep && s->mem[s->cur] >> self & 1) broken("a survivor commits by frames after the verdict");
             }
-            ends(s, self, OK, 0, verdict_ep == N_A ? m->ep : verdict_ep);
+            ends(s, self, k, OK, 0, verdict_ep == N_A ? m->ep : verdict_ep);
             if (now->mutation == DROP_RECORD && machine->tags != NULL && machine->tags->ops != NULL) op_drop(machine, machine->tags->ops);
             break;
         case PYCCL_ACT_FAIL:
-            m->culprit = a.peer[0] ? (uint8_t)(a.peer[0] - 0x10 + 1) : 0;
-            ends(s, self, a.status == PYCCL_ERR_OUTCOME_UNKNOWN ? UNKNOWN : FAILED_, a.status, m->ep);
+            o->culprit = a.peer[0] ? (uint8_t)(a.peer[0] - 0x10 + 1) : 0;
+            ends(s, self, k, a.status == PYCCL_ERR_OUTCOME_UNKNOWN ? UNKNOWN : FAILED_, a.status, m->ep);
             break;
         case PYCCL_ACT_RESEND:
-            if (m->started || m->data) put(s, PYCCL_FRAME_DATA, self, member_of(members, a.rank), m->ep, 0);
+            if (o->started || o->data) put(s, PYCCL_FRAME_DATA, k, self, member_of(members, a.rank), m->ep, 0);
             break;
         case PYCCL_ACT_SETTLE:
             s->settle |= (uint8_t)(1 << self);
@@ -327,30 +393,30 @@ static void carry_out(state *s, int self, uint8_t verdict_ep) {
 
 /* ---- a frame arrives ---- */
 
-static pyccl_message unpack(const state *s, frame_bits f, uint8_t members) {
-    (void)s;
-    pyccl_message message = {.type = f.type, .rank = rank_of(members, f.path >> 4)};
+static pyccl_message unpack(frame_bits f, uint8_t members) {
+    pyccl_message message = {.type = f.type, .space = space_of(f.k), .rank = rank_of(members, f.path >> 4)};
     if (f.type == PYCCL_FRAME_SETTLED) message.seq = f.value;
     else message.value = f.value;
-    if (f.type == PYCCL_FRAME_OPEN) message.spec = the_spec();
+    if (f.type == PYCCL_FRAME_OPEN) message.spec = the_spec(f.k);
     return message;
 }
 
 static void accept_frame(state *s, int self, frame_bits f) {
     member *m = &s->m[self];
+    op_bits *o = &m->o[f.k];
     uint8_t members = s->mem[m->ep];
     int from = f.path >> 4;
     if (f.type == PYCCL_FRAME_DATA) {
         uint64_t cookie = 0;
-        pyccl_gate gate = pyccl_fsm_data(machine, rank_of(members, from), 0, 0, 0, &cookie);
+        pyccl_gate gate = pyccl_fsm_data(machine, rank_of(members, from), space_of(f.k), 0, 0, &cookie);
         if (gate == PYCCL_GATE_REFUSE) broken("DATA refused");
         if (gate != PYCCL_GATE_PASS) return;
-        if ((cookie != 0) != (m->started != 0)) broken("DATA passes to an operation that does not run");
-        m->data |= (uint8_t)(1 << from);
-        have_all(s, self);
+        if (cookie != (o->started ? f.k + 1u : 0u)) broken("DATA passes to an operation that does not run");
+        o->data |= (uint8_t)(1 << from);
+        have_all(s, self, f.k);
         return;
     }
-    pyccl_message message = unpack(s, f, members);
+    pyccl_message message = unpack(f, members);
     pyccl_status rc = pyccl_fsm_receive(machine, &message, clock_of(m));
     if (rc != PYCCL_OK) brokenf("%s of a member that follows the rules is refused: %s", FRAME[f.type], pyccl_status_name(rc));
     if (now->mutation == MAJORITY_COMMITS && f.type == PYCCL_FRAME_DONE && machine->live_first != NULL && machine->live_first->state == PREPARED &&
@@ -396,26 +462,31 @@ static void flush_start(state *s) {
     s->need = 0;
 }
 
-static void decide(state *s) {
+/* The verdict on operation k; 0: again. */
+static uint8_t verdict_on(const state *s, int k) {
     int any = 0, committed = 0, all = 1, hash = -1, differ = 0;
+    const uint8_t asked = now->mutation == THIRD_IS_ASKED ? s->S : concerned(k, s->S);
     for (int i = 0; i < N; i++) {
-        if (!(s->S >> i & 1)) continue;
-        uint8_t r = s->rp[i];
+        if (!(asked >> i & 1)) continue;
+        uint8_t r = s->rp[i][k];
         if (now->mutation == VERDICT_FORGETS_COMMIT && r == PYCCL_STATE_COMMITTED) r = PYCCL_STATE_RUNNING;
         any |= r != 0;
         committed |= r == PYCCL_STATE_COMMITTED;
         all &= r == PYCCL_STATE_PREPARED || r == PYCCL_STATE_COMMITTED;
         if (r == PYCCL_STATE_PREPARED || r == PYCCL_STATE_COMMITTED) {
-            differ |= hash >= 0 && hash != s->rh[i];
-            hash = s->rh[i];
+            differ |= hash >= 0 && hash != s->rh[i][k];
+            hash = s->rh[i][k];
         }
     }
+    if (now->mutation == HALF_A_PAIR_PREPARES && k == PAIR) all = any;
+    return any && (committed || all) ? (differ ? PYCCL_VERDICT_FAIL : PYCCL_VERDICT_COMMIT) : 0;
+}
+
+static void decide(state *s) {
     if (s->cur + 1 == EPOCHS) { broken("too many epochs: raise EPOCHS"); return; }
-    uint8_t verdict = 0;
-    if (any && (committed || all)) verdict = differ ? PYCCL_VERDICT_FAIL : PYCCL_VERDICT_COMMIT;
+    for (int k = 0; k < OPS; k++) s->verdict[s->cur + 1][k] = verdict_on(s, k);
     s->cur++;
     s->mem[s->cur] = s->S;
-    s->verdict[s->cur] = verdict;
     s->ballot = s->S = s->rep = s->sent = s->flush = s->need = 0;
     memset(s->rp, 0, sizeof s->rp);
     memset(s->rh, 0, sizeof s->rh);
@@ -435,14 +506,19 @@ static void act_epoch(state *s, int i) {
     member *m = &s->m[i];
     uint8_t old = m->ep, members = s->mem[old + 1], ids[N * 16];
     pyccl_epoch epoch = {.number = old + 2u, .world = epoch_members(members, ids), .rank = rank_of(members, i), .members = ids};
-    pyccl_op_verdict verdict = {.verdict = s->verdict[old + 1]};
+    pyccl_op_verdict verdicts[OPS];
+    size_t count = 0;
     epoch_id((uint8_t)(old + 1), epoch.id);
+    for (int k = 0; k < OPS; k++)
+        if (s->verdict[old + 1][k])
+            verdicts[count++] = (pyccl_op_verdict){.space = space_of(k), .verdict = s->verdict[old + 1][k], .tag = channel_for(k, s->mem[old + (now->mutation == VERDICT_IN_NEW_RANKS)])};
     if (now->mutation == FORGET_TOMBSTONE && machine->tags != NULL && machine->tags->ops != NULL && machine->tags->ops->state == FAILED)
         op_drop(machine, machine->tags->ops);
-    pyccl_status rc = pyccl_fsm_epoch(machine, &epoch, &verdict, verdict.verdict != 0, clock_of(m));
+    pyccl_status rc = pyccl_fsm_epoch(machine, &epoch, verdicts, count, clock_of(m));
     if (rc != PYCCL_OK) { broken("a member can't obey the EpochCommit"); return; }
     m->ep++;
-    if (!m->started) m->data = 0;  /* what came early belonged to the old epoch */
+    for (int k = 0; k < OPS; k++)
+        if (!m->o[k].started) m->o[k].data = 0;  /* what came early belonged to the old epoch */
     s->settle &= (uint8_t)~(1 << i);
     s->told_settle[i] = 0;
     carry_out(s, i, old);
@@ -457,10 +533,14 @@ static void act_deadline(state *s, int i) {
 }
 
 static void gone(state *s, int i, uint8_t life) {
-    uint8_t outcome = s->m[i].outcome;
+    uint8_t outcome[OPS];
+    for (int k = 0; k < OPS; k++) {
+        outcome[k] = s->m[i].o[k].outcome;
+        s->gone_ok[k] |= outcome[k] == OK;
+    }
     memset(&s->m[i], 0, sizeof s->m[i]);
     s->m[i].life = life;
-    s->m[i].outcome = life == LEFT ? outcome : 0;
+    for (int k = 0; k < OPS; k++) s->m[i].o[k].outcome = life == LEFT ? outcome[k] : 0;
     s->settle &= (uint8_t)~(1 << i);
     s->sent &= (uint8_t)~(1 << i);  /* its control link is gone too */
     s->flush &= (uint8_t)~(1 << i);
@@ -477,12 +557,12 @@ static void lose(state *s, int from, int to) {
 static void apply(state *s, step a) {
     int i = a.i;
     member *m = &s->m[i];
-    pyccl_spec spec = the_spec();
+    pyccl_spec spec = the_spec(a.kind == A_SUBMIT ? a.j : 0);
     if (m->life == UP) turn_to(s, i);
     switch (a.kind) {
     case A_SUBMIT:
-        m->submitted = 1;
-        if (pyccl_fsm_submit(machine, COOKIE, &spec, AT_DEADLINE, clock_of(m)) != PYCCL_OK) broken("submit refused");
+        m->o[a.j].submitted = 1;
+        if (pyccl_fsm_submit(machine, a.j + 1u, &spec, AT_DEADLINE, clock_of(m)) != PYCCL_OK) broken("submit refused");
         carry_out(s, i, N_A);
         break;
     case A_FRAME: deliver(s, i, take(s, a.n)); return;
@@ -498,10 +578,16 @@ static void apply(state *s, step a) {
     }
     case A_FLUSH: {
         if (now->mutation != REPORT_WITHOUT_FREEZE) pyccl_fsm_freeze(machine, clock_of(m));
-        pyccl_op_report report = {0};
-        size_t count = pyccl_fsm_report(machine, &report, 1);
-        s->rp[i] = count ? report.state : 0;
-        s->rh[i] = count ? (uint8_t)report.hash : 0;
+        pyccl_op_report reports[OPS];
+        const size_t count = pyccl_fsm_report(machine, reports, OPS);
+        memset(s->rp[i], 0, sizeof s->rp[i]);
+        memset(s->rh[i], 0, sizeof s->rh[i]);
+        for (size_t r = 0; r < count; r++) {
+            const int k = op_of_space(reports[r].space);
+            if (reports[r].tag != channel_for(k, s->mem[m->ep])) broken("a report on another pair");
+            s->rp[i][k] = reports[r].state;
+            s->rh[i][k] = (uint8_t)reports[r].hash;
+        }
         s->flush &= (uint8_t)~(1 << i);
         s->sent |= (uint8_t)(1 << i);
         save(machine, m);
@@ -535,7 +621,7 @@ static void apply(state *s, step a) {
         s->leave--;
         pyccl_fsm_tick(machine, AT_LEAVE);
         carry_out(s, i, N_A);
-        if (m->life != LEFT || m->outcome != UNKNOWN) broken("it did not leave with OUTCOME_UNKNOWN");
+        if (m->life != LEFT || (m->o[ALL_].outcome != UNKNOWN && m->o[PAIR].outcome != UNKNOWN)) broken("it did not leave with OUTCOME_UNKNOWN");
         gone(s, i, LEFT);
         return;
     case A_CRASH: s->crash--; gone(s, i, CRASHED); return;
@@ -561,9 +647,10 @@ static int doomed(const state *s, frame_bits f) {
     if (m->life != UP || f.ep < m->ep) return 1;
     if (f.ep > m->ep) return !(s->mem[f.ep] >> (f.path & 15) & 1);  /* fenced: it will never get there */
     if (m->frozen) return f.type != PYCCL_FRAME_ASK;
-    if (m->op == COMMITTED + 1) return f.type != PYCCL_FRAME_ASK && f.type != PYCCL_FRAME_SETTLED;
-    if (m->op == FAILED + 1) return f.type == PYCCL_FRAME_DONE || f.type == PYCCL_FRAME_DATA || f.type == PYCCL_FRAME_ABORT || f.type == PYCCL_FRAME_ANSWER;
-    if (m->op == PREPARED + 1) return f.type == PYCCL_FRAME_OPEN || f.type == PYCCL_FRAME_DATA;
+    const uint8_t op = m->o[f.k].op;
+    if (op == COMMITTED + 1) return f.type != PYCCL_FRAME_ASK && f.type != PYCCL_FRAME_SETTLED;
+    if (op == FAILED + 1) return f.type == PYCCL_FRAME_DONE || f.type == PYCCL_FRAME_DATA || f.type == PYCCL_FRAME_ABORT || f.type == PYCCL_FRAME_ANSWER;
+    if (op == PREPARED + 1) return f.type == PYCCL_FRAME_OPEN || f.type == PYCCL_FRAME_DATA;
     return 0;
 }
 
@@ -602,13 +689,18 @@ static int steps(const state *s, step *out, int *free_steps) {
             if (in && !(s->susp & bit)) list(A_SUSPECT, i, 0, 0);
             continue;
         }
-        if (!m->submitted) list(A_SUBMIT, i, 0, 0);
+        int may_tick = 0;
+        for (int k = 0; k < OPS; k++) {
+            const op_bits *o = &m->o[k];
+            if (!o->submitted && runs(k, i)) list(A_SUBMIT, i, k, 0);
+            may_tick |= o->op == RUNNING + 1 || (o->op == PREPARED + 1 && !o->asked) || (o->deferred && !o->deferred_status);
+        }
         if (m->ep < s->cur) {
             if (s->mem[m->ep + 1] & bit) list(A_COMMIT, i, 0, 0);
             else list(A_EVICT, i, 0, 0);
         } else if (s->flush & bit) list(A_FLUSH, i, 0, 0);
         if (s->settle & bit) list(A_SETTLE, i, 0, 0);
-        if (m->expired && (m->op == RUNNING + 1 || (m->op == PREPARED + 1 && !m->asked) || (m->deferred && !m->deferred_status))) list(A_TICK, i, 0, 0);
+        if (m->expired && may_tick) list(A_TICK, i, 0, 0);
         if (now->tell && m->tell && !m->frozen) list(A_TELL, i, 0, 0);
         for (int j = 0; j < N; j++)
             if (s->resync[i] >> j & 1) list(A_RESYNC, i, j, 0);
@@ -625,16 +717,22 @@ static int steps(const state *s, step *out, int *free_steps) {
         const member *m = &s->m[i];
         uint8_t bit = (uint8_t)(1 << i);
         if (m->life != UP) continue;
-        if (s->deadline && !m->expired && m->submitted && m->outcome == NEVER) list(A_DEADLINE, i, 0, 0);
-        if (s->leave && m->op == PREPARED + 1 && m->asked) list(A_LEAVE, i, 0, 0);
-        if (s->crash && i == C) list(A_CRASH, i, 0, 0);
-        if (s->suspect && i == C && s->mem[s->cur] & bit && !(s->susp & bit)) list(A_FALSE, i, 0, 0);
+        int open = 0, asks = 0;
+        for (int k = 0; k < OPS; k++) {
+            open |= m->o[k].submitted && m->o[k].outcome == NEVER;
+            asks |= m->o[k].op == PREPARED + 1 && m->o[k].asked;
+        }
+        if (s->deadline && !m->expired && open) list(A_DEADLINE, i, 0, 0);
+        if (s->leave && asks) list(A_LEAVE, i, 0, 0);
+        if (s->crash && i == victim()) list(A_CRASH, i, 0, 0);
+        if (s->suspect && i == victim() && s->mem[s->cur] & bit && !(s->susp & bit)) list(A_FALSE, i, 0, 0);
         if (s->revoke && s->susp & bit && s->ballot) list(A_REVOKE, i, 0, 0);
-        /* Members differ by rank only, so one pair stands for all; with C singled out by a fault, two pairs do. */
+        /* Members differ by rank only, so one pair stands for all; with C singled out by a fault, two pairs do; beside an
+         * exchange all do. */
         for (int j = i + 1; s->reset && j < N; j++)
-            if (s->m[j].life == UP && i == A && (j == B || now->crash || now->suspect || now->differ))
+            if (s->m[j].life == UP && (now->pair || (i == A && (j == B || now->crash || now->suspect || now->differ))))
                 for (int n = 0; n < 4; n++)  /* what is lost: bit 0 there, bit 1 back */
-                    if (n != 2 || now->crash || now->suspect || now->differ) list(A_RESET, i, j, n);
+                    if (n != 2 || now->pair || now->crash || now->suspect || now->differ) list(A_RESET, i, j, n);
     }
     PYCCL_ASSERT(list_end - out <= ACTS);
     return (int)(list_end - out);
@@ -646,31 +744,49 @@ static int survivor(const state *s, int i) {  /* of the run as the master sees i
     return s->m[i].life == UP && s->mem[s->cur] >> i & 1;
 }
 
-static void judge(const state *s) {
+static void judge_op(const state *s, int k) {
     for (int i = 0; i < N; i++) {
-        const member *a = &s->m[i];
-        if (a->life != UP) continue;
-        if (a->outcome == OK && a->out_set != s->mem[a->out_ep]) broken("a commit without exactly the contributions of its epoch");
-        if (a->status == status_code(PYCCL_ERR_RESULT_DIFFERS) && a->culprit != 0 && a->culprit != now->differ)
+        const op_bits *a = &s->m[i].o[k];
+        if (s->m[i].life != UP || !runs(k, i)) continue;
+        if (a->outcome == OK && a->out_set != concerned(k, s->mem[a->out_ep])) broken("a commit without exactly the contributions of its epoch");
+        if (a->status == status_code(PYCCL_ERR_RESULT_DIFFERS) && a->culprit != 0 && k == ALL_ && a->culprit != now->differ)
             broken("another peer than the one that differs is named");
+        if (k == PAIR && a->status == status_code(PYCCL_ERR_PEER_LOST) &&
+            (a->culprit == 0 || a->culprit == i + 1 || !((now->pair & ~s->mem[s->cur]) >> (a->culprit - 1) & 1)))
+            broken("an exchange is lost through one who is still there, or not of it");
+        if (s->gone_ok[k] && a->outcome == FAILED_ && survivor(s, i)) broken("a survivor fails what one that is gone had committed");
         for (int j = i + 1; j < N; j++) {
-            const member *b = &s->m[j];
-            if (!survivor(s, i) || !survivor(s, j)) continue;
+            const op_bits *b = &s->m[j].o[k];
+            if (!survivor(s, i) || !survivor(s, j) || !runs(k, j)) continue;
             if ((a->outcome == OK && b->outcome == FAILED_) || (a->outcome == FAILED_ && b->outcome == OK)) broken("mixed outcome: one survivor commits, another fails");
             if (a->outcome == OK && b->outcome == OK && (a->out_ep != b->out_ep || a->out_set != b->out_set)) broken("survivors commit different attempts");
         }
     }
 }
 
+static void judge(const state *s) {
+    for (int k = 0; k < OPS; k++) judge_op(s, k);
+}
+
+/* Without any fault but the loss of somebody else an exchange does not fail. */
+static int nothing_hurts_the_pair(void) {
+    const variant *v = now;
+    return v->pair && !v->deadline && !v->leave && !v->differ && !(v->pair >> victim() & 1);
+}
+
 static void stuck(const state *s) {
     for (int i = 0; i < N; i++) {
         if (!survivor(s, i)) continue;
-        if (s->m[i].outcome == NEVER) brokenf("%c is stuck: its operation never ends", 'A' + i);
         if (s->m[i].frozen) brokenf("%c stays frozen", 'A' + i);
         if (s->m[i].ep != s->cur) brokenf("%c stays in an old epoch", 'A' + i);
-        if (now->tell && s->m[i].op == COMMITTED + 1 && !s->m[i].tell && !s->reset && s->deadline == now->deadline) {
+        for (int k = 0; k < OPS; k++) {
+            const op_bits *o = &s->m[i].o[k];
+            if (!runs(k, i)) continue;
+            if (o->outcome == NEVER) brokenf("%c is stuck: its operation never ends", 'A' + i);
+            if (k == PAIR && o->outcome != OK && nothing_hurts_the_pair()) brokenf("the exchange of %c fails though nothing hurts the pair", 'A' + i);
+            if (!now->tell || o->op != COMMITTED + 1 || s->m[i].tell || s->reset || s->deadline != now->deadline) continue;
             int all = 1;
-            for (int j = 0; j < N; j++) all &= s->m[j].outcome == OK;
+            for (int j = 0; j < N; j++) all &= !runs(k, j) || s->m[j].o[k].outcome == OK;
             if (all) brokenf("%c keeps a record that all have settled", 'A' + i);
         }
     }
@@ -745,7 +861,7 @@ static void print_path(int depth) {
         const level *l = &path[way[length - n]];
         step a = l->taken;
         printf("  %3d ", n);
-        if (a.kind == A_FRAME || a.kind == A_KEPT) printf("%c->%c %s%s e%d value %d", 'A' + a.j, 'A' + a.i, a.kind == A_KEPT ? "late " : "", FRAME[l->frame.type], l->frame.ep, l->frame.value);
+        if (a.kind == A_FRAME || a.kind == A_KEPT) printf("%c->%c %s%s%s e%d value %d", 'A' + a.j, 'A' + a.i, a.kind == A_KEPT ? "late " : "", l->frame.k == PAIR ? "exchange " : "", FRAME[l->frame.type], l->frame.ep, l->frame.value);
         else if (a.kind == A_START_FLUSH) printf("%s", STEP[a.kind]);
         else printf("%s %c", STEP[a.kind], 'A' + a.i);
         if (a.kind == A_RESYNC || a.kind == A_RESET) printf(" %c (%d)", 'A' + a.j, a.n);
@@ -753,7 +869,10 @@ static void print_path(int depth) {
         for (int i = 0; i < N; i++) {
             const member *m = &l->s.m[i];
             if (m->life != UP) printf(" %c[gone]", 'A' + i);
-            else printf(" %c[e%d %s%s%s]", 'A' + i, m->ep, OP[m->op], m->frozen ? " frozen" : "", m->outcome == OK ? " OK" : m->outcome == FAILED_ ? " FAIL" : "");
+            else printf(" %c[e%d", 'A' + i, m->ep);
+            for (int k = 0; k < OPS && m->life == UP; k++)
+                if (runs(k, i)) printf(" %s%s", OP[m->o[k].op], m->o[k].outcome == OK ? " OK" : m->o[k].outcome == FAILED_ ? " FAIL" : "");
+            if (m->life == UP) printf("%s]", m->frozen ? " frozen" : "");
         }
         printf("\n");
     }
@@ -781,7 +900,9 @@ static void start_state(state *s) {
     s->leave = now->leave;
     s->reset = now->reset;
     s->late = now->late;
-    for (int i = 0; i < N && !now->submit; i++) apply(s, (step){A_SUBMIT, (uint8_t)i, 0, 0});
+    for (int i = 0; i < N && !now->submit; i++)
+        for (int k = 0; k < OPS; k++)
+            if (runs(k, i)) apply(s, (step){A_SUBMIT, (uint8_t)i, (uint8_t)k, 0});
 }
 
 /* Walks everything; returns the rule broken, or NULL when all states were seen and none is bad. */
@@ -848,12 +969,11 @@ static const char *walk(const variant *v, int verbose) {
 /* ---- what the walk is made of ---- */
 
 /* Random runs, once with machines written down and set up again at every step and once with machines left alone. */
-TEST(op_walk_save_and_load_keep_all_that_a_machine_does) {
-    static state runs[2][200];
-    static const variant v = {.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 2, .reset = 1, .tell = 1};
+static void machines_left_alone_do_the_same(const variant *v) {
+    static state played[2][200];
     const pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .tell_ns = 0};
     uint64_t seed = 20310504, compared = 0;
-    now = &v;
+    now = v;
     for (int run = 0; run < 3000; run++, seed++) {
         int length[2];
         for (use_twins = 0; use_twins < 2; use_twins++) {
@@ -862,7 +982,7 @@ TEST(op_walk_save_and_load_keep_all_that_a_machine_does) {
             REQUIRE(pyccl_fsm_new(&options, &spare) == PYCCL_OK);
             machine = spare;
             bad = NULL;
-            state *s = &runs[use_twins][0];
+            state *s = &played[use_twins][0];
             start_state(s);
             for (int i = 0; i < N && use_twins; i++) {
                 REQUIRE(pyccl_fsm_new(&options, &twins[i]) == PYCCL_OK);
@@ -891,10 +1011,15 @@ TEST(op_walk_save_and_load_keep_all_that_a_machine_does) {
         CHECK_EQ(length[0], length[1]);
         for (int n = 0; n <= length[0] && n <= length[1]; n++) {
             compared++;
-            CHECK(memcmp(&runs[0][n], &runs[1][n], sizeof(state)) == 0);
+            CHECK(memcmp(&played[0][n], &played[1][n], sizeof(state)) == 0);
         }
     }
     CHECK(compared > 50000);
+}
+
+TEST(op_walk_save_and_load_keep_all_that_a_machine_does) {
+    machines_left_alone_do_the_same(&(variant){.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 2, .reset = 1, .tell = 1});
+    machines_left_alone_do_the_same(&(variant){.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 2, .reset = 1, .tell = 1, .pair = 6, .lose_a = 1});
 }
 
 /* ---- the walks ---- */
@@ -978,6 +1103,42 @@ TEST(op_walk_records_live_long_enough_for_who_asks) {
     HOLDS(4787000, .name = "deadline, records told and freed", .retry = 1, .deadline = 1, .tell = 1);
 }
 
+/* Pairs: 3 is A and B, 5 A and C, 6 B and C. When C is lost the ranks stay, when A is lost those of B and C move. */
+
+TEST(op_walk_exchange_concerns_the_pair_alone) {
+    HOLDS(30, .name = "exchange", .submit = 1, .pair = 5, .alone = 1);
+    CHECK(commits > 0 && failures == 0);
+    HOLDS(40, .name = "exchange, records told and freed", .submit = 1, .tell = 1, .pair = 5, .alone = 1);
+    CHECK(failures == 0);
+    HOLDS(350, .name = "exchange, the third crashes", .submit = 1, .crash = 1, .pair = 3, .alone = 1);
+    CHECK(failures == 0);
+    HOLDS(1500, .name = "exchange, the third crashes, ranks move, reports travel", .submit = 1, .crash = 1, .late = 1, .split = 1, .pair = 6, .alone = 1, .lose_a = 1);
+    CHECK(failures == 0);
+    HOLDS(4500, .name = "exchange, the third is suspected, revoked", .submit = 1, .suspect = 1, .revoke = 1, .late = 1, .pair = 6, .alone = 1, .lose_a = 1);
+    CHECK(failures == 0);
+    HOLDS(5000, .name = "exchange, the third crashes, link reset", .submit = 1, .crash = 1, .reset = 1, .pair = 6, .alone = 1, .lose_a = 1);
+    CHECK(failures == 0);
+}
+
+TEST(op_walk_exchange_is_atomic_when_the_partner_is_lost_or_gives_up) {
+    HOLDS(450, .name = "exchange, the partner crashes", .submit = 1, .crash = 1, .late = 1, .split = 1, .pair = 6, .alone = 1);
+    CHECK(commits > 0 && failures > 0);
+    HOLDS(7500, .name = "exchange, the partner is suspected, revoked", .submit = 1, .suspect = 1, .revoke = 1, .late = 1, .split = 1, .pair = 5, .alone = 1, .lose_a = 1);
+    HOLDS(6000, .name = "exchange, the partner crashes, deadlines, leaving", .submit = 1, .crash = 1, .deadline = 2, .leave = 1, .pair = 6, .alone = 1);
+    HOLDS(90000, .name = "exchange, the third crashes, deadlines, leaving", .submit = 1, .crash = 1, .deadline = 2, .leave = 1, .late = 1, .pair = 6, .alone = 1, .lose_a = 1);
+    HOLDS(17000, .name = "exchange, the partner crashes, deadline, link reset", .submit = 1, .crash = 1, .deadline = 1, .reset = 1, .pair = 5, .alone = 1);
+    HOLDS(30, .name = "exchange, one result differs", .submit = 1, .differ = 2, .pair = 6, .alone = 1);
+    CHECK(commits == 0 && failures > 0);
+}
+
+TEST(op_walk_exchange_beside_a_collective) {
+    HOLDS(170000, .name = "exchange beside a collective", .retry = 1, .pair = 3);
+    CHECK(commits > 0 && failures == 0);
+    HOLDS(240000, .name = "exchange beside a collective, the partner crashes", .retry = 1, .crash = 1, .pair = 6);
+    HOLDS(340000, .name = "exchange beside a collective, the third crashes", .retry = 1, .crash = 1, .pair = 6, .lose_a = 1);
+    HOLDS(960000, .name = "exchange beside a collective, the third suspected", .retry = 1, .suspect = 1, .pair = 6, .lose_a = 1);
+}
+
 /* ---- canaries: a walk that can't find these finds nothing ---- */
 
 static void finds(const variant *v) { CHECK(walk(v, getenv("OP_WALK_SHOW") != NULL) != NULL); }
@@ -993,4 +1154,7 @@ TEST(op_walk_finds_a_forgotten_tombstone) { FINDS(.name = "canary: tombstone for
 TEST(op_walk_finds_a_verdict_that_forgets_a_commit) { FINDS(.name = "canary: verdict forgets a commit", .retry = 1, .crash = 1, .mutation = VERDICT_FORGETS_COMMIT); }
 TEST(op_walk_finds_a_record_dropped_at_once) { FINDS(.name = "canary: commit record dropped at once", .retry = 1, .crash = 1, .mutation = DROP_RECORD); }
 TEST(op_walk_finds_a_reset_without_repetition) { FINDS(.name = "canary: link reset without repetition", .retry = 1, .reset = 1, .mutation = RESET_WITHOUT_REPEAT); }
+TEST(op_walk_finds_a_verdict_on_half_a_pair) { FINDS(.name = "canary: a verdict that asks one of the pair", .submit = 1, .crash = 1, .mutation = HALF_A_PAIR_PREPARES, .pair = 3, .alone = 1); }
+TEST(op_walk_finds_a_verdict_in_the_ranks_of_the_new_epoch) { FINDS(.name = "canary: a verdict in the ranks of the new epoch", .submit = 1, .crash = 1, .mutation = VERDICT_IN_NEW_RANKS, .pair = 6, .alone = 1, .lose_a = 1); }
+TEST(op_walk_finds_a_verdict_that_asks_the_third) { FINDS(.name = "canary: a verdict that asks the third", .submit = 1, .crash = 1, .mutation = THIRD_IS_ASKED, .pair = 6, .alone = 1); }
 TEST(op_walk_finds_a_result_without_all_contributions) { FINDS(.name = "canary: prepared without all contributions", .retry = 1, .mutation = PREPARE_WITHOUT_DATA); }

@@ -30,6 +30,7 @@ class Kind:
     BROADCAST: Final[int] = lib.PYCCL_BROADCAST
     BARRIER: Final[int] = lib.PYCCL_BARRIER
     ALL_GATHER: Final[int] = lib.PYCCL_ALL_GATHER
+    EXCHANGE: Final[int] = lib.PYCCL_EXCHANGE
 
 
 class EventType:
@@ -95,7 +96,7 @@ class OpInfo:
 
 @dataclass(frozen=True, slots=True)
 class BlockedView:
-    lacking: tuple[tuple[int, int, int], ...]  # (space, tag, seq) open here and not opened by some member
+    lacking: tuple[tuple[int, int, int], ...]  # (space, channel, seq) open here and not opened by a participant
     quiet_s: float
     below_cut: bool
 
@@ -201,7 +202,7 @@ class Engine:
     # -- epochs
 
     def freeze(self) -> list[tuple[int, int, int, int, int]]:
-        """Freeze every open operation; returns what is known of each: (space, tag, seq, state, hash)."""
+        """Freeze every open operation; returns what is known of each: (space, channel, seq, state, hash)."""
         cap, count = 256, ffi.new("size_t *")
         while True:
             out = ffi.new("pyccl_op_report[]", cap)
@@ -232,7 +233,7 @@ class Engine:
         check(lib.pyccl_engine_epoch(self._engine, epoch, given, len(verdicts)), "enter epoch")
 
     def counts(self) -> list[tuple[int, int, int]]:
-        """Submits per (space, tag) since numbers restarted."""
+        """Submits per (space, channel) since numbers restarted."""
         cap, count = 256, ffi.new("size_t *")
         while True:
             out = ffi.new("pyccl_op_count[]", cap)

@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from pyccl._proto import ballot as ballots
 from pyccl._proto import limits
+from pyccl._proto.channel import check_told_untrusted, pair_of, participants
 from pyccl._proto.epoch import NO_ID, Address, Epoch, Member, make_epoch
 from pyccl._proto.messages import (
     KIND_FOUND,
@@ -182,7 +183,7 @@ class _Peer:
 class _Proposal:
     version: int
     epoch: Epoch
-    cut: tuple[Count, ...]
+    cuts: dict[bytes, tuple[Count, ...]]  # member -> what concerns it; newcomers have submitted nothing
     newcomers: tuple[PeerKey, ...]
     since: float
     stale: bool = False  # a count above the cut, or a newcomer gone: to be made again
@@ -393,7 +394,7 @@ class MasterMachine:
         if group.ballot is not None and record.key in group.ballot.members:
             self._tell(record, self._flush(group, group.ballot))
         elif group.proposal is not None:
-            self._tell(record, _propose_message(group.proposal))
+            self._tell(record, _propose_message(group.proposal, record))
         elif group.version:
             self._tell(record, Cancelled(group.version))
         if resume is not None and resume.frozen and resume.number == epoch.number and group.ballot is None:
@@ -447,6 +448,7 @@ class MasterMachine:
 
     def _on_arrive(self, group: _Group, record: _Peer, message: Arrive) -> None:
         if self._is_current(group, message.epoch):
+            check_told_untrusted(message.counts, record.peer, self._ranks(group))
             if record.said.arrived is None:
                 record.said.arrived_at = self._now
             record.said.arrived = _highest({}, message.counts)
@@ -465,6 +467,7 @@ class MasterMachine:
     def _on_behind(self, group: _Group, record: _Peer, message: Behind) -> None:
         proposal = self._answered(group, record, message.number, message.version)
         if proposal is not None:
+            check_told_untrusted(message.counts, record.peer, self._ranks(group))
             record.said.arrived = _highest(record.said.arrived or {}, message.counts)
             proposal.stale = True
 
@@ -519,6 +522,7 @@ class MasterMachine:
         if message.ballot > group.ballot_number:
             raise RemoteProtocolError(f"a report to ballot {message.ballot}, which was never opened")
         if self._is_current(group, message.epoch) and message.ballot == group.ballot_number:
+            check_told_untrusted(message.ops, record.peer, self._ranks(group))
             record.said.report = message
 
     def _on_settle(self, group: _Group, record: _Peer, message: Settle) -> None:
@@ -527,6 +531,7 @@ class MasterMachine:
 
     def _on_blocked(self, group: _Group, record: _Peer, message: Blocked) -> None:
         if self._is_current(group, message.epoch):
+            check_told_untrusted(message.lacking, record.peer, self._ranks(group))
             record.said.blocked = message
 
     def _on_unblocked(self, group: _Group, record: _Peer, message: Unblocked) -> None:
@@ -536,9 +541,10 @@ class MasterMachine:
     def _on_differs(self, group: _Group, record: _Peer, message: Differs) -> None:
         if not self._is_current(group, message.epoch) or group.ballot is not None:
             return  # a ballot is open: whoever retries the operation will find the difference again
-        detail = differs_detail(record.peer, message)
-        if group.epoch is None or message.peer not in group.epoch.peers or detail is None:
-            raise RemoteProtocolError("Differs names no difference between two members")
+        detail = differs_detail(record.peer, message, self._ranks(group))
+        concerned = participants(message.key.space, message.key.tag, self._ranks(group))
+        if detail is None or not {record.peer, message.peer} <= set(concerned):
+            raise RemoteProtocolError("Differs names no difference between two participants")
         self._open_ballot(group, KIND_MISMATCH, detail)
 
     def _on_entered(self, group: _Group, record: _Peer, message: Entered) -> None:
@@ -635,7 +641,8 @@ class MasterMachine:
         reports = {r.peer: r.said.report for r in staying if _has_reported(r, ballot)}
         if len(reports) < len(staying):
             return False
-        verdicts = ballots.decide({peer: report.ops for peer, report in reports.items() if report is not None})
+        said = {peer: report.ops for peer, report in reports.items() if report is not None}
+        verdicts = ballots.decide(said, group.epoch.peers)
         if len(verdicts) > limits.KEYS_MAX:
             longest = max(staying, key=lambda r: len(r.said.report.ops) if r.said.report is not None else 0)
             self._lose(longest, "it reports more operations than a verdict can hold", for_good=True)
@@ -651,21 +658,21 @@ class MasterMachine:
         if not ballot.blocked:
             return ballot.kind, ballot.detail
         opened = {op.key for record in staying if record.said.report is not None for op in record.said.report.ops}
-        detail = self._blocked_in(staying, opened)
+        detail = self._blocked_in(group, staying, opened)
         if detail is not None:
             return ballot.kind, detail
         return KIND_LOSS if len(staying) < len(self._members(group)) else KIND_SETTLE, "no mismatch after all"
 
-    def _blocked_in(self, members: list[_Peer], opened: Container[Key] = ()) -> str | None:
+    def _blocked_in(self, group: _Group, members: list[_Peer], opened: Container[Key] = ()) -> str | None:
         """How these wait for each other; None: they do not, or a broken link explains what they miss."""
         if any(record.peer in other.complaints for record in members for other in members):
             return None
-        return blocked_detail({record.peer: record.said.blocked for record in members}, opened)
+        return blocked_detail({record.peer: record.said.blocked for record in members}, self._ranks(group), opened)
 
     def _step_mismatch(self, group: _Group) -> bool:
         if group.ballot is not None or group.epoch is None:
             return False
-        detail = self._blocked_in(self._members(group))
+        detail = self._blocked_in(group, self._members(group))
         if detail is None:
             return False
         self._open_ballot(group, KIND_MISMATCH, detail, blocked=True)
@@ -715,8 +722,10 @@ class MasterMachine:
         for record in members:
             for key, submitted in (record.said.arrived or {}).items():
                 highest[key] = max(submitted, highest.get(key, 0))
-        if len(highest) > limits.KEYS_MAX:
-            text = f"{len(highest)} different tags, a safe point holds {limits.KEYS_MAX}"
+        cuts = _cuts(highest, self._ranks(group))
+        longest = max(map(len, cuts.values()))
+        if longest > limits.KEYS_MAX:
+            text = f"{longest} different tags, a safe point holds {limits.KEYS_MAX}"
             self._open_ballot(group, KIND_MISMATCH, make_detail((), ("tag",), text))
             return True
         everybody = [*members, *newcomers]
@@ -726,8 +735,7 @@ class MasterMachine:
             group.epoch.plan,
         )
         group.version += 1
-        cut = tuple(Count(*key, submitted) for key, submitted in sorted(highest.items()))
-        group.proposal = _Proposal(group.version, epoch, cut, tuple(r.key for r in newcomers), self._now)
+        group.proposal = _Proposal(group.version, epoch, cuts, tuple(r.key for r in newcomers), self._now)
         self._log(
             "epoch_proposed",
             group=group.group,
@@ -736,7 +744,7 @@ class MasterMachine:
             newcomers=[short(record.peer) for record in newcomers],
         )
         for record in everybody:
-            self._tell(record, _propose_message(group.proposal))
+            self._tell(record, _propose_message(group.proposal, record))
         return True
 
     def _cancel_proposal(self, group: _Group, proposal: _Proposal) -> None:
@@ -953,6 +961,10 @@ class MasterMachine:
         """In the order of the epoch: rank by rank."""
         return [self._peers[m.peer, m.incarnation] for m in group.epoch.members] if group.epoch is not None else []
 
+    def _ranks(self, group: _Group) -> tuple[bytes, ...]:
+        """The members' ids by rank: what channels of pairs refer to."""
+        return group.epoch.peers if group.epoch is not None else ()
+
     def _member(self, group: _Group, peer: bytes) -> _Peer:
         return next(record for record in self._members(group) if record.peer == peer)
 
@@ -1067,8 +1079,19 @@ def _has_reported(record: _Peer, ballot: _Ballot) -> bool:
     return record.said.report is not None and record.said.report.ballot == ballot.number
 
 
-def _propose_message(proposal: _Proposal) -> EpochPropose:
-    return EpochPropose(proposal.version, proposal.epoch, proposal.cut)
+def _propose_message(proposal: _Proposal, record: _Peer) -> EpochPropose:
+    return EpochPropose(proposal.version, proposal.epoch, proposal.cuts.get(record.peer, ()))
+
+
+def _cuts(highest: Mapping[tuple[int, int], int], members: tuple[bytes, ...]) -> dict[bytes, tuple[Count, ...]]:
+    """The cut as each member needs it: of pairs only its own."""
+    counts = [Count(*key, submitted) for key, submitted in sorted(highest.items())]
+    cuts = {peer: [count for count in counts if pair_of(count.space, count.tag) is None] for peer in members}
+    for count in counts:
+        if pair_of(count.space, count.tag) is not None:
+            for peer in participants(count.space, count.tag, members):
+                cuts[peer].append(count)
+    return {peer: tuple(cut) for peer, cut in cuts.items()}
 
 
 def _highest(known: Mapping[tuple[int, int], int], counts: Iterable[Count]) -> dict[tuple[int, int], int]:

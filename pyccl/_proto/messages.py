@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, NamedTuple
 
-from pyccl._proto import limits
+from pyccl._proto import channel, limits
 from pyccl._proto.epoch import Address, Epoch, Member
 from pyccl.errors import RemoteProtocolError
 
@@ -19,10 +19,10 @@ from pyccl.errors import RemoteProtocolError
 
 
 class Count(NamedTuple):
-    """So many operations of a tag were submitted since numbers restarted."""
+    """So many operations of a channel were submitted since numbers restarted."""
 
     space: int
-    tag: int
+    tag: int  # of SPACE_PAIR: tag and ranks, see channel.py; so in all of these
     submitted: int  # not "count": a tuple has a method of that name
 
 
@@ -223,10 +223,14 @@ _LIBRARY: Final = _Str(limits.LIBRARY_CHARS_MAX)
 _ADDRESSES: Final = _Array(
     _Record(Address, _Str(limits.HOST_CHARS_MAX), _UInt(limits.PORT_MAX, low=1)), limits.ADDRESSES_MAX
 )
-_COUNTS: Final = _Array(_Record(Count, _SPACE, _U32, _U64), limits.KEYS_MAX)
-_KEY: Final = _Record(Key, _SPACE, _U32, _U64)
-_REPORTS: Final = _Array(_Record(OpReport, _SPACE, _U32, _U64, _UInt(4, low=1), _U64), limits.KEYS_MAX)
-_VERDICTS: Final = _Array(_Record(OpVerdict, _SPACE, _U32, _U64, _UInt(2, low=1)), limits.KEYS_MAX)
+_COUNTS: Final = _Array(_Record(Count, _SPACE, _U64, _U64, check=channel.check_untrusted), limits.KEYS_MAX)
+_KEY: Final = _Record(Key, _SPACE, _U64, _U64, check=channel.check_untrusted)
+_REPORTS: Final = _Array(
+    _Record(OpReport, _SPACE, _U64, _U64, _UInt(4, low=1), _U64, check=channel.check_untrusted), limits.KEYS_MAX
+)
+_VERDICTS: Final = _Array(
+    _Record(OpVerdict, _SPACE, _U64, _U64, _UInt(2, low=1), check=channel.check_untrusted), limits.KEYS_MAX
+)
 _RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL))
 _MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)

@@ -7,10 +7,11 @@ person can both read it:  "peers 0123abcd 4567cdef; fields count dtype; <what ha
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Final
 
 from pyccl._proto import limits, spec
+from pyccl._proto.channel import pair_of, participants, user_tag
 from pyccl._proto.messages import Blocked, Differs, Key, clip
 
 PEER_DIGITS: Final = 8
@@ -37,7 +38,7 @@ def parse_detail(detail: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(found[1].split()), tuple(found[2].split())
 
 
-def differs_detail(sender: bytes, message: Differs) -> str | None:
+def differs_detail(sender: bytes, message: Differs, members: Sequence[bytes]) -> str | None:
     """Two participants gave one number to different operations. None: the two specs are equal, nothing differs."""
     mine, theirs = spec.decode_untrusted(message.mine), spec.decode_untrusted(message.theirs)
     differing = spec.differing_fields(mine, theirs)
@@ -48,48 +49,75 @@ def differs_detail(sender: bytes, message: Differs) -> str | None:
         f"{short(message.peer)}"
         for name in differing
     ]
-    text = f"{show_key(message.key)}: {', '.join(parts)}"
+    text = f"{show_key(message.key, members)}: {', '.join(parts)}"
     return make_detail((sender, message.peer), map(spec.field_name, differing), text)
 
 
-def blocked_detail(blocked: Mapping[bytes, Blocked | None], opened: Container[Key] = ()) -> str | None:
-    """Whether the members wait for each other in a way that none can end, and in what way. None: not (yet).
+def blocked_detail(
+    blocked: Mapping[bytes, Blocked | None], members: Sequence[bytes], opened: Container[Key] = ()
+) -> str | None:
+    """Whether some members wait for each other in a way that none can end, and in what way. None: not (yet).
 
-    `blocked` has an entry for every member; None where a member still moves. So does one whose open operations all
-    the others have opened too and that is at no safe point: they only take their time. An operation that all wait in,
-    and one that is known to be opened by all, is lacked by nobody: its OPEN is late on some link.
+    `blocked` has an entry for every member that stays; None where one still moves. So does one whose open operations
+    all the others have opened too and that is at no safe point: they only take their time. An operation that all whom
+    it concerns wait in, and one that is known to be opened by all, is lacked by nobody: its OPEN is late on some link.
+    Of a collective or a safe point all must be blocked; two that exchange may be while others move.
+    `members`: of the epoch, in rank order.
     """
     live = {peer: message for peer, message in sorted(blocked.items()) if message is not None}
     below = [peer for peer, message in live.items() if message.below_cut]
     if below:
         text = f"{_peers(below)} did not call an operation that others called before update_topology"
         return make_detail(below, ("below_cut",), text)
-    if len(live) < len(blocked) or not all(m.lacking or m.at_safe_point for m in live.values()):
-        return None
-    inside = [peer for peer, message in live.items() if message.at_safe_point]
-    outside = [peer for peer, message in live.items() if not message.at_safe_point]
-    waiting_in = {key: [peer for peer, m in live.items() if key in m.lacking] for key in _lacked(live)}
-    lacking = {key: peers for key, peers in waiting_in.items() if len(peers) < len(live) and key not in opened}
-    if not all(any(peer in peers for peers in lacking.values()) for peer in outside):
-        return None
-    if not lacking and not (inside and outside):
+    waiting: dict[Key, list[bytes]] = {}
+    for peer, message in live.items():
+        for key in message.lacking:
+            waiting.setdefault(key, []).append(peer)
+    lacking: dict[Key, Collection[bytes]] = {}  # key -> whom it concerns
+    for key, peers in sorted(waiting.items()):
+        pair = pair_of(key.space, key.tag) is not None
+        concerned = blocked.keys() & participants(key.space, key.tag, members) if pair else blocked.keys()
+        if len(peers) < len(concerned) and key not in opened:
+            lacking[key] = concerned
+    stuck = _stuck(blocked, live, lacking)
+    if not stuck:
         return None
     parts = [
-        f"{_peers(waiting)} wait in {show_key(key)}, which others did not call" for key, waiting in lacking.items()
+        f"{_peers(waiting[key])} wait in {show_key(key, members)}, which others did not call"
+        for key in [key for key in lacking if stuck.issuperset(waiting[key])][:_NAMED_MAX]
     ]
+    inside = [peer for peer in sorted(stuck) if live[peer].at_safe_point]
+    outside = [peer for peer in sorted(stuck) if not live[peer].at_safe_point]
     if inside and outside:
         parts.insert(0, f"{_peers(inside)} wait in update_topology, {_peers(outside)} do not")
-    return make_detail(live, ("call",), "; ".join(parts))
+    return make_detail(stuck, ("call",), "; ".join(parts))
 
 
-def show_key(key: Key) -> str:
+def _stuck(
+    blocked: Mapping[bytes, Blocked | None], live: Mapping[bytes, Blocked], lacking: Mapping[Key, Collection[bytes]]
+) -> set[bytes]:
+    """The largest set of members of whom each waits, and only for things that need others of the set to move first."""
+
+    def may_move(message: Blocked) -> bool:
+        in_lacked = [key for key in message.lacking if key in lacking]
+        if message.at_safe_point and (len(stuck) < len(blocked) or inside.issuperset(stuck)):
+            return True  # somebody moves, and may yet arrive; or all are there
+        if not message.at_safe_point and not in_lacked:
+            return True
+        return any(not stuck.issuperset(lacking[key]) for key in in_lacked)
+
+    stuck = set(live)
+    inside = {peer for peer, message in live.items() if message.at_safe_point}
+    while movers := {peer for peer in stuck if may_move(live[peer])}:
+        stuck -= movers
+    return stuck
+
+
+def show_key(key: Key, members: Sequence[bytes]) -> str:
+    if pair_of(key.space, key.tag) is not None:
+        pair = participants(key.space, key.tag, members)
+        return f"exchange {key.seq} of tag {user_tag(key.tag)} between {' and '.join(map(short, pair))}"
     return f"operation {key.seq} of {'tag' if key.space == 0 else 'internal tag'} {key.tag}"
-
-
-def _lacked(live: Mapping[bytes, Blocked]) -> list[Key]:
-    """The first few operations that some have open and others lack: a text names no more."""
-    keys = {key for message in live.values() for key in message.lacking[:_NAMED_MAX]}
-    return sorted(keys)[:_NAMED_MAX]
 
 
 def _peers(peers: Iterable[bytes]) -> str:

@@ -21,6 +21,7 @@ class Kind(enum.IntEnum):
     BROADCAST = 2
     BARRIER = 3
     ALL_GATHER = 4
+    EXCHANGE = 5
 
 
 class Dtype(enum.IntEnum):

@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import ml_dtypes
 import numpy as np
 from cases import run_cases
 from hooks import Hook, install
@@ -372,6 +373,12 @@ class Agent:
             raise CommandError(e, restored=same(x, before)) from e
         return {"sha": sha(x), "info": told_info(info)}
 
+    def do_exchange(self, partner: str, **wanted: Any) -> dict[str, Any]:
+        exchange = Reduce(self.index, wanted)
+        return exchange.outcome(
+            lambda: self.need().exchange(exchange.x, out=exchange.out, partner=partner, **exchange.keywords)
+        )
+
     def do_barrier(self, tag: int = 0, timeout: float = DEADLINE_S) -> dict[str, Any]:
         return {"info": told_info(self.need().barrier(tag=tag, timeout=timeout))}
 
@@ -496,13 +503,16 @@ class Agent:
 
 
 class Reduce:
-    """One all-reduce with its arrays."""
+    """One all-reduce, or exchange, with its arrays."""
 
     def __init__(self, index: int, wanted: dict[str, Any]) -> None:
         self.keywords = {k: wanted[k] for k in ("op", "tag", "retry") if k in wanted}
         self.keywords["timeout"] = wanted.get("timeout", DEADLINE_S)
         dtype, kind = wanted.get("dtype", "float32"), wanted.get("kind", "plain")
-        self.x = draw(wanted["seed"], index, wanted["count"], dtype, kind)
+        if dtype == "bfloat16":  # any bits: for what is moved, not folded
+            self.x = draw(wanted["seed"], index, wanted["count"], "int16").view(ml_dtypes.bfloat16)
+        else:
+            self.x = draw(wanted["seed"], index, wanted["count"], dtype, kind)
         self.before = self.x.copy()
         self.out = np.full_like(self.x, 77) if wanted.get("out") else None
 

@@ -115,7 +115,7 @@ def test_number_too_long_to_print_is_refused_like_any_other() -> None:
 
 
 def test_error_names_message_and_field() -> None:
-    with pytest.raises(RemoteProtocolError, match=r"Arrive\.counts: the number is outside 0\.\.1"):
+    with pytest.raises(RemoteProtocolError, match=r"Arrive\.counts: the number is outside 0\.\.2"):
         from_wire_untrusted([5, 1, [[7, 0, 0]]])
 
 

@@ -2,7 +2,8 @@
 
 The checks know everything and change nothing.
 
-An operation is named by (group, lineage, space, tag, seq); the lineage is the epoch in which numbers last restarted.
+An operation is named by (group, lineage, space, tag, seq, pair); the lineage is the epoch in which numbers last
+restarted, the pair is empty but in an exchange.
 Ends that the contract excepts are not judged: those of a peer that leaves or is out (its machine was told to end).
 """
 
@@ -16,6 +17,7 @@ from sim_world import S, SimError
 
 from pyccl._native._pyccl import lib
 from pyccl._proto import member
+from pyccl._proto.channel import SPACE_PAIR, participants, user_tag
 from pyccl._proto.epoch import Epoch
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from sim_engine import Attempt, Op
     from sim_peer import SimPeer
 
-OpName = tuple[int, bytes, int, int, int]
+OpName = tuple[int, bytes, int, int, int, tuple[bytes, ...]]
 EXCUSE_S: Final = 2.0
 
 
@@ -47,6 +49,8 @@ class Checks:
         self.gone: dict[tuple[bytes, bytes], int] = {}  # incarnation -> first epoch without it
         self.last_members: dict[int, Epoch] = {}
         self.cut_counts: dict[bytes, tuple[str, list[tuple[int, int, int]]]] = {}
+        self.cut_pairs: dict[bytes, dict[bytes, dict[tuple[bytes, int], int]]] = {}
+        self.swaps = 0
         self.commits = self.failures = self.evictions = self.mismatches = 0
         self.kinds: dict[str, int] = {}
         self.statuses: dict[str, int] = {}
@@ -58,7 +62,8 @@ class Checks:
 
     def _fate(self, peer: SimPeer, op: Op) -> Fate:
         assert op.seq is not None
-        return self.fates.setdefault((peer.group, op.lineage, op.space, op.tag, op.seq), Fate())
+        pair = tuple(sorted((peer.peer, op.partner))) if op.partner else ()
+        return self.fates.setdefault((peer.group, op.lineage, op.space, op.tag, op.seq, pair), Fate())
 
     def started(self, peer: SimPeer, op: Op, attempt: Attempt) -> None:
         fate = self._fate(peer, op)
@@ -81,14 +86,17 @@ class Checks:
             )
         fate.epoch, fate.result = attempt.epoch, attempt.result
         assert peer.engine is not None
-        fate.bound.update(self.epochs[peer.group, peer.engine.number][1])  # by DONE from all; by verdict: all survivors
+        members = self.epochs[peer.group, peer.engine.number][1]
+        # by DONE from all; by verdict: all survivors
+        fate.bound.update(key for key in members if key[0] in attempt.members)
+        self.swaps += bool(op.partner)
         fate.committed[peer.index] = peer.name
         self._atomic(op, fate)
 
     def _pure(self, peer: SimPeer, op: Op, attempt: Attempt, fate: Fate) -> None:
         """Exactly one contribution of each that owes one, of this epoch and of this very operation."""
         values = attempt.result or frozenset()
-        if peer.engine is not None and peer.engine.members == (peer.peer,) != attempt.members:
+        if peer.engine is not None and {peer.peer} == {*attempt.members} & {*peer.engine.members}:
             values = frozenset(
                 v for v in values if v != (-1, peer.index)
             )  # wrong bits, but who else is left to differ?
@@ -102,7 +110,7 @@ class Checks:
                 self.fail(f"{peer.name} commits {self._name(op)} with a value of {process.name}, who is no member")
             if fate.submits.get(sender) != cookie:
                 self.fail(f"{peer.name} commits {self._name(op)} with {process.name}'s value for another operation")
-            if op.space == 0 and label != op.label and self.cluster.options.strict:
+            if op.space != 1 and label != op.label and self.cluster.options.strict:
                 self.fail(f"{peer.name} commits {op.label} with {process.name}'s {label}: numbers have parted")
 
     def failed(self, peer: SimPeer, op: Op, status: int, *, own_end: bool) -> None:
@@ -152,12 +160,29 @@ class Checks:
                 if (old.peer, old.incarnation) not in members:
                     self.gone.setdefault((old.peer, old.incarnation), epoch.number)
             if effect.restart and not effect.mismatch:
-                name, same = self.cut_counts.setdefault(epoch.id, (peer.name, sorted(counts)))
-                if same != sorted(counts):
-                    self.fail(
-                        f"at the safe point before epoch {epoch.number} {name} counts {same}, {peer.name} {counts}"
-                    )
+                ours = sorted(count for count in counts if count[0] != SPACE_PAIR)
+                name, same = self.cut_counts.setdefault(epoch.id, (peer.name, ours))
+                if same != ours:
+                    self.fail(f"at the safe point before epoch {epoch.number} {name} counts {same}, {peer.name} {ours}")
+                self._cut_of_pairs(peer, epoch, counts)
         self.last_members[peer.index] = epoch
+
+    def _cut_of_pairs(self, peer: SimPeer, epoch: Epoch, counts: list[tuple[int, int, int]]) -> None:
+        """Both of a pair have submitted as many."""
+        assert peer.engine is not None
+        ours: dict[tuple[bytes, int], int] = {}
+        for space, number, count in counts:
+            if space == SPACE_PAIR:
+                (other,) = set(participants(space, number, peer.engine.members)) - {peer.peer}
+                ours[other, user_tag(number)] = count
+        known = self.cut_pairs.setdefault(epoch.id, {})
+        known[peer.peer] = ours
+        for other, theirs in known.items():
+            mine = {tag: count for (partner, tag), count in ours.items() if partner == other}
+            back = {tag: count for (partner, tag), count in theirs.items() if partner == peer.peer}
+            if mine != back:
+                text = f"{peer.name} counts {mine} exchanges with {other.hex()[:8]}, which counts {back}"
+                self.fail(f"before epoch {epoch.number} {text}")
 
     def mismatch(self, peer: SimPeer, detail: str) -> None:
         self.mismatches += 1

@@ -12,7 +12,7 @@ from typing import Any, Final
 from sim_checks import Checks
 from sim_master import SimMaster
 from sim_peer import SimPeer
-from sim_program import Background, Program, Thread
+from sim_program import Background, Gossip, Program, Thread
 from sim_world import S, SimError, World
 
 from pyccl._proto.epoch import Address
@@ -116,7 +116,7 @@ class SimCluster:
         assert self.peer(peer.index) is peer
         self._by_address[peer.address] = peer
         program = self.programs[peer.index] = Program(peer)
-        threads: list[Thread] = [program, *([Background(peer)] if self.options.background else [])]
+        threads: list[Thread] = [program, *([Background(peer), Gossip(peer)] if self.options.background else [])]
         self.threads[peer.index] = threads
         peer.on_joined = lambda: [thread.soon() for thread in threads]
         self.world.note("%s starts: id %s, group %d", name, peer_id.hex()[:8], group)

@@ -42,6 +42,7 @@ class Op:
     tag: int = 0
     kind: int = 0
     root: bytes = b""
+    partner: bytes = b""  # of an exchange
     flip: bool = False  # this peer computes wrong bits
     seq: int | None = None  # known once it started or ended with a number
     lineage: bytes = b""
@@ -97,7 +98,7 @@ class SimEngine:
         self.lineage = b""
         self.ops: dict[int, Op] = {}
         self.attempts: dict[int, Attempt] = {}
-        self.early: dict[tuple[int, int, int], list[tuple[int, tuple[Any, ...]]]] = {}
+        self.early: dict[tuple[int, int, int], list[tuple[int, tuple[Any, ...]]]] = {}  # (space, channel, seq) -> ...
         self.cut_set = self.drained_told = self.acting = self.ending = False
         self.cuts = 0
         self.from_peer = False  # the machine is working on a frame
@@ -313,7 +314,7 @@ class SimEngine:
         if gate == REFUSE:
             self.owner.checks.refused(self.owner, link.peer, (space, tag, seq, value))
         elif gate == PASS and cookie == 0:
-            self.early.setdefault((space, tag, seq), []).append((link.rank, value))
+            self.early.setdefault((space, self._channel(space, tag, link.rank), seq), []).append((link.rank, value))
         elif gate == PASS and cookie in self.attempts:
             self._contribution(self.attempts[cookie], link.rank, value)
 
@@ -339,25 +340,35 @@ class SimEngine:
         op.seq, op.lineage = seq, self.lineage
         op.attempts += 1
         others = tuple(r for r in range(len(self.members)) if r != self.rank)
-        value = (self.owner.index, op.cookie, self.number, op.label)
-        if op.kind == lib.PYCCL_BARRIER:
+        value, members = (self.owner.index, op.cookie, self.number, op.label), self.members
+        partner = self.members.index(op.partner) if op.partner else 0
+        if op.partner:
+            needs, to = frozenset((self.rank, partner)), (partner,)
+            members = tuple(sorted((self.owner.peer, op.partner)))
+        elif op.kind == lib.PYCCL_BARRIER:
             needs, to = frozenset[int](), ()
         elif op.kind == lib.PYCCL_BROADCAST:
             root = self.members.index(op.root)
             needs, to = frozenset((root,)), others if root == self.rank else ()
         else:
             needs, to = frozenset(range(len(self.members))), others
-        attempt = Attempt(op, self.number, self.members, value, needs, to)
+        attempt = Attempt(op, self.number, members, value, needs, to)
         attempt.eager = self.world.rng.random() < EAGER_RATE
         self.attempts[op.cookie] = attempt
         self.owner.checks.started(self.owner, op, attempt)
         if self.rank in needs:
             attempt.got[self.rank] = value
         self._result_if_whole(attempt)
-        for rank, early in self.early.pop((op.space, op.tag, seq), ()):
+        for rank, early in self.early.pop((op.space, self._channel(op.space, op.tag, partner), seq), ()):
             self._contribution(attempt, rank, early)
         for rank in to:
             self._send_attempt(attempt, rank)
+
+    def _channel(self, space: int, tag: int, rank: int) -> int:
+        """What is numbered together; `rank`: with whom, where it is a pair."""
+        if self.owner.bug == "mixes_pairs":
+            return tag
+        return int(lib.pyccl_channel(space, tag, self.rank, rank))
 
     def _send_attempt(self, attempt: Attempt, rank: int) -> None:
         link = self.ranks.get(rank)
@@ -422,7 +433,7 @@ class SimEngine:
         elif kind == lib.PYCCL_ACT_DIFFERS:
             link = self.ranks.get(action.rank)
             if link is not None:
-                key = (op.space, op.tag, op.seq)
+                key = (op.space, self._channel(op.space, op.tag, action.rank), op.seq)
                 theirs = sim_fsm.spec_bytes(sim_fsm.ffi.addressof(action, "message", "spec"))
                 self.owner.engine_event(self.owner.on_differs, link.slot, key, sim_fsm.spec_bytes(op.spec), theirs)
 
@@ -516,5 +527,6 @@ class SimEngine:
         return runs and not self.world.blocked(self.owner, other)
 
     def blocked(self) -> tuple[list[tuple[int, int, int]], float, bool]:
-        quiet = (self.world.now - self.quiet_since) / S
-        return self.fsm.lacking(), quiet, bool(lib.pyccl_fsm_below_cut(self.fsm.handle))
+        lacking = self.fsm.lacking()
+        quiet = 0.0 if len(self.attempts) > len(lacking) else (self.world.now - self.quiet_since) / S
+        return lacking, quiet, bool(lib.pyccl_fsm_below_cut(self.fsm.handle))

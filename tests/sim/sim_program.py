@@ -1,8 +1,10 @@
 """The program each simulated user runs: agree on the round, do its operations, meet the others at safe points.
 
-A round is a pure function of (seed, group, number): all peers mean the same. Contributions carry what a peer means, so
-the checks see when numbers part. After a restart of numbers the program agrees anew on (round, revision) with an
-all-gather, as state sync does. The revision counts rounds in which every operation committed.
+A round is a pure function of (seed, group, number): all peers mean the same. In an exchange the places of two partners
+among all peers that ever were differ by a number of the round; whoever finds no member there has lost it.
+Contributions carry what a peer means, so the checks see when numbers part. After a restart of numbers the program
+agrees anew on (round, revision) with an all-gather, as state sync does. The revision counts rounds in which every
+collective committed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from sim_engine import Op
 from sim_world import S
 
 from pyccl._native._pyccl import lib
+from pyccl._proto.channel import SPACE_PAIR
 
 if TYPE_CHECKING:
     from sim_peer import SimPeer
@@ -24,7 +27,8 @@ LONG_S: Final = 1800.0
 TAGS: Final = 4
 INTERNAL: Final = 1
 REDUCE: Final = lib.PYCCL_ALL_REDUCE
-KINDS: Final = (REDUCE, REDUCE, lib.PYCCL_ALL_GATHER, lib.PYCCL_BROADCAST, lib.PYCCL_BARRIER)
+EXCHANGE: Final = lib.PYCCL_EXCHANGE
+KINDS: Final = (REDUCE, REDUCE, lib.PYCCL_ALL_GATHER, lib.PYCCL_BROADCAST, lib.PYCCL_BARRIER, EXCHANGE, EXCHANGE)
 Steps = Generator[Callable[[], None], None, None]
 
 
@@ -34,7 +38,7 @@ class Round:
     def __init__(self, seed: int, group: int, number: int) -> None:
         rng = random.Random(f"{seed} {group} {number}")
         self.ops = [
-            (rng.randrange(TAGS), rng.choice(KINDS), rng.random() < 0.85, rng.randint(1, 1000))
+            (rng.randrange(TAGS), rng.choice(KINDS), rng.random() < 0.85, rng.randint(1, 1000), rng.randint(1, 3))
             for _ in range(rng.randint(1, 4))
         ]
         self.parallel = rng.random() < 0.6
@@ -91,17 +95,34 @@ class Thread:
         self.peer.waiting -= 1
         self._go()
 
+    def _partner(self, apart: int) -> bytes:
+        """Who stands so far from here, in a pairing that both sides know; b"": nobody was ever there."""
+        ids = list(dict.fromkeys(peer.peer for peer in self.peer.cluster.peers))
+        place = ids.index(self.peer.peer) ^ apart
+        return ids[place] if place < len(ids) else b""
+
     def _submit(
-        self, space: int, tag: int, kind: int, label: tuple[int, ...], *, retry: bool = True, count: int = 1
+        self,
+        space: int,
+        tag: int,
+        kind: int,
+        label: tuple[int, ...],
+        *,
+        retry: bool = True,
+        count: int = 1,
+        partner: bytes = b"",
     ) -> Op:
         root = self.root if kind == lib.PYCCL_BROADCAST else b""
         if kind == lib.PYCCL_BARRIER:
             count = 0
+        if partner:
+            root = bytes(a ^ b for a, b in zip(self.peer.peer, partner, strict=True))
         spec = sim_fsm.make_spec(kind, tag, count, space=space, retry=retry, root=root)
         deadline_s, options, chaos = LONG_S, self.options, self.peer.cluster.chaos
         if chaos and self.rng.random() < options.deadline_rate:
             deadline_s = 0.003 * 400 ** self.rng.random()
         op = Op(self.peer.cookie(), spec, label, self.world.now + int(deadline_s * S), space, tag, kind, root)
+        op.partner = partner
         op.then = self._ended
         if chaos and self.rng.random() < options.flip_rate and kind != lib.PYCCL_BARRIER:
             op.flip = True
@@ -118,7 +139,8 @@ class Thread:
 
     def _ended(self, op: Op) -> None:
         self.open.discard(op)
-        self.alone = op.status == lib.PYCCL_ERR_ALONE
+        if not op.partner:
+            self.alone = op.status == lib.PYCCL_ERR_ALONE
         self.ended(op)
         self._check_waits()
 
@@ -135,6 +157,19 @@ class Background(Thread):
             op = self._submit(0, TAGS, lib.PYCCL_ALL_REDUCE, (TAGS,))
             yield from self._wait([op])
             yield from self._sleep(self.options.think_s * 2 * self.rng.random() + (0.1 if self.alone else 0.0))
+
+
+class Gossip(Thread):
+    """A thread that exchanges with one and the same partner, at safe points too."""
+
+    def main(self) -> Steps:
+        yield lambda: None  # until Joined
+        while True:
+            partner = self._partner(1)
+            if partner:
+                op = self._submit(SPACE_PAIR, TAGS, EXCHANGE, (TAGS,), partner=partner)
+                yield from self._wait([op])
+            yield from self._sleep(self.options.think_s * 2 * self.rng.random() + 0.02)
 
 
 class Program(Thread):
@@ -179,10 +214,18 @@ class Program(Thread):
             order = order[:-1]  # one call is left out
         ops: list[Op] = []
         for index in order:
-            tag, kind, retry, count = plan.ops[index]
+            tag, kind, retry, count, apart = plan.ops[index]
+            partner = self._partner(apart) if kind == EXCHANGE else b""
+            if kind == EXCHANGE and not partner:
+                continue
             if wrong and self.rng.random() < 0.3:
                 count += 1
-            ops.append(self._submit(0, tag, kind, (self.round, index), retry=retry, count=count))
+            space = SPACE_PAIR if partner else 0
+            ops.append(
+                self._submit(
+                    space, tag, kind, (self.round, index), retry=retry or bool(partner), count=count, partner=partner
+                )
+            )
             if not plan.parallel:
                 yield from self._wait(ops[-1:])
             elif self.rng.random() < 0.5:
@@ -191,7 +234,8 @@ class Program(Thread):
             yield from self._wait(ops)
         self.round += 1
         self.rounds_done += 1
-        if ops and all(op.status == 0 for op in ops):
+        collectives = [op for op in ops if not op.partner]
+        if collectives and all(op.status == 0 for op in collectives):
             self.revision += 1
         if self.needs_sync:
             return

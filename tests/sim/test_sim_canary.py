@@ -17,6 +17,7 @@ BUGS = {
     "no_resend": "a link that came back repeats nothing",
     "deaf_to_abort": "ABORT is not heard",
     "blames_others": "the master takes a failure of its own line for the silence of all members",
+    "mixes_pairs": "early bytes of one partner are taken for those of another with the same tag and number",
     "early_drained": "a member is ready for the next epoch before its operations have ended",
 }
 SEEDS = 60

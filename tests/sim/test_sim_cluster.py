@@ -32,13 +32,15 @@ def test_seeds_reach_every_kind_of_epoch_fault_and_failure() -> None:
     kinds: Counter[str] = Counter()
     statuses: Counter[str] = Counter()
     faults: Counter[str] = Counter()
-    evictions = 0
+    evictions = swaps = 0
     for seed in range(5000, 5012):
         checks: Checks = simulate(seed, faults=FAULT_KINDS, deadline_rate=0.05, flip_rate=0.01).checks
         kinds.update(checks.kinds)
         statuses.update(checks.statuses)
         faults.update(draw_options(seed).faults)
         evictions += checks.evictions
+        swaps += checks.swaps
+    assert swaps > 100
     assert set(kinds) >= {"found", "join", "loss", "settle"}
     assert set(statuses) >= {"DEADLINE", "ALONE", "PEER_LOST", "RESULT_DIFFERS", "EVICTED", "CLOSED"}
     assert evictions > 5
