@@ -39,13 +39,15 @@ class ArrivalPlan:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One newcomer. stall_s: longest pause of any member that overlaps its coming."""
+    """One newcomer. stall_s: longest pause of any member that overlaps its coming. extra_bytes: most resident memory
+    beyond what it had, with its state, just before the sync."""
 
     connect_s: float
     sync_s: float
     stall_s: float
     rx_bytes: int
     source_bytes: tuple[int, ...]  # sent by each holder
+    extra_bytes: int
 
     @property
     def total_s(self) -> float:
@@ -66,9 +68,12 @@ class Quiet:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
+    """holder_extra_bytes: as `Arrival.extra_bytes`, of the member with the most, over all syncs."""
+
     plan: ArrivalPlan
     arrivals: tuple[Arrival, ...]
     quiet: Quiet
+    holder_extra_bytes: int
 
     def summary(self, name: str) -> Summary:
         return summarize([getattr(arrival, name) for arrival in self.arrivals])
@@ -78,6 +83,8 @@ class Arrivals:
             "settings": asdict(self.plan),
             **{name: self.summary(name).to_json() for name in ("connect_s", "sync_s", "total_s", "stall_s")},
             "sync_mb_per_s": self.summary("mb_per_s").to_json(),
+            "extra_bytes": self.summary("extra_bytes").to_json(),
+            "holder_extra_bytes": self.holder_extra_bytes,
             "quiet": asdict(self.quiet),
             "arrivals": [asdict(arrival) for arrival in self.arrivals],
         }
@@ -189,10 +196,11 @@ def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
     _check_state(records, [done for _, done in comings])
     ends = [records[name]["ends_ns"] for name in founders]
     arrivals = tuple(
-        _arrival(joined, ends, [records[name]["served"] for name in founders], number)
-        for number, (joined, _) in enumerate(comings)
+        _arrival(joined, done, ends, [records[name]["served"] for name in founders], number)
+        for number, (joined, done) in enumerate(comings)
     )
-    return Arrivals(plan, arrivals, _quiet(ends, group.started_ns, quiet_until_ns))
+    holder_extra_bytes = max(int(records[name]["extra_bytes"]) for name in founders)
+    return Arrivals(plan, arrivals, _quiet(ends, group.started_ns, quiet_until_ns), holder_extra_bytes)
 
 
 def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> None:
@@ -202,7 +210,7 @@ def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> Non
 
 
 def _arrival(
-    joined: Fields, ends: Sequence[Sequence[int]], served: Sequence[Sequence[dict[str, int]]], number: int
+    joined: Fields, done: Fields, ends: Sequence[Sequence[int]], served: Sequence[Sequence[dict[str, int]]], number: int
 ) -> Arrival:
     started, member, synced = joined["started_ns"], joined["member_ns"], joined["synced_ns"]
     if not joined["changed"]:
@@ -213,6 +221,7 @@ def _arrival(
         stall_s=_longest(ends, started, synced),
         rx_bytes=joined["rx_bytes"],
         source_bytes=tuple(syncs[number]["tx_bytes"] for syncs in served),
+        extra_bytes=done["extra_bytes"],
     )
 
 
