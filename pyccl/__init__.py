@@ -15,6 +15,7 @@ from pyccl.errors import (
     PycclError,
     RejectedError,
     RemoteProtocolError,
+    StagingError,
     UsageError,
 )
 from pyccl.reference import reference_all_reduce
@@ -36,6 +37,7 @@ __all__ = [
     "RejectedError",
     "RemoteProtocolError",
     "SharedState",
+    "StagingError",
     "SyncInfo",
     "UsageError",
     "Work",

@@ -25,7 +25,7 @@ import numpy as np
 from pyccl import errors
 from pyccl._io.address import parse_address
 from pyccl._io.session import Session, SessionConfig, View
-from pyccl._io.statesync import SyncInfo, sync_shared_state
+from pyccl._io.statesync import STRATEGIES, SyncInfo, sync_shared_state
 from pyccl._native import status
 from pyccl._native._pyccl import lib
 from pyccl._native.handles import TIMEOUT_S_MAX, WORLD_MAX, Kind, Op, OpInfo, Spec
@@ -481,7 +481,7 @@ class Communicator:
         limit_s, view = _seconds("timeout", timeout), session.view
         if other not in view.members:
             raise errors.PeerLostError(f"exchange: {partner} is no member of epoch {view.epoch}", peer=other.hex())
-        info = self._run(session, spec, source.bytes_, target.bytes_, limit_s, "exchange")
+        info = self._run(session, spec, source, target, limit_s, "exchange")
         return replace(info, world_size=2, members=tuple(sorted((self.peer_id, other.hex()))))
 
     def barrier(self, *, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S) -> ReduceInfo:
@@ -494,27 +494,38 @@ class Communicator:
     ) -> SyncInfo:
         """Give every member the same arrays and revision. Collective.
 
-        "enforce_popular": members of the last committed sync vote (all do if there was none); the newest revision
-        wins, then the one with most holders, then the lowest root; a lone one never wins against two that agree.
-        Only chunks that differ travel, from all holders at once, each checked against its digest. The arrays are
-        replaced on all members or on none.
+        Members of the last committed sync vote (all do if there was none); the newest revision wins, then the one
+        with most holders, then the lowest root; a lone one never wins against two that agree. Only chunks that differ
+        travel, from all holders at once, each checked against its digest. The arrays are replaced on all members or
+        on none. States above 32 MiB are staged in a file without a name in $TMPDIR, or /var/tmp.
 
         Args:
-            state: names, dtypes and shapes equal on all members.
-            timeout: seconds for the whole of it.
+            state: names, dtypes, shapes, ``allow_content_inequality`` and ``digest`` equal on all members.
+            strategy: of this member; they may differ.
+                "enforce_popular": offers what it holds and takes what is elected.
+                "receive_only": offers nothing, neither votes nor serves, and takes what is elected.
+                "send_only": offers what it holds and never changes it. If another state is elected it gets a
+                MismatchError, and the others go on with what is elected (``SyncInfo.apart`` names it).
+                If all who may vote are receive-only, the others vote. If all members are: MismatchError on all.
+            timeout: seconds for all members to call it, and again (the least of all members') for the transfer. A
+                member that has not received the state by then leaves the run with DeadlineError and has to
+                ``connect()`` again; the others go on without it.
         Raises:
-            MismatchError: names, dtypes or shapes differ; names the peers. Nothing was changed.
-            PeerLostError: every holder was lost before all had the state. Nothing was changed.
+            MismatchError: members differ in what must be equal, which `fields` names, or "strategy", see above;
+                `peers` says who. Nothing was changed.
+            PeerLostError: every holder was lost or served wrong bytes, or a member could not stage the state, before
+                all had it. Nothing was changed.
+            StagingError: this peer can't stage the state; names the directory. Nothing was changed, on any member.
             otherwise as ``all_reduce``, without AloneError: alone it commits what is here.
         """
         if not isinstance(state, SharedState):
             raise errors.UsageError(f"a SharedState is needed, not {type(state).__name__}")
-        if strategy != "enforce_popular":
-            raise errors.UsageError(f"strategy {strategy!r} is not known; this version has 'enforce_popular'")
+        if not isinstance(strategy, str) or strategy not in STRATEGIES:
+            raise errors.UsageError(f"strategy={strategy!r} is not one of {', '.join(STRATEGIES)}")
         limit_s, session = _seconds("timeout", timeout), self._require()
         with self._sync_lock:
             try:
-                return sync_shared_state(session, self._gather, state, limit_s)
+                return sync_shared_state(session, self._gather, state, STRATEGIES[strategy], limit_s)
             except errors.UsageError:
                 if session.error is not None:  # left the run meanwhile
                     raise session.error from None

@@ -17,6 +17,7 @@ __all__ = [
     "PycclError",
     "RejectedError",
     "RemoteProtocolError",
+    "StagingError",
     "UsageError",
 ]
 
@@ -101,6 +102,15 @@ class RemoteProtocolError(PycclError):
 
     Fault: the sender's: another version, a bug, or malice.  Retry: not with that sender; its connection is closed.
     Array: untouched; nothing of a refused message is applied.
+    """
+
+
+class StagingError(PycclError):
+    """This peer has no room for the shared state it fetches: the directory that the text names is full or not writable.
+
+    Fault: this machine's.  Retry: after ``TMPDIR`` names another directory, or room was made.  Array: untouched, on all
+    members; the others get PeerLostError.  (If what was staged could not be read again after the members had committed:
+    this peer has left the run, and its arrays are whole only after ``connect()`` and another sync.)
     """
 
 

@@ -1,9 +1,10 @@
 """SharedState: named arrays plus a revision that all peers of a group hold bit-identically between rounds.
 
-Digests, all over little-endian bytes (proto/wire.md 6):
-    chunk   XXH3-128 of each MiB of an array's bytes
-    layout  SHA-256 of (name, dtype, shape) of every array, by name; first 16 bytes
-    root    SHA-256 of (layout, revision, the chunk digests of every array, by name); first 16 bytes
+Digests, all over little-endian bytes (proto/wire.md 6); the arrays are in the order of their names:
+    chunk   of each MiB of an array's bytes: XXH3-128 (16 bytes) or SHA-256 (32 bytes), as ``digest`` says
+    table   the chunk digests of every array whose content must be equal
+    layout  SHA-256 of (name, dtype, shape, may the content differ) of every array
+    root    SHA-256 of (layout, digest number, revision, table)
 Lineage is not part of the root: it says whose state this is, not what it holds.
 """
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +27,51 @@ from pyccl.errors import UsageError
 ARRAYS_MAX: Final = 65_536
 NAME_BYTES_MAX: Final = 1024
 REVISION_MAX: Final = (1 << 63) - 1
+_THREADS_MAX: Final = 8
+_THREADS_FROM_BYTES: Final = 8 << 20  # below it starting threads costs more than they save
+
+Array = np.ndarray[Any, Any]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDigest:
+    """A way to hash chunks. table(arrays): the digests of all chunks, `size_bytes` each, arrays one after the other."""
+
+    name: str
+    number: int  # on the wire
+    size_bytes: int
+    table: Callable[[Sequence[Bytes]], bytes]
+
+    def matches(self, chunk: Bytes, digest: bytes) -> bool:
+        """Whether these are the bytes; `chunk` is at most CHUNK_BYTES long."""
+        return self.table([chunk]) == digest
+
+
+def _fast_table(arrays: Sequence[Bytes]) -> bytes:
+    return b"".join(chunk_digests(array) for array in arrays)
+
+
+def _sha256_table(arrays: Sequence[Bytes]) -> bytes:
+    """hashlib releases the GIL, so threads share the chunks of a large state."""
+    chunks = [array[at : at + CHUNK_BYTES].data for array in arrays for at in range(0, array.nbytes, CHUNK_BYTES)]
+    threads = min(len(os.sched_getaffinity(0)), _THREADS_MAX)
+    if threads == 1 or sum(chunk.nbytes for chunk in chunks) < _THREADS_FROM_BYTES:
+        return b"".join(map(_sha256, chunks))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pyccl-digest")
+    try:
+        return b"".join(pool.map(_sha256, chunks))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _sha256(chunk: memoryview) -> bytes:
+    return hashlib.sha256(chunk).digest()
+
+
+FAST: Final = ChunkDigest("fast", 1, 16, _fast_table)
+SHA256: Final = ChunkDigest("sha256", 2, 32, _sha256_table)
+DIGESTS: Final[Mapping[str, ChunkDigest]] = {kind.name: kind for kind in (FAST, SHA256)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +80,7 @@ class StateDigest:
 
     layout: bytes
     root: bytes
-    table: bytes  # 16 bytes a chunk: arrays by name, chunks in order
+    table: bytes
 
 
 class SharedState:
@@ -40,13 +88,26 @@ class SharedState:
 
     Args:
         arrays: name -> C-contiguous, writable NumPy array of any dtype without Python objects; not copied.
-            ``sync_shared_state`` may replace their bytes; the caller changes them between rounds.
+            ``sync_shared_state`` may replace their bytes; the caller changes them between rounds, and not while a
+            sync runs: what is served then does not match its digest, and others leave this peer as a source.
         revision: 0..2**63-1. Add the same to it on all peers after every deterministic advance of the arrays.
+        allow_content_inequality: names of arrays whose bytes may differ between peers (a random generator's state,
+            say). Names, dtypes and shapes must agree, as must this list; the bytes are in no digest and never travel:
+            every peer, a newcomer too, keeps its own.
+        digest: how chunks are hashed, equal on all peers. "fast" (XXH3-128) finds accidents; "sha256" (full SHA-256)
+            also finds forgeries, for runs whose peers do not trust each other.
     Raises:
-        UsageError: a name or an array is not of that kind, or two arrays share memory.
+        UsageError: a name or an array is not of that kind, two arrays share memory, or an option is not known.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray[Any, Any]], revision: int = 0) -> None:
+    def __init__(
+        self,
+        arrays: Mapping[str, Array],
+        revision: int = 0,
+        *,
+        allow_content_inequality: Iterable[str] = (),
+        digest: str = "fast",
+    ) -> None:
         if not arrays:
             raise UsageError("a shared state needs at least one array")
         if len(arrays) > ARRAYS_MAX:
@@ -54,7 +115,11 @@ class SharedState:
         for name, array in arrays.items():
             _check_array(name, array)
         _check_disjoint(arrays)
+        if not isinstance(digest, str) or digest not in DIGESTS:
+            raise UsageError(f"digest={digest!r} is not one of {', '.join(DIGESTS)}")
         self._arrays = dict(sorted(arrays.items()))
+        self._unequal = _names_of(allow_content_inequality, self._arrays)
+        self.chunk_digest = DIGESTS[digest]
         self.revision = revision
         self.lineage = bytes(16)  # zero until the first committed sync
         self.voter: bytes | None = None  # the incarnation that took part in the group's last committed sync
@@ -70,47 +135,64 @@ class SharedState:
         self._revision = int(value)
 
     @property
-    def arrays(self) -> Mapping[str, np.ndarray[Any, Any]]:
+    def arrays(self) -> Mapping[str, Array]:
         """The caller's arrays in the order of their names."""
         return self._arrays
+
+    @property
+    def compared(self) -> Mapping[str, Bytes]:
+        """The bytes, without a copy, of the arrays whose content must be equal, in the order of their names."""
+        return {
+            name: array.reshape(-1).view(np.uint8) for name, array in self._arrays.items() if name not in self._unequal
+        }
 
     @property
     def size_bytes(self) -> int:
         return sum(array.nbytes for array in self._arrays.values())
 
     def digest(self) -> str:
-        """32 hex characters that are equal on two peers when names, dtypes, shapes, bytes and revision are."""
+        """64 hex characters: equal on two peers when names, dtypes, shapes, revision, options and bytes are (the bytes
+        of arrays in ``allow_content_inequality`` do not count)."""
         return self.tree().root.hex()
 
     def tree(self) -> StateDigest:
         """Hash everything as it is now."""
-        table = b"".join(chunk_digests(array) for array in self._arrays.values())
-        layout = self.layout()
-        return StateDigest(layout, state_root(layout, self._revision, table), table)
+        table = self.chunk_digest.table(list(self.compared.values()))
+        return StateDigest(self.layout(), self.root_of(self._revision, table), table)
+
+    def root_of(self, revision: int, table: bytes) -> bytes:
+        """The root of a state of this layout with these chunk digests."""
+        return hashlib.sha256(self.layout() + struct.pack("<QQ", self.chunk_digest.number, revision) + table).digest()
 
     def layout(self) -> bytes:
         """What must agree before bytes can be compared."""
         digest = hashlib.sha256()
         for name, array in self._arrays.items():
             encoded, dtype = name.encode(), array.dtype.str.encode()
-            digest.update(struct.pack("<III", len(encoded), len(dtype), array.ndim) + encoded + dtype)
+            unequal = name in self._unequal
+            digest.update(struct.pack("<IIII", len(encoded), len(dtype), array.ndim, unequal) + encoded + dtype)
             digest.update(struct.pack(f"<{array.ndim}Q", *array.shape))
-        return digest.digest()[:16]
+        return digest.digest()
 
     def __repr__(self) -> str:
         return f"<SharedState revision {self.revision}, {len(self._arrays)} arrays, {self.size_bytes} bytes>"
 
 
-def state_root(layout: bytes, revision: int, table: bytes) -> bytes:
-    return hashlib.sha256(layout + struct.pack("<Q", revision) + table).digest()[:16]
-
-
-def chunks_of(size_bytes: int) -> int:
-    return -(-size_bytes // CHUNK_BYTES)
+def _names_of(given: Iterable[str], arrays: Mapping[str, Array]) -> frozenset[str]:
+    if isinstance(given, str | bytes):
+        raise UsageError(f"allow_content_inequality is a collection of names, not {given!r}")
+    try:
+        names = frozenset(given)
+    except TypeError:  # not iterable, or something in it is not hashable
+        raise UsageError(f"allow_content_inequality is a collection of names, not {given!r}") from None
+    unknown = sorted(repr(name) for name in names if name not in arrays)
+    if unknown:
+        raise UsageError(f"allow_content_inequality: there is no array {', '.join(unknown)}")
+    return names
 
 
 def _check_array(name: object, array: object) -> None:
-    if not isinstance(name, str) or not 1 <= len(name.encode()) <= NAME_BYTES_MAX:
+    if not isinstance(name, str) or not 1 <= len(_utf8(name)) <= NAME_BYTES_MAX:
         raise UsageError(f"the name of an array is text of 1..{NAME_BYTES_MAX} bytes, not {name!r}")
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{name}: a NumPy array is needed, not {type(array).__name__}")
@@ -122,7 +204,15 @@ def _check_array(name: object, array: object) -> None:
         raise UsageError(f"{name}: the array is read-only")
 
 
-def _check_disjoint(arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def _utf8(name: str) -> bytes:
+    """Empty for what is no text (a lone surrogate)."""
+    try:
+        return name.encode()
+    except UnicodeEncodeError:
+        return b""
+
+
+def _check_disjoint(arrays: Mapping[str, Array]) -> None:
     spans = sorted((a.__array_interface__["data"][0], a.nbytes, name) for name, a in arrays.items() if a.nbytes)
     for (start, size, name), (after, _, other) in itertools.pairwise(spans):
         if start + size > after:

@@ -268,6 +268,7 @@ def test_a_usage_error_is_a_value_error() -> None:
         ({"": array()}, "name"),
         ({"x" * 1025: array()}, "name"),
         ({7: array()}, "name"),
+        ({"\udc80": array()}, "name"),
         ({"x": [1, 2]}, "NumPy array"),
         ({"x": array(object)}, "Python objects"),
         ({"x": array()[::2]}, "C-contiguous"),
@@ -279,6 +280,24 @@ def test_a_usage_error_is_a_value_error() -> None:
 def test_a_shared_state_refuses_what_it_can_not_hold(arrays: dict[Any, Any], match: str) -> None:
     with pytest.raises(pyccl.UsageError, match=match):
         pyccl.SharedState(arrays)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"allow_content_inequality": ["y"]}, "no array 'y'"),
+        ({"allow_content_inequality": ["x", 7]}, "no array 7"),
+        ({"allow_content_inequality": "x"}, "collection of names"),
+        ({"allow_content_inequality": 3}, "collection of names"),
+        ({"allow_content_inequality": [["x"]]}, "collection of names"),
+        ({"digest": "md5"}, "fast, sha256"),
+        ({"digest": None}, "fast, sha256"),
+        ({"digest": ["fast"]}, "fast, sha256"),
+    ],
+)
+def test_a_shared_state_refuses_options_it_does_not_know(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(pyccl.UsageError, match=match):
+        pyccl.SharedState({"x": array()}, **options)
 
 
 @pytest.mark.parametrize("revision", [-1, 2**63, 1.0, "1", None, True])
@@ -293,7 +312,7 @@ def test_a_revision_is_a_whole_number(revision: Any) -> None:
 
 def test_sync_refuses_what_it_does_not_know(comm: pyccl.Communicator) -> None:
     state = pyccl.SharedState({"x": array()})
-    for strategy in ("receive_only", "send_only", "", None):
+    for strategy in ("receive", "SEND_ONLY", "", None, 1, ["send_only"]):
         with pytest.raises(pyccl.UsageError, match="strategy"):
             comm.sync_shared_state(state, strategy)  # type: ignore[arg-type]
     with pytest.raises(pyccl.UsageError, match="SharedState"):

@@ -7,6 +7,8 @@ that the C code is not its own judge. Every vector is a line; the C and the Pyth
     frames.txt   NAME ok|refused HEADER [FIELD=VALUE ...]
     specs.txt    NAME ok|refused SPEC [FIELD=VALUE ...]     hash= is the spec hash that DATA frames carry
     digests.txt  LENGTH SEED XXH3_64 XXH3_128               of the bytes (i * 131 + 7) & 255
+    states.txt   NAME DIGEST REVISION ARRAYS LAYOUT TABLE ROOT     of shared state
+    records.txt  NAME ok|refused RECORD [FIELD=VALUE ...]     of a state sync
     codecs.txt   NAME CODEC DTYPE BLOCK COUNT INPUT ENCODED DECODED     INPUT - where only decoding is meant
 
 Bytes are hexadecimal, numbers decimal. What is refused has a correct checksum unless its name says otherwise, so that
@@ -16,6 +18,7 @@ the one wrong field decides. ``--check`` writes nothing and fails when a file is
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import struct
 import sys
@@ -335,6 +338,77 @@ def decode_uint8(block: bytes, dtype: str) -> bytes:
     return out
 
 
+CHUNK = 1 << 20
+CHUNK_DIGESTS = {"fast": (1, xxhash.xxh3_128_digest), "sha256": (2, lambda data: hashlib.sha256(data).digest())}
+# name, NumPy's type string, shape, bytes, may the content differ
+State = list[tuple[str, str, tuple[int, ...], int, int]]
+STATES: dict[str, State] = {
+    "one_scalar": [("x", "<f8", (), 8, 0)],
+    "empty": [("x", "<f4", (0, 4), 0, 0)],
+    "one_chunk_exactly": [("w", "|u1", (CHUNK,), CHUNK, 0)],
+    "one_byte_more": [("w", "|u1", (CHUNK + 1,), CHUNK + 1, 0)],
+    "several": [("bias", "<f4", (3,), 12, 0), ("big", "<f2", (2, CHUNK), 4 * CHUNK, 0), ("step", "<i8", (), 8, 0)],
+    "order_is_that_of_the_utf8_bytes": [("ä", "|u1", (1,), 1, 0), ("z", "|u1", (2,), 2, 0), ("Z", "|u1", (3,), 3, 0)],
+    "some_may_differ": [("rng", "<u8", (5,), 40, 1), ("w", "<f4", (2, 2), 16, 0)],
+    "all_may_differ": [("rng", "<u8", (5,), 40, 1)],
+}
+
+
+def state_lines() -> Iterator[str]:
+    for name, arrays in STATES.items():
+        for digest, (number, hash_chunk) in CHUNK_DIGESTS.items():
+            for revision in (0, 2**63 - 1):
+                layout, table = hashlib.sha256(), b""
+                for array, dtype, shape, size, unequal in sorted(arrays, key=lambda array: array[0].encode()):
+                    layout.update(struct.pack("<IIII", len(array.encode()), len(dtype), len(shape), unequal))
+                    layout.update(array.encode() + dtype.encode() + struct.pack(f"<{len(shape)}Q", *shape))
+                    data = bytes((i * 131 + 7) & 255 for i in range(0 if unequal else size))
+                    table += b"".join(hash_chunk(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK))
+                root = hashlib.sha256(layout.digest() + struct.pack("<QQ", number, revision) + table)
+                shown = ";".join(
+                    f"{array.encode().hex()},{dtype},{'x'.join(map(str, shape)) or '-'},{unequal}"
+                    for array, dtype, shape, _, unequal in arrays
+                )
+                yield (
+                    f"{name}_{digest}_{revision} {digest} {revision} {shown} {layout.hexdigest()} "
+                    f"{table.hex() or '-'} {root.hexdigest()}"
+                )
+
+
+RECORD_FIELDS = ("voter", "strategy", "digest", "lineage", "root", "layout", "revision", "sync", "timeout_ms")
+RECORD: dict[str, int | bytes] = {
+    "voter": 1, "strategy": 2, "digest": 2, "lineage": bytes(range(0xA0, 0xB0)), "root": bytes(range(0x20, 0x40)),
+    "layout": bytes(range(0x40, 0x60)), "revision": 0x0102030405060708, "sync": 0x1112131415161718, "timeout_ms": 5000,
+}  # fmt: skip
+
+
+def encode_record(fields: dict[str, int | bytes], zeros: bytes = bytes(5)) -> bytes:
+    return struct.pack("<BBB5s16s32s32sQQQ", *(fields[key] for key in RECORD_FIELDS[:3]), zeros,
+                       *(fields[key] for key in RECORD_FIELDS[3:]))  # fmt: skip
+
+
+def record_lines() -> Iterator[str]:
+    good: dict[str, dict[str, int | bytes]] = {
+        "plain": {}, "least": dict.fromkeys(("voter", "strategy", "revision", "sync"), 0) | {
+            "digest": 1, "timeout_ms": 1, "lineage": bytes(16)},
+        "most": {"revision": 2**63 - 1, "sync": U64_MAX, "timeout_ms": 2**53 - 1, "lineage": b"\xff" * 16},
+        "receive_only": {"strategy": 1},
+    }  # fmt: skip
+    for name, changes in good.items():
+        fields = RECORD | changes
+        shown = {key: value.hex() if isinstance(value, bytes) else value for key, value in fields.items()}
+        yield f"{name} ok {encode_record(fields).hex()} " + " ".join(f"{key}={shown[key]}" for key in RECORD_FIELDS)
+    for field, wrong in (
+        ("voter", 2), ("voter", 255), ("strategy", 3), ("strategy", 255), ("digest", 0), ("digest", 3), ("digest", 255),
+        ("revision", 2**63), ("revision", U64_MAX), ("timeout_ms", 0), ("timeout_ms", 2**53), ("timeout_ms", U64_MAX),
+    ):  # fmt: skip
+        yield f"{field}_{wrong} refused {encode_record(RECORD | {field: wrong}).hex()}"
+    for at in range(5):
+        yield f"zero_{at}_not_zero refused {encode_record(RECORD, bytes(at) + bytes([1]) + bytes(4 - at)).hex()}"
+    yield f"too_short refused {encode_record(RECORD)[:-1].hex()}"
+    yield f"too_long refused {encode_record(RECORD).hex()}00"
+
+
 Block = tuple[str, str, int, list[float]]
 CODEC_INPUTS: list[Block] = [
     ("plain", "float32", 8, [math.sin(i * 0.7) * 3 for i in range(19)]),
@@ -381,6 +455,11 @@ FILES = {
     "frames.txt": ("NAME ok|refused HEADER [FIELD=VALUE ...]", frame_lines),
     "specs.txt": ("NAME ok|refused SPEC [FIELD=VALUE ...]; hash= is the spec hash that DATA frames carry", spec_lines),
     "digests.txt": ("LENGTH SEED XXH3_64 XXH3_128, of the bytes (i * 131 + 7) & 255", digest_lines),
+    "states.txt": (
+        "NAME DIGEST REVISION ARRAYS LAYOUT TABLE ROOT; array: NAME_IN_HEX,TYPE,SHAPE,MAY_DIFFER, its bytes as above",
+        state_lines,
+    ),
+    "records.txt": ("NAME ok|refused RECORD [FIELD=VALUE ...]", record_lines),
     "codecs.txt": (
         "NAME CODEC DTYPE BLOCK COUNT INPUT ENCODED DECODED; INPUT - where only decoding is meant",
         codec_lines,

@@ -420,7 +420,9 @@ pyccl_status pyccl_state_publish(pyccl_engine *engine, uint64_t sync, const pycc
 pyccl_status pyccl_state_unpublish(pyccl_engine *engine, uint64_t sync);
 pyccl_status pyccl_state_fetch(pyccl_engine *engine, uint32_t slot, uint64_t sync, uint64_t offset, uint32_t size_bytes,
                                void *dst, uint64_t fetch);
-pyccl_status pyccl_state_forget(pyccl_engine *engine);          /* drop all fetches: dst is free when this returns */
+/* Drop one fetch: dst is free when this returns, no event comes. ERR_ARGUMENT: it has ended, its event is on its way. */
+pyccl_status pyccl_state_cancel(pyccl_engine *engine, uint64_t fetch);
+pyccl_status pyccl_state_forget(pyccl_engine *engine);          /* as cancel, all fetches */
 
 const char *pyccl_version(void);
 const char *pyccl_status_name(int32_t status);                  /* "PYCCL_ERR_…"; "?" for a number that is none */

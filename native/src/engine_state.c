@@ -287,6 +287,30 @@ pyccl_status pyccl_state_fetch(pyccl_engine *engine, uint32_t slot, uint64_t syn
     return c.command.status;
 }
 
+typedef struct cancel_command {
+    command command;
+    uint64_t id;
+} cancel_command;
+
+static void run_cancel(pyccl_engine *engine, command *c) {
+    c->status = PYCCL_ERR_ARGUMENT;
+    for (peer *p = engine->peers; p != NULL; p = p->next) {
+        fetch *f = p->fetch_first;
+        while (f != NULL && f->id != ((cancel_command *)c)->id) f = f->next;
+        if (f == NULL) continue;
+        fetch_end(engine, p, f, PYCCL_ERR_CANCELLED, false);
+        fetches_ask(engine, p); /* its place among those asked is free */
+        c->status = PYCCL_OK;
+        return;
+    }
+}
+
+pyccl_status pyccl_state_cancel(pyccl_engine *engine, uint64_t id) {
+    cancel_command c = {.command = {.run = run_cancel}, .id = id};
+    engine_run(engine, &c.command);
+    return c.command.status;
+}
+
 static void run_forget(pyccl_engine *engine, command *c) {
     (void)c;
     for (peer *p = engine->peers; p != NULL; p = p->next)

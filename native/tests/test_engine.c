@@ -1400,12 +1400,47 @@ TEST(engine_frees_state_memory_in_the_middle_of_a_transfer) {
         CHECK(await_event(c.engine[1], PYCCL_EVENT_STATE, &event));
         if (run != 1) CHECK_EQ(pyccl_state_unpublish(c.engine[0], 1), PYCCL_OK);
         if (run != 1) free(source);
-        CHECK_EQ(pyccl_state_forget(c.engine[1]), PYCCL_OK);
+        for (uint64_t at = 0; run == 2 && at < size; at += PYCCL_PIECE_MAX) (void)!pyccl_state_cancel(c.engine[1], at);
+        if (run != 2) CHECK_EQ(pyccl_state_forget(c.engine[1]), PYCCL_OK);
         free(copy);
         if (run == 1) CHECK_EQ(pyccl_state_unpublish(c.engine[0], 1), PYCCL_OK);
         if (run == 1) free(source);
     }
     check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_SUM, 100003, 1);
+    cluster_close(&c);
+}
+
+TEST(engine_cancels_single_fetches_and_leaves_the_others) {
+    enum { FETCHES = 600, SIZE = 1000 }; /* more than are asked for at a time */
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    uint8_t *source = malloc(FETCHES * SIZE), *copy = calloc(FETCHES, SIZE), members[2][16], nothing[SIZE] = {0};
+    fill(source, PYCCL_UINT8, FETCHES * SIZE, 4);
+    const pyccl_region region = {source, FETCHES * SIZE};
+    CHECK_EQ(pyccl_state_publish(c.engine[0], 7, &region, 1), PYCCL_OK);
+    memcpy(members, c.id, sizeof members);
+    pyccl_epoch epoch = {.number = 2, .world = 2, .rank = 1, .restart = 1, .members = members[0]};
+    memset(epoch.id, 0x42, 16);
+    CHECK_EQ(pyccl_engine_epoch(c.engine[1], &epoch, NULL, 0), PYCCL_OK); /* its asks are left unread until 0 enters too */
+    for (uint64_t k = 0; k < FETCHES; k++)
+        CHECK_EQ(pyccl_state_fetch(c.engine[1], c.slot[1][0], 7, k * SIZE, SIZE, copy + k * SIZE, k), PYCCL_OK);
+    for (uint64_t k = 0; k < FETCHES; k += 3) CHECK_EQ(pyccl_state_cancel(c.engine[1], k), PYCCL_OK);
+    CHECK_EQ(pyccl_state_cancel(c.engine[1], 0), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_state_cancel(c.engine[1], FETCHES), PYCCL_ERR_ARGUMENT);
+    epoch.rank = 0;
+    CHECK_EQ(pyccl_engine_epoch(c.engine[0], &epoch, NULL, 0), PYCCL_OK);
+    pyccl_event event;
+    for (uint32_t left = FETCHES - FETCHES / 3; left > 0; left--) {
+        CHECK(await_event(c.engine[1], PYCCL_EVENT_STATE, &event));
+        CHECK_EQ(event.code, PYCCL_OK);
+        CHECK(event.value % 3 != 0);
+    }
+    for (uint64_t k = 0; k < FETCHES; k++)
+        CHECK(memcmp(copy + k * SIZE, k % 3 == 0 ? nothing : source + k * SIZE, SIZE) == 0);
+    CHECK_EQ(pyccl_state_cancel(c.engine[1], 1), PYCCL_ERR_ARGUMENT); /* it has ended */
+    CHECK_EQ(pyccl_state_unpublish(c.engine[0], 7), PYCCL_OK);
+    free(source);
+    free(copy);
     cluster_close(&c);
 }
 

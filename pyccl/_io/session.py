@@ -172,6 +172,12 @@ class Session:
         """As ``close``, without waiting for the end."""
         self._soon(self._leave)
 
+    def leave_because(self, error: errors.PycclError) -> None:
+        """As ``leave_soon``; later calls raise `error`."""
+        if self.error is None:
+            self.error = error
+        self._soon(self._leave)
+
     def update_topology(self, timeout: float, unreachable_timeout: float) -> None:
         """Stand at the safe point until the next epoch, or until the master has been away too long."""
         waiter = Waiter()
@@ -218,8 +224,8 @@ class Session:
         links = self._links
         return None if links is None else links.slot_of(peer)
 
-    def fetch(self, slot: int, sync: int, offset: int, dst: object, then: Callable[[int], None]) -> None:
-        """Read published state from a holder; `then(status)` is called in the Trio thread when it ended."""
+    def fetch(self, slot: int, sync: int, offset: int, dst: object, then: Callable[[int], None]) -> int:
+        """Read published state from a holder; `then(status)` is called in the Trio thread when it ended. Its number."""
         engine = self.need_engine()
         with self._fetch_lock:
             self._fetch_last += 1
@@ -230,6 +236,15 @@ class Session:
         except errors.UsageError:  # the holder was removed, or the engine stopped, since the caller looked
             self._fetches.pop(fetch, None)
             then(status.PEER_LOST)
+        return fetch
+
+    def cancel_fetch(self, fetch: int) -> bool:
+        """True: its buffer is the caller's again and its `then` is not called. False: it was, or is about to be."""
+        engine = self.engine
+        if engine is None or not engine.cancel_fetch(fetch):
+            return False
+        self._fetches.pop(fetch, None)
+        return True
 
     def forget_fetches(self) -> None:
         """Their buffers are the caller's again, and none of their `then` is called any more."""

@@ -1,14 +1,16 @@
 """Bring a SharedState to the elected bits on every member: digests, election, fetch of differing chunks, commit.
 
     1  hash; publish the arrays and the chunk table under a random sync id
-    2  all-gather of (voter, lineage, revision, root, layout, sync id): one atomic operation: all see the same
-    3  elect (pure): who holds it, who must fetch
+    2  all-gather of records (`_proto.election.Record`): one atomic operation: all see the same
+    3  elect (pure): who holds it, who must fetch, who stands apart
     4  fetchers: the holder's chunk table (checked against the root), then the chunks that differ, from all holders at
-       once, each checked against the table, into staging memory
-    5  all-gather of (whole?, bytes fetched from each): commits on all or on none; only now staging replaces the arrays
+       once, each checked against the table and only then put into staging
+    5  all-gather of (outcome, bytes fetched from each): commits on all or on none; only now staging replaces the arrays
 
-A holder that dies, lies or stops serving costs a re-request. Runs in the caller's thread; a chunk's bytes never pass
-through Python. Spec: proto/wire.md 6.
+A holder that dies, lies or is slow costs a request that is made again. A fetcher whose time runs out leaves the run, so
+that the others go on without it. Holders serve straight from the caller's arrays; a fetcher needs a window of memory
+(`statefetch`) and a little staging (`staging`), whatever the size of the state. Runs in the caller's thread.
+Spec: proto/wire.md 6.
 """
 
 from __future__ import annotations
@@ -16,29 +18,43 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import queue
 import secrets
 import struct
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from pyccl import errors
 from pyccl._io.session import Session
-from pyccl._native import status
-from pyccl._native.handles import CHUNK_BYTES, FETCH_BYTES_MAX, chunk_digests
-from pyccl._proto.election import Elected, LayoutMismatch, Record, elect
-from pyccl.state import SharedState, StateDigest, chunks_of, state_root
+from pyccl._io.staging import Staging, runs
+from pyccl._io.statefetch import Fetcher, Piece
+from pyccl._native.handles import CHUNK_BYTES, FETCH_BYTES_MAX
+from pyccl._proto.election import (
+    TIMEOUT_MS_MAX,
+    Elected,
+    Mismatch,
+    Nobody,
+    Record,
+    Strategy,
+    decode_untrusted,
+    elect,
+    encode,
+)
+from pyccl.state import Bytes, SharedState, StateDigest
 
 TAG_RECORDS: Final = 1
 TAG_COMMIT: Final = 2
-_IN_FLIGHT: Final = 8  # requests to one holder at a time
-_RETRY_S: Final = 0.05
-_RECORD: Final = struct.Struct("<B7x16s16s16sQQ")  # voter, lineage, root, layout, revision, sync id
+STRATEGIES: Final[Mapping[str, Strategy]] = {
+    "enforce_popular": Strategy.ENFORCE_POPULAR,
+    "receive_only": Strategy.RECEIVE_ONLY,
+    "send_only": Strategy.SEND_ONLY,
+}
+_LOST, _WHOLE, _UNSTAGED = 0, 1, 2  # outcomes
+_TABLE_PATIENCE_S: Final = 1.0
+_SETTLE_S: Final = 30.0  # for those whose time ran out to leave, and for the others to go on without them
 
 log = logging.getLogger("pyccl.statesync")
 
@@ -48,10 +64,11 @@ Gather = Callable[[int, bytes, float], tuple[tuple[bytes, ...], list[bytes]]]
 
 @dataclass(frozen=True, slots=True)
 class SyncInfo:
-    """What a sync did here.
+    """What a sync did here. Peers are named by id (hex).
 
     revision: of the state that every member holds now. changed: names of the arrays whose bytes were replaced here.
-    rx_bytes, tx_bytes: of chunks fetched from others and served to them. holders: peer ids (hex) that had the state.
+    rx_bytes, tx_bytes: of chunks fetched from others and served to them. holders: had the state. apart: send-only
+    members that hold another one, and got an error. liars: served bytes here that did not match their digest.
     """
 
     revision: int
@@ -61,71 +78,194 @@ class SyncInfo:
     holders: tuple[str, ...]
     members: tuple[str, ...]
     seconds: float
+    apart: tuple[str, ...] = ()
+    liars: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Chunk:
+    """One that differs from the elected state."""
+
     name: str
     array_offset: int  # inside the array
     state_offset: int  # inside the published state
+    staged_offset: int
+    size_bytes: int
     digest: bytes
-    bytes_: np.ndarray[Any, np.dtype[np.uint8]] | None = None
 
 
-@dataclass(slots=True)
-class _Staged:
-    chunks: list[_Chunk] = field(default_factory=list)
-    fetched: dict[bytes, int] = field(default_factory=dict)  # holder -> bytes
-    whole: bool = True
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """How the fetch went here; of a peer that needed none: all as it is by default."""
+
+    outcome: int = _WHOLE
+    chunks: tuple[_Chunk, ...] = ()
+    staging: Staging | None = None
+    from_each: Mapping[bytes, int] = field(default_factory=dict)
+    liars: tuple[bytes, ...] = ()
+    error: errors.StagingError | None = None
 
 
-def sync_shared_state(session: Session, gather: Gather, state: SharedState, timeout: float) -> SyncInfo:
+def sync_shared_state(
+    session: Session, gather: Gather, state: SharedState, strategy: Strategy, timeout: float
+) -> SyncInfo:
+    """What ``Communicator.sync_shared_state`` promises."""
     started = time.monotonic()
-    deadline = started + timeout
     tree = state.tree()
-    sync = secrets.randbits(64)
-    engine = session.need_engine()
-    buffers = [_bytes_of(array) for array in state.arrays.values()]
-    engine.publish(sync, [*buffers, np.frombuffer(tree.table, np.uint8)])
+    engine, sync = session.need_engine(), secrets.randbits(64)
+    with contextlib.ExitStack() as cleanup:
+        engine.publish(sync, [*state.compared.values(), np.frombuffer(tree.table, np.uint8)])
+        try:
+            mine = _record(session, state, tree, strategy, sync, timeout)
+            members, records = _records(gather, mine, started + timeout)
+            decided = _decided(records)
+            deadline = time.monotonic() + min(record.timeout_ms for record in records) / 1000
+            fetched = _Fetched()
+            if session.peer in decided.fetchers:
+                try:
+                    fetched = _fetch(session, state, tree, decided, records, deadline, cleanup)
+                except errors.DeadlineError as e:  # the others go on as after a loss
+                    session.leave_because(e)
+                    raise
+                except BaseException:
+                    _vote_no(gather, members)
+                    raise
+            served = _commit(session, gather, members, decided, fetched, deadline + _SETTLE_S)
+        finally:
+            engine.unpublish(sync)
+        if session.peer in decided.apart:
+            raise _stands_apart(session, state, tree, decided)
+        _adopt(session, state, decided, fetched)
+        return _info(decided, fetched, served, members, time.monotonic() - started)
+
+
+def _record(
+    session: Session, state: SharedState, tree: StateDigest, strategy: Strategy, sync: int, timeout: float
+) -> Record:
+    return Record(
+        peer=session.peer,
+        voter=state.voter == session.incarnation,
+        lineage=state.lineage,
+        revision=state.revision,
+        root=tree.root,
+        layout=tree.layout,
+        digest=state.chunk_digest.number,
+        strategy=strategy,
+        sync=sync,
+        timeout_ms=min(max(1, int(timeout * 1000)), TIMEOUT_MS_MAX),
+    )
+
+
+def _records(gather: Gather, mine: Record, deadline: float) -> tuple[tuple[bytes, ...], list[Record]]:
+    """The members in order, and everybody's record."""
+    members, packed = gather(TAG_RECORDS, encode(mine), deadline)
+    return members, [decode_untrusted(peer, data) for peer, data in zip(members, packed, strict=True)]
+
+
+def _decided(records: Sequence[Record]) -> Elected:
+    decided = elect(records)
+    if isinstance(decided, Mismatch):
+        odd = tuple(peer.hex() for peer in decided.odd)
+        what = {"layout": "names, dtypes, shapes or allow_content_inequality", "digest": "digest"}
+        raise errors.MismatchError(
+            f"sync_shared_state: {' and '.join(what[name] for name in decided.fields)} differ on {_short(decided.odd)}",
+            peers=odd,
+            fields=decided.fields,
+        )
+    if isinstance(decided, Nobody):
+        raise errors.MismatchError(
+            "sync_shared_state: every member is receive_only, so there is no state to take",
+            peers=tuple(peer.hex() for peer in decided.peers),
+            fields=("strategy",),
+        )
+    if decided.apart:
+        log.warning("state_apart peers=%s revision=%d", _short(decided.apart), decided.revision)
+    return decided
+
+
+def _short(peers: Sequence[bytes]) -> str:
+    return ", ".join(peer.hex()[:8] for peer in peers)
+
+
+# ---- fetch
+
+
+def _fetch(
+    session: Session,
+    state: SharedState,
+    tree: StateDigest,
+    decided: Elected,
+    records: Sequence[Record],
+    deadline: float,
+    cleanup: contextlib.ExitStack,
+) -> _Fetched:
+    """The chunks that differ from the elected state, checked, in staging, which `cleanup` closes."""
+    fetcher = Fetcher(session, decided.holders, {record.peer: record.sync for record in records}, deadline)
     try:
-        members, records, syncs = _records(session, gather, state, tree, sync, deadline)
-        decided = elect(records)
-        if isinstance(decided, LayoutMismatch):
-            odd = tuple(peer.hex() for peer in decided.odd)
-            raise errors.MismatchError(
-                f"sync_shared_state: names, dtypes or shapes differ on {', '.join(o[:8] for o in odd)}",
-                peers=odd,
-                fields=("layout",),
-            )
-        staged = _Staged()
-        if session.peer in decided.fetchers:
-            try:
-                staged = _fetch(session, state, tree, decided, syncs, deadline)
-            except BaseException:
-                _vote_no(gather, members)
-                raise
-        served = _commit(session, gather, members, decided, staged, deadline)
+        table = _fetch_table(fetcher, state, tree, decided)
+        if table is None:
+            return _Fetched(_LOST, liars=tuple(fetcher.liars))
+        chunks = _differing(state, tree.table, table)
+        staging = cleanup.enter_context(Staging(sum(chunk.size_bytes for chunk in chunks)))
+        wanted = {Piece(chunk.state_offset, chunk.size_bytes): chunk for chunk in chunks}
+
+        def take(piece: Piece, data: Bytes) -> bool:
+            chunk = wanted[piece]
+            right = state.chunk_digest.matches(data, chunk.digest)
+            if right:
+                staging.write(chunk.staged_offset, data)
+            return right
+
+        whole = fetcher.run(list(wanted), take)
+        return _Fetched(_WHOLE if whole else _LOST, tuple(chunks), staging, dict(fetcher.fetched), tuple(fetcher.liars))
+    except errors.StagingError as e:
+        return _Fetched(_UNSTAGED, error=e)
     finally:
-        engine.unpublish(sync)
-    return _adopt(session, state, decided, staged, served, members, time.monotonic() - started)
+        session.forget_fetches()
 
 
-def _bytes_of(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return array.reshape(-1).view(np.uint8)
+def _fetch_table(fetcher: Fetcher, state: SharedState, tree: StateDigest, decided: Elected) -> bytes | None:
+    """The chunk digests of the elected state: believed when they hash to the elected root. From one holder at a time,
+    since a wrong one shows only in the whole. None: no holder is left."""
+    start = sum(array.nbytes for array in state.compared.values())
+    table = bytearray(len(tree.table))
+    patience_s = _TABLE_PATIENCE_S
+
+    def take(piece: Piece, data: Bytes) -> bool:
+        table[piece.offset - start : piece.offset - start + piece.size_bytes] = data.data
+        return True
+
+    while fetcher.holders:
+        source = fetcher.holders[0]
+        pieces = [
+            Piece(start + at, min(FETCH_BYTES_MAX, len(table) - at)) for at in range(0, len(table), FETCH_BYTES_MAX)
+        ]
+        if not fetcher.run_from_one(pieces, take, patience_s):
+            patience_s *= 2
+        elif state.root_of(decided.revision, bytes(table)) == decided.root:
+            fetcher.fetched.clear()  # SyncInfo tells of chunks
+            return bytes(table)
+        else:
+            fetcher.refuse(source, "table")
+    return None
 
 
-def _records(
-    session: Session, gather: Gather, state: SharedState, tree: StateDigest, sync: int, deadline: float
-) -> tuple[tuple[bytes, ...], list[Record], dict[bytes, int]]:
-    voter = state.voter == session.incarnation
-    mine = _RECORD.pack(voter, state.lineage, tree.root, tree.layout, state.revision, sync)
-    members, packed = gather(TAG_RECORDS, mine, deadline)
-    records, syncs = [], {}
-    for peer, data in zip(members, packed, strict=True):
-        is_voter, lineage, root, layout, revision, peer_sync = _RECORD.unpack(data)
-        records.append(Record(peer, bool(is_voter), lineage, revision, root, layout))
-        syncs[peer] = peer_sync
-    return members, records, syncs
+def _differing(state: SharedState, mine: bytes, elected: bytes) -> list[_Chunk]:
+    chunks, state_offset, staged_offset, at = [], 0, 0, 0
+    size = state.chunk_digest.size_bytes
+    for name, array in state.compared.items():
+        for offset in range(0, array.nbytes, CHUNK_BYTES):
+            digest = elected[at : at + size]
+            if digest != mine[at : at + size]:
+                here = min(CHUNK_BYTES, array.nbytes - offset)
+                chunks.append(_Chunk(name, offset, state_offset + offset, staged_offset, here, digest))
+                staged_offset += here
+            at += size
+        state_offset += array.nbytes
+    return chunks
+
+
+# ---- commit
 
 
 def _commit(
@@ -133,19 +273,28 @@ def _commit(
     gather: Gather,
     members: Sequence[bytes],
     decided: Elected,
-    staged: _Staged,
+    fetched: _Fetched,
     deadline: float,
 ) -> int:
     """All or none take the state. Returns the bytes that others fetched from here."""
     layout = struct.Struct(f"<{1 + len(members)}Q")
-    mine = layout.pack(staged.whole, *(staged.fetched.get(peer, 0) for peer in members))
+    mine = layout.pack(fetched.outcome, *(fetched.from_each.get(peer, 0) for peer in members))
     final, packed = gather(TAG_COMMIT, mine, deadline)
+    if fetched.error is not None:
+        raise fetched.error
     votes = {peer: layout.unpack(data) for peer, data in zip(final, packed, strict=True)}
-    missing = [peer.hex()[:8] for peer, vote in votes.items() if not vote[0]]
-    if missing:
+    unstaged = [peer for peer, vote in votes.items() if vote[0] == _UNSTAGED]
+    if unstaged:
         raise errors.PeerLostError(
-            f"sync_shared_state: every holder of revision {decided.revision} was lost before "
-            f"{', '.join(missing)} had it; nothing was changed"
+            f"sync_shared_state: {_short(unstaged)} has no room to stage the state; nothing was changed",
+            unstaged[0].hex(),
+        )
+    missing = [peer for peer, vote in votes.items() if vote[0] != _WHOLE]
+    if missing:
+        lied = f" ({_short(fetched.liars)} served other bytes than it had hashed)" if fetched.liars else ""
+        raise errors.PeerLostError(
+            f"sync_shared_state: no holder of revision {decided.revision} was left before "
+            f"{_short(missing)} had it{lied}; nothing was changed"
         )
     column = 1 + members.index(session.peer)
     return sum(vote[column] for vote in votes.values())
@@ -158,169 +307,60 @@ def _vote_no(gather: Gather, members: Sequence[bytes]) -> None:
         gather(TAG_COMMIT, bytes(8 * (1 + len(members))), time.monotonic())
 
 
-def _adopt(
-    session: Session,
-    state: SharedState,
-    decided: Elected,
-    staged: _Staged,
-    served: int,
-    members: Sequence[bytes],
-    seconds: float,
-) -> SyncInfo:
-    changed: dict[str, None] = {}
-    for chunk in staged.chunks:
-        assert chunk.bytes_ is not None
-        end = chunk.array_offset + chunk.bytes_.nbytes
-        _bytes_of(state.arrays[chunk.name])[chunk.array_offset : end] = chunk.bytes_
-        changed[chunk.name] = None
+def _stands_apart(session: Session, state: SharedState, tree: StateDigest, decided: Elected) -> errors.MismatchError:
+    """The others have committed without this send-only peer: what it holds has no vote any more."""
+    state.voter = None
+    mine = {"revision": state.revision != decided.revision, "root": tree.root != decided.root}
+    return errors.MismatchError(
+        f"sync_shared_state: send_only, but the members elected revision {decided.revision} as held by "
+        f"{_short(decided.holders)}, which differs from revision {state.revision} here; nothing was changed here",
+        peers=(session.peer.hex(),),
+        fields=tuple(name for name, differs in mine.items() if differs),
+    )
+
+
+def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fetched) -> None:
+    """The members have committed: replace what differs. A Ctrl-C comes through when the state is whole."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            _replace(state, fetched)
+            break
+        except KeyboardInterrupt as e:
+            interrupt = e
+        except errors.StagingError as e:  # what was staged can't be read again; a newcomer's sync mends it
+            state.voter = None
+            session.leave_because(e)
+            raise
     state.revision = decided.revision
     # A chain over the committed syncs: who leaves it and goes on alone has another lineage from then on.
     chain = decided.lineage + decided.root + struct.pack("<Q", decided.revision)
     state.lineage = hashlib.sha256(chain).digest()[:16]
     state.voter = session.incarnation
+    if interrupt is not None:
+        raise interrupt
+
+
+def _replace(state: SharedState, fetched: _Fetched) -> None:
+    at, arrays = 0, state.compared
+    for name, offset, size in runs([(chunk.name, chunk.array_offset, chunk.size_bytes) for chunk in fetched.chunks]):
+        assert fetched.staging is not None
+        fetched.staging.read(at, arrays[name][offset : offset + size])
+        at += size
+
+
+def _info(decided: Elected, fetched: _Fetched, served: int, members: Sequence[bytes], seconds: float) -> SyncInfo:
+    def named(peers: Sequence[bytes]) -> tuple[str, ...]:
+        return tuple(peer.hex() for peer in peers)
+
     return SyncInfo(
         revision=decided.revision,
-        rx_bytes=sum(staged.fetched.values()),
+        rx_bytes=sum(fetched.from_each.values()),
         tx_bytes=served,
-        changed=tuple(changed),
-        holders=tuple(peer.hex() for peer in decided.holders),
-        members=tuple(peer.hex() for peer in members),
+        changed=tuple(dict.fromkeys(chunk.name for chunk in fetched.chunks)),
+        holders=named(decided.holders),
+        members=named(members),
         seconds=seconds,
+        apart=named(decided.apart),
+        liars=named(fetched.liars),
     )
-
-
-class _Fetcher:
-    """Requests to several holders at once; each completion comes back through a queue from the Trio thread."""
-
-    def __init__(self, session: Session, holders: Sequence[bytes], syncs: dict[bytes, int], deadline: float) -> None:
-        self.session, self.syncs, self.deadline = session, syncs, deadline
-        self.holders = dict.fromkeys(holders, 0)  # usable ones -> requests in flight
-        self.fetched: dict[bytes, int] = {}
-        self.done: queue.SimpleQueue[tuple[bytes, int, _Chunk]] = queue.SimpleQueue()
-
-    def run(self, chunks: Sequence[_Chunk], sizes: Callable[[_Chunk], int], check: Callable[[_Chunk], bool]) -> bool:
-        """Fetch all; False when no usable holder is left."""
-        todo, in_flight = deque(chunks), 0
-        while todo or in_flight:
-            in_flight += self._ask(todo, sizes)
-            if not in_flight and not self._wait_for_links():
-                return False
-            if not in_flight:
-                continue
-            peer, code, chunk = self._next()
-            in_flight -= 1
-            if peer in self.holders:
-                self.holders[peer] -= 1
-            if code == status.OK and check(chunk):
-                assert chunk.bytes_ is not None
-                self.fetched[peer] = self.fetched.get(peer, 0) + chunk.bytes_.nbytes
-                continue
-            todo.appendleft(chunk)
-            if code == status.OK:
-                log.warning("state_source_lied peer=%s offset=%d", peer.hex()[:8], chunk.state_offset)
-            if code in (status.OK, status.ARGUMENT):  # wrong bytes, or it does not serve it
-                self.holders.pop(peer, None)
-        return True
-
-    def _ask(self, todo: deque[_Chunk], sizes: Callable[[_Chunk], int]) -> int:
-        """Hand out work to whoever has the fewest requests in flight."""
-        asked = 0
-        while todo:
-            ready = [
-                (flying, peer, slot)
-                for peer, flying in self.holders.items()
-                if flying < _IN_FLIGHT and (slot := self._slot(peer)) is not None
-            ]
-            if not ready:
-                return asked
-            _, peer, slot = min(ready)
-            chunk = todo.popleft()
-            chunk.bytes_ = np.empty(sizes(chunk), np.uint8)
-
-            def then(code: int, peer: bytes = peer, chunk: _Chunk = chunk) -> None:
-                self.done.put((peer, code, chunk))
-
-            self.session.fetch(slot, self.syncs[peer], chunk.state_offset, chunk.bytes_, then)
-            self.holders[peer] += 1
-            asked += 1
-        return asked
-
-    def _slot(self, peer: bytes) -> int | None:
-        slot = self.session.slot_of(peer)
-        engine = self.session.engine
-        return slot if slot is not None and engine is not None and engine.conns(slot) > 0 else None
-
-    def _wait_for_links(self) -> bool:
-        """Nothing can be asked now: drop holders that are no members any more; is there one left to hope for?"""
-        self._check()
-        for peer in [p for p in self.holders if p not in self.session.view.members]:
-            del self.holders[peer]
-        time.sleep(_RETRY_S)  # a link of a member is being repaired, or its loss is being settled
-        return bool(self.holders)
-
-    def _next(self) -> tuple[bytes, int, _Chunk]:
-        while True:
-            self._check()
-            try:
-                return self.done.get(timeout=0.1)
-            except queue.Empty:
-                continue
-
-    def _check(self) -> None:
-        if self.session.error is not None:
-            raise self.session.error
-        if time.monotonic() >= self.deadline:
-            raise errors.DeadlineError("sync_shared_state: the time ran out while chunks were fetched")
-
-
-def _fetch(
-    session: Session,
-    state: SharedState,
-    tree: StateDigest,
-    decided: Elected,
-    syncs: dict[bytes, int],
-    deadline: float,
-) -> _Staged:
-    """The chunks that differ from the elected state, checked, in staging memory."""
-    fetcher = _Fetcher(session, decided.holders, syncs, deadline)
-    try:
-        table = _fetch_table(fetcher, state, tree, decided)
-        if table is None:
-            return _Staged(whole=False)
-        chunks = _differing(state, tree.table, table)
-        sizes = {id(c): min(CHUNK_BYTES, state.arrays[c.name].nbytes - c.array_offset) for c in chunks}
-        whole = fetcher.run(chunks, lambda c: sizes[id(c)], lambda c: chunk_digests(c.bytes_) == c.digest)
-        return _Staged(chunks if whole else [], fetcher.fetched, whole)
-    finally:
-        session.forget_fetches()
-
-
-def _fetch_table(fetcher: _Fetcher, state: SharedState, tree: StateDigest, decided: Elected) -> bytes | None:
-    """The chunk digests of the elected state: believed when they hash to the elected root."""
-    size = len(tree.table)
-    while fetcher.holders:
-        parts = [
-            _Chunk("", offset, state.size_bytes + offset, b"") for offset in range(0, size, FETCH_BYTES_MAX)
-        ]
-        source = min(fetcher.holders)
-        one = _Fetcher(fetcher.session, (source,), fetcher.syncs, fetcher.deadline)
-        if one.run(parts, lambda c: min(FETCH_BYTES_MAX, size - c.array_offset), lambda c: True):
-            table = b"".join(part.bytes_.tobytes() for part in parts if part.bytes_ is not None)
-            if state_root(tree.layout, decided.revision, table) == decided.root:
-                return table  # its bytes are not counted: SyncInfo tells of chunks
-            log.warning("state_source_lied peer=%s what=table", source.hex()[:8])
-        del fetcher.holders[source]
-    return None
-
-
-def _differing(state: SharedState, mine: bytes, elected: bytes) -> list[_Chunk]:
-    chunks, state_offset, at = [], 0, 0
-    for name, array in state.arrays.items():
-        for index in range(chunks_of(array.nbytes)):
-            digest = elected[at : at + 16]
-            if digest != mine[at : at + 16]:
-                offset = index * CHUNK_BYTES
-                chunks.append(_Chunk(name, offset, state_offset + offset, digest))
-            at += 16
-        state_offset += array.nbytes
-    return chunks

@@ -351,6 +351,13 @@ class Engine:
         """The event of this fetch came: its buffer is the caller's again."""
         self._fetches.pop(fetch, None)
 
+    def cancel_fetch(self, fetch: int) -> bool:
+        """True: its buffer is the caller's again and no event comes. False: it has ended, its event is on its way."""
+        if lib.pyccl_state_cancel(self._engine, fetch) != OK:
+            return False
+        self._fetches.pop(fetch, None)
+        return True
+
     def forget_fetches(self) -> None:
         """Their buffers are the caller's again; no event of theirs comes any more."""
         lib.pyccl_state_forget(self._engine)

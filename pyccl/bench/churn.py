@@ -43,6 +43,7 @@ class Arrival:
 
     stall_s: longest pause of any member that overlaps its coming. rx_bytes: of state. wire_rx_bytes: on its TCP sockets
     from connect() to the end of the sync. cpu_s: of all processes but the master's, while they were in the sync.
+    extra_bytes: most resident memory beyond what it had, with its state, just before the sync.
     """
 
     connect_s: float
@@ -52,6 +53,7 @@ class Arrival:
     source_bytes: tuple[int, ...]  # sent by each holder
     wire_rx_bytes: int
     cpu_s: float
+    extra_bytes: int
 
     @property
     def total_s(self) -> float:
@@ -76,9 +78,12 @@ class Quiet:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
+    """holder_extra_bytes: as `Arrival.extra_bytes`, of the member with the most, over all syncs."""
+
     plan: ArrivalPlan
     arrivals: tuple[Arrival, ...]
     quiet: Quiet
+    holder_extra_bytes: int
 
     def summary(self, name: str) -> Summary:
         return summarize([getattr(arrival, name) for arrival in self.arrivals])
@@ -89,6 +94,8 @@ class Arrivals:
             **{name: self.summary(name).to_json() for name in ("connect_s", "sync_s", "total_s", "stall_s", "cpu_s")},
             "sync_mb_per_s": self.summary("mb_per_s").to_json(),
             "sync_cpu_s_per_gib": self.summary("cpu_s_per_gib").to_json(),
+            "extra_bytes": self.summary("extra_bytes").to_json(),
+            "holder_extra_bytes": self.holder_extra_bytes,
             "quiet": asdict(self.quiet),
             "arrivals": [asdict(arrival) for arrival in self.arrivals],
         }
@@ -200,10 +207,11 @@ def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
     _check_state(records, [done for _, done in comings])
     ends = [records[name]["ends_ns"] for name in founders]
     arrivals = tuple(
-        _arrival(joined, ends, [records[name]["served"] for name in founders], number)
-        for number, (joined, _) in enumerate(comings)
+        _arrival(joined, done, ends, [records[name]["served"] for name in founders], number)
+        for number, (joined, done) in enumerate(comings)
     )
-    return Arrivals(plan, arrivals, _quiet(ends, group.started_ns, quiet_until_ns))
+    holder_extra_bytes = max(int(records[name]["extra_bytes"]) for name in founders)
+    return Arrivals(plan, arrivals, _quiet(ends, group.started_ns, quiet_until_ns), holder_extra_bytes)
 
 
 def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> None:
@@ -213,7 +221,11 @@ def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> Non
 
 
 def _arrival(
-    joined: Fields, ends: Sequence[Sequence[int]], served: Sequence[Sequence[dict[str, float]]], number: int
+    joined: Fields,
+    done: Fields,
+    ends: Sequence[Sequence[int]],
+    served: Sequence[Sequence[dict[str, float]]],
+    number: int,
 ) -> Arrival:
     started, member, synced = joined["started_ns"], joined["member_ns"], joined["synced_ns"]
     if not joined["changed"]:
@@ -226,6 +238,7 @@ def _arrival(
         source_bytes=tuple(int(syncs[number]["tx_bytes"]) for syncs in served),
         wire_rx_bytes=joined["wire_rx_bytes"],
         cpu_s=joined["cpu_s"] + sum(syncs[number]["cpu_s"] for syncs in served),
+        extra_bytes=done["extra_bytes"],
     )
 
 

@@ -12,6 +12,7 @@ import resource
 import time
 from array import array
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,8 @@ from pyccl.bench.control import Control
 CONNECT_TIMEOUT_S: Final = 60.0
 OPERATION_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
+ALONE_S: Final = 0.001  # between two looks for a newcomer
+STATUS: Final = Path("/proc/self/status")
 STEADY_ROUNDS: Final = 20  # all-reduces without a change of membership after which a member calls itself steady
 
 
@@ -52,6 +55,7 @@ def run(settings: Settings, control: Control) -> None:
     with comm:
         while comm.group_world_size < settings.founders:
             comm.update_topology(OPERATION_TIMEOUT_S)
+        before_bytes = memory_bytes("VmRSS", STATUS.read_text(encoding="ascii"))
         cpu_s = _cpu_s()
         sync = comm.sync_shared_state(state, timeout=OPERATION_TIMEOUT_S)
         synced_ns, cpu_s = time.monotonic_ns(), _cpu_s() - cpu_s
@@ -61,7 +65,19 @@ def run(settings: Settings, control: Control) -> None:
             wire_rx_bytes=wire.traffic((wire.sockets() - others).tcp).rx_bytes,
         )  # fmt: skip
         ends_ns, served = _loop(comm, state, settings, control)
-    control.say("done", ends_ns=ends_ns.tolist(), served=served, digest=state.digest())
+    peak_bytes = memory_bytes("VmHWM", STATUS.read_text(encoding="ascii"))
+    control.say(
+        "done", ends_ns=ends_ns.tolist(), served=served, digest=state.digest(), extra_bytes=peak_bytes - before_bytes,
+    )  # fmt: skip
+
+
+def memory_bytes(field: str, status: str) -> int:
+    """A field of /proc/PID/status: VmRSS is what is resident now, VmHWM the most that ever was."""
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.removesuffix("kB")) << 10
+    raise ValueError(f"/proc/self/status has no {field}")
 
 
 def _loop(
@@ -76,7 +92,11 @@ def _loop(
     beat_ns = time.monotonic_ns()
     while True:
         x[0] = control.told("stop")
-        comm.all_reduce(x, out=total, timeout=OPERATION_TIMEOUT_S)
+        try:
+            comm.all_reduce(x, out=total, timeout=OPERATION_TIMEOUT_S)
+        except pyccl.AloneError:  # the only founder, while no newcomer is in
+            np.copyto(total, x)
+            time.sleep(ALONE_S)
         ends_ns.append(time.monotonic_ns())
         if comm.group_world_size != world:
             world = comm.group_world_size

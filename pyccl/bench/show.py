@@ -130,6 +130,11 @@ def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
         rate, cpu = result.summary("mb_per_s"), result.summary("cpu_s_per_gib")
         lines.append(f"rate of the sync, digests included: {rate.median:.0f} MB/s ({rate.min:.0f}..{rate.max:.0f})")
         lines.append(f"CPU time for each GiB that came: {cpu.median:.2f} s/GiB ({cpu.min:.2f}..{cpu.max:.2f})")
+        extra = result.summary("extra_bytes")
+        lines.append(
+            f"most memory beyond the state itself: newcomer {extra.median / MIB:.1f} MiB "
+            f"({extra.min / MIB:.1f}..{extra.max / MIB:.1f}), holder {result.holder_extra_bytes / MIB:.1f} MiB"
+        )
     for number, arrival in enumerate(result.arrivals):
         shares = " + ".join(f"{sent / MIB:.2f}" for sent in arrival.source_bytes)
         lines.append(

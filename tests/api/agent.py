@@ -10,11 +10,14 @@ be blocked at a time and Ctrl-C has a main thread to go to. When stdin ends, so 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import logging
 import os
+import posix
 import queue
+import resource
 import signal
 import socket
 import stat
@@ -36,7 +39,7 @@ from zygote import serve
 
 import pyccl
 from pyccl import communicator
-from pyccl._io import links, session
+from pyccl._io import links, session, staging
 from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
 from pyccl._proto import limits
@@ -384,8 +387,8 @@ class Agent:
 
     # ---- shared state
 
-    def do_state(self, arrays: dict[str, dict[str, Any]], revision: int = 0) -> str:
-        """arrays: name -> {seed, index, count, dtype, shape}; any dtype."""
+    def do_state(self, arrays: dict[str, dict[str, Any]], revision: int = 0, **options: Any) -> str:
+        """arrays: name -> {seed, index, count, dtype, shape}; any dtype. options: further keywords of SharedState."""
         made = {}
         for name, how in arrays.items():
             dtype = np.dtype(how["dtype"])
@@ -394,18 +397,67 @@ class Agent:
                 raw &= 0x0101010101010101
             array = raw.view(np.uint8)[: how["count"] * dtype.itemsize].view(dtype)
             made[name] = array.reshape(how.get("shape", array.shape))
-        self.state = pyccl.SharedState(made, revision=revision)
+        self.state = pyccl.SharedState(made, revision=revision, **options)
         return self.state.digest()
 
-    def do_lie(self) -> None:
-        """Serve other bytes than those that were hashed."""
+    def do_lie(self, what: str) -> None:
+        """Serve other "arrays" than those that were hashed, or another "table"."""
         inner = handles.Engine.publish
 
         def publish(engine: handles.Engine, sync: int, buffers: Any) -> None:
             *arrays, table = buffers
-            inner(engine, sync, [*(np.bitwise_xor(array, 1) for array in arrays), table])
+            if what == "arrays":
+                inner(engine, sync, [*(np.bitwise_xor(array, 1) for array in arrays), table])
+            else:
+                inner(engine, sync, [*arrays, np.bitwise_xor(table, 1)])
 
         handles.Engine.publish = publish  # type: ignore[method-assign,assignment]
+
+    def do_starve(self) -> None:
+        """Whatever is asked of a holder from now on does not come."""
+        session.Session.fetch = lambda *args: 0  # type: ignore[method-assign]
+
+    def do_staging(self, memory_bytes: int, directory: str, file_bytes: int | None = None) -> None:
+        """How much is staged in memory, where the rest goes, and the longest file that this process may write."""
+        staging.MEMORY_BYTES_MAX = memory_bytes  # type: ignore[misc]
+        os.environ["TMPDIR"] = directory
+        limit = resource.RLIM_INFINITY if file_bytes is None else file_bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def do_break_disk(self) -> None:
+        """What was staged can't be read any more."""
+
+        def broken(*args: object) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        os.preadv = broken
+
+    def do_mend_disk(self) -> None:
+        os.preadv = posix.preadv
+
+    def do_open_files(self, directory: str) -> list[str]:
+        """Files of a directory that are open here, those without a name too."""
+        links = []
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return [link for link in links if link.startswith(directory + "/")]
+
+    def do_memory(self) -> dict[str, int]:
+        """Resident bytes: now, and the most that ever were."""
+        with open("/proc/self/status", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return {name: int(fields[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM")}
+
+    def do_forget_peak(self) -> None:
+        """VmHWM starts anew from what is resident."""
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+
+    def do_fork_off(self) -> None:
+        """As if it had gone on alone: another lineage, and still a vote."""
+        assert self.state is not None
+        self.state.lineage = bytes(range(16))
 
     def do_poke(self, name: str, at: int, value: int) -> None:
         """Change one byte."""
@@ -416,22 +468,28 @@ class Agent:
         assert self.state is not None
         self.state.revision += by
 
-    def do_sync(self, timeout: float = DEADLINE_S) -> dict[str, Any]:
+    def do_sync(self, timeout: float = DEADLINE_S, tell_state: bool = True, **options: Any) -> dict[str, Any]:
+        """tell_state: it takes copies of the arrays."""
         assert self.state is not None
-        before = self.told_state()
+        before = self.told_state() if tell_state else None
         try:
-            info = self.need().sync_shared_state(self.state, timeout=timeout)
+            info = self.need().sync_shared_state(self.state, timeout=timeout, **options)
         except BaseException as e:
             raise CommandError(e, restored=self.told_state() == before) from e
         return {
+            "state": self.told_state() if tell_state else None,
             "revision": info.revision,
             "rx_bytes": info.rx_bytes,
             "tx_bytes": info.tx_bytes,
             "changed": info.changed,
             "holders": info.holders,
             "members": info.members,
-            "state": self.told_state(),
+            "apart": info.apart,
+            "liars": info.liars,
         }
+
+    def do_told_state(self) -> dict[str, Any]:
+        return self.told_state()
 
     def told_state(self) -> dict[str, Any]:
         assert self.state is not None

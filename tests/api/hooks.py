@@ -7,7 +7,8 @@ Phases
     freeze, enter, open_links, set_cut, joined, ...   effects of the member machine
     send:NAME                 a control message; "after" is after its bytes were written to the socket
     adopt                     a data connection stands
-    sync.records, sync.table, sync.fetch, sync.commit, sync.adopt   stages of sync_shared_state
+    sync.records, sync.table, sync.fetch, sync.commit, sync.adopt, sync.replace   stages of sync_shared_state
+    sync.chunk                a chunk that was fetched and checked goes into staging
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import trio
 
-from pyccl._io import envelope, session, statesync
+from pyccl._io import envelope, session, staging, statesync
 from pyccl._io.links import Links
 from pyccl._io.session import Session
 from pyccl._native import handles
@@ -36,6 +37,7 @@ _STAGES = {
     "sync.fetch": "_fetch",
     "sync.commit": "_commit",
     "sync.adopt": "_adopt",
+    "sync.replace": "_replace",
 }
 
 
@@ -45,7 +47,7 @@ class Hook:
 
     phase: str
     tell: Callable[[str], None]
-    action: str = "kill"  # or "stop" (SIGSTOP), "wait" (tell, then until ``release``), "tell"
+    action: str = "kill"  # or "stop" (SIGSTOP), "wait" (tell, then until ``release``), "tell", "interrupt" (Ctrl-C)
     nth: int = 1
     bytes: int = 0
     seen: int = 0
@@ -60,6 +62,8 @@ class Hook:
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         self.tell(self.phase)
+        if self.action == "interrupt":
+            raise KeyboardInterrupt
         if self.action == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.action == "wait" and not self.released.wait(DEADLINE_S):
@@ -75,6 +79,8 @@ def install(hook: Hook, when: str, current: Callable[[], Session | None]) -> Non
         _around(handles.Op, "finish", hook, when)
     elif phase == "adopt":
         _around(Links, "_adopt", hook, when)
+    elif phase == "sync.chunk":
+        _around(staging.Staging, "write", hook, when)
     elif phase in _STAGES:
         _around(statesync, _STAGES[phase], hook, when)
     elif phase == "data":
@@ -172,5 +178,3 @@ def _when_sent(hook: Hook, current: Callable[[], Session | None]) -> None:
     while sent_bytes(current()) - before < hook.bytes and time.monotonic() < until:
         time.sleep(0.0002)
     hook.spring()
-
-

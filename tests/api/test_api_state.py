@@ -2,49 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
-from cluster import Call, Cluster, Peer
-
-CHUNK = 1 << 20
-MIB = 1 << 20
-
-
-def model(seed: int, *, index: int | None = 0) -> dict[str, dict[str, Any]]:
-    """Arrays of several kinds. index: whose; None: each peer its own."""
-    owner = {} if index is None else {"index": index}
-    return {
-        "big": {"seed": seed, "count": 2 * MIB + 5, "dtype": "float32", "shape": [1, 2 * MIB + 5], **owner},  # 9 chunks
-        "exact": {"seed": seed + 1, "count": MIB, "dtype": "uint8", **owner},
-        "half": {"seed": seed + 2, "count": 33, "dtype": "float16", "shape": [3, 11], **owner},
-        "flags": {"seed": seed + 3, "count": 7, "dtype": "bool", **owner},
-        "when": {"seed": seed + 4, "count": 9, "dtype": "datetime64[s]", **owner},
-        "swapped": {"seed": seed + 5, "count": 9, "dtype": ">i4", **owner},
-        "nothing": {"seed": seed + 6, "count": 0, "dtype": "float32", "shape": [0, 4], **owner},
-        "scalar": {"seed": seed + 7, "count": 1, "dtype": "float64", "shape": [], **owner},
-    }
-
-
-NAMES = sorted(model(0))
-FULL = sorted(set(NAMES) - {"nothing"})  # arrays that have bytes that can differ
-
-
-def give(peers: Sequence[Peer], arrays: dict[str, dict[str, Any]], revision: int) -> None:
-    for call in [peer.call("state", arrays=arrays, revision=revision) for peer in peers]:
-        call.value()
-
-
-def sync(peers: Sequence[Peer]) -> list[dict[str, Any]]:
-    """All of them, and all hold the same afterwards; bytes sent are bytes received."""
-    infos = [call.value() for call in [peer.call("sync") for peer in peers]]
-    assert len({info["state"]["digest"] for info in infos}) == 1
-    assert all(info["state"]["arrays"] == infos[0]["state"]["arrays"] for info in infos)
-    assert len({info["revision"] for info in infos}) == 1
-    assert all(info["members"] == sorted(peer.id for peer in peers) for info in infos)
-    assert sum(info["rx_bytes"] for info in infos) == sum(info["tx_bytes"] for info in infos)
-    return infos
+from cluster import Cluster
+from states import CHUNK, FULL, divergent, ended_alike, give, model, sync
 
 
 def test_a_newcomer_gets_model_and_revision_from_all_holders(cluster: Cluster) -> None:
@@ -171,29 +131,6 @@ def test_another_layout_is_a_mismatch_that_names_the_peer(cluster: Cluster, what
     cluster.reduce(peers)
 
 
-def divergent(cluster: Cluster, holders: int) -> tuple[list[Peer], Peer]:
-    """Members that agree, and one whose arrays all differ."""
-    *good, odd = peers = cluster.members(holders + 1)
-    give(peers, model(1), 1)
-    sync(peers)
-    for name in FULL:
-        if name != "flags":
-            odd.ask("poke", name=name, at=0, value=123)
-    return good, odd
-
-
-def ended_alike(cluster: Cluster, calls: Sequence[Call], digest: str) -> None:
-    """The survivors have the state, and go on."""
-    peers = [call.peer for call in calls]
-    for call in calls:
-        assert call.value()["state"]["digest"] == digest
-    cluster.reduce(peers)
-    cluster.agree(peers)
-    for peer in peers:
-        peer.ask("advance")
-    sync(peers)
-
-
 @pytest.mark.parametrize("stage", ["sync.table", "serve"])
 def test_a_holder_that_dies_in_the_middle_costs_a_request_not_the_sync(cluster: Cluster, stage: str) -> None:
     """In one case dead before the first chunk was asked for, in the other with some of them sent."""
@@ -269,15 +206,6 @@ def test_a_holder_that_dies_at_any_stage_does_not_disturb_the_others(cluster: Cl
     calls = [peer.call("sync") for peer in [*rest, odd, victim]]
     calls.pop().died()
     ended_alike(cluster, calls, digest)
-
-
-def test_a_holder_that_serves_wrong_bytes_is_found_out(cluster: Cluster) -> None:
-    good, odd = divergent(cluster, holders=3)
-    liar, *honest = cluster.rng.sample(good, 3)
-    liar.ask("lie")
-    infos = dict(zip([*good, odd], sync([*good, odd]), strict=True))
-    assert sorted(infos[odd]["changed"]) == [name for name in FULL if name != "flags"]
-    assert infos[liar]["tx_bytes"] == 0 < sum(infos[peer]["tx_bytes"] for peer in honest)
 
 
 def test_collectives_of_another_thread_run_beside_a_sync(cluster: Cluster) -> None:

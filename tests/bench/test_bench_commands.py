@@ -108,6 +108,15 @@ def test_sync_tells_bytes_of_each_source() -> None:
     assert arrival["rx_bytes"] == sum(arrival["source_bytes"]) == 3 << 20
 
 
+def test_sync_tells_the_memory_of_newcomer_and_holder() -> None:
+    finished = bench("sync", "--world", "2", "--mib", "12", "--iters", "1")
+    assert finished.status == 0 and "most memory beyond the state itself: newcomer" in finished.stdout, finished.stderr
+    told = done("sync", "--world", "2", "--mib", "12", "--iters", "1")
+    check_summary(told["extra_bytes"])
+    assert told["extra_bytes"]["min"] >= 12 << 20  # staged in memory, being less than 32 MiB
+    assert 0 <= told["holder_extra_bytes"] < told["extra_bytes"]["min"]
+
+
 def test_loss_tells_the_gap_of_the_survivors() -> None:
     told = done("loss", "--mib", "0.01", "--iters", "1", "--peer-timeout", "1")
     for cause in ("killed", "silent"):

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pyccl._native._pyccl import ffi, lib
+from pyccl._proto import election
 from pyccl._proto import spec as specs
+from pyccl.errors import RemoteProtocolError
+from pyccl.state import SharedState
 
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS = ROOT / "proto" / "vectors"
@@ -75,6 +79,42 @@ def test_digest_vectors_hold_through_the_binding() -> None:
         lib.pyccl_xxh3_128(data, len(data), int(seed), out)
         assert f"{lib.pyccl_xxh3_64(data, len(data), int(seed)):016x}" == short, (length, seed)
         assert bytes(ffi.buffer(out)).hex() == long, (length, seed)
+
+
+def test_state_vectors_have_these_layouts_tables_and_roots() -> None:
+    judged = set()
+    for name, digest, revision, arrays, layout, table, root in lines("states.txt"):
+        held, unequal = {}, []
+        for encoded, dtype, shape, may_differ in (array.split(",") for array in arrays.split(";")):
+            array = np.empty([int(size) for size in shape.split("x")] if shape != "-" else [], dtype)
+            bytes_ = array.reshape(-1).view(np.uint8)
+            bytes_[:] = np.arange(bytes_.size, dtype=np.uint64) * 131 + 7 & 255
+            held[bytes.fromhex(encoded).decode()] = array
+            unequal += [bytes.fromhex(encoded).decode()] * (may_differ == "1")
+        state = SharedState(held, int(revision), digest=digest, allow_content_inequality=unequal)
+        tree = state.tree()
+        assert tree.layout.hex() == layout, name
+        assert (tree.table.hex() or "-") == table, name
+        assert tree.root.hex() == state.digest() == root, name
+        judged.add(digest)
+    assert judged == {"fast", "sha256"}
+
+
+def test_every_state_record_vector_is_decoded_to_its_fields_or_refused() -> None:
+    judged = {"ok": 0, "refused": 0}
+    peer = bytes(range(16))
+    for name, verdict, data, *wanted in lines("records.txt"):
+        judged[verdict] += 1
+        if verdict == "refused":
+            with pytest.raises(RemoteProtocolError, match="state record"):
+                election.decode_untrusted(peer, bytes.fromhex(data))
+            continue
+        record = election.decode_untrusted(peer, bytes.fromhex(data))
+        assert record.peer == peer and election.encode(record).hex() == data, name
+        for key, value in fields(wanted).items():
+            told = getattr(record, key)
+            assert (told.hex() if isinstance(told, bytes) else str(int(told))) == value, (name, key)
+    assert judged["ok"] >= 4 and judged["refused"] >= 10
 
 
 def test_a_difference_of_two_spec_vectors_is_told_by_the_name_of_the_field() -> None:
