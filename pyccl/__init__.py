@@ -3,7 +3,9 @@
 from importlib.metadata import version as _version
 
 from pyccl._io.statesync import SyncInfo
-from pyccl.communicator import Communicator, ReduceInfo, ReduceOp, Work, connect
+from pyccl.calls import ReduceOp
+from pyccl.communicator import Communicator, connect
+from pyccl.core import ReduceInfo, Work
 from pyccl.errors import (
     AloneError,
     DeadlineError,

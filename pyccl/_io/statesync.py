@@ -267,8 +267,7 @@ class _Fetcher:
                 continue
 
     def _check(self) -> None:
-        if self.session.error is not None:
-            raise self.session.error
+        self.session.check_sync()
         if time.monotonic() >= self.deadline:
             raise errors.DeadlineError("sync_shared_state: the time ran out while chunks were fetched")
 
