@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from pyccl import aio
 from pyccl._io.statesync import SyncInfo
 from pyccl.calls import ReduceOp
 from pyccl.communicator import Communicator, connect
@@ -41,6 +42,7 @@ __all__ = [
     "SyncInfo",
     "UsageError",
     "Work",
+    "aio",
     "connect",
     "reference_all_reduce",
 ]
