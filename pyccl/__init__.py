@@ -2,8 +2,11 @@
 
 from importlib.metadata import version as _version
 
+from pyccl import aio
 from pyccl._io.statesync import SyncInfo
-from pyccl.communicator import Communicator, ReduceInfo, ReduceOp, Work, connect
+from pyccl.calls import ReduceOp
+from pyccl.communicator import Communicator, connect
+from pyccl.core import ReduceInfo, Work
 from pyccl.errors import (
     AloneError,
     DeadlineError,
@@ -41,6 +44,7 @@ __all__ = [
     "SyncInfo",
     "UsageError",
     "Work",
+    "aio",
     "connect",
     "reference_all_reduce",
 ]

@@ -1,147 +1,27 @@
 """Communicator: the blocking API. Thread-safe; waits in C without the GIL; Ctrl-C ends every wait.
 
-It checks arrays and arguments, hands them to the engine and translates what comes back. Membership is the session's.
+Arguments are checked in ``calls.py``; operations begin and end in ``core.py``. Membership is the session's.
 """
 
 from __future__ import annotations
 
-import atexit
-import enum
-import importlib.metadata
-import os
-import secrets
 import threading
-import time
-import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
-import numpy as np
-
-from pyccl import errors
-from pyccl._io.address import parse_address
-from pyccl._io.session import Session, SessionConfig, View
-from pyccl._io.statesync import STRATEGIES, SyncInfo, sync_shared_state
-from pyccl._native import status
-from pyccl._native._pyccl import lib
-from pyccl._native.handles import TIMEOUT_S_MAX, WORLD_MAX, Kind, Op, OpInfo, Spec
-from pyccl._proto import limits
-from pyccl.arrays import Buffer, as_buffer, check_out, numpy_dtype
+from pyccl import calls, errors
+from pyccl._io.session import Session, Waiter
+from pyccl._io.statesync import SyncInfo
+from pyccl._native.handles import Op
+from pyccl.calls import CONNECT_TIMEOUT_S, OPERATION_TIMEOUT_S, REACH_TIMEOUT_S, Array, Call, ReduceOp
+from pyccl.core import Core, ReduceInfo, StateSync, Work, given_up_on_error
 from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
-OPERATION_TIMEOUT_S: Final = 1800.0
-REACH_TIMEOUT_S: Final = 30.0
-CONNECT_TIMEOUT_S: Final = 3600.0
-_IN_FLIGHT_MAX: Final = 1024
-_TAG_PENDING: Final = 0  # of the library's own tags; those of state sync: _io/statesync.py
-_SESSIONS: Final[set[Session]] = set()  # open ones, to end them at interpreter exit
 
-Array = np.ndarray[Any, Any]
-
-
-class ReduceOp(enum.StrEnum):
-    """What an all-reduce computes, element by element."""
-
-    SUM = "sum"
-    AVG = "avg"
-    PROD = "prod"
-    MIN = "min"
-    MAX = "max"
-
-
-_OPS: Final[dict[ReduceOp, int]] = {
-    ReduceOp.SUM: lib.PYCCL_SUM,
-    ReduceOp.AVG: lib.PYCCL_AVG,
-    ReduceOp.PROD: lib.PYCCL_PROD,
-    ReduceOp.MIN: lib.PYCCL_MIN,
-    ReduceOp.MAX: lib.PYCCL_MAX,
-}
-_CODECS: Final[dict[str, int]] = {"uint8": lib.PYCCL_CODEC_UINT8}
-
-
-@dataclass(frozen=True, slots=True)
-class ReduceInfo:
-    """How an operation went.
-
-    world_size, members (peer ids in hex, in rank order), epoch: those who contributed, two in an exchange. attempts:
-    epochs it ran in. tx_bytes, rx_bytes: payload sent and received here for it. seconds: from the call to its end.
-    """
-
-    world_size: int
-    members: tuple[str, ...]
-    epoch: int
-    attempts: int
-    algorithm: str
-    tx_bytes: int
-    rx_bytes: int
-    seconds: float
-
-
-class Work:
-    """An operation that runs while the caller does something else. Wait for it: the arrays are in use until then."""
-
-    def __init__(self, comm: Communicator, session: Session, op: Op, what: str) -> None:
-        self._comm, self._session, self._op, self._what = comm, session, op, what
-        self._lock = threading.Lock()
-
-    def done(self) -> bool:
-        """Whether ``wait`` would return at once."""
-        return self._op.done()
-
-    def take(self, out: np.ndarray[Any, Any]) -> None:
-        """Copy the result that an all_gather without ``out`` has kept, and give up the handle."""
-        try:
-            self._op.take(out)
-        finally:
-            self._op.release()
-
-    def wait(self, timeout: float | None = None) -> ReduceInfo:
-        """Wait for the end of the operation and return its info, or raise its error.
-
-        Args:
-            timeout: seconds to wait; None waits until the operation's own deadline.
-        Raises:
-            DeadlineError: with `timeout`, when it passed: the operation goes on, nothing was aborted.
-            KeyboardInterrupt: Ctrl-C; the operation was given up (input restored) unless it was complete already.
-        """
-        self._comm._check_process()  # in a forked child nothing would ever end it
-        with self._lock:
-            info = self._op.ended
-            if info is None:
-                with self._session.waiting():
-                    info = self._wait(timeout)
-        return self._comm._conclude(self._session, info, self._what)
-
-    def _wait(self, timeout: float | None) -> OpInfo:
-        try:
-            while self._op.wait(3600.0 if timeout is None else timeout) == status.PENDING:
-                if timeout is not None:
-                    raise errors.DeadlineError(f"{self._what}: not finished within {timeout:g} s; it goes on")
-        except errors.DeadlineError:
-            raise
-        except BaseException:
-            self._op.cancel()
-            self._op.finish()
-            raise
-        return self._op.finish()
-
-    def settle(self) -> None:
-        """Give the operation up if it is not complete, and wait for its end without an error."""
-        with self._lock:
-            if self._op.ended is None:
-                self._op.cancel()
-                self._op.finish()
-
-    def __del__(self) -> None:
-        self._op.abandon()
-
-
-class Communicator:
+class Communicator(Core):
     """One peer of a run: a member of one peer group.
 
     Args:
@@ -151,20 +31,9 @@ class Communicator:
     """
 
     def __init__(self, address: str, *, group: int = 0, connections: int | str = "auto") -> None:
-        host, port = parse_address(address)
-        _check_range("group", group, 0, limits.U32_MAX)
-        if connections != "auto":
-            _check_range("connections", connections, 1, lib.PYCCL_CONNS_MAX)
-        self._config = SessionConfig(
-            host, port, group, None if connections == "auto" else int(connections), _library()
-        )
-        self._id = secrets.token_bytes(16)
-        self._session: Session | None = None
-        self._joining: Session | None = None  # while another thread is in connect(), for close()
-        self._view = View(0, bytes(16), (), 0)
+        super().__init__(address, group=group, connections=connections)
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
-        self._pid = os.getpid()
 
     # ---- membership --------------------------------------------------------------------------------------------------
 
@@ -184,37 +53,31 @@ class Communicator:
             DeadlineError: not admitted within `timeout`.
             UsageError: connected already.
         """
-        limit_s, reach_s = _seconds("timeout", timeout), _seconds("reach_timeout", reach_timeout)
+        limit_s, reach_s = calls.seconds("timeout", timeout), calls.seconds("reach_timeout", reach_timeout)
         with self._lock:
-            self._check_process()
-            if self._session is not None and self._session.error is None:
-                raise errors.UsageError("the communicator is connected already")
-            if self._session is not None:
-                self._drop(self._session)
-            session = Session(self._config, self._id, secrets.token_bytes(16))
-            _SESSIONS.add(session)
-            self._joining = session
+            session, old = self._begin_session(), self._session
             try:
-                session.start(limit_s, reach_s)
+                if old is not None:
+                    self._drop(old)
+                joined = Waiter()
+                session.launch(joined, reach_s)
+                if not joined.wait(limit_s):
+                    raise errors.DeadlineError(f"not admitted to the run within {limit_s:g} s")
             except BaseException:
-                _SESSIONS.discard(session)
+                self._drop(session)
                 raise
             finally:
                 self._joining = None
-            self._session, self._view = session, session.view
-            weakref.finalize(self, _leave_dropped, session, self._pid).atexit = False
+            self._adopt(session)
 
     def close(self) -> None:
         """Leave the run: the others go on without this peer. Open operations fail. Idempotent, any thread."""
-        if os.getpid() != self._pid:
-            return  # a fork's copy: threads and connections are the parent's
-        for session in (self._joining, self._session):
-            if session is not None:
-                self._drop(session)
+        for session in self._sessions_to_close():
+            self._drop(session)
 
     def _drop(self, session: Session) -> None:
         session.close()
-        _SESSIONS.discard(session)
+        self._forget(session)
 
     def __enter__(self) -> Self:
         if self._session is None:
@@ -226,31 +89,6 @@ class Communicator:
     ) -> None:
         self.close()
 
-    @property
-    def peer_id(self) -> str:
-        """This peer's id: 32 hex characters."""
-        return self._id.hex()
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch; 0 before connect. Like all of the view, it changes only when a call returns."""
-        return self._view.epoch
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Peer ids of the group's members in bytewise order, which is rank order."""
-        return tuple(peer.hex() for peer in self._view.members)
-
-    @property
-    def group_world_size(self) -> int:
-        """Members of this peer group."""
-        return len(self._view.members)
-
-    @property
-    def world_size(self) -> int:
-        """Members of all peer groups, as the master counted them when this group's epoch began."""
-        return self._view.world_size
-
     def are_peers_pending(self) -> bool:
         """Whether newcomers wait for the next safe point. Collective: every member gets the same answer.
 
@@ -260,14 +98,12 @@ class Communicator:
         if session.view.members == (self._id,):
             self._view = session.view
             return session.pending > 0
-        mine = np.array([session.pending], np.int32)
-        spec = Spec(Kind.ALL_REDUCE, lib.PYCCL_INT32, 1, lib.PYCCL_MAX, lib.PYCCL_SPACE_INTERNAL, _TAG_PENDING)
+        call, counts = calls.are_peers_pending(session.pending)
         try:
-            buffer = as_buffer("mine", mine, writable=True)
-            self._run(session, spec, buffer, buffer, OPERATION_TIMEOUT_S, "are_peers_pending")
+            self._run(session, call)
         except errors.AloneError:
             return session.pending > 0  # the others were lost meanwhile
-        return bool(mine[0] > 0)
+        return bool(counts[0] > 0)
 
     def update_topology(self, timeout: float = OPERATION_TIMEOUT_S) -> None:
         """The safe point: all members meet, pending peers get in, a new epoch begins. Collective.
@@ -279,9 +115,15 @@ class Communicator:
             MismatchError: members were elsewhere, in operations this peer never called.
             DeadlineError: `timeout` seconds passed; this peer has gone back from the safe point.
         """
-        limit_s, session = _seconds("timeout", timeout), self._require()
+        limit_s, session = calls.seconds("timeout", timeout), self._require()
+        waiter = Waiter()
         try:
-            session.update_topology(limit_s, REACH_TIMEOUT_S)
+            session.arrive(waiter, REACH_TIMEOUT_S)
+            if not waiter.wait(limit_s):
+                raise errors.DeadlineError(f"the members did not meet at the safe point within {limit_s:g} s")
+        except BaseException:
+            session.withdraw(waiter)
+            raise
         finally:
             self._view = session.view
 
@@ -336,10 +178,9 @@ class Communicator:
             EvictedError, OutcomeUnknownError: this peer is out of the run; ``connect()`` again.
             After every one of them ``x`` holds its input.
         """
-        with _given_up_on_error() as begun:
-            return self._reduce(
-                x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, begun
-            ).wait()
+        session = self._require()
+        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
+        return self._run(session, call)
 
     def all_reduce_async(
         self,
@@ -359,8 +200,10 @@ class Communicator:
 
         ``wait()`` also brings the result of a tensor on an accelerator back there.
         """
-        with _given_up_on_error() as begun:
-            return self._reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, begun)
+        session = self._require()
+        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
+        with given_up_on_error() as begun:
+            return self._start(session, call, begun)
 
     def broadcast(
         self, x: Any, root: str, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
@@ -375,16 +218,11 @@ class Communicator:
             PeerLostError: the root was lost, or a member with ``retry=False``; else as ``all_reduce``.
         """
         session = self._require()
-        source = _parse_peer(root)
-        at_root = source == self._id
-        buffer = as_buffer("x", x, writable=not at_root)
-        spec = Spec(Kind.BROADCAST, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry), root=source)
-        target = None if at_root else buffer
-        return self._run(session, spec, buffer, target, timeout, "broadcast")
+        return self._run(session, calls.broadcast(self._id, x, root, tag, retry, timeout))
 
     def all_gather(
         self, x: Any, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
-    ) -> np.ndarray[Any, Any]:
+    ) -> Array:
         """Everybody's ``x``, on everybody.
 
         Args:
@@ -396,15 +234,12 @@ class Communicator:
         Raises: as ``all_reduce``.
         """
         session = self._require()
-        buffer = as_buffer("x", x, writable=False)
-        dtype = numpy_dtype(buffer)
-        spec = Spec(Kind.ALL_GATHER, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry))
-        with _given_up_on_error() as begun:
-            work = self._start(session, spec, buffer, None, timeout, "all_gather", begun)
+        call, gathered = calls.all_gather(x, tag, retry, timeout)
+        with given_up_on_error() as begun:
+            work = self._start(session, call, begun)
             info = work.wait()
-        out = np.empty((info.world_size, *buffer.shape), dtype)
-        if out.size:
-            work.take(out.reshape(-1).view(np.uint8))
+        out = gathered.empty(info.world_size)
+        work._take(out)
         return out
 
     def all_reduce_many(
@@ -427,9 +262,7 @@ class Communicator:
         Raises: what the first operation that failed raised, after all that were started have ended. Arrays before it
             are reduced, it and those never started hold their inputs, the others in flight hold one or the other.
         """
-        _check_range("max_in_flight", max_in_flight, 1, _IN_FLIGHT_MAX)
-        if "out" in options:
-            raise errors.UsageError("all_reduce_many works in place: it takes no out")
+        calls.check_many(max_in_flight, options)
         infos: list[ReduceInfo] = []
         works: deque[Work] = deque()
         try:
@@ -441,7 +274,7 @@ class Communicator:
                 infos.append(works.popleft().wait())
         except BaseException:
             for work in works:  # the caller's arrays again, whatever becomes of it
-                work.settle()
+                work._settle()
             raise
         return infos
 
@@ -470,24 +303,14 @@ class Communicator:
             After every one of them ``x`` holds its input.
         """
         session = self._require()
-        other = _parse_peer(partner)
-        if other == self._id:
-            raise errors.UsageError(f"partner={partner!r} is this peer itself")
-        source = as_buffer("x", x, writable=out is None)
-        target = source if out is None else as_buffer("out", out, writable=True)
-        check_out(source, target)
-        pair = bytes(a ^ b for a, b in zip(self._id, other, strict=True))
-        spec = Spec(Kind.EXCHANGE, source.code, source.count, space=lib.PYCCL_SPACE_PAIR, tag=_tag(tag), root=pair)
-        limit_s, view = _seconds("timeout", timeout), session.view
-        if other not in view.members:
-            raise errors.PeerLostError(f"exchange: {partner} is no member of epoch {view.epoch}", peer=other.hex())
-        info = self._run(session, spec, source, target, limit_s, "exchange")
-        return replace(info, world_size=2, members=tuple(sorted((self.peer_id, other.hex()))))
+        call = calls.exchange(self._id, x, out, partner, tag, timeout)
+        self._check_partner(session, partner)
+        return self._of_pair(self._run(session, call), partner)
 
     def barrier(self, *, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S) -> ReduceInfo:
         """Return when every member has called it."""
-        spec = Spec(Kind.BARRIER, lib.PYCCL_UINT8, 0, tag=_tag(tag))
-        return self._run(self._require(), spec, None, None, timeout, "barrier")
+        session = self._require()
+        return self._run(session, calls.barrier(tag, timeout))
 
     def sync_shared_state(
         self, state: SharedState, strategy: str = "enforce_popular", *, timeout: float = OPERATION_TIMEOUT_S
@@ -518,127 +341,22 @@ class Communicator:
             StagingError: this peer can't stage the state; names the directory. Nothing was changed, on any member.
             otherwise as ``all_reduce``, without AloneError: alone it commits what is here.
         """
-        if not isinstance(state, SharedState):
-            raise errors.UsageError(f"a SharedState is needed, not {type(state).__name__}")
-        if not isinstance(strategy, str) or strategy not in STRATEGIES:
-            raise errors.UsageError(f"strategy={strategy!r} is not one of {', '.join(STRATEGIES)}")
-        limit_s, session = _seconds("timeout", timeout), self._require()
+        chosen = calls.sync_shared_state(state, strategy)
+        limit_s, session = calls.seconds("timeout", timeout), self._require()
         with self._sync_lock:
             try:
-                return sync_shared_state(session, self._gather, state, STRATEGIES[strategy], limit_s)
-            except errors.UsageError:
-                if session.error is not None:  # left the run meanwhile
-                    raise session.error from None
-                raise
+                return StateSync(self, session).run(state, chosen, limit_s)
             finally:
                 self._view = session.view
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise errors.UsageError("a communicator does not survive fork(); make one in the child")
+    def _start(self, session: Session, call: Call, begun: list[Op]) -> Work:
+        return Work(self, session, self._submit(session, call, begun), call.what)
 
-    def _require(self) -> Session:
-        self._check_process()
-        session = self._session
-        if session is None:
-            raise errors.UsageError("the communicator is not connected")
-        if session.error is not None:
-            raise session.error
-        return session
-
-    def _reduce(
-        self,
-        x: Any,
-        op: ReduceOp | str,
-        out: Any,
-        tag: int,
-        quantize: str | None,
-        algorithm: str,
-        weight: float,
-        retry: bool,
-        timeout: float,
-        quantize_block: int,
-        begun: list[Op],
-    ) -> Work:
-        session = self._require()
-        source = as_buffer("x", x, writable=out is None)
-        target = source if out is None else as_buffer("out", out, writable=True)
-        known = _reduce_op(op, source)
-        check_out(source, target)
-        codec, block = _codec(quantize, quantize_block, source)
-        if algorithm not in ("auto", "direct"):
-            raise errors.UsageError(f"algorithm={algorithm!r}: this version has 'auto' and 'direct'")
-        spec = Spec(
-            Kind.ALL_REDUCE, source.code, source.count, _OPS[known],
-            tag=_tag(tag), retry=bool(retry), codec=codec, block=block, weight=_weight(weight, known),
-        )  # fmt: skip
-        return self._start(session, spec, source, target, timeout, "all_reduce", begun)
-
-    def _start(
-        self,
-        session: Session,
-        spec: Spec,
-        src: Buffer | None,
-        dst: Buffer | None,
-        timeout: float,
-        what: str,
-        begun: list[Op],
-    ) -> Work:
-        limit_s, engine = _seconds("timeout", timeout), session.need_engine()
-        source, target = (None if x is None or spec.count == 0 else x.bytes_ for x in (src, dst))
-        try:
-            op = engine.submit(spec, source, target, limit_s, begun, None if dst is None else dst.put_back)
-        except errors.UsageError:
-            if session.error is not None:  # left the run between the check and the submit
-                raise session.error from None
-            raise
-        return Work(self, session, op, what)
-
-    def _run(
-        self, session: Session, spec: Spec, src: Buffer | None, dst: Buffer | None, timeout: float, what: str
-    ) -> ReduceInfo:
-        with _given_up_on_error() as begun:
-            return self._start(session, spec, src, dst, timeout, what, begun).wait()
-
-    def _conclude(self, session: Session, info: OpInfo, what: str) -> ReduceInfo:
-        """The end of an operation for its caller: the view moves on, a failure is raised."""
-        self._view = session.view
-        if info.status == lib.PYCCL_ERR_MISMATCH:
-            raise session.mismatch_error(what)
-        if info.status in (lib.PYCCL_ERR_CLOSED, lib.PYCCL_ERR_EVICTED):
-            raise session.last_error()
-        if info.status < 0:
-            raise status.error_of(info.status, what, info.peer.hex() or None)
-        members = session.members_of(info.epoch)
-        return ReduceInfo(
-            world_size=len(members),
-            members=tuple(peer.hex() for peer in members),
-            epoch=info.epoch,
-            attempts=info.attempts,
-            algorithm="direct",
-            tx_bytes=info.tx_bytes,
-            rx_bytes=info.rx_bytes,
-            seconds=info.seconds,
-        )
-
-    def _gather(self, tag: int, mine: bytes, deadline: float) -> tuple[tuple[bytes, ...], list[bytes]]:
-        """All-gather of a few bytes on the library's own tags; alone it is just ours."""
-        session = self._require()
-        if session.view.members == (self._id,):
-            return (self._id,), [mine]
-        size = len(mine)
-        spec = Spec(Kind.ALL_GATHER, lib.PYCCL_UINT8, size, space=lib.PYCCL_SPACE_INTERNAL, tag=tag)
-        out = np.empty(WORLD_MAX * size, np.uint8)
-        try:
-            timeout = max(deadline - time.monotonic(), 0.001)
-            source, target = as_buffer("mine", mine, writable=False), as_buffer("out", out, writable=True)
-            info = self._run(session, spec, source, target, timeout, "sync_shared_state")
-        except errors.AloneError:
-            return (self._id,), [mine]
-        members = session.members_of(info.epoch)
-        return members, [out[i * size : (i + 1) * size].tobytes() for i in range(len(members))]
+    def _run(self, session: Session, call: Call) -> ReduceInfo:
+        with given_up_on_error() as begun:
+            return self._start(session, call, begun).wait()
 
 
 def connect(
@@ -653,99 +371,3 @@ def connect(
     comm = Communicator(address, group=group, connections=connections)
     comm.connect(timeout, reach_timeout)
     return comm
-
-
-@contextmanager
-def _given_up_on_error() -> Iterator[list[Op]]:
-    """Ctrl-C may come after the submit and outside of ``Work.wait``, which would see to it: the array comes back."""
-    begun: list[Op] = []
-    try:
-        yield begun
-    except BaseException:
-        for op in begun:
-            if not op.done():
-                op.cancel()
-                op.finish()
-        raise
-
-
-def _leave_dropped(session: Session, pid: int) -> None:
-    """The communicator was dropped without close(): a member that nobody drives would hold up all the others."""
-    if os.getpid() == pid:
-        session.leave_soon()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Interpreter exit: leave every run, end every thread, close every socket."""
-    for session in list(_SESSIONS):
-        session.close()
-
-
-os.register_at_fork(after_in_child=_SESSIONS.clear)  # the parent's; its threads do not exist in the child
-
-
-def _library() -> str:
-    return importlib.metadata.version("pyccl-p2p")[: limits.LIBRARY_CHARS_MAX]
-
-
-def _parse_peer(peer: str) -> bytes:
-    try:
-        parsed = bytes.fromhex(peer)
-    except (TypeError, ValueError):
-        parsed = b""
-    if len(parsed) != limits.ID_BYTES:
-        raise errors.UsageError(f"{peer!r} is no peer id: 32 hex characters are needed")
-    return parsed
-
-
-def _check_range(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= int(value) <= high:
-        raise errors.UsageError(f"{name}={value!r}: a whole number of {low}..{high} is needed")
-
-
-def _seconds(name: str, value: object) -> float:
-    """A time to wait; so long a one that no clock or lock minds it, where more is asked for."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not float(value) > 0:
-        raise errors.UsageError(f"{name}={value!r}: a positive number of seconds is needed")
-    return min(float(value), TIMEOUT_S_MAX)
-
-
-def _tag(tag: int) -> int:
-    _check_range("tag", tag, 0, limits.U32_MAX)
-    return int(tag)
-
-
-def _reduce_op(op: ReduceOp | str, x: Buffer) -> ReduceOp:
-    try:
-        known = ReduceOp(op)
-    except ValueError:
-        raise errors.UsageError(f"op={op!r} is not one of {', '.join(ReduceOp)}") from None
-    if known is ReduceOp.AVG and not x.is_float:
-        raise errors.UsageError(f"op='avg' needs floats, not {x.dtype}: sum them and divide as you need")
-    return known
-
-
-def _codec(quantize: str | None, block: int, x: Buffer) -> tuple[int, int]:
-    """(codec, block) of the spec."""
-    if quantize is None:
-        return lib.PYCCL_CODEC_NONE, 0
-    codec = _CODECS.get(quantize)
-    if codec is None:
-        raise errors.UsageError(f"quantize={quantize!r} is not one of {', '.join(_CODECS)}")
-    if not x.is_float:
-        raise errors.UsageError(f"quantize={quantize!r} needs floats, not {x.dtype}")
-    _check_range("quantize_block", block, lib.PYCCL_BLOCK_MIN, lib.PYCCL_BLOCK_MAX)
-    if block & (block - 1):
-        raise errors.UsageError(f"quantize_block={block}: a power of two is needed")
-    return codec, int(block)
-
-
-def _weight(weight: float, op: ReduceOp) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
-        raise errors.UsageError(f"weight={weight!r}: a number is needed")
-    if not 0 <= float(weight) < float("inf"):
-        raise errors.UsageError(f"weight={weight!r}: finite and not negative is needed")
-    if op is not ReduceOp.AVG and float(weight) != 1.0:
-        raise errors.UsageError(f"weight={weight!r}: weights are for op='avg' only")
-    return float(weight)

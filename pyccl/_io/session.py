@@ -31,7 +31,7 @@ from pyccl._io.causes import reason_of
 from pyccl._io.links import LinkEvents, Links, listen
 from pyccl._io.resolver import Resolver
 from pyccl._native import status
-from pyccl._native.handles import Engine, Event, EventType
+from pyccl._native.handles import Engine, Event, EventType, Op
 from pyccl._proto import limits, member
 from pyccl._proto.epoch import Member
 from pyccl._proto.messages import (
@@ -91,6 +91,15 @@ class Waiter:
             self._error = error
             self._event.set()
 
+    @property
+    def finished(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise what it was failed with."""
+        if self._error is not None:
+            raise self._error
+
     def wait(self, timeout: float) -> bool:
         """True: fulfilled; raises what it was failed with. False: the time ran out.
 
@@ -100,8 +109,7 @@ class Waiter:
         while not self._event.wait(min(_SLICE_S, max(0.0, until - time.monotonic()))):
             if time.monotonic() >= until:
                 return False
-        if self._error is not None:
-            raise self._error
+        self.check()
         return True
 
 
@@ -115,13 +123,15 @@ class Session:
         self.view = View(0, bytes(16), (), 0)
         self.pending = 0
         self.error: errors.PycclError | None = None  # set once, when out of the run
+        self.sync_given_up = False  # by the caller of the sync_shared_state that runs
         self._machine: member.MemberMachine | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
         self._token: trio.lowlevel.TrioToken | None = None
-        self._started = threading.Event()
         self._joined, self._closed = Waiter(), Waiter()
         self._topology: Waiter | None = None
+        self._watched: dict[int, Waiter] = {}
+        self._watch_last, self._watch_lock = 0, threading.Lock()
         self._members: dict[int, tuple[bytes, ...]] = {}
         self._mismatch: tuple[str, tuple[str, ...], tuple[str, ...]] = ("", (), ())
         self._waiting, self._waiting_lock = 0, threading.Lock()
@@ -144,50 +154,55 @@ class Session:
 
     # ---- called by user threads --------------------------------------------------------------------------------------
 
-    def start(self, timeout: float, reach_timeout: float) -> None:
-        """Join the run; returns as a member. Raises and is over otherwise."""
-        self._reach_timeout = reach_timeout
-        self._thread = threading.Thread(target=self._thread_main, name="pyccl-control", daemon=True)
-        self._thread.start()
-        try:
-            if self._closing:
-                raise errors.UsageError("the communicator is closed")
-            if not self._joined.wait(timeout):
-                raise errors.DeadlineError(f"not admitted to the run within {timeout:g} s")
-        except BaseException:
-            self.close()
-            raise
+    def launch(self, joined: Waiter, reach_timeout: float) -> None:
+        """Begin to join the run; `joined` is fulfilled as a member, or with why not. Then, or before, ``close``."""
+        self._joined, self._reach_timeout = joined, reach_timeout
+        thread = threading.Thread(target=self._thread_main, name="pyccl-control", daemon=True)
+        thread.start()
+        self._thread = thread  # now others may join it
 
     def close(self) -> None:
         """Leave the run and end the thread. Idempotent, callable from any thread, waits at most a few seconds."""
-        self._closing = True  # for a start() that is on its way and has no thread yet
-        if self._thread is None:
-            return
-        self._started.wait()
-        self._soon(self._leave)
-        if threading.current_thread() is not self._thread:
+        self.leave_soon()
+        if self._thread is not None and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def leave_soon(self) -> None:
         """As ``close``, without waiting for the end."""
+        self._closing = True  # for a thread that has not begun
         self._soon(self._leave)
 
     def leave_because(self, error: errors.PycclError) -> None:
         """As ``leave_soon``; later calls raise `error`."""
         if self.error is None:
             self.error = error
-        self._soon(self._leave)
+        self.leave_soon()
 
-    def update_topology(self, timeout: float, unreachable_timeout: float) -> None:
+    def arrive(self, waiter: Waiter, unreachable_timeout: float) -> None:
         """Stand at the safe point until the next epoch, or until the master has been away too long."""
-        waiter = Waiter()
         self._soon(lambda: self._arrive(waiter, unreachable_timeout), waiter)
-        try:
-            if not waiter.wait(timeout):
-                raise errors.DeadlineError(f"the members did not meet at the safe point within {timeout:g} s")
-        except BaseException:
-            self._soon(lambda: self._withdraw(waiter))
-            raise
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Go back from the safe point, if still there."""
+        self._soon(lambda: self._withdraw(waiter))
+
+    def watch(self, waiter: Waiter) -> int:
+        """It is fulfilled when the operation submitted with this number has ended, and when the session has."""
+        with self._watch_lock:
+            self._watch_last += 1
+            number = self._watch_last
+            if self._thread is not None and not self._closed.finished:
+                self._watched[number] = waiter
+                return number
+        waiter.finish()
+        return number
+
+    def unwatch(self, number: int) -> None:
+        self._watched.pop(number, None)
+
+    def cancel_soon(self, op: Op) -> None:
+        """As ``op.cancel()``, which waits for the engine's thread, but without waiting."""
+        self._soon(op.cancel)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -206,6 +221,13 @@ class Session:
         if engine is None:
             raise self.error or errors.UsageError("the communicator is closed")
         return engine
+
+    def check_sync(self) -> None:
+        """For the thread that fetches state: raises when there is no use in going on."""
+        if self.error is not None:
+            raise self.error
+        if self.sync_given_up:
+            raise errors.PeerLostError("sync_shared_state: given up here")
 
     def last_error(self) -> errors.PycclError:
         """Why the run was left. For an operation that ended because of it: the reason is there, or on its way."""
@@ -276,7 +298,6 @@ class Session:
             error = errors.PycclError(f"internal error: {e!r}")
             error.__cause__ = e
         finally:
-            self._started.set()
             final = self.error or error or errors.UsageError("the communicator is closed")
             if self.error is None:
                 self.error = final if isinstance(final, errors.PycclError) else None
@@ -289,12 +310,17 @@ class Session:
             for waiter in (self._joined, self._topology):
                 if waiter is not None:
                     waiter.finish(final)
-            self._closed.finish()
+            with self._watch_lock:
+                self._closed.finish()
+                watched, self._watched = self._watched, {}
+            for waiter in watched.values():
+                waiter.finish()
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         trio.socket.set_custom_hostname_resolver(Resolver())
-        self._started.set()
+        if self._closing:  # from here on whoever closes has the token
+            self._scope.cancel()
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -556,7 +582,7 @@ class Session:
             waiter.finish(self.error or errors.UsageError("the communicator is not connected"))
             return
         if self._topology is not None:
-            waiter.finish(errors.UsageError("another thread is in update_topology() already"))
+            waiter.finish(errors.UsageError("another call is in update_topology() already"))
             return
         self._topology, self._unreachable_timeout = waiter, unreachable_timeout
         self._arrived_at = trio.current_time()
@@ -592,6 +618,11 @@ class Session:
                 handler = _EVENTS.get(event.type)
                 if handler is not None:
                     handler(self, event)
+
+    def _on_op(self, event: Event) -> None:
+        waiter = self._watched.pop(event.value, None)
+        if waiter is not None:
+            waiter.finish()
 
     def _on_conn_down(self, event: Event) -> None:
         assert self._links is not None
@@ -709,6 +740,7 @@ _EVENTS: Final[dict[int, Callable[[Session, Event], None]]] = {
     EventType.LINK_SILENT: Session._on_silent,
     EventType.LINK_HEARD: Session._on_heard,
     EventType.LINK_REFUSED: Session._on_refused,
+    EventType.OP: Session._on_op,
     EventType.SETTLE: Session._on_settle,
     EventType.LEAVE: Session._on_leave,
     EventType.DIFFERS: Session._on_differs,

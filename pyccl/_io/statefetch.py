@@ -254,8 +254,7 @@ class Fetcher:
         return bool(self._holders)
 
     def _check(self) -> None:
-        if self._session.error is not None:
-            raise self._session.error
+        self._session.check_sync()
         if time.monotonic() >= self._deadline:
             raise errors.DeadlineError(
                 "sync_shared_state: the time ran out while chunks were fetched; this peer left the run"

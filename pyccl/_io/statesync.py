@@ -47,11 +47,6 @@ from pyccl.state import Bytes, SharedState, StateDigest
 
 TAG_RECORDS: Final = 1
 TAG_COMMIT: Final = 2
-STRATEGIES: Final[Mapping[str, Strategy]] = {
-    "enforce_popular": Strategy.ENFORCE_POPULAR,
-    "receive_only": Strategy.RECEIVE_ONLY,
-    "send_only": Strategy.SEND_ONLY,
-}
 _LOST, _WHOLE, _UNSTAGED = 0, 1, 2  # outcomes
 _TABLE_PATIENCE_S: Final = 1.0
 _SETTLE_S: Final = 30.0  # for those whose time ran out to leave, and for the others to go on without them

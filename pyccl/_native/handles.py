@@ -272,11 +272,13 @@ class Engine:
         timeout: float,
         begun: list[Op],
         put_back: Callable[[], None] | None = None,
+        user: int = 0,
     ) -> Op:
         """Start an operation on C-contiguous buffers; they belong to the engine until the operation has ended.
 
         It stands in `begun` before it starts: who is interrupted before this returns can still give it up. Where
         `dst` is a copy of the caller's array, `put_back` takes the result there; ``Op.finish`` calls it.
+        user: unless 0, an EventType.OP with this value tells of its end.
         """
         args = ffi.new("pyccl_op_args *")
         s = args.spec
@@ -293,6 +295,7 @@ class Engine:
             args.dst, args.dst_bytes = pins[-1], len(pins[-1])
         args.timeout_ns = max(1, _ns(timeout))
         args.weight = spec.weight
+        args.user, args.notify = user, user != 0
         self._release_abandoned()
         slot = ffi.new("pyccl_op **")
         op = Op(self, slot, pins, put_back)
@@ -401,7 +404,9 @@ class Op:
 
     def cancel(self, why: int = CANCELLED) -> None:
         """Before DONE the operation fails with `why`; after it, it is settled at once. Then ``finish``."""
-        lib.pyccl_op_cancel(self._handle, why)
+        with self._free_lock:
+            if self._handle != ffi.NULL:  # its waiter may have released it meanwhile
+                lib.pyccl_op_cancel(self._handle, why)
 
     def finish(self) -> OpInfo:
         """Stay until the operation has ended, whatever is raised meanwhile; then free it and tell what it was."""
