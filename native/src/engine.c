@@ -208,6 +208,7 @@ void engine_refuse(pyccl_engine *engine, peer *p) {
     const pyccl_event event = {.type = PYCCL_EVENT_LINK_REFUSED, .slot = p->link.slot, .code = PYCCL_ERR_FRAME};
     if (p->link.conn_count > 0) engine_event(engine, &event);
     engine_close_links(engine, p);
+    early_clear_peer(engine, p); /* it repeats what it sent, and what it never should have may fill its window */
 }
 
 /* A connection ended by itself. */

@@ -21,7 +21,7 @@ async def ask_status(host: str, port: int) -> dict[str, Any]:
         async with await trio.open_tcp_stream(host, port) as stream:
             await stream.send_all(envelope.pack(StatusAsk(limits.PROTOCOL_VERSION)))
             answer = await envelope.receive(stream)
-    except (OSError, trio.BrokenResourceError) as e:
+    except (OSError, UnicodeError, trio.BrokenResourceError) as e:  # UnicodeError: a name that IDNA refuses
         raise errors.MasterUnavailableError(f"no master answers at {where}: {reason_of(e)}") from e
     if answer is None:
         raise errors.MasterUnavailableError(f"{where} closed the connection without an answer")
@@ -31,7 +31,7 @@ async def ask_status(host: str, port: int) -> dict[str, Any]:
         raise errors.RemoteProtocolError(f"{where} answered with {type(answer).__name__}")
     try:
         told = json.loads(answer.json)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise errors.RemoteProtocolError(f"the status of {where} is no JSON") from e
     if not isinstance(told, dict):
         raise errors.RemoteProtocolError(f"the status of {where} is no object")

@@ -6,6 +6,7 @@ Reads never take a byte past the envelope: after a handshake the same socket goe
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Final
 
 import msgpack
@@ -25,12 +26,27 @@ def pack(message: Message) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+def _array_counter() -> Callable[[list[object]], list[object]]:
+    """Gives up at more arrays than any message has: a body of empty ones would become sixty times as many bytes."""
+    left = limits.ARRAYS_MAX
+
+    def count(array: list[object]) -> list[object]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("too many arrays")
+        return array
+
+    return count
+
+
 def unpack_untrusted(body: bytes) -> Message:
     """Judge a body whole. Raises RemoteProtocolError and nothing else."""
     try:
         value = msgpack.unpackb(
             body,
             raw=False,
+            list_hook=_array_counter(),
             strict_map_key=True,
             max_map_len=0,
             max_ext_len=0,
@@ -56,14 +72,17 @@ async def _exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
     return bytes(taken)
 
 
-async def receive(stream: trio.abc.ReceiveStream, body_bytes_max: int = limits.BODY_MAX_BYTES) -> Message | None:
-    """The next message; None at a clean end of the stream."""
+async def receive(
+    stream: trio.abc.ReceiveStream, body_bytes_max: int | Callable[[], int] = limits.BODY_MAX_BYTES
+) -> Message | None:
+    """The next message; None at a clean end of the stream. A callable is asked when the length is here."""
     head = await _exactly(stream, _LENGTH.size)
     if not head:
         return None
     (size,) = _LENGTH.unpack(head)
-    if not 1 <= size <= body_bytes_max:
-        raise RemoteProtocolError(f"an envelope of {size} bytes; at most {body_bytes_max} are allowed here")
+    most = body_bytes_max() if callable(body_bytes_max) else body_bytes_max
+    if not 1 <= size <= most:
+        raise RemoteProtocolError(f"an envelope of {size} bytes; at most {most} are allowed here")
     body = await _exactly(stream, size)
     if not body:
         raise RemoteProtocolError("the stream ended inside an envelope")

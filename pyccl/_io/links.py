@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import socket
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,6 +20,7 @@ import trio
 
 from pyccl._io import envelope
 from pyccl._io.causes import causes_of
+from pyccl._io.strangers import Notes, Places
 from pyccl._native.handles import Engine
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
@@ -28,8 +30,11 @@ from pyccl.errors import PycclError, RemoteProtocolError
 LINKS_TIMEOUT_S: Final = 10.0
 _GREET_S: Final = 10.0
 _DIAL_S: Final = 5.0
-_STRANGERS_MAX: Final = 64  # accepted connections that have not been matched to a peer yet
+_STRANGERS_MAX: Final = 64  # accepted connections that have not greeted yet
+_EARLY_MAX: Final = 256  # that have, as a peer that we have not learned of yet
 _BACKOFF_S: Final = (0.05, 1.0)
+_REFUSALS_MAX: Final = 10  # of one peer within _REFUSALS_S: it is not linked to any more, and the master decides
+_REFUSALS_S: Final = 60.0
 
 log = logging.getLogger("pyccl.links")
 
@@ -39,6 +44,8 @@ class _Peer:
     member: Member
     slot: int
     dialing: set[trio.CancelScope] = field(default_factory=set)  # one for each task that tries to connect
+    refused_at: deque[float] = field(default_factory=lambda: deque(maxlen=_REFUSALS_MAX))
+    shunned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,8 @@ class Links:
         self._version: int | None = None  # of the OpenLinks that is not answered yet
         self._wanted: frozenset[bytes] = frozenset()
         self._timeout = trio.CancelScope()
-        self._strangers = 0
+        self._strangers, self._early = Places(_STRANGERS_MAX, _GREET_S), Places(_EARLY_MAX, _GREET_S)
+        self._notes = Notes(log)
         self._changed = trio.Event()  # a peer became known
 
     # -- what the member machine asks for
@@ -103,6 +111,25 @@ class Links:
         elif left == 0:
             self._dial(record, 1)
 
+    def conn_refused(self, slot: int) -> bool:
+        """The engine closed the link for what came over it. True: it is to be made again, as a lost one; not for ever.
+
+        A flipped bit or a stranger with a stolen greeting must cost no member its place, but who sends nothing else
+        would hold up the others' operations for as long as it is taken back.
+        """
+        peer = self.peer_of(slot)
+        if peer is None:
+            return False
+        record, now = self._peers[peer], trio.current_time()
+        record.refused_at.append(now)
+        if len(record.refused_at) == _REFUSALS_MAX and now - record.refused_at[0] < _REFUSALS_S:
+            log.warning("peer_shunned peer=%s refused=%d", peer.hex()[:8], _REFUSALS_MAX)
+            record.shunned = True
+            self._stop_dialing(record)
+        else:
+            self.conn_down(slot, self._engine.conns(slot))
+        return not record.shunned
+
     def peer_of(self, slot: int) -> bytes | None:
         return next((id_ for id_, record in self._peers.items() if record.slot == slot), None)
 
@@ -130,9 +157,12 @@ class Links:
 
     def _forget(self, peer: bytes) -> None:
         record = self._peers.pop(peer)
-        for scope in record.dialing:
-            scope.cancel()
+        self._stop_dialing(record)
         self._engine.peer_remove(record.slot)
+
+    def _stop_dialing(self, peer: _Peer) -> None:
+        for scope in peer.dialing:
+            scope.cancel()
 
     def _count_for(self, member: Member) -> int:
         if self._connections is not None:
@@ -161,6 +191,8 @@ class Links:
     # -- connections
 
     def _dial(self, peer: _Peer, count: int) -> None:
+        if peer.shunned:
+            return
         for _ in range(count - len(peer.dialing)):
             scope = trio.CancelScope()
             peer.dialing.add(scope)
@@ -212,7 +244,7 @@ class Links:
             if isinstance(answer, PeerWelcome):
                 return True
             reason = answer.reason if isinstance(answer, PeerRefused) else "no answer"
-            log.info("link_refused peer=%s reason=%s", member.peer.hex()[:8], reason)
+            log.info("link_refused peer=%s reason=%r", member.peer.hex()[:8], reason)
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
@@ -221,7 +253,7 @@ class Links:
 
     def _adopt(self, peer: _Peer, stream: trio.SocketStream) -> bool:
         """Hand it to the engine. False: the link still has no connection."""
-        if not self._is_known(peer):
+        if not self._is_known(peer) or peer.shunned:
             stream.socket.close()
             return True
         try:
@@ -237,39 +269,43 @@ class Links:
         await trio.serve_listeners(self._accept, [listener])
 
     async def _accept(self, stream: trio.SocketStream) -> None:
-        if self._strangers >= _STRANGERS_MAX:
-            await trio.aclose_forcefully(stream)
-            return
-        self._strangers += 1
         peer: _Peer | None = None
         try:
-            with trio.move_on_after(_GREET_S):
-                peer = await self._match(stream)
+            hello: PeerHello | None = None
+            with self._strangers.place():
+                hello = await self._hear_out(stream)
+            if hello is not None:
+                with self._early.place():
+                    peer = await self._match(stream, hello)
         except (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
-            log.info("stranger_refused cause=%s", e)
+            self._notes.tell("stranger_refused", e)
         finally:
-            self._strangers -= 1
             if peer is None:
                 await trio.aclose_forcefully(stream)
         if peer is not None:
             self._adopt(peer, stream)
 
-    async def _match(self, stream: trio.SocketStream) -> _Peer | None:
-        """The peer behind an accepted connection, once we have learned of it from the master."""
+    async def _hear_out(self, stream: trio.SocketStream) -> PeerHello | None:
+        """The greeting of an accepted connection, if it is for us."""
         hello = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
         if not isinstance(hello, PeerHello):
             raise RemoteProtocolError("the first message is no PeerHello")
-        reason = None
         if hello.version != limits.PROTOCOL_VERSION:
             reason = f"protocol version {hello.version}; this peer speaks {limits.PROTOCOL_VERSION}"
         elif hello.run != self._run or (hello.to_peer, hello.to_incarnation) != (self._me.peer, self._me.incarnation):
             reason = "you look for somebody else"
-        if reason is not None:
-            await stream.send_all(envelope.pack(PeerRefused(reason)))
-            return None
+        else:
+            return hello
+        await stream.send_all(envelope.pack(PeerRefused(reason)))
+        return None
+
+    async def _match(self, stream: trio.SocketStream, hello: PeerHello) -> _Peer:
+        """The peer that it is from, once we have learned of it from the master."""
         while True:
             peer = self._peers.get(hello.from_peer)
             if peer is not None and peer.member.incarnation == hello.from_incarnation:
+                if peer.shunned:
+                    raise RemoteProtocolError("it has broken the protocol too often")
                 await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
                 return peer
             await self._changed.wait()

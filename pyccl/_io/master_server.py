@@ -1,7 +1,7 @@
 """The master's Trio shell: accepts control and pulse connections and carries out what MasterMachine decides.
 
-Bounds on strangers: so many connections at a time, so many bytes and seconds until the first message, so many bytes
-waiting for a receiver that does not read. None of them touches a member. Spec: proto/wire.md 1, 2.
+Bounds on strangers: so many at a time, so many bytes and seconds until the first message, so many bytes waiting for a
+receiver that does not read. None of them touches a member. Spec: proto/wire.md 1, 2.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import trio
 
 from pyccl._io import envelope
 from pyccl._io.causes import reason_of
+from pyccl._io.strangers import Notes, Places
 from pyccl._native.handles import FRAME_BYTES, is_heartbeat_untrusted
 from pyccl._proto import limits, master
 from pyccl._proto.messages import Message, Pulse
@@ -24,7 +25,8 @@ from pyccl.errors import RemoteProtocolError
 _TICK_S: Final = 0.1
 _CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
 _DEAD_MS: Final = 15_000  # unacknowledged data: the host is gone
-_CONNECTIONS_MAX: Final = 4096
+CONNECTIONS_MAX: Final = 4096
+_STRANGERS_MAX: Final = 256  # of these, how many that have not said anything
 _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
 # What a connection may end with besides a clean end; the loss is its sender's.
 _SENDERS_LOSS: Final = (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
@@ -43,8 +45,13 @@ class _Conn:
 class MasterServer:
     """One run's master on one listening socket."""
 
-    def __init__(self, run: bytes, peer_timeout: float, library: str) -> None:
+    def __init__(
+        self, run: bytes, peer_timeout: float, library: str, connections_max: int = CONNECTIONS_MAX
+    ) -> None:
         self._machine = master.MasterMachine(run, 1, peer_timeout, library)
+        self._connections_max = connections_max
+        self._strangers = Places(min(_STRANGERS_MAX, connections_max // 2 + 1), limits.GREETING_S)
+        self._notes = Notes(log)
         self._conns: dict[int, _Conn] = {}
         self._conn_last = 0
         self._open = 0
@@ -64,22 +71,22 @@ class MasterServer:
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         """One connection from its first byte to its last. What goes wrong here is its sender's loss only."""
-        if self._open >= _CONNECTIONS_MAX:
-            log.warning("connection_refused cause=limit open=%d", self._open)
+        if self._open >= self._connections_max:
+            self._notes.tell("connection_refused", f"{self._open} are open")
             await trio.aclose_forcefully(stream)
             return
         self._open += 1
         try:
             async with stream:
                 first: Message | None = None
-                with trio.move_on_after(limits.GREETING_S):
+                with self._strangers.place():
                     first = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
                 if isinstance(first, Pulse):
                     await self._pulse(stream, first)
                 elif first is not None:
                     await self._control(stream, first)
         except _SENDERS_LOSS as e:
-            log.info("connection_ended cause=%s", reason_of(e))
+            self._notes.tell("connection_ended", reason_of(e))
         finally:
             self._open -= 1
 
@@ -117,7 +124,7 @@ class MasterServer:
                 try:
                     await self._hear(stream, number, first)
                 except _SENDERS_LOSS as e:  # here and not outside: a nursery wraps what leaves it
-                    log.info("connection_ended cause=%s", reason_of(e))
+                    self._notes.tell("connection_ended", reason_of(e))
                     nursery.cancel_scope.cancel()
                 if number in self._conns:
                     nursery.cancel_scope.cancel()
@@ -129,7 +136,7 @@ class MasterServer:
         message: Message | None = first
         while message is not None and number in self._conns:
             self._perform(self._machine.receive(number, message, trio.current_time()))
-            message = await envelope.receive(stream)
+            message = await envelope.receive(stream, lambda: self._machine.body_bytes_max(number))
 
     async def _write(self, conn: _Conn, messages: trio.MemoryReceiveChannel[bytes]) -> None:
         """Ends, and the connection with it, when the channel was closed and everything in it is written."""
@@ -165,6 +172,9 @@ class MasterServer:
             conn.out.close()
             conn.scope.deadline = trio.current_time() + _CLOSE_S
 
+    def _do_stranger_refused(self, effect: master.StrangerRefused) -> None:
+        self._notes.tell("connection_refused", effect.reason)
+
     def _do_log(self, effect: master.Log) -> None:
         log.info("%s %s", effect.event, " ".join(f"{key}={value}" for key, value in effect.fields.items()))
 
@@ -173,4 +183,5 @@ _PERFORM: Final[dict[type[master.Effect], Callable[[MasterServer, Any], None]]] 
     master.Send: MasterServer._do_send,
     master.Close: MasterServer._do_close,
     master.Log: MasterServer._do_log,
+    master.StrangerRefused: MasterServer._do_stranger_refused,
 }

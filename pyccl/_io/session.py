@@ -639,7 +639,10 @@ class Session:
         self._suspect(event.slot, CAUSE_SILENT, "nothing heard on any data connection")
 
     def _on_refused(self, event: Event) -> None:
+        assert self._links is not None and self.engine is not None
         self._suspect(event.slot, CAUSE_PROTOCOL, "it sent what proto/wire.md forbids")
+        if self._links.conn_refused(event.slot) and self.engine.conns(event.slot) > 0:
+            self._on_heard(event)  # a new connection stood before this event was read
 
     def _on_heard(self, event: Event) -> None:
         assert self._links is not None and self._machine is not None

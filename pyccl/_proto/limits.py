@@ -12,6 +12,7 @@ PROTOCOL_VERSION: Final = 1
 # ---- proto/wire.md 2: envelopes
 BODY_MAX_BYTES: Final = 4 << 20  # a commit with all verdicts, counts or reports that KEYS_MAX allows
 BODY_GREETING_MAX_BYTES: Final = 4096  # before Welcome: a stranger may not make us hold more
+BODY_NEWCOMER_MAX_BYTES: Final = 8192  # nor one that waits; its longest is an Unreachable that names everybody
 
 # ---- proto/wire.md 4: fields
 ID_BYTES: Final = 16
@@ -28,6 +29,7 @@ PLAN_BYTES_MAX: Final = 65_536
 KEYS_MAX: Final = 65_536  # counts, operations and verdicts of one message
 LACKING_MAX: Final = 1024
 REASON_CHARS_MAX: Final = 200
+ARRAYS_MAX: Final = KEYS_MAX + MEMBERS_MAX * (ADDRESSES_MAX + 2) + 16  # of one message, one in another counted too
 DETAIL_CHARS_MAX: Final = 1000
 STATUS_CHARS_MAX: Final = 1 << 20
 PEER_TIMEOUT_MS_MAX: Final = U32_MAX

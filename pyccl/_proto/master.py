@@ -105,6 +105,13 @@ class Log(Effect):
     fields: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class StrangerRefused(Effect):
+    """A line for the log, if there is room: who never greeted is no event of the run."""
+
+    reason: str
+
+
 # ---- records --------------------------------------------------------------------------------------------------------
 
 
@@ -253,11 +260,11 @@ class MasterMachine:
         entry = self._conns.get(conn)
         if entry is None:
             return []  # we closed it: what was still on its way has no effect
-        self._line_works()
         try:
             if entry.peer is None:
                 self._greet(conn, message)
             else:
+                self._line_works()
                 self._hear(entry.peer, message)
         except RemoteProtocolError as exc:
             self._refuse(conn, str(exc))
@@ -283,6 +290,12 @@ class MasterMachine:
         """Whether a pulse connection of that incarnation is worth keeping."""
         return (peer, incarnation) in self._peers
 
+    def body_bytes_max(self, conn: int) -> int:
+        """How long a message of this connection may be."""
+        entry = self._conns.get(conn)
+        is_member = entry is not None and entry.peer is not None and entry.peer.standing is Standing.MEMBER
+        return limits.BODY_MAX_BYTES if is_member else limits.BODY_NEWCOMER_MAX_BYTES
+
     def tick(self, now: float) -> list[Effect]:
         """About every 0.1 s: all timers."""
         self._now = now
@@ -292,7 +305,8 @@ class MasterMachine:
         for conn, entry in sorted(self._conns.items()):
             if entry.peer is None and now - entry.since >= limits.GREETING_S:
                 self._refuse(conn, f"no Hello within {limits.GREETING_S:.0f} s")
-        for group in sorted(self._groups.values(), key=lambda g: g.group):
+        for number in sorted(self._inhabited()):
+            group = self._groups[number]
             self._drop_silent_newcomers(group)
             self._evict_silent_members(group)
             if group.epoch is not None and len(group.epoch.members) == 1:
@@ -339,12 +353,26 @@ class MasterMachine:
             return f"this incarnation belongs to group {record.group}"
         if record is not None and record.standing is Standing.PENDING and hello.resume is not None:
             return "this incarnation was not admitted yet, there is nothing to resume"
-        if record is None and hello.group not in self._groups and len(self._groups) >= limits.GROUPS_MAX:
+        if record is None and hello.group not in self._groups and not self._make_room_for_a_group():
             return f"this master keeps at most {limits.GROUPS_MAX} groups"
         waiting = sum(peer.standing is Standing.PENDING for peer in self._peers.values())
         if record is None and hello.resume is None and waiting >= limits.PENDING_MAX:
             return f"{waiting} newcomers wait already"
         return ""
+
+    def _inhabited(self) -> set[int]:
+        """Groups that have somebody. The others are kept for their last epoch's number alone."""
+        return {record.group for record in self._peers.values()}
+
+    def _make_room_for_a_group(self) -> bool:
+        """A group that nobody is in goes when its place is needed."""
+        if len(self._groups) < limits.GROUPS_MAX:
+            return True
+        inhabited = self._inhabited()
+        empty = next((number for number in self._groups if number not in inhabited), None)
+        if empty is not None:
+            del self._groups[empty]
+        return empty is not None
 
     def _on_newcomer(self, conn: int, hello: Hello) -> None:
         group = self._groups.setdefault(hello.group, _Group(hello.group))
@@ -402,6 +430,7 @@ class MasterMachine:
         self._advance(group)
 
     def _attach(self, conn: int, record: _Peer, *, resumed: bool) -> None:
+        self._line_works()
         self._conns[conn].peer = record
         record.conn = conn
         record.told_pending = -1
@@ -911,7 +940,7 @@ class MasterMachine:
         return bool(self._pending(group)) and all(self._now - record.heard_at >= patience_s for record in members)
 
     def _line_works(self) -> None:
-        """Somebody is heard. If nobody was for a while, our own line may have failed: silence counts from here."""
+        """Somebody of the run is heard. After a while without, our own line may have failed: silence counts anew."""
         if self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS:
             self._line_since = self._now
         self._line_at = self._now
@@ -1000,8 +1029,10 @@ class MasterMachine:
     def _refuse(self, conn: int, reason: str) -> None:
         """A message that breaks the contract costs its sender the connection."""
         entry = self._conns.get(conn)
-        peer = short(entry.peer.peer) if entry is not None and entry.peer is not None else ""
-        self._log("connection_refused", conn=conn, peer=peer, reason=reason)
+        if entry is None or entry.peer is None:
+            self._out.append(StrangerRefused(reason))
+        else:
+            self._log("connection_refused", conn=conn, peer=short(entry.peer.peer), reason=reason)
         self._out.append(Close(conn, reason))
         self._detach(conn)
 
@@ -1105,7 +1136,7 @@ def _status_json(status: dict[str, Any]) -> str:
     """As JSON that fits an envelope: of a huge run the lists are left out, never cut in the middle."""
     for leave_out in ((), ("events", "gone"), ("events", "gone", "groups")):
         text = json.dumps({key: value for key, value in status.items() if key not in leave_out})
-        if len(text) < limits.BODY_MAX_BYTES - 64:  # JSON of this kind is ASCII
+        if len(text) <= limits.STATUS_CHARS_MAX:  # and in bytes: JSON of this kind is ASCII
             break
     return text
 

@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import ipaddress
 import logging
+import resource
 import secrets
 import signal
 import socket
@@ -15,12 +16,13 @@ from typing import Final
 import click
 import trio
 
-from pyccl._io.master_server import MasterServer
+from pyccl._io.master_server import CONNECTIONS_MAX, MasterServer
 from pyccl._proto import limits
 from pyccl.cli import log as logs
 
 EXIT_ARGUMENTS: Final = 2
 EXIT_ADDRESS: Final = 3
+_OTHER_FILES: Final = 64  # descriptors that are no connections
 
 log = logging.getLogger("pyccl.master")
 
@@ -70,11 +72,22 @@ async def _listen(family: int, address: tuple[str, int]) -> trio.SocketListener:
     return trio.SocketListener(sock)
 
 
+def _connections_max() -> int:
+    """As many as the system lets us have open: more than the soft limit, which is meant for programs that select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS_MAX + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS_MAX, soft - _OTHER_FILES))
+
+
 async def _serve(family: int, address: tuple[str, int], peer_timeout: float) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         listener = await _listen(family, address)
         host, port = listener.socket.getsockname()[:2]
-        server = MasterServer(secrets.token_bytes(16), peer_timeout, importlib.metadata.version("pyccl-p2p"))
+        version = importlib.metadata.version("pyccl-p2p")
+        server = MasterServer(secrets.token_bytes(16), peer_timeout, version, _connections_max())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
             click.echo(f"listening on {f'[{host}]' if ':' in host else host}:{port}")

@@ -12,6 +12,7 @@ import trio
 from pyccl import errors
 from pyccl._io.address import parse_address
 from pyccl._io.ask import ask_status
+from pyccl.cli.log import printable
 
 EXIT_UNREACHABLE: Final = 3
 _EPILOG = """\b
@@ -45,13 +46,18 @@ def status(master: str, as_json: bool, timeout: float) -> None:
         click.echo(f"pyccl status: {master} did not answer within {timeout:g} s", err=True)
         sys.exit(EXIT_UNREACHABLE)
     except errors.PycclError as e:
-        click.echo(f"pyccl status: {e}", err=True)
+        click.echo(printable(f"pyccl status: {e}"), err=True)
         sys.exit(EXIT_UNREACHABLE)
     if as_json:
         click.echo(json.dumps(told))
         return
-    for line in describe(told):
-        click.echo(line)
+    try:
+        lines = describe(told)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        click.echo(f"pyccl status: what {master} answers is no status of this version (--json prints it)", err=True)
+        sys.exit(EXIT_UNREACHABLE)
+    for line in lines:
+        click.echo(printable(line))
 
 
 def describe(told: dict[str, Any]) -> list[str]:

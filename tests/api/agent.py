@@ -24,7 +24,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,7 @@ from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
 from pyccl._proto import limits
 from pyccl.cli import master
+from pyccl.cli.log import without_traceback
 
 DEADLINE_S = 60.0
 Command = dict[str, Any]
@@ -263,10 +264,9 @@ class Agent:
 
     # ---- what goes wrong with connections
 
-    def do_cut(self, what: str) -> int:
-        """Shut down all connections to the master, or all others ("peers"), as a router that forgets them would."""
+    def connections(self, what: str) -> Iterator[socket.socket]:
+        """Copies of all connections to the master, or of all others ("peers")."""
         host, port = self.address.rsplit(":", 1)
-        cut = 0
         for fd in os.listdir("/proc/self/fd"):
             try:
                 copy = os.dup(int(fd))
@@ -281,10 +281,43 @@ class Agent:
                 except OSError:
                     continue  # a listener
                 if sock.family == socket.AF_INET and to_master == (what == "master"):
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
-                        cut += 1
+                    yield sock
+
+    def do_cut(self, what: str) -> int:
+        """Shut them down, as a router that forgets them would."""
+        cut = 0
+        for sock in self.connections(what):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+                cut += 1
         return cut
+
+    def do_inject(self, what: str, data: str, forever: bool = False) -> int:
+        """Send bytes (hex) over them that the library would not: once, or over each new one until the run is left."""
+        seen: set[tuple[Any, Any]] = set()
+        while True:
+            for sock in self.connections(what):
+                ends = sock.getsockname(), sock.getpeername()
+                if ends not in seen:
+                    seen.add(ends)
+                    with contextlib.suppress(OSError):
+                        sock.send(bytes.fromhex(data), socket.MSG_DONTWAIT)
+            if not forever or self.session().error is not None:
+                return len(seen)
+            time.sleep(0.005)
+
+    def do_secrets(self) -> dict[str, Any]:
+        """What a member knows of the run: see hostile.Secrets."""
+        machine = self.session()._machine
+        epoch, (address, *_) = machine.epoch, machine.addresses
+        return {
+            "run": machine.run.hex(),
+            "peer": machine.peer.hex(),
+            "members": [(m.peer.hex(), m.incarnation.hex()) for m in epoch.members],
+            "epoch": epoch.number,
+            "epoch_id": epoch.id.hex(),
+            "address": f"{address.host}:{address.port}",
+        }
 
     def do_renumber(self, peer: str) -> str:
         """Another peer id, before connect."""
@@ -604,6 +637,7 @@ def main() -> None:
         level=logging.DEBUG, stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
         datefmt="%H:%M:%S",
     )  # fmt: skip
+    logging.getLogger("trio.serve_listeners").addFilter(without_traceback)
     Agent().run()
 
 

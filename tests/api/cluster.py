@@ -100,8 +100,9 @@ class Process:
         return line
 
     def log(self) -> list[str]:
-        self._stderr.seek(0)
-        return self._stderr.readlines()
+        """Opened anew: the child writes where this descriptor of ours stands."""
+        with open(f"/proc/self/fd/{self._stderr.fileno()}", encoding="utf-8", errors="replace") as text:
+            return text.readlines()
 
     def doom(self) -> None:
         """SIGKILL, whatever state it is in."""

@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 
 import pytest
 
+from pyccl._io.envelope import pack
+from pyccl._proto import limits
 from pyccl._proto import master as mm
-from pyccl._proto.epoch import Epoch
+from pyccl._proto.epoch import Address, Epoch
 from pyccl._proto.master import MasterMachine
 from pyccl._proto.messages import (
     Arrive,
@@ -44,6 +46,8 @@ from pyccl._proto.messages import (
     Verdict,
     Welcome,
     Withdraw,
+    from_wire_untrusted,
+    to_wire,
 )
 from pyccl._proto.mismatch import parse_detail
 
@@ -230,6 +234,84 @@ def test_status_tells_members_pending_and_events() -> None:
     assert [m["peer"] for m in status["groups"][0]["pending"]] == [peer_id(3).hex()]
     assert status["events"][-1]["event"] == "peer_pending"
     assert 9 in world.closed
+
+
+def test_status_of_newcomers_with_long_addresses_fits_its_message() -> None:
+    """Each of them takes 10,000 characters of JSON: who asks is told less, and the master lives."""
+    world = World()
+    host = "\u00e9" * limits.HOST_CHARS_MAX
+    for n in range(1, 150):
+        fields = {"peer": n.to_bytes(16, "big"), "addresses": (Address(host, 1),) * 7}
+        world.hello(n, **fields)
+    world.do(world.master.connected(999, world.now))
+    world.say(999, StatusAsk(1))
+    told = world.last(999, Status)
+    assert json.loads(told.json)["run"] == RUN.hex()
+    assert from_wire_untrusted(to_wire(told)) == told
+
+
+# ---- strangers
+
+
+def test_strangers_leave_no_trace_in_the_events() -> None:
+    world = group_of(2)
+    before = world.master.status()["events"]
+    for conn in range(100, 100 + 2 * limits.EVENTS_MAX):
+        world.do(world.master.connected(conn, world.now))
+        world.say(conn, Heartbeat())
+        assert "before Hello" in world.closed[conn]
+    assert world.master.status()["events"] == before
+    world.say(2, Ready(99, 99))  # a member's offence is told
+    assert world.master.status()["events"][-1]["event"] == "connection_refused"
+
+
+def test_what_strangers_say_does_not_show_that_the_masters_line_works() -> None:
+    """All members fall silent at once, as when the master's uplink fails; only its own host still reaches it."""
+    world = group_of(3)
+    world.say(1, Suspect(peer_id(3), "silent"))
+    for conn in range(100, 100 + round(TIMEOUT_S * 20)):
+        world.pass_time(0.1)
+        world.do(world.master.connected(conn, world.now))
+        world.say(conn, StatusAsk(1) if conn % 2 else Heartbeat())
+    world.pass_time(0.2, beating=(1, 2))
+    assert not world.got(1, Flush), "nobody is late while nobody can be heard"
+    world.pass_time(TIMEOUT_S + 0.2, beating=(1, 2))
+    assert world.got(1, Flush), "it is now"
+
+
+def test_groups_that_nobody_is_in_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "GROUPS_MAX", 40)
+    world = World()
+    conns = iter(range(10_000, 10_000_000))
+
+    def visit(group: int) -> int:
+        conn = next(conns)
+        world.hello(1, conn, group=group, peer=conn.to_bytes(16, "big"))
+        return conn
+
+    stays = visit(0)
+    for group in range(1, limits.GROUPS_MAX + 50):
+        conn = visit(group)
+        assert world.last(conn, EpochCommit).kind == "found"
+        world.say(conn, Leave())
+    assert len(world.master.status()["groups"]) == limits.GROUPS_MAX
+    held = [visit(group) for group in range(limits.GROUPS_MAX + 50, 2 * limits.GROUPS_MAX + 49)]
+    assert all(world.got(conn, Welcome) for conn in held)
+    assert "at most" in world.last(visit(99_999), Rejected).reason
+    assert stays not in world.closed
+    world.pass_time(1.0, beating=(stays,))
+
+
+def test_a_newcomer_may_not_make_the_master_hold_as_much_as_a_member() -> None:
+    world = group_of(1)
+    world.hello(2)
+    assert world.master.body_bytes_max(1) == limits.BODY_MAX_BYTES
+    assert world.master.body_bytes_max(2) == world.master.body_bytes_max(77) == limits.BODY_NEWCOMER_MAX_BYTES
+    longest = Unreachable(2, limits.U32_MAX, (b"x" * 16,) * limits.MEMBERS_MAX, "\u20ac" * limits.REASON_CHARS_MAX)
+    assert len(pack(longest)) - 4 <= limits.BODY_NEWCOMER_MAX_BYTES
+    world.say(1, Arrive(1))
+    world.ready(1, 2)
+    assert world.master.body_bytes_max(2) == limits.BODY_MAX_BYTES
 
 
 # ---- resume

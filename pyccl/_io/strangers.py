@@ -1,0 +1,60 @@
+"""Strangers: accepted connections that have not said who they are. So many at a time, so long, so many log lines.
+
+A flood of connections that say nothing must not keep out those who greet at once: when all places are taken, whoever
+comes gets the place of the one who has waited longest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import trio
+
+_LINES_BURST: Final = 20.0
+_LINES_PER_S: Final = 1.0
+
+
+class Places:
+    """At most `most` tasks wait in ``place`` at a time, each at most `seconds`."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._seconds = most, seconds
+        self._taken: dict[trio.CancelScope, None] = {}  # the oldest first
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """What stands in it is given up when its time has run out or its place is needed."""
+        if len(self._taken) >= self._most:
+            oldest = next(iter(self._taken))
+            del self._taken[oldest]
+            oldest.cancel()
+        scope = trio.CancelScope(deadline=trio.current_time() + self._seconds)
+        self._taken[scope] = None
+        try:
+            with scope:
+                yield
+        finally:
+            self._taken.pop(scope, None)
+
+
+class Notes:
+    """A line for each stranger that was turned away; of a flood only some, with the number of those left out."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._credit, self._at = _LINES_BURST, 0.0
+        self._left_out = 0
+
+    def tell(self, event: str, cause: object) -> None:
+        now = trio.current_time()
+        self._credit = min(_LINES_BURST, self._credit + (now - self._at) * _LINES_PER_S)
+        self._at = now
+        if self._credit < 1:
+            self._left_out += 1
+            return
+        self._credit -= 1
+        more, self._left_out = self._left_out, 0
+        self._log.info("%s cause=%s%s", event, cause, f" left_out={more}" if more else "")
