@@ -6,7 +6,7 @@ import pytest
 from cluster import Cluster
 from oracle import DTYPES, FLOATS, OPS, draw, sha
 
-PIECES = 2 * (1 << 20) + (1 << 19) + 1  # bytes: two pieces and a half, and an element that does not divide
+PIECES = 10 * (1 << 18) + (1 << 17) + 1  # bytes: ten pieces and a half, and an element that does not divide
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
