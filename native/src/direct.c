@@ -25,7 +25,7 @@ void direct_plan_init(direct_plan *plan, const pyccl_spec *spec, uint32_t world,
     plan->element_bytes = (uint32_t)pyccl_dtype_size(spec->dtype);
     plan->count = spec->kind == PYCCL_BARRIER ? 0 : spec->count;
     PYCCL_ASSERT(plan->element_bytes > 0 && plan->block > 0);
-    plan->piece_elements = spec->codec != PYCCL_CODEC_NONE ? DIRECT_CODED_ELEMENTS : PYCCL_PIECE_MAX / plan->element_bytes;
+    plan->piece_elements = spec->codec != PYCCL_CODEC_NONE ? DIRECT_CODED_ELEMENTS : DIRECT_PIECE_BYTES / plan->element_bytes;
     PYCCL_ASSERT(plan->piece_elements % plan->block == 0 && wire_bytes(plan, plan->piece_elements) <= PYCCL_PIECE_MAX);
 }
 

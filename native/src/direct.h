@@ -20,6 +20,7 @@
 
 #define DIRECT_CONTRIBUTION 0
 #define DIRECT_RESULT 1
+#define DIRECT_PIECE_BYTES (256 << 10) /* without a codec: a piece is sent, folded and hashed while it is in the cache */
 
 typedef struct direct_plan {
     uint8_t kind;                    /* pyccl_kind */

@@ -100,6 +100,7 @@ typedef struct peer_tx {             /* what one attempt has to send to one rank
     uint64_t contributions;          /* pieces of its share that we contribute to; 0: none */
     uint64_t contribution_next;      /* next of these */
     uint64_t result_next;            /* next in attempt->ready */
+    uint64_t returned;               /* pieces that came back for our contributions: its own (swap), or results of its share */
     uint64_t lost;                   /* pieces that went over a connection that ended */
     uint64_t eager_bytes;            /* taken from the peer's eager window */
     uint8_t *carrier[2];             /* per phase and piece: connection index, or one of: */
@@ -300,6 +301,7 @@ void fold_restore(pyccl_engine *engine, attempt *a);                     /* the 
 
 /* engine_memory.c; NULL: no memory. Both kinds may also be given to free(). */
 void copy_past(void *to, const void *from, size_t bytes);                /* memcpy past the caches */
+void copy_past_end(void);                                                /* after it: what another thread will read is in order */
 uint8_t *piece_alloc(pyccl_engine *engine, uint32_t bytes);
 void piece_free(pyccl_engine *engine, uint8_t *memory, uint32_t bytes);
 void *scratch_take(pyccl_engine *engine, size_t bytes, size_t *taken_bytes);

@@ -86,6 +86,7 @@ static void run_conn_add(pyccl_engine *engine, command *c) {
     c->status = p != NULL ? link_conn_add(&p->link, wanted->fd, &conn) : PYCCL_ERR_ARGUMENT;
     wanted->error = errno;
     if (c->status != PYCCL_OK) return;
+    ops_requeue(engine, p); /* a link that is not near any more holds nothing back */
     check_within(engine, engine->options.heartbeat_ns);
     engine_heard(engine, p); /* it shook hands just now; should it fall silent again, that is told again */
     if (!p->reset_owed) return;

@@ -16,7 +16,8 @@
 #include "engine.h"
 #include "reduce.h"
 
-#define TILE_BYTES 32768             /* what is folded and saved at a time, so that it is read from memory once */
+#define TILE_BYTES 32768             /* what is folded at a time from codes */
+#define SAVE_BYTES 8192              /* what is saved and folded at a time: read from memory once, stored while it is folded */
 #define BREATH_BYTES (8u << 20)      /* copied between two looks at the clock */
 
 /* ---- places ---- */
@@ -165,7 +166,7 @@ static const double *weights_of(const attempt *a) { return a->weighted ? a->weig
 static const uint8_t *fold_plain(attempt *a, uint64_t piece, const void **in) {
     const pyccl_spec *spec = &a->op->args.spec;
     const uint64_t offset = result_offset(a, a->plan.rank, piece), bytes = result_bytes(a, a->plan.rank, piece);
-    const uint64_t tile = a->undo != NULL ? TILE_BYTES : bytes;
+    const uint64_t tile = a->undo != NULL ? SAVE_BYTES : bytes;
     const bool aside = a->plan.swap && a->past_cache && a->undo == NULL;
     uint8_t *result = a->result + offset, *out = aside ? a->contribution[(1 - a->plan.rank) * a->own_pieces + piece] : result;
     for (uint64_t at = 0; at < bytes; at += tile) {
@@ -175,7 +176,10 @@ static const uint8_t *fold_plain(attempt *a, uint64_t piece, const void **in) {
         PYCCL_ASSERT(rc == PYCCL_OK);
         for (uint32_t rank = 0; rank < a->plan.world; rank++) in[rank] = (const uint8_t *)in[rank] + n;
     }
-    if (aside) put_aside(a, result, out, bytes);
+    if (aside) {
+        put_aside(a, result, out, bytes);
+        copy_past_end();
+    }
     return out;
 }
 

@@ -13,8 +13,9 @@
 #include "engine.h"
 
 #define LINE_BYTES 64
-#define PIECE_POOLED_MIN (PYCCL_PIECE_MAX / 2) /* smaller ones: exact, so that early pieces cost what they count */
+#define PIECE_POOLED_MIN (DIRECT_PIECE_BYTES / 2) /* smaller ones: exact, so that early pieces cost what they count */
 #define HUGE_BYTES ((size_t)2 << 20)
+#define AHEAD_BYTES 2048             /* read ahead: the CPU's own reading ahead stops at each page */
 
 uint8_t *piece_alloc(pyccl_engine *engine, uint32_t bytes) {
     PYCCL_ASSERT(bytes > 0 && bytes <= PYCCL_PIECE_MAX);
@@ -39,15 +40,21 @@ void copy_past(void *to, const void *from, size_t bytes) {
         memcpy(out, in, head);
         out += head, in += head, bytes -= head;
         for (; bytes >= LINE_BYTES; out += LINE_BYTES, in += LINE_BYTES, bytes -= LINE_BYTES) {
+            _mm_prefetch((const char *)((uintptr_t)in + AHEAD_BYTES), _MM_HINT_T0);
             __m128i line[4];
             for (int i = 0; i < 4; i++) line[i] = _mm_loadu_si128((const __m128i *)(const void *)in + i);
             for (int i = 0; i < 4; i++) _mm_stream_si128((__m128i *)(void *)out + i, line[i]);
         }
-        _mm_sfence(); /* before whatever tells another thread */
     }
     memcpy(out, in, bytes);
 #else
     memcpy(to, from, bytes);
+#endif
+}
+
+void copy_past_end(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
 #endif
 }
 

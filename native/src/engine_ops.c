@@ -16,6 +16,7 @@
 #define WORK_PIECES 8                /* local pieces between two looks at the sockets */
 #define PAST_CACHE_BYTES (8u << 20)
 #define PROGRESS_NS 10000000         /* progress is told to the machine at most this often */
+#define NEAR_AHEAD_PIECES 4          /* contributions to a near peer are at most this far ahead of what comes back */
 
 /* ---- the queue of a peer ---- */
 
@@ -341,8 +342,16 @@ static bool tx_find_lost(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
     return false;
 }
 
+/* On a near link contributions keep step with what comes back for them: our input to a piece is still in the cache when
+ * the result overwrites it, and what is under way fits there too. */
+static bool tx_too_far_ahead(const pyccl_engine *engine, const peer_tx *t) {
+    const peer *p = engine->ranks[t->rank];
+    if (t->attempt->plan.kind != PYCCL_ALL_REDUCE || p == NULL || !p->link.near) return false;
+    return t->contribution_next >= t->returned + NEAR_AHEAD_PIECES;
+}
+
 /* What goes next to this rank: what was lost, then results (others wait for them), then contributions. */
-static bool tx_pick(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
+static bool tx_pick(const pyccl_engine *engine, const peer_tx *t, uint32_t *phase, uint64_t *piece) {
     if (t->lost > 0) {
         const bool found = tx_find_lost(t, phase, piece);
         PYCCL_ASSERT(found);
@@ -355,7 +364,7 @@ static bool tx_pick(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
     }
     *phase = DIRECT_CONTRIBUTION;
     *piece = t->contribution_next;
-    return t->contribution_next < t->contributions;
+    return t->contribution_next < t->contributions && !tx_too_far_ahead(engine, t);
 }
 
 static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t piece, const pyccl_conn *conn, link_load *load) {
@@ -383,7 +392,7 @@ bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *l
         next = t->next;
         uint32_t phase;
         uint64_t piece;
-        if (!tx_pick(t, &phase, &piece)) {
+        if (!tx_pick(engine, t, &phase, &piece)) {
             tx_unqueue(t);
             continue;
         }
@@ -485,6 +494,9 @@ static void piece_arrived(pyccl_engine *engine, attempt *a, uint32_t rank, uint3
     const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
     a->op->rx_bytes += direct_piece_bytes(&a->plan, owner, piece);
     ops_moved(engine, a);
+    peer_tx *t = &a->peers[rank];
+    if (phase == DIRECT_RESULT || a->plan.swap) t->returned++;
+    if (t->contribution_next < t->contributions) tx_enqueue(engine, t);
     if (is_folded(a, phase)) fold_contribution(engine, a, piece);
     else fold_result(engine, a, owner, piece, codes);
     tell_if_whole(engine, a);

@@ -66,16 +66,16 @@ static bool peer_is_loopback(int fd) {
 }
 
 /* Options are advice: a socket that is no TCP socket refuses them and works. */
-static void socket_tune(const link_env *env, int fd) {
+static void socket_tune(const link_env *env, int fd, bool near) {
     const int on = 1, lowat = NOTSENT_LOWAT_BYTES;
     const unsigned timeout_ms = (unsigned)env->user_timeout_ms;
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
-    if (peer_is_loopback(fd)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5);
+    if (near) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5);
 }
 
-static pyccl_status socket_prepare(const link_env *env, int fd) {
+static pyccl_status socket_prepare(const link_env *env, int fd, bool near) {
     int type = 0;
     socklen_t size = sizeof type;
     if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0) return PYCCL_ERR_OS;
@@ -83,7 +83,7 @@ static pyccl_status socket_prepare(const link_env *env, int fd) {
     const int flags = fcntl(fd, F_GETFL);
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) return PYCCL_ERR_OS;
     if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) return PYCCL_ERR_OS;
-    socket_tune(env, fd);
+    socket_tune(env, fd, near);
     return PYCCL_OK;
 }
 
@@ -102,7 +102,8 @@ static void conn_arm(pyccl_conn *conn) {
 pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     *out = NULL;
     if (link->conn_count >= PYCCL_CONNS_MAX) return PYCCL_ERR_LIMIT;
-    pyccl_status rc = socket_prepare(link->env, fd);
+    const bool near = peer_is_loopback(fd);
+    pyccl_status rc = socket_prepare(link->env, fd, near);
     if (rc != PYCCL_OK) return rc;
     pyccl_conn *conn = calloc(1, sizeof *conn);
     if (conn == NULL) return PYCCL_ERR_NOMEM;
@@ -119,6 +120,7 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     while (link->conns[conn->index] != NULL) conn->index++;
     link->conns[conn->index] = conn;
     link->conn_count++;
+    link->near = near;
     link->heard_ns = link->env->now_ns;
     link->wants_send = true;
     *out = conn;

@@ -118,6 +118,7 @@ struct pyccl_link {
     pyccl_conn *conns[PYCCL_CONNS_MAX];
     uint32_t conn_count;
     uint32_t turn;                   /* connection that is asked first */
+    bool near;                       /* its connections are loopback: a trip costs next to nothing, CPU and caches are scarce */
     bool wants_send;                 /* something may be there to send and some connection has room */
     link_control *control;           /* ring */
     size_t control_head, control_count, control_cap;

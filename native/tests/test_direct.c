@@ -10,7 +10,7 @@ static direct_plan plan_of(uint8_t kind, uint8_t dtype, uint64_t count, uint32_t
     return plan;
 }
 
-static const uint64_t COUNTS[] = {0, 1, 2, 3, 7, 8, 9, 1000, 262143, 262144, 262145, 1000003};
+static const uint64_t COUNTS[] = {0, 1, 2, 3, 7, 8, 9, 1000, 65535, 65536, 65537, 262144, 1000003};
 
 /* Worlds of two swap an all_reduce: broadcast has shares in every world. */
 TEST(direct_shares_are_those_of_array_split) {
@@ -80,16 +80,16 @@ TEST(direct_codec_blocks_are_not_divided) {
 }
 
 TEST(direct_piece_find_accepts_exactly_the_pieces) {
-    const direct_plan plan = plan_of(PYCCL_BROADCAST, PYCCL_FLOAT32, 3 * 262144 + 5, 2, 0, 0);
+    const direct_plan plan = plan_of(PYCCL_BROADCAST, PYCCL_FLOAT32, 3 * (DIRECT_PIECE_BYTES / 4) + 5, 2, 0, 0);
     uint64_t piece = 0;
-    CHECK(direct_piece_find(&plan, 0, 0, 1048576, &piece) && piece == 0);
-    const uint64_t rest = direct_share_elements(&plan, 0) * 4 - 1048576;
-    CHECK(direct_piece_find(&plan, 0, 1048576, rest, &piece) && piece == 1);
-    CHECK(!direct_piece_find(&plan, 0, 1048576, rest - 1, &piece));
-    CHECK(!direct_piece_find(&plan, 0, 1048576, rest + 1, &piece));
-    CHECK(!direct_piece_find(&plan, 0, 4, 1048576, &piece));
-    CHECK(!direct_piece_find(&plan, 0, 2097152, 4, &piece));
-    CHECK(!direct_piece_find(&plan, 0, UINT64_MAX & ~UINT64_C(0xFFFFF), 4, &piece));
+    CHECK(direct_piece_find(&plan, 0, 0, DIRECT_PIECE_BYTES, &piece) && piece == 0);
+    const uint64_t rest = direct_share_elements(&plan, 0) * 4 - DIRECT_PIECE_BYTES;
+    CHECK(direct_piece_find(&plan, 0, DIRECT_PIECE_BYTES, rest, &piece) && piece == 1);
+    CHECK(!direct_piece_find(&plan, 0, DIRECT_PIECE_BYTES, rest - 1, &piece));
+    CHECK(!direct_piece_find(&plan, 0, DIRECT_PIECE_BYTES, rest + 1, &piece));
+    CHECK(!direct_piece_find(&plan, 0, 4, DIRECT_PIECE_BYTES, &piece));
+    CHECK(!direct_piece_find(&plan, 0, 2 * DIRECT_PIECE_BYTES, 4, &piece));
+    CHECK(!direct_piece_find(&plan, 0, UINT64_MAX - DIRECT_PIECE_BYTES + 1, 4, &piece));
 }
 
 TEST(direct_two_swap_whole_vectors) {

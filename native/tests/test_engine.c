@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "direct.h"
 #include "element.h"
 #include "pyccl.h"
 #include "test.h"
@@ -615,6 +616,33 @@ static void await_bytes(const cluster *c, uint32_t i, uint32_t j, uint64_t bytes
     CHECK(stats.rx_bytes >= bytes);
 }
 
+/* The third member is missing, so nothing comes back. The second operation's data goes after all of the first's that may
+ * go: when it has ended, what is held back is held back. */
+TEST(engine_keeps_contributions_in_step_with_what_comes_back_on_loopback) {
+    cluster c;
+    cluster_open(&c, 3, 1, OVER_TCP);
+    const uint64_t pieces = 12, count = 3 * pieces * DIRECT_PIECE_BYTES / 4;
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 3, 79);
+    int64_t x[3] = {1, 2, 3};
+    pyccl_op *ops[3], *small[3];
+    for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+    for (uint32_t i = 0; i < 2; i++) await_bytes(&c, i, 1 - i, DIRECT_PIECE_BYTES);
+    for (uint32_t i = 0; i < 3; i++) small[i] = submit(&c, i, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 1), &x[i], &x[i], 0);
+    for (uint32_t i = 0; i < 3; i++) CHECK_EQ(finish(small[i]), PYCCL_OK);
+    for (uint32_t i = 0; i < 2; i++) {
+        pyccl_link_stats stats;
+        REQUIRE(pyccl_engine_link_stats(c.engine[i], c.slot[i][1 - i], &stats) == PYCCL_OK);
+        CHECK(stats.rx_bytes < 5 * DIRECT_PIECE_BYTES);
+    }
+    ops[2] = submit(&c, 2, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[2], v.in[2], 0);
+    for (uint32_t i = 0; i < 3; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+    }
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
 static void kill_conn(const cluster *c, uint32_t i, uint32_t j, uint32_t k) { shutdown(c->raw[i][j][k], SHUT_RDWR); }
 
 static void conns_die_midway(uint32_t world, uint32_t conns, uint32_t deaths, wire how) {
@@ -942,8 +970,8 @@ TEST(engine_refuses_pieces_that_do_not_fit_and_too_many_early_ones) {
     const pyccl_frame bad[] = {
         {.type = PYCCL_FRAME_DATA, .phase = 0, .offset = 8, .spec_hash = hash, .length = 4000},
         {.type = PYCCL_FRAME_DATA, .phase = 0, .offset = 0, .spec_hash = hash, .length = 4008},
-        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = 1048576, .spec_hash = hash, .length = 8},
-        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = UINT64_MAX - 1048575, .spec_hash = hash, .length = 4000},
+        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = DIRECT_PIECE_BYTES, .spec_hash = hash, .length = 8},
+        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = UINT64_MAX - DIRECT_PIECE_BYTES + 1, .spec_hash = hash, .length = 4000},
     };
     for (size_t k = 0; k < sizeof bad / sizeof *bad; k++)
         for (int early = 0; early < 2; early++) {

@@ -8,6 +8,8 @@ Places for later: another way to reach a peer (punching, relay) is another body 
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import logging
 import random
 import socket
@@ -58,9 +60,36 @@ class LinkEvents:
     up: Callable[[bytes], None]
 
 
+def is_loopback(host: str) -> bool:
+    """Whether it is an address of this machine's own; names are not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def auto_connections(host: str) -> int:
     """How many connections to a peer: processors limit a loopback, windows and losses limit a long line."""
-    return 1 if host.startswith("127.") or host in ("::1", "localhost") else 8
+    return 1 if is_loopback(host) or host == "localhost" else 8
+
+
+def _new_socket(host: str) -> trio.socket.SocketType:
+    """A TCP socket. On loopback with CUBIC from the start: BBR paces, and a socket that once paced goes on for ever."""
+    sock = trio.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    if is_loopback(host):
+        with contextlib.suppress(OSError):  # a kernel without CUBIC works as well, slower
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+    return sock
+
+
+async def _connect_near(address: Address) -> trio.SocketStream:
+    sock = _new_socket(address.host)
+    try:
+        await sock.connect((address.host, address.port))
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketStream(sock)
 
 
 class Links:
@@ -225,6 +254,8 @@ class Links:
         error: OSError = ConnectionRefusedError("the peer names no address")
         for address in addresses:
             try:
+                if is_loopback(address.host):
+                    return await _connect_near(address)
                 return await trio.open_tcp_stream(address.host, address.port)
             except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
                 error = OSError(f"{address.host!r} is no name of a host: {e}")
@@ -313,8 +344,7 @@ class Links:
 
 async def listen(host: str) -> tuple[trio.SocketListener, Address]:
     """A listening socket on a free port of `host`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    sock = _new_socket(host)
     try:
         await sock.bind((host, 0))
         sock.listen(128)

@@ -16,7 +16,7 @@ from oracle import DTYPES, FLOATS, KINDS, OPS, Array, draw, sha
 
 import pyccl
 
-PIECE_BYTES: Final = 1 << 20
+PIECE_BYTES: Final = 1 << 18
 _GUARD_BYTES: Final = 64
 _GUARD: Final = 0xA5
 _BLOCKS: Final = (64, 128, 1024, 4096, 65536)

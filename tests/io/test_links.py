@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Any
 
@@ -26,6 +25,7 @@ class FakeEngine:
     def __init__(self, most: int = 64) -> None:
         self.most = most
         self.links: dict[int, int] = {}
+        self.congestion_controls: list[bytes] = []  # of the connections that were handed over
 
     def peer_add(self, peer: bytes) -> int:
         slot = len(self.links)
@@ -36,7 +36,9 @@ class FakeEngine:
         del self.links[slot]
 
     def conn_add(self, slot: int, fd: int) -> None:
-        os.close(fd)
+        with socket.socket(fileno=fd) as handed:
+            name = handed.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        self.congestion_controls.append(name.rstrip(b"\0"))
         if self.links[slot] == self.most:
             raise UsageError("conn_add: too many")
         self.links[slot] += 1
@@ -89,6 +91,27 @@ def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
             await trio.sleep(0.1)
             assert engine.conns(0) == 2
             nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_both_ends_of_a_loopback_connection_use_cubic(host: str) -> None:
+    async def main() -> None:
+        here, there, heard = FakeEngine(), FakeEngine(), Heard()
+        listener, address = await links.listen(host)
+        other = Member(OTHER, b"b" * 16, (address,))
+        async with trio.open_nursery() as nursery:
+            served: Any = there
+            serving = links.Links(RUN, other, served, 1, nursery, Heard().events())
+            serving.open(1, [ME])
+            nursery.start_soon(serving.serve, listener)
+            make(here, heard, nursery).open(1, [other])
+            with trio.fail_after(20):
+                while not (here.congestion_controls and there.congestion_controls):  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert here.congestion_controls + there.congestion_controls == [b"cubic", b"cubic"]
 
     trio.run(main)
 
