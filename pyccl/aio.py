@@ -8,7 +8,9 @@ Methods have the names, arguments, results and errors of ``pyccl.Communicator``,
   at once before this peer has the whole result, as after a deadline; the other members get PeerLostError, and the input
   is restored before Cancelled is raised. Once this peer has told the others that it holds the result they may have
   committed it, so the call first learns what became of it, within ``peer_timeout``. If it was committed, the result
-  stands and the call returns it; Cancelled comes at the next checkpoint. Ctrl-C is the same, but is always raised.
+  stands and the call returns it; Cancelled comes at the next checkpoint. If not, it fails on all as on a deadline, and
+  if that can't be learned this peer leaves the run: the next call raises OutcomeUnknownError. Ctrl-C is the same, but
+  is always raised.
 * A communicator belongs to the Trio run that connected it; any number of its tasks may use it at the same time.
 
     all_reduce ──submit──▶ engine thread ──EVENT_OP──▶ session thread ──run_sync_soon──▶ the task goes on

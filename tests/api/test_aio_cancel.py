@@ -141,12 +141,18 @@ async def test_cancelled_while_data_flow(make_cluster: Callable[..., Cluster]) -
         await reduce_all(cluster, local, [other], LARGE)
 
 
+@pytest.mark.parametrize("master", ["there", "gone"])
 @trio_test
-async def test_cancelled_after_done_the_result_stands(make_cluster: Callable[..., Cluster]) -> None:
+async def test_cancelled_after_done_it_waits_for_the_outcome(make_cluster: Callable[..., Cluster], master: str) -> None:
+    """Without a master the other is asked, and has committed. With one there is a ballot as well: the other may be
+    asked for its report before it has read our DONE. Then it is not committed, on neither side."""
     cluster = make_cluster(peer_timeout=NEVER_SILENT_S)
     async with mixed(cluster) as (local, [other]):
         theirs = await stopped_before_done(local, other, seed=5, count=1000)
+        if master == "gone":
+            cluster.master.kill()
         x, sent = local.draw(5, 1000), sent_bytes(local.session)
+        before = x.copy()
         async with trio.open_nursery() as nursery:
             task = Task(nursery, lambda: local.comm.all_reduce(x))
             await prepared(local, 1000, sent)
@@ -154,8 +160,13 @@ async def test_cancelled_after_done_the_result_stands(make_cluster: Callable[...
             await turns()
             assert not task.ended.is_set()  # it can neither give it up nor leave while the outcome is open
             other.resume()
-        assert task.returned and task.cancelled  # the info, and Cancelled at the checkpoint behind the call
-        cluster.check([told(task.result, x), await value(theirs)], 5, 1000)
+        assert task.cancelled and task.error is None
+        if task.returned or master == "gone":  # the info, and Cancelled at the checkpoint behind the call
+            cluster.check([told(task.result, x), await value(theirs)], 5, 1000)
+        else:
+            assert np.array_equal(x, before)
+            assert (await error(theirs, "DeadlineError"))["restored"]
+        nothing_is_left(local)
         await reduce_all(cluster, local, [other])
 
 
@@ -443,6 +454,7 @@ def test_ctrl_c_after_done_waits_for_the_outcome(make_cluster: Callable[..., Clu
     async def main() -> None:
         async with mixed(cluster) as (local, [other]):
             theirs = await stopped_before_done(local, other, seed=5, count=1000)
+            cluster.master.kill()  # no ballot: the other is asked, and has committed
             x = local.draw(5, 1000)
             trio.lowlevel.spawn_system_task(press, local, other, sent_bytes(local.session), theirs)
             try:
