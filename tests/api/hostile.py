@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgpack
 
 from pyccl._native._pyccl import ffi, lib
-from pyccl._proto import limits, messages
+from pyccl._proto import channel, limits, messages
 from pyccl._proto.epoch import Epoch, Member, make_epoch
 from pyccl._proto.messages import MESSAGE_TYPES, Hello, Message, PeerHello, Pulse, StatusAsk
 
@@ -88,9 +88,19 @@ def valid(kind: Any, rng: random.Random) -> Any:
         case messages._Record() if kind.cls is Epoch:
             members = {rng.randbytes(16): rng.randbytes(16) for _ in range(rng.randint(1, 3))}
             return kind.dump(make_epoch(rng.randint(1, 9), bytes(16), 1, tuple(Member(*m) for m in members.items())))
+        case messages._Record() if kind.check is channel.check_untrusted:
+            return _of_a_channel([valid(inner, rng) for inner in kind.kinds], rng)
         case messages._Record():
             return [valid(inner, rng) for inner in kind.kinds]
     raise AssertionError(kind)
+
+
+def _of_a_channel(record: list[Any], rng: random.Random) -> list[Any]:
+    """What starts with a space and a number (channel.py), with a number that the space has."""
+    space, number = record[:2]
+    low = rng.choice([0, rng.randrange(limits.MEMBERS_MAX - 1)])
+    ranks = low | rng.choice([low + 1, limits.MEMBERS_MAX - 1]) << 8 if space == channel.SPACE_PAIR else 0
+    return [space, number & limits.U32_MAX | ranks << 32, *record[2:]]
 
 
 _NOTHING_TAKES: Final[list[Any]] = [

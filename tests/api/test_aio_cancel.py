@@ -122,7 +122,7 @@ async def test_cancelled_while_data_flow(make_cluster: Callable[..., Cluster]) -
     """Part of the other's vector is here, part of ours is there, and results overwrite the input meanwhile."""
     cluster = make_cluster(peer_timeout=NEVER_SILENT_S)
     async with mixed(cluster) as (local, [other]):
-        other.ask("hook", phase="data", action="tell", bytes=3_000_000)
+        other.ask("hook", phase="data", action="tell", bytes=800_000)  # of the four pieces that go ahead of ours
         theirs = other.call("all_reduce", seed=1, count=LARGE)
         await event(other, "hook")
         other.stop()

@@ -40,6 +40,10 @@ class FakeSession:
         self.most_of_one = 0
         self._last = 0
 
+    def check_sync(self) -> None:
+        if self.error is not None:
+            raise self.error
+
     def slot_of(self, peer: bytes) -> int | None:
         return list(self.answers).index(peer) if peer in self.view.members else None
 
