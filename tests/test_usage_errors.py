@@ -49,6 +49,19 @@ def frozen() -> np.ndarray[Any, Any]:
 
 WHOLE = array(count=24)
 
+
+class Capsule:
+    """Memory that is to be had as DLPack and in no other way."""
+
+    def __init__(self, x: np.ndarray[Any, Any]) -> None:
+        self._x = x
+
+    def __dlpack__(self, **keywords: Any) -> Any:
+        return self._x.__dlpack__(**keywords)
+
+    def __dlpack_device__(self) -> Any:
+        return self._x.__dlpack_device__()
+
 BAD_ARRAYS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list": (lambda: [1.0, 2.0], "not list"),
     "a number": (lambda: 3.0, "not float"),
@@ -60,6 +73,14 @@ BAD_ARRAYS: dict[str, tuple[Callable[[], Any], str]] = {
     "object": (lambda: array(object), "dtype object"),
     "other byte order": (lambda: array(">f4"), "dtype >f4"),
     "other byte order in a buffer": (lambda: memoryview(array(">f4")), "dtype >f4"),
+    "text": (lambda: array().astype("U3"), "dtype str"),
+    "fixed bytes": (lambda: array().astype("S4"), "dtype bytes"),
+    "dates": (lambda: array(np.int64).view("datetime64[s]"), "dtype datetime64"),
+    "durations": (lambda: array(np.int64).view("timedelta64[s]"), "dtype timedelta64"),
+    "raw memory": (lambda: array().view("V4"), "dtype void"),
+    "a read-only buffer": (lambda: memoryview(array()).toreadonly(), "read-only"),
+    "a strided buffer": (lambda: memoryview(array())[::2], "not C-contiguous"),
+    "zero-size, strided": (lambda: np.zeros((4, 0, 4), np.float64)[:, :, ::2].astype(complex), "dtype complex"),
     "structured": (lambda: np.zeros(3, [("a", "f4")]), "dtype"),
     "bytes": (lambda: b"0123", "read-only"),
 }
@@ -128,11 +149,18 @@ def test_avg_of_integers_is_refused(comm: pyccl.Communicator, dtype: Any) -> Non
         (WHOLE[:12], WHOLE[1:13]),
         (WHOLE[1:13], WHOLE[:12]),
         (WHOLE[:12], WHOLE[11:23]),
+        (Capsule(WHOLE[:12]), WHOLE[1:13]),
+        (memoryview(WHOLE[:12]), WHOLE[4:16]),
+        (WHOLE[:12], np.frombuffer(memoryview(WHOLE).cast("B")[4:52], np.float32)),
+        (WHOLE[:12].reshape(3, 4), WHOLE[8:20].reshape(3, 4)),
         (array(), array(np.float64)),
         (array(), array(count=11)),
         (array(), array().reshape(3, 4)),
     ],
-    ids=["ahead", "behind", "by one element", "dtype", "count", "shape"],
+    ids=[
+        *("ahead", "behind", "by one element", "through DLPack", "through a buffer", "through bytes", "of rows"),
+        *("dtype", "count", "shape"),
+    ],
 )
 def test_an_out_that_overlaps_in_part_or_does_not_fit_is_refused(
     comm: pyccl.Communicator, x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]
@@ -155,6 +183,8 @@ def test_what_is_right_passes_the_checks_and_finds_itself_alone(comm: pyccl.Comm
         lambda: comm.all_reduce(np.zeros(())),
         lambda: comm.all_reduce(memoryview(array())),
         lambda: comm.all_reduce(array(count=0)),
+        lambda: comm.all_reduce(np.zeros((0, 4)), out=np.zeros((0, 4))),
+        lambda: comm.all_reduce(np.zeros((3, 0), np.int8), op="max"),
         lambda: comm.broadcast(frozen(), root=comm.peer_id),
         lambda: comm.barrier(tag=2**32 - 1),
     ):

@@ -363,7 +363,10 @@ class Session:
                         with trio.CancelScope(deadline=started + self._reach_timeout) as scope:
                             await self._talk(stream, on_welcome=lambda: setattr(scope, "deadline", float("inf")))
                         silent = scope.cancelled_caught
-                    cause = "something listens there and does not answer" if silent else "it closed the connection"
+                    if not silent:
+                        cause = "it closed the connection"
+                    elif cause == "no answer":  # else the time ran out in one more attempt
+                        cause = "something listens there and does not answer"
                 except errors.RemoteProtocolError as e:
                     if self._machine is None or self._machine.run is None:
                         self._finish(errors.RemoteProtocolError(f"{address} does not speak pyccl: {e}"))

@@ -597,7 +597,8 @@ class Reduce:
     """One all-reduce, or exchange, with its arrays."""
 
     def __init__(self, index: int, wanted: dict[str, Any]) -> None:
-        self.keywords = {k: wanted[k] for k in ("op", "tag", "retry") if k in wanted}
+        known = ("op", "tag", "retry", "quantize", "quantize_block", "weight")
+        self.keywords = {k: wanted[k] for k in known if k in wanted}
         self.keywords["timeout"] = wanted.get("timeout", DEADLINE_S)
         dtype, kind = wanted.get("dtype", "float32"), wanted.get("kind", "plain")
         if dtype == "bfloat16":  # any bits: for what is moved, not folded

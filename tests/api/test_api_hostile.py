@@ -22,8 +22,8 @@ from pyccl._io.ask import ask_status
 from pyccl._proto import limits
 from pyccl._proto.messages import PeerHello
 
-FRAMES: Final = 10_000  # at each of the two ports
-GROWTH_BYTES_MAX: Final = 4 << 20  # of the resident memory, in the second half: a leak of a KiB each would be 5 MB
+FRAMES: Final = 10_000 if os.environ.get("PYCCL_TEST_LONG") else 5_000  # at each of the two ports
+GROWTH_BYTES_MAX: Final = 400 * FRAMES // 2  # of the resident memory, in the second half: less than a record each
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -116,7 +116,7 @@ def settled(cluster: Cluster, files: dict[Process, int]) -> None:
         eventually(f"{process.name} keeps descriptors", lambda p=process, n=before: open_files(p) <= n)
 
 
-def test_ten_thousand_hostile_frames_at_each_port_disturb_nobody_and_are_all_cut_off(
+def test_thousands_of_hostile_frames_at_each_port_disturb_nobody_and_are_all_cut_off(
     cluster: Cluster, seed: int
 ) -> None:
     peers = cluster.members(3)
@@ -129,18 +129,18 @@ def test_ten_thousand_hostile_frames_at_each_port_disturb_nobody_and_are_all_cut
     rng = random.Random(seed)
     rss: list[tuple[int, int]] = []
     last = 0
-    with Traffic(cluster, peers) as traffic:
-        for _ in range(2):
+    for _ in range(2):
+        with Traffic(cluster, peers) as traffic:
             for part in range(2):  # control and data ports in turns, so that both go on beside everything
                 for at, where in ((at_master, cluster.master.address), (at_peer, address)):
                     shots = at(known, rng, FRAMES // 4)
                     last += sum(shot.to_the_last for shot in shots)
                     assert volley(where, shots) == len(shots)
                 synchronised(peers, peers[1 + part], digest)
-            settled(cluster, files)
-            rss.append((rss_bytes(cluster.master), rss_bytes(target)))
+        undisturbed(traffic, known.epoch.number)
+        settled(cluster, files)
+        rss.append((rss_bytes(cluster.master), rss_bytes(target)))  # with nothing on its way
     assert 0.4 < last / (2 * FRAMES) < 0.7, "about half are right up to the last field"
-    undisturbed(traffic, known.epoch.number)
     for name, before, after in zip(("master", "peer"), *rss, strict=True):
         print(f"{name}: {before} bytes after the first half, {after} after the second")
         assert after - before < GROWTH_BYTES_MAX, f"the {name} grew by {after - before} bytes"

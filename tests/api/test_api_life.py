@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from cluster import DEADLINE_S, Cluster, Peer
@@ -151,7 +153,9 @@ def service(behave: Callable[[socket.socket], None]) -> Iterator[str]:
                 conn.close()
 
 
-def refused_by(address: str, error: type[Exception], match: str, reach_timeout: float = 0.5) -> None:
+def refused_by(
+    address: str, error: type[Exception] | tuple[type[Exception], ...], match: str, reach_timeout: float = 0.5
+) -> None:
     threads = threading.active_count()
     comm = pyccl.Communicator(address)
     with pytest.raises(error, match=match):
@@ -174,7 +178,13 @@ def test_an_unknown_host_is_master_unavailable() -> None:
     refused_by("no-such-host.invalid:1", pyccl.MasterUnavailableError, "no-such-host")
 
 
-@pytest.mark.parametrize("garbage", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\0\1\xc0", b"\0\0\0\5hello", b"\0\0\0"])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.7\r\n", b"220 mail ESMTP\r\n"),
+        *(b"\0\0\0\1\xc0", b"\0\0\0\5hello", b"\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\2\x91\x03"),
+    ],
+)
 def test_garbage_is_a_protocol_error(garbage: bytes) -> None:
     def answer(conn: socket.socket) -> None:
         with suppress(OSError):  # it may have hung up at the first bytes
@@ -183,6 +193,44 @@ def test_garbage_is_a_protocol_error(garbage: bytes) -> None:
 
     with service(answer) as address:
         refused_by(address, pyccl.RemoteProtocolError, "does not speak pyccl", reach_timeout=DEADLINE_S)
+
+
+NO_MASTER = (pyccl.RemoteProtocolError, pyccl.MasterUnavailableError)  # it says nonsense, or nothing that ends
+
+
+def test_a_web_server_is_no_master() -> None:
+    """It answers when it has read a line: whether there is one in a Hello is up to chance."""
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            refused_by(f"127.0.0.1:{server.server_port}", NO_MASTER, str(server.server_port))
+        finally:
+            server.shutdown()
+            thread.join(DEADLINE_S)
+
+
+def test_a_tls_server_is_no_master() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    met: list[str] = []
+
+    def handshake(conn: socket.socket) -> None:
+        try:
+            context.wrap_socket(conn, server_side=True)
+        except ssl.SSLError as e:
+            met.append(str(e.reason))
+
+    with service(handshake) as address:
+        refused_by(address, NO_MASTER, address)
+    assert met
+
+
+def test_a_peers_data_port_is_no_master_and_the_peer_does_not_mind(cluster: Cluster) -> None:
+    peers = cluster.members(2)
+    epoch = cluster.reduce(peers)["epoch"]
+    refused_by(peers[0].ask("secrets")["address"], pyccl.MasterUnavailableError, "it closed the connection")
+    assert cluster.reduce(peers)["epoch"] == epoch
 
 
 def test_silence_is_master_unavailable() -> None:

@@ -51,6 +51,40 @@ def test_a_peer_dies_in_an_operation(cluster: Cluster, phase: str, when: str, co
         assert info["world_size"] == 2
 
 
+@pytest.mark.parametrize("bytes_", [104, 2 * 104, 2 * 104 + 64, 2 * (104 + 64)], ids=["OPEN", "OPENs", "DONE", "DONEs"])
+def test_a_peer_dies_with_its_word_on_the_way(cluster: Cluster, bytes_: int) -> None:
+    """A barrier is nothing but OPEN and DONE: some have left, or all; the others may hold all of them, or none."""
+    *rest, victim = cluster.members(3)
+    victim.ask("hook", phase="data", bytes=bytes_)
+    calls = [peer.call("barrier") for peer in rest]
+    victim.call("barrier").died()
+    infos = [call.value()["info"] for call in calls]
+    assert infos[0]["members"] == infos[1]["members"] and infos[0]["epoch"] == infos[1]["epoch"]
+    cluster.reduce(rest)
+    cluster.agree(rest)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_peer_dies_as_it_tells_that_it_entered_an_epoch(cluster: Cluster, when: str) -> None:
+    *rest, victim = peers = cluster.members(3)
+    victim.ask("hook", phase="send:Entered", when=when)
+    for call in [peer.call("update_topology") for peer in peers][:2]:
+        call.value()
+    victim.wait()
+    cluster.reduce(rest)
+    cluster.agree(rest)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_peer_dies_as_it_leaves(cluster: Cluster, when: str) -> None:
+    *rest, victim = cluster.members(3)
+    victim.ask("hook", phase="send:Leave", when=when)
+    seed = cluster.rng.getrandbits(32)
+    calls = [peer.call("all_reduce", seed=seed, count=1000) for peer in rest]
+    victim.call("close").died()
+    assert survivors_agree(cluster, calls, seed, 1000, rest)["world_size"] == 2
+
+
 @pytest.mark.parametrize("phase", ["submit", "data"])
 def test_without_retry_all_survivors_get_peer_lost_and_their_input_back(cluster: Cluster, phase: str) -> None:
     peers = cluster.members(3)
@@ -130,6 +164,11 @@ def test_a_second_peer_dies_while_the_loss_of_the_first_is_settled(cluster: Clus
         ("open_links", "after"),
         ("send:Ready", "before"),
         ("send:Ready", "after"),
+        ("send:PeerHello", "before"),
+        ("send:PeerHello", "after"),
+        ("send:PeerWelcome", "before"),
+        ("send:PeerWelcome", "after"),
+        ("keep_links", "before"),
         ("enter", "before"),
         ("enter", "after"),
     ],
@@ -141,6 +180,8 @@ def test_a_member_dies_while_the_safe_point_is_open(cluster: Cluster, phase: str
     members[0].ask("connect")
     cluster.admit(members[:1], members[1:])
     *rest, victim = members
+    if phase.startswith("send:Peer"):  # the lower id dials and says PeerHello
+        newcomer.id = newcomer.ask("renumber", peer=("f" if phase == "send:PeerHello" else "0") * 32)
     victim.ask("hook", phase=phase, when=when)
     join = newcomer.call("connect")
     rest[0].ask("wait_pending", count=1)
@@ -162,6 +203,10 @@ def test_a_member_dies_while_the_safe_point_is_open(cluster: Cluster, phase: str
         ("adopt", "after"),
         ("send:Ready", "before"),
         ("send:Ready", "after"),
+        ("send:PeerHello", "before"),
+        ("send:PeerHello", "after"),
+        ("send:PeerWelcome", "before"),
+        ("send:PeerWelcome", "after"),
         ("enter", "before"),
         ("joined", "after"),
     ],
@@ -171,6 +216,8 @@ def test_a_newcomer_dies_while_it_joins(cluster: Cluster, phase: str, when: str)
     cluster.make([*members, newcomer])
     members[0].ask("connect")
     cluster.admit(members[:1], members[1:])
+    if phase.startswith("send:Peer"):
+        newcomer.id = newcomer.ask("renumber", peer=("0" if phase == "send:PeerHello" else "f") * 32)
     newcomer.ask("hook", phase=phase, when=when)
     join = newcomer.call("connect")
     if phase == "send:Hello":

@@ -81,3 +81,29 @@ def test_the_master_ends_cleanly_on_sigterm_with_members_connected(cluster: Clus
     cluster.master.signal(signal.SIGTERM)
     assert cluster.master.wait() == 0
     cluster.reduce(peers)
+
+
+def test_the_master_is_killed_while_peers_stand_at_the_safe_point(cluster: Cluster) -> None:
+    early, waiting, late = peers = cluster.members(3, reach_timeout=0.5)
+    epoch = cluster.reduce(peers)["epoch"]
+    calls = [peer.call("update_topology") for peer in (early, waiting)]
+    for peer in (early, waiting):
+        peer.ask("wait_safe_point", thread="watch")
+    cluster.master.kill()
+    for call in [*calls, late.call("update_topology")]:
+        call.error("MasterUnavailableError")
+    assert cluster.reduce(peers)["epoch"] == epoch
+
+
+def test_a_loss_while_the_master_is_stopped_is_settled_when_it_goes_on(cluster: Cluster) -> None:
+    *rest, victim = cluster.members(3)
+    seed = cluster.rng.getrandbits(32)
+    calls = [peer.call("all_reduce", seed=seed, count=100_000) for peer in rest]
+    for peer in rest:
+        peer.ask("wait_blocked", thread="watch")
+    cluster.master.stop()
+    victim.kill()
+    assert all(call.pending for call in calls)
+    cluster.master.resume()
+    assert cluster.check([call.value() for call in calls], seed, 100_000)["world_size"] == 2
+    cluster.agree(rest)

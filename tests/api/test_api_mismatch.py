@@ -39,6 +39,7 @@ def opened(peers: list[Peer], do: str, **wanted: Any) -> list[Call]:
         ("dtype", {"dtype": "int32"}),
         ("op", {"op": "max"}),
         ("retry", {"retry": False}),
+        ("codec, block", {"quantize": "uint8"}),
     ],
 )
 def test_another_spec_is_an_error_on_all(cluster: Cluster, peers: list[Peer], field: str, spec: dict[str, Any]) -> None:
@@ -46,8 +47,25 @@ def test_another_spec_is_an_error_on_all(cluster: Cluster, peers: list[Peer], fi
     same = {"seed": 1, "count": 1000, "dtype": "float32", "op": "sum", "retry": True}
     odd = cluster.rng.choice(peers)
     calls = opened([peer for peer in peers if peer is not odd], "all_reduce", **same)
-    all_name([*calls, odd.call("all_reduce", **{**same, **spec})], [field], [odd])
+    all_name([*calls, odd.call("all_reduce", **{**same, **spec})], field.split(", "), [odd])
     cluster.reduce(peers)
+
+
+def test_another_block_of_the_codec_is_an_error_on_all(cluster: Cluster, peers: list[Peer]) -> None:
+    same = {"seed": 1, "count": 1000, "quantize": "uint8"}
+    *rest, odd = peers
+    calls = opened(rest, "all_reduce", **same)
+    all_name([*calls, odd.call("all_reduce", **same, quantize_block=64)], ["block"], [odd])
+    cluster.reduce(peers)
+
+
+def test_weights_that_add_up_to_nothing_are_an_error_on_all_and_nothing_is_changed(
+    cluster: Cluster, peers: list[Peer]
+) -> None:
+    epoch = cluster.reduce(peers)["epoch"]
+    for call in [peer.call("all_reduce", seed=1, count=1000, op="avg", weight=0.0) for peer in peers]:
+        assert call.error("UsageError")["restored"]
+    assert cluster.reduce(peers)["epoch"] == epoch
 
 
 def test_another_collective_is_an_error_on_all(cluster: Cluster, peers: list[Peer]) -> None:
