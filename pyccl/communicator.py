@@ -317,10 +317,11 @@ class Communicator(Core):
     ) -> SyncInfo:
         """Give every member the same arrays and revision. Collective.
 
-        Members of the last committed sync vote (all do if there was none); the newest revision wins, then the one
-        with most holders, then the lowest root; a lone one never wins against two that agree. Only chunks that differ
-        travel, from all holders at once, each checked against its digest. The arrays are replaced on all members or
-        on none. States above 32 MiB are staged in a file without a name in $TMPDIR, or /var/tmp.
+        Members of the last committed sync vote; the newest revision wins, then the one with most holders, then the
+        lowest root; a lone one never wins against two that agree. If there was no sync yet, all vote, and the newest
+        wins even if one alone holds it (so that one peer can bring a checkpoint). Only chunks that differ travel,
+        from all holders at once, each checked against its digest. The arrays are replaced on all members or on none.
+        States above 32 MiB are staged in a file without a name in $TMPDIR, or /var/tmp.
 
         Args:
             state: names, dtypes, shapes, ``allow_content_inequality`` and ``digest`` equal on all members.
@@ -367,7 +368,10 @@ def connect(
     timeout: float = CONNECT_TIMEOUT_S,
     reach_timeout: float = REACH_TIMEOUT_S,
 ) -> Communicator:
-    """Make a Communicator and connect it: ``with pyccl.connect("host:port") as comm: ...``."""
+    """Make a Communicator and connect it: ``with pyccl.connect("host:port") as comm: ...``.
+
+    For the arguments see ``Communicator`` (group, connections) and ``Communicator.connect`` (the two timeouts).
+    """
     comm = Communicator(address, group=group, connections=connections)
     comm.connect(timeout, reach_timeout)
     return comm
