@@ -33,6 +33,7 @@
 
 #define EARLY_BUCKETS 1024
 #define EARLY_PIECES_MAX (2 * PYCCL_OPS_OPEN_MAX + PYCCL_CONNS_MAX) /* of one peer; small ones are many */
+#define EAGER_PIECE_MIN (PYCCL_EAGER_MAX / (2 * PYCCL_OPS_OPEN_MAX)) /* bytes that a smaller piece counts as */
 #define SCRATCH_KEPT 4               /* freed result buffers that are kept: the biggest */
 #define PIECES_KEPT 64               /* freed piece buffers that are kept: fresh pages cost as much as the copy into them */
 #define ENGINE_TILE_FLOATS 65536     /* of the longest codec block */
