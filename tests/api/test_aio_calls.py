@@ -269,7 +269,7 @@ async def test_the_end_of_the_session_wakes_everybody_with_the_reason(cluster: C
                 Task(nursery, lambda: comm.barrier(tag=30)),
                 Task(nursery, lambda: comm.sync_shared_state(state)),
             ]
-            await until(lambda: len([op for op in local.session.engine._ops if not op.done()]) == 22)
+            await until(lambda: len([op for op in list(local.session.engine._ops) if not op.done()]) == 22)
             waits.append(Task(nursery, comm.update_topology))
             await until(lambda: local.session._topology is not None)
             if how == "closed":
