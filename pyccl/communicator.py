@@ -14,9 +14,9 @@ from typing import Any, Self
 from pyccl import calls, errors
 from pyccl._io.session import Session, Waiter
 from pyccl._io.statesync import SyncInfo
-from pyccl._native.handles import Op
+from pyccl._native.handles import TIMEOUT_S_MAX, Op
 from pyccl.calls import CONNECT_TIMEOUT_S, OPERATION_TIMEOUT_S, REACH_TIMEOUT_S, Array, Call, ReduceOp
-from pyccl.core import Core, ReduceInfo, StateSync, Work, given_up_on_error
+from pyccl.core import Core, ReduceInfo, StateSync, Work, give_up, given_up_on_error
 from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
@@ -356,8 +356,20 @@ class Communicator(Core):
         return Work(self, session, self._submit(session, call, begun), call.what)
 
     def _run(self, session: Session, call: Call) -> ReduceInfo:
-        with given_up_on_error() as begun:
-            return self._start(session, call, begun).wait()
+        """Start it and wait for it: as ``Work`` does, with less about it."""
+        begun: list[Op] = []
+        try:
+            op = self._submit(session, call, begun)
+            try:
+                session.blocked.add(op)
+                op.wait(TIMEOUT_S_MAX)
+            finally:
+                session.blocked.discard(op)
+            info = op.finish()
+        except BaseException:
+            give_up(begun)
+            raise
+        return self._conclude(session, info, call.what)
 
 
 def connect(

@@ -211,7 +211,7 @@ class Agent:
     def do_wait_blocked(self) -> None:
         """Until a thread here waits for an operation."""
         until = time.monotonic() + DEADLINE_S
-        while self.session()._waiting == 0:
+        while not self.session().blocked:
             assert time.monotonic() < until, "no thread waits"
             time.sleep(0.005)
 
