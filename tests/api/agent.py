@@ -299,9 +299,9 @@ class Agent:
             for sock in self.connections(what):
                 ends = sock.getsockname(), sock.getpeername()
                 if ends not in seen:
-                    seen.add(ends)
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # full, too: then with the next round
                         sock.send(bytes.fromhex(data), socket.MSG_DONTWAIT)
+                        seen.add(ends)
             if not forever or self.session().error is not None:
                 return len(seen)
             time.sleep(0.005)
