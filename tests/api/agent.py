@@ -297,9 +297,9 @@ class Agent:
         seen: set[tuple[Any, Any]] = set()
         while True:
             for sock in self.connections(what):
-                ends = sock.getsockname(), sock.getpeername()
-                if ends not in seen:
-                    with contextlib.suppress(OSError):  # full, too: then with the next round
+                with contextlib.suppress(OSError):  # it has ended; or it is full: then with the next round
+                    ends = sock.getsockname(), sock.getpeername()
+                    if ends not in seen:
                         sock.send(bytes.fromhex(data), socket.MSG_DONTWAIT)
                         seen.add(ends)
             if not forever or self.session().error is not None:
