@@ -18,7 +18,7 @@
 #define TAGS 3
 #define COUNT 700
 #define ROUNDS 2000
-#define ROUNDS_LONG 100000
+#define ROUNDS_LONG 20000
 
 typedef struct call {
     pyccl_op *op;
