@@ -15,6 +15,10 @@ complaints are counted from these records and kept nowhere else. Every input cha
 
 Invariants: numbers rise, and one (group, number) has one id and one member list; an epoch's members are all in its
 predecessor (or newcomers that said Ready); an evicted incarnation is in no later epoch; no ballot ends but in an epoch.
+
+With a journal an epoch is decided (`_decide`), made durable by the shell, and then committed; nothing that depends on
+it leaves before. What is decided stays decided: a record that failed to be written may be found by the next master all
+the same. Until it is durable the group decides nothing more; what its peers say is heard and waits.
 """
 
 from __future__ import annotations
@@ -69,6 +73,7 @@ from pyccl._proto.messages import (
     clip,
 )
 from pyccl._proto.mismatch import blocked_detail, differs_detail, make_detail, short
+from pyccl._proto.past import NONCE_BITS, Committed, Dissolved, Fenced, Past, Record, fence, start_of
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
 from pyccl.errors import RemoteProtocolError
 
@@ -104,23 +109,33 @@ class Log(Effect):
     fields: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Persist(Effect):
+    """Write the record behind all before it, then ``persisted(ticket)``. Again and again until it is durable; and
+    ``not_persisted`` as often as it fails."""
+
+    ticket: int
+    record: Record
+
+
 # ---- records --------------------------------------------------------------------------------------------------------
 
 
 class Standing(enum.Enum):
     PENDING = "a newcomer that waits for a safe point"
+    ENTERING = "a newcomer in an epoch that is decided and not yet durable"
     MEMBER = "in the current epoch of its group"
 
 
-_BOTH: Final = frozenset(Standing)
+_ALL: Final = frozenset(Standing)
 _MEMBER: Final = frozenset({Standing.MEMBER})
 
 # Who may send what once greeted; a missing row is a protocol error.
 LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
-    Heartbeat: _BOTH,
-    Leave: _BOTH,
-    Ready: _BOTH,
-    Unreachable: _BOTH,
+    Heartbeat: _ALL,
+    Leave: _ALL,
+    Ready: _ALL,
+    Unreachable: _ALL,
     Arrive: _MEMBER,
     Withdraw: _MEMBER,
     Behind: _MEMBER,
@@ -208,6 +223,7 @@ class _Group:
     ballot_number: int = 0  # of the newest ballot
     proposal: _Proposal | None = None
     ballot: _Ballot | None = None
+    deciding: EpochCommit | None = None  # on its way to the journal; proposal or ballot stay open until it is there
 
     @property
     def epoch(self) -> Epoch | None:
@@ -221,10 +237,26 @@ class _Conn:
 
 
 class MasterMachine:
-    """Inputs: connected, receive, disconnected, heard, tick. Each takes `now` and returns effects; none raises."""
+    """Inputs: connected, receive, disconnected, heard, persisted, not_persisted, tick. Each takes `now` and returns
+    effects; none raises.
 
-    def __init__(self, run: bytes, term: int, peer_timeout: float, library: str = "") -> None:
+    past: what an earlier master of this run left behind. Silence then counts from `now`, when its members have had
+    their time to come back.
+    """
+
+    def __init__(
+        self,
+        run: bytes,
+        term: int,
+        peer_timeout: float,
+        library: str = "",
+        *,
+        journaled: bool,
+        past: Past | None = None,
+        now: float = 0.0,
+    ) -> None:
         self.run: Final = run
+        self.journaled: Final = journaled
         self.term: Final = term
         self.peer_timeout: Final = peer_timeout
         self.library: Final = library
@@ -237,7 +269,30 @@ class MasterMachine:
         self._now = 0.0
         self._ticked_at: float | None = None
         self._line_at = self._line_since = 0.0  # when somebody was heard; since when without a long gap
+        self._grace_until = 0.0
+        self._ticket_last = 0
+        self._writing: deque[tuple[int, _Group | None]] = deque()
+        self._journal_error = ""
         self._out: list[Effect] = []
+        if past is not None:
+            self._restore(past, now)
+
+    def _restore(self, past: Past, now: float) -> None:
+        """The groups as they stood. Nobody is connected; what was proposed or asked is owed again."""
+        self._now, self._grace_until = now, now + limits.RECONNECT_S
+        self._gone = past.gone.copy()
+        for number, known in sorted(past.groups.items()):
+            group = self._groups[number] = self._new_group(number)
+            group.commit, group.last_number, group.last_id = known.commit, known.number, known.id
+            for member in known.commit.epoch.members if known.commit is not None else ():
+                record = _Peer(member.peer, member.incarnation, number, member.addresses, "", order=0, heard_at=now)
+                record.standing = Standing.MEMBER
+                self._peers[record.key] = record
+
+    def _new_group(self, number: int) -> _Group:
+        """Ballots and proposals are numbered from this start on: within an epoch none comes twice, in any term."""
+        base = start_of(self.term) << NONCE_BITS
+        return _Group(number, version=base, ballot_number=base)
 
     # ---- inputs
 
@@ -276,6 +331,25 @@ class MasterMachine:
             record.heard_at = now
             if record.lost:
                 self._advance(self._groups[record.group])
+        return self._taken()
+
+    def persisted(self, ticket: int, now: float) -> list[Effect]:
+        """All records up to this one are durable."""
+        self._now = now
+        self._journal_error = ""
+        while self._writing and self._writing[0][0] <= ticket:
+            _, group = self._writing.popleft()
+            if group is not None:
+                self._commit_epoch(group)
+                self._advance(group)
+        return self._taken()
+
+    def not_persisted(self, reason: str, now: float) -> list[Effect]:
+        """Nothing that waits for it is decided. What needs no decision goes on."""
+        self._now = now
+        if reason != self._journal_error:
+            self._journal_error = reason
+            self._log("journal_failed", reason=reason, waiting=len(self._writing))
         return self._taken()
 
     def knows(self, peer: bytes, incarnation: bytes) -> bool:
@@ -336,7 +410,7 @@ class MasterMachine:
             return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}"
         if record is not None and record.group != hello.group:
             return f"this incarnation belongs to group {record.group}"
-        if record is not None and record.standing is Standing.PENDING and hello.resume is not None:
+        if record is not None and record.standing is not Standing.MEMBER and hello.resume is not None:
             return "this incarnation was not admitted yet, there is nothing to resume"
         if record is None and hello.group not in self._groups and len(self._groups) >= limits.GROUPS_MAX:
             return f"this master keeps at most {limits.GROUPS_MAX} groups"
@@ -346,7 +420,9 @@ class MasterMachine:
         return ""
 
     def _on_newcomer(self, conn: int, hello: Hello) -> None:
-        group = self._groups.setdefault(hello.group, _Group(hello.group))
+        group = self._groups.get(hello.group)
+        if group is None:
+            group = self._groups[hello.group] = self._new_group(hello.group)
         for other in self._pending(group):
             if other.peer == hello.peer:
                 self._drop_newcomer(other, "a newer incarnation of this peer has come")
@@ -374,6 +450,9 @@ class MasterMachine:
         """A living member's control connection came back. Tell it what it may have missed; it tells us the same."""
         group = self._groups[record.group]
         epoch = group.epoch
+        if record.standing is Standing.ENTERING:
+            self._on_entering_again(conn, hello, record)
+            return
         assert epoch is not None and group.commit is not None, record  # only members are kept without a connection
         resume = hello.resume
         if resume is not None and (resume.number, resume.id) not in _stands(epoch):
@@ -385,7 +464,7 @@ class MasterMachine:
         if record.conn is not None:
             self._close(record.conn, "the same incarnation has come on a newer connection")
         record.heard_at = self._now
-        record.addresses = hello.addresses
+        record.addresses, record.library = hello.addresses, hello.library
         self._attach(conn, record, resumed=True)
         self._log("peer_resumed", peer=short(record.peer), group=group.group, epoch=epoch.number)
         if resume is None or resume.number != epoch.number:
@@ -396,9 +475,16 @@ class MasterMachine:
             self._tell(record, _propose_message(group.proposal))
         elif group.version:
             self._tell(record, Cancelled(group.version))
-        if resume is not None and resume.frozen and resume.number == epoch.number and group.ballot is None:
-            self._open_ballot(group, KIND_SETTLE, "")  # a ballot that was cut off stays owed
+        if resume is not None and resume.frozen and resume.number == epoch.number:
+            self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
         self._advance(group)
+
+    def _on_entering_again(self, conn: int, hello: Hello, record: _Peer) -> None:
+        """It is to be told of its first epoch where it can hear it."""
+        if record.conn is not None:
+            self._close(record.conn, "the same incarnation has come on a newer connection")
+        record.heard_at, record.addresses = self._now, hello.addresses
+        self._attach(conn, record, resumed=False)
 
     def _attach(self, conn: int, record: _Peer, *, resumed: bool) -> None:
         self._conns[conn].peer = record
@@ -522,8 +608,8 @@ class MasterMachine:
             record.said.report = message
 
     def _on_settle(self, group: _Group, record: _Peer, message: Settle) -> None:
-        if self._is_current(group, message.epoch) and group.ballot is None:
-            self._open_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
+        if self._is_current(group, message.epoch):
+            self._owe_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
 
     def _on_blocked(self, group: _Group, record: _Peer, message: Blocked) -> None:
         if self._is_current(group, message.epoch):
@@ -534,12 +620,12 @@ class MasterMachine:
             record.said.blocked = None
 
     def _on_differs(self, group: _Group, record: _Peer, message: Differs) -> None:
-        if not self._is_current(group, message.epoch) or group.ballot is not None:
-            return  # a ballot is open: whoever retries the operation will find the difference again
+        if not self._is_current(group, message.epoch):
+            return
         detail = differs_detail(record.peer, message)
         if group.epoch is None or message.peer not in group.epoch.peers or detail is None:
             raise RemoteProtocolError("Differs names no difference between two members")
-        self._open_ballot(group, KIND_MISMATCH, detail)
+        self._owe_ballot(group, KIND_MISMATCH, detail)
 
     def _on_entered(self, group: _Group, record: _Peer, message: Entered) -> None:
         if self._is_current(group, message.epoch):
@@ -557,7 +643,7 @@ class MasterMachine:
         if version > group.version:
             raise RemoteProtocolError(f"proposal {version} was never made")
         proposal = group.proposal
-        if proposal is None or proposal.version != version:
+        if proposal is None or proposal.version != version or group.deciding is not None:
             return None
         if number != proposal.epoch.number:
             raise RemoteProtocolError(f"proposal {version} is of epoch {proposal.epoch.number}, not {number}")
@@ -569,7 +655,7 @@ class MasterMachine:
 
     def _advance(self, group: _Group) -> None:
         """Take every step that the records now allow, in order of precedence, until none is left."""
-        while any(step(self, group) for step in _STEPS):
+        while group.deciding is None and any(step(self, group) for step in _STEPS):
             pass
         self._tell_pending(group)
 
@@ -602,8 +688,10 @@ class MasterMachine:
             return False
         group.commit = group.ballot = group.proposal = None
         self._log("group_dissolved", group=group.group, epoch=group.last_number)
+        fenced = tuple(Fenced(*record.key, record.lost) for record in members)
         for record in members:
             self._evict(record)
+        self._persist(Dissolved(group.group, fenced), None)  # nothing waits for it: until it is there they are silent
         return True
 
     def _step_found(self, group: _Group) -> bool:
@@ -611,7 +699,7 @@ class MasterMachine:
         if group.epoch is not None or first is None:
             return False
         epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
-        self._commit_epoch(group, epoch, KIND_FOUND)
+        self._decide(group, epoch, KIND_FOUND)
         return True
 
     def _step_ballot(self, group: _Group) -> bool:
@@ -642,7 +730,7 @@ class MasterMachine:
             return True
         members = tuple(record.member for record in staying)
         epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, group.epoch.plan)
-        self._commit_epoch(group, epoch, *self._judged(group, ballot, staying), verdicts)
+        self._decide(group, epoch, *self._judged(group, ballot, staying), verdicts)
         return True
 
     def _judged(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> tuple[str, str]:
@@ -699,7 +787,7 @@ class MasterMachine:
             for member in proposal.epoch.members
         ):
             return False
-        self._commit_epoch(group, proposal.epoch, KIND_JOIN)
+        self._decide(group, proposal.epoch, KIND_JOIN)
         return True
 
     # ---- safe points
@@ -749,6 +837,11 @@ class MasterMachine:
 
     # ---- ballots
 
+    def _owe_ballot(self, group: _Group, kind: str, detail: str) -> None:
+        """Open one, unless what is open or decided leads to a new epoch anyway: who still needs it then asks again."""
+        if group.ballot is None and group.deciding is None:
+            self._open_ballot(group, kind, detail)
+
     def _open_ballot(self, group: _Group, kind: str, detail: str, *, blocked: bool = False) -> None:
         group.proposal = None  # the safe point starts over in the epoch this leads to
         group.ballot_number += 1
@@ -780,16 +873,37 @@ class MasterMachine:
 
     # ---- epochs
 
-    def _commit_epoch(
+    def _decide(
         self, group: _Group, epoch: Epoch, kind: str, detail: str = "", verdicts: tuple[OpVerdict, ...] = ()
     ) -> None:
-        """The one place where an epoch becomes the current one: what a journal must hold is decided here."""
-        before = self._members(group)
+        """The one place where it is decided which epoch comes next. With a journal it waits there to be durable."""
         sizes = (len(g.epoch.members) for g in self._groups.values() if g.epoch is not None and g is not group)
-        world_size = sum(sizes) + len(epoch.members)
-        group.commit = EpochCommit(epoch, kind, verdicts, detail, world_size)
+        group.deciding = EpochCommit(epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members))
+        for member in epoch.members:
+            record = self._peers[member.peer, member.incarnation]
+            assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
+            if record.standing is Standing.PENDING:
+                record.standing = Standing.ENTERING
+        out = (record for record in self._members(group) if not epoch.has(*record.key))
+        self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+
+    def _persist(self, record: Record, group: _Group | None) -> None:
+        """`group` waits for it."""
+        if self.journaled:
+            self._ticket_last += 1
+            self._writing.append((self._ticket_last, group))
+            self._out.append(Persist(self._ticket_last, record))
+        elif group is not None:
+            self._commit_epoch(group)
+
+    def _commit_epoch(self, group: _Group) -> None:
+        """The one place where an epoch becomes the current one."""
+        before, commit = self._members(group), group.deciding
+        assert commit is not None
+        epoch, kind, detail, verdicts = commit.epoch, commit.kind, commit.detail, commit.verdicts
+        group.commit = commit
         group.last_number, group.last_id = epoch.number, epoch.id
-        group.proposal = group.ballot = None
+        group.proposal = group.ballot = group.deciding = None
         self._log(
             "epoch_committed",
             group=group.group,
@@ -804,20 +918,18 @@ class MasterMachine:
             if not epoch.has(*record.key):
                 self._evict(record)
         for record in self._members(group):
-            record.standing, record.said, record.lost = Standing.MEMBER, _Said(), ""
+            record.standing, record.said = Standing.MEMBER, _Said()
             for peer, complaint in list(record.complaints.items()):
                 if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
         self._tell_pending(group)  # first: who enters the epoch must not take for pending who enters it too
         for record in self._members(group):
-            self._tell(record, group.commit)
+            self._tell(record, commit)
 
     def _evict(self, record: _Peer) -> None:
         """Out of the run: whatever this incarnation says from now on is answered with the reason."""
         del self._peers[record.key]
-        self._gone[record.key] = record.lost
-        while len(self._gone) > limits.GONE_MAX:
-            self._gone.popitem(last=False)
+        fence(self._gone, (Fenced(*record.key, record.lost),))
         self._log("peer_evicted", peer=short(record.peer), group=record.group, reason=record.lost)
         if record.conn is not None:
             self._send_evicted(record.conn, record.lost)
@@ -911,7 +1023,7 @@ class MasterMachine:
     def _silent_since(self) -> float:
         """Silence before this says nothing of the silent."""
         quiet = self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS
-        return self._now if quiet else self._line_since
+        return max(self._now if quiet else self._line_since, self._grace_until)
 
     def _seen(self, group: _Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""
@@ -1006,6 +1118,7 @@ class MasterMachine:
             "term": self.term,
             "library": self.library,
             "peer_timeout_s": self.peer_timeout,
+            "journal": {"kept": self.journaled, "waiting": len(self._writing), "error": self._journal_error},
             "groups": [self._group_status(group) for _, group in sorted(self._groups.items())],
             "gone": {f"{short(peer)}/{short(inc)}": why for (peer, inc), why in list(self._gone.items())[-50:]},
             "events": [
@@ -1022,6 +1135,7 @@ class MasterMachine:
             "members": [self._peer_status(record) for record in self._members(group)],
             "pending": [self._peer_status(record) for record in self._pending(group)],
             "founded": epoch is not None,
+            "deciding": group.deciding is not None,
             "ballot": None
             if ballot is None
             else {

@@ -301,7 +301,7 @@ class Withdraw(Message):
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
     TYPE = 7
-    KINDS = (_U64, _U32)
+    KINDS = (_U64, _U64)
     number: int  # of the proposed epoch
     version: int
 
@@ -309,7 +309,7 @@ class Ready(Message):
 @dataclass(frozen=True, slots=True)
 class Behind(Message):
     TYPE = 8
-    KINDS = (_U64, _U32, _COUNTS)
+    KINDS = (_U64, _U64, _COUNTS)
     number: int
     version: int
     counts: tuple[Count, ...]
@@ -318,7 +318,7 @@ class Behind(Message):
 @dataclass(frozen=True, slots=True)
 class Unreachable(Message):
     TYPE = 9
-    KINDS = (_U64, _U32, _PEERS, _REASON)
+    KINDS = (_U64, _U64, _PEERS, _REASON)
     number: int
     version: int
     peers: tuple[bytes, ...]
@@ -424,7 +424,7 @@ class Rejected(Message):
 @dataclass(frozen=True, slots=True)
 class EpochPropose(Message):
     TYPE = 34
-    KINDS = (_U32, _EPOCH, _COUNTS)
+    KINDS = (_U64, _EPOCH, _COUNTS)
     version: int
     epoch: Epoch
     cut: tuple[Count, ...] = ()
@@ -477,7 +477,7 @@ class Cancelled(Message):
     """Proposals up to this version are void: a member went back from the safe point. The others' cut is open again."""
 
     TYPE = 40
-    KINDS = (_U32,)
+    KINDS = (_U64,)
     version: int
 
 

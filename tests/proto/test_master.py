@@ -65,10 +65,13 @@ class World:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.master = MasterMachine(RUN, 1, TIMEOUT_S, "test")
+        self.master = self.make_master()
         self.inbox: dict[int, list[Message]] = {}
         self.closed: dict[int, str] = {}
         self.logs: list[tuple[str, dict[str, Any]]] = []
+
+    def make_master(self) -> MasterMachine:
+        return MasterMachine(RUN, 1, TIMEOUT_S, "test", journaled=False)
 
     def do(self, effects: list[mm.Effect]) -> None:
         for effect in effects:

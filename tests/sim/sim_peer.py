@@ -44,7 +44,7 @@ LINKS_TIMEOUT_S: Final = 10.0
 GREET_S: Final = 10.0
 DIAL_S: Final = 5.0
 LEAVE_S: Final = 2.0
-CONTROL_BACKOFF_S: Final = (0.05, 2.0)
+CONTROL_BACKOFF_S: Final = (0.05, 1.0)
 DIAL_BACKOFF_S: Final = (0.05, 1.0)
 
 
@@ -153,10 +153,11 @@ class SimPeer(Process):
         master = self.cluster.master
         if self.over or self.machine.state is State.ENDED or self.control is not None:
             return
-        if self.world.blocked(self, master):
+        if not master.alive or self.world.blocked(self, master):
             self._dial_master_again()
             return
         self.control = Conn(self.world, (self, master), (self._from_master, master.deliver), engine=False)
+        master.accepted.append(self.control)
         self._down_since = self.world.now_s
         self.feed(self.machine.connected(self.world.now_s))
 

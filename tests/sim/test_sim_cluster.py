@@ -131,3 +131,66 @@ def test_program_that_skips_a_call_gets_a_mismatch_and_all_go_on(seed: int) -> N
     cluster = SimCluster(seed, options).run()
     assert cluster.checks.kinds["mismatch"] > 0
     assert cluster.checks.evictions == 0
+
+
+# ---- the master dies
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nobody_is_evicted_when_the_master_was_killed_and_started_again(seed: int) -> None:
+    """Also in the middle of safe points, ballots and joins, and of what it was writing."""
+    cluster = _at_work(seed, Options(faults=(), peers=3, think_s=0.2, chaos_s=1e6, deadline_rate=0.1, sync_s=0.05))
+    for _ in range(6):
+        cluster.do_fault("master_crash", cluster.peers[0], for_s=cluster.rng.random() * 8)
+        if cluster.rng.random() < 0.5:
+            cluster.add()
+        cluster.world.run(cluster.world.now_s + 15)
+    assert cluster.converge(60.0), cluster.replay_line()
+    assert cluster.checks.evictions == 0
+    assert not any(peer.over for peer in cluster.peers), [peer.over for peer in cluster.peers]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_newcomer_is_in_within_two_seconds_of_the_masters_return(seed: int) -> None:
+    cluster = _at_work(seed, replace(QUIET, peer_timeout=5.0, mismatch_grace=5.0))
+    away_s = 3 + 20 * cluster.rng.random()  # long enough for every back-off to be at its longest
+    cluster.crash_master(away_s)
+    newcomer = cluster.add()
+    cluster.world.run(cluster.world.now_s + away_s)
+    assert cluster.master.alive
+    assert cluster.world.run(cluster.world.now_s + 2.0, lambda: newcomer.number > 0), cluster.replay_line()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_peer_lost_while_the_master_is_down_is_out_soon_after_its_return(seed: int) -> None:
+    cluster = _at_work(seed, replace(QUIET, peer_timeout=5.0, mismatch_grace=5.0))
+    cluster.crash_master(10.0)
+    cluster.world.run(cluster.world.now_s + 1.0)
+    lost = cluster.peers[seed % 4]
+    cluster.do_fault("crash", lost)
+    cluster.world.run(cluster.world.now_s + 9.0)
+    others = [peer for peer in cluster.peers if peer is not lost]
+
+    def gone_on() -> bool:
+        return all(p.machine.epoch is not None and lost.peer not in p.machine.epoch.peers for p in others)
+
+    assert cluster.world.run(cluster.world.now_s + 2.5, gone_on), cluster.replay_line()
+    assert cluster.converge(10.0), cluster.replay_line()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_full_disk_nothing_is_decided_and_operations_go_on(seed: int) -> None:
+    cluster = _at_work(seed, QUIET)
+    cluster.disk.full = True
+    epochs = [peer.number for peer in cluster.peers]
+    cluster.world.run(cluster.world.now_s + 0.5)
+    newcomer = cluster.add()
+    cluster.world.run(cluster.world.now_s + 10)
+    assert [peer.number for peer in cluster.peers] == [*epochs, 0]
+    status = cluster.master.machine.status()
+    assert status["journal"] == {"kept": True, "waiting": 1, "error": "no space left"}
+    assert status["groups"][0]["deciding"]
+    cluster.disk.full = False
+    assert cluster.world.run(cluster.world.now_s + 2, lambda: newcomer.number > 0), cluster.replay_line()
+    assert cluster.converge(30.0), cluster.replay_line()
+    assert cluster.checks.evictions == 0

@@ -1,0 +1,375 @@
+"""MasterMachine with a journal: what waits for it, and what the next master makes of it."""
+
+from __future__ import annotations
+
+import pytest
+from test_master import RUN, TIMEOUT_S, World, peer_id
+
+from pyccl._proto import limits
+from pyccl._proto import master as mm
+from pyccl._proto.master import MasterMachine
+from pyccl._proto.messages import (
+    CAUSE_REFUSED,
+    Arrive,
+    Blocked,
+    Cancelled,
+    EpochCommit,
+    EpochPropose,
+    Evicted,
+    Flush,
+    Heartbeat,
+    Key,
+    Leave,
+    Message,
+    OpReport,
+    OpState,
+    Ready,
+    Rejected,
+    Report,
+    Resume,
+    Settle,
+    Suspect,
+    Unreachable,
+    Verdict,
+    Welcome,
+)
+from pyccl._proto.past import Began, Past, make_term, record_from_plain, record_to_plain, start_of
+
+
+class Journaled(World):
+    """A master whose journal is durable at once, or when ``flush`` is called."""
+
+    def __init__(self) -> None:
+        self.past = Past(RUN, make_term(1, 0xABC))
+        self.holds = False
+        self.held: list[mm.Persist] = []
+        super().__init__()
+
+    def make_master(self) -> MasterMachine:
+        return MasterMachine(RUN, self.past.term, TIMEOUT_S, "test", journaled=True, past=self.past, now=self.now)
+
+    def do(self, effects: list[mm.Effect]) -> None:
+        super().do(effects)
+        new = [effect for effect in effects if isinstance(effect, mm.Persist)]
+        self.held += new
+        if new and not self.holds:
+            self.flush()
+
+    def flush(self) -> None:
+        held, self.held = self.held, []
+        for persist in held:
+            self.past.apply(record_from_plain(record_to_plain(persist.record)))
+        self.do(self.master.persisted(held[-1].ticket, self.now))
+
+    def restart(self, after_s: float = 1.0) -> None:
+        """kill -9 and a new master; what was held is lost."""
+        self.now += after_s
+        self.held, self.holds = [], False
+        self.inbox, self.closed, self.logs = {}, {}, []
+        self.past.apply(Began(make_term(start_of(self.past.term) + 1, 0xDEF)))
+        self.master = self.make_master()
+
+    def resume(self, n: int, commit: EpochCommit, conn: int | None = None, *, frozen: bool = False) -> None:
+        where = Resume(RUN, commit.epoch.number, commit.epoch.id, frozen)
+        self.hello(n, conn, resume=where)
+
+
+def group_of(n: int) -> Journaled:
+    world = Journaled()
+    for peer in range(1, n + 1):
+        world.hello(peer)
+    if n > 1:
+        world.say(1, Arrive(1))
+        world.ready(*range(1, n + 1))
+    assert world.epoch().peers == tuple(peer_id(i) for i in range(1, n + 1))
+    return world
+
+
+def commit_of(world: World, conn: int = 1) -> EpochCommit:
+    return world.last(conn, EpochCommit)
+
+
+# ---- durable first
+
+
+def test_nothing_that_tells_of_an_epoch_leaves_before_it_is_durable() -> None:
+    world = Journaled()
+    world.holds = True
+    world.hello(1)
+    assert [type(m) for m in world.inbox[1]] == [Welcome]
+    world.flush()
+    assert commit_of(world).kind == "found"
+
+
+@pytest.mark.parametrize("kind", ["join", "loss", "settle"])
+def test_while_a_decision_waits_all_are_heard_and_nothing_else_is_decided(kind: str) -> None:
+    world = group_of(2)
+    world.hello(3)
+    world.holds = True
+    if kind == "join":
+        world.say(1, Arrive(2))
+        world.say(2, Arrive(2))
+        world.ready(1, 2, 3)
+    else:
+        world.say(1, Suspect(peer_id(2), CAUSE_REFUSED) if kind == "loss" else Settle(2))
+        if kind == "loss":
+            world.drop(2)
+        flush = world.last(1, Flush)
+        for n in (1, 2) if kind == "settle" else (1,):
+            world.say(n, Report(2, flush.ballot, (OpReport(0, 0, 0, OpState.COMMITTED, 5),)))
+    assert len(world.held) == 1
+    world.forget()
+    said: list[Message] = [
+        Settle(2),
+        Arrive(2),
+        Blocked(2, (Key(0, 1, 0),), False, False),
+        Suspect(peer_id(2), CAUSE_REFUSED),
+        Heartbeat(),
+    ]
+    world.say(1, *said)
+    world.hello(4)
+    world.pass_time(3.0, beating=(1, 3, 4))
+    assert len(world.held) == 1
+    assert {type(m).__name__ for m in world.inbox[1]} <= {"Alive", "Pending"}
+    assert world.master.status()["groups"][0]["deciding"]
+    world.flush()
+    commit = commit_of(world)
+    assert (commit.kind, commit.epoch.number) == (kind, 3)
+    assert [v.verdict for v in commit.verdicts] == ([] if kind == "join" else [Verdict.COMMIT])
+    assert not world.closed or kind == "loss"
+
+
+def test_a_member_lost_while_a_join_is_written_is_left_out_of_the_epoch_behind_it() -> None:
+    world = group_of(2)
+    world.hello(3)
+    world.say(1, Arrive(2))
+    world.say(2, Arrive(2))
+    world.holds = True
+    world.ready(1, 2, 3)
+    world.say(2, Leave())
+    world.flush()
+    assert commit_of(world).epoch.peers == (peer_id(1), peer_id(2), peer_id(3))
+    assert world.last(3, Flush).members == (peer_id(1), peer_id(3))
+    world.holds = False
+    for n in (1, 3):
+        world.say(n, Report(3, world.last(n, Flush).ballot))
+    assert commit_of(world, 3).epoch.peers == (peer_id(1), peer_id(3))
+
+
+@pytest.mark.parametrize("what", ["hangs up", "comes again", "leaves", "cannot reach the others"])
+def test_a_newcomer_whose_epoch_is_being_written_is_in_it_whatever_happens_to_it(what: str) -> None:
+    world = group_of(1)
+    world.hello(2)
+    world.say(1, Arrive(1))
+    world.holds = True
+    version = world.last(2, EpochPropose).version
+    world.ready(1, 2)
+    if what == "leaves":
+        world.say(2, Leave())
+    elif what == "cannot reach the others":
+        world.say(2, Unreachable(2, version, (peer_id(1),), "no route"))
+    else:
+        world.drop(2)
+    if what == "comes again":
+        world.hello(2, conn=20)
+        assert not world.last(20, Welcome).resumed
+    world.holds = False
+    world.flush()
+    if what == "leaves":
+        world.say(1, Report(2, world.last(1, Flush).ballot))
+        assert commit_of(world).epoch.peers == (peer_id(1),)
+        return
+    assert commit_of(world).epoch.peers == (peer_id(1), peer_id(2))
+    if what == "comes again":
+        assert commit_of(world, 20).epoch.peers == (peer_id(1), peer_id(2))
+
+
+def test_a_founder_whose_epoch_is_being_written_may_not_speak_as_a_member() -> None:
+    world = Journaled()
+    world.holds = True
+    world.hello(1)
+    world.say(1, Arrive(1))
+    assert "ENTERING" in world.closed[1]
+    world.hello(1, conn=10)
+    world.flush()
+    assert commit_of(world, 10).epoch.peers == (peer_id(1),)
+
+
+def test_a_journal_that_cannot_be_written_is_logged_once_and_told_in_the_status() -> None:
+    world = group_of(1)
+    world.holds = True
+    world.hello(2)
+    world.say(1, Arrive(1))
+    world.ready(1, 2)
+    for _ in range(3):
+        world.do(world.master.not_persisted("no space left on device", world.now))
+    failed = [fields for event, fields in world.logs if event == "journal_failed"]
+    assert failed == [{"reason": "no space left on device", "waiting": 1}]
+    assert world.master.status()["journal"] == {"kept": True, "waiting": 1, "error": "no space left on device"}
+    world.flush()
+    assert world.master.status()["journal"] == {"kept": True, "waiting": 0, "error": ""}
+
+
+# ---- the next master
+
+
+def test_members_come_back_into_their_epoch_and_nobody_else_does() -> None:
+    world = group_of(3)
+    commit = commit_of(world)
+    world.restart()
+    for n in (1, 2):
+        world.resume(n, commit)
+        welcome = world.last(n, Welcome)
+        assert welcome.resumed and welcome.run == RUN and start_of(welcome.term) == 2
+        assert not world.got(n, EpochCommit)
+    world.hello(9, resume=Resume(RUN, commit.epoch.number, commit.epoch.id, False))
+    assert "not a member" in world.last(9, Evicted).reason
+    assert world.master.status()["groups"][0]["epoch"] == commit.epoch.number
+
+
+def test_who_missed_the_last_commit_gets_it_from_the_journal_with_its_verdicts() -> None:
+    world = group_of(3)
+    before = commit_of(world)
+    world.drop(3)
+    world.say(1, Suspect(peer_id(3), CAUSE_REFUSED))
+    for n in (1, 2):
+        world.say(n, Report(2, world.last(n, Flush).ballot, (OpReport(0, 0, 4, OpState.PREPARED, 5),)))
+    last = commit_of(world)
+    assert last.verdicts
+    world.restart()
+    world.resume(1, last)
+    world.resume(2, before, frozen=True)
+    assert not world.got(1, EpochCommit)
+    assert commit_of(world, 2) == last
+    assert not world.got(2, Flush)
+    world.hello(3, resume=Resume(RUN, 2, before.epoch.id, False))
+    assert "refused" in world.last(3, Evicted).reason
+
+
+def test_a_decision_that_was_not_durable_is_made_again_from_new_reports() -> None:
+    world = group_of(2)
+    commit = commit_of(world)
+    world.holds = True
+    world.say(1, Settle(2))
+    ballot = world.last(1, Flush).ballot
+    for n in (1, 2):
+        world.say(n, Report(2, ballot, (OpReport(0, 0, 0, OpState.PREPARED, 5),)))
+    assert len(world.held) == 1
+    world.restart()
+    world.resume(1, commit, frozen=True)
+    flush = world.last(1, Flush)
+    assert flush.ballot > ballot and flush.members == (peer_id(1), peer_id(2))
+    world.resume(2, commit, frozen=True)
+    for n in (1, 2):
+        world.say(n, Report(2, world.last(n, Flush).ballot, (OpReport(0, 0, 0, OpState.PREPARED, 5),)))
+    assert [v.verdict for v in commit_of(world).verdicts] == [Verdict.COMMIT]
+    assert commit_of(world).epoch.number == 3
+
+
+def test_a_proposal_that_was_cut_off_is_cancelled_and_the_admission_starts_over() -> None:
+    world = group_of(2)
+    commit = commit_of(world)
+    world.hello(3)
+    world.say(1, Arrive(2))
+    world.say(2, Arrive(2))
+    proposed = world.last(1, EpochPropose)
+    world.restart()
+    for n in (1, 2):
+        world.resume(n, commit)
+        assert world.last(n, Cancelled).version >= proposed.version
+    world.hello(3)
+    world.say(1, Arrive(2))
+    world.say(2, Arrive(2))
+    again = world.last(3, EpochPropose)
+    assert again.version > proposed.version and again.epoch.number == 3
+    assert again.epoch.id != proposed.epoch.id  # another term: the two can't be taken for each other
+    world.ready(1, 2, 3)
+    assert commit_of(world, 3).epoch.peers == (peer_id(1), peer_id(2), peer_id(3))
+
+
+def test_a_newcomer_that_never_heard_of_its_commit_is_told_by_the_next_master() -> None:
+    world = group_of(1)
+    world.hello(2)
+    world.say(1, Arrive(1))
+    world.ready(1, 2)
+    commit = commit_of(world)
+    world.restart()
+    world.hello(2)
+    assert commit_of(world, 2) == commit
+
+
+def test_nobody_is_given_up_for_silence_before_all_had_time_to_come_back() -> None:
+    world = group_of(3)
+    commit = commit_of(world)
+    world.restart(after_s=100.0)
+    world.resume(1, commit, frozen=True)
+    world.say(1, Suspect(peer_id(2), "silent"))
+    world.pass_time(limits.RECONNECT_S + TIMEOUT_S - 0.3, beating=(1,))
+    assert not [fields for event, fields in world.logs if event == "peer_lost"]
+    world.resume(2, commit)
+    world.pass_time(1.0, beating=(1, 2))
+    assert [fields["peer"] for event, fields in world.logs if event == "peer_lost"] == [peer_id(3).hex()[:8]]
+
+
+def test_a_member_whose_process_is_gone_is_out_at_once_after_the_restart() -> None:
+    world = group_of(2)
+    commit = commit_of(world)
+    world.restart()
+    world.resume(1, commit)
+    world.say(1, Suspect(peer_id(2), CAUSE_REFUSED))
+    world.say(1, Report(2, world.last(1, Flush).ballot))
+    assert commit_of(world).epoch.peers == (peer_id(1),)
+
+
+def test_a_group_whose_members_all_left_is_founded_anew_at_once() -> None:
+    world = group_of(1)
+    world.say(1, Leave())
+    world.restart()
+    world.hello(2)
+    commit = commit_of(world, 2)
+    assert (commit.kind, commit.epoch.number) == ("found", 2)
+    world.hello(1, conn=10)
+    assert world.last(10, Evicted).reason == "left"
+
+
+def test_an_evicted_incarnation_stays_out_in_every_later_term() -> None:
+    world = group_of(2)
+    world.say(2, Leave())
+    world.say(1, Report(2, world.last(1, Flush).ballot))
+    for _ in range(3):
+        commit = commit_of(world)
+        world.restart()
+        world.resume(1, commit)
+        world.hello(2)
+        assert world.last(2, Evicted).reason == "left"
+        world.say(1, Arrive(commit.epoch.number))
+        world.pass_time(0.5, beating=(1,))
+        world.say(1, Ready(commit.epoch.number + 1, world.last(1, EpochPropose).version))
+
+
+def test_groups_are_restored_each_with_its_own_epoch() -> None:
+    world = Journaled()
+    for n, group in ((1, 0), (2, 7), (3, 7)):
+        world.hello(n, group=group)
+    world.say(2, Arrive(1))
+    world.ready(2, 3)
+    commits = {n: commit_of(world, n) for n in (1, 2, 3)}
+    assert commits[2].world_size == 3
+    world.restart()
+    for n, group in ((1, 0), (2, 7), (3, 7)):
+        commit = commits[n]
+        world.hello(n, group=group, resume=Resume(RUN, commit.epoch.number, commit.epoch.id, False))
+        assert world.last(n, Welcome).resumed
+    assert [(g["group"], g["epoch"]) for g in world.master.status()["groups"]] == [(0, 1), (7, 2)]
+
+
+def test_peers_of_another_run_are_rejected_with_both_runs_named() -> None:
+    world = group_of(1)
+    world.hello(2, resume=Resume(b"X" * 16, 1, bytes(16), False))
+    reason = world.last(2, Rejected).reason
+    assert (b"X" * 16).hex() in reason and RUN.hex() in reason
+
+
+def test_terms_of_two_masters_never_meet() -> None:
+    assert make_term(2, 0) > make_term(1, (1 << 32) - 1)
+    assert start_of(make_term(7, 12345)) == 7
