@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
-from hooks import Hook, install
+from hooks import Hook, install, serve_master_traps
 from oracle import draw, sha
 from zygote import serve
 
@@ -521,6 +521,7 @@ def main() -> None:
     arguments = serve(int(sys.argv[2])) if sys.argv[1:2] == ["--zygote"] else ["agent"]
     if arguments[0] == "master":
         sys.argv = arguments
+        serve_master_traps()
         master.main()
     logging.basicConfig(
         level=logging.DEBUG, stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
