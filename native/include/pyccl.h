@@ -50,6 +50,7 @@ typedef enum pyccl_status {
     PYCCL_ERR_STALLED = -31,         /* DeadlineError: a started operation made no progress                     */
     PYCCL_ERR_CANCELLED = -32,       /* the caller gave up (Ctrl-C, close) here or at a participant              */
     PYCCL_ERR_OUTCOME_UNKNOWN = -33, /* OutcomeUnknownError: prepared, never settled; we left the run            */
+    PYCCL_ERR_MASTER_AWAY = -34,     /* MasterUnavailableError: a peer is lost and there is no master to settle it */
     PYCCL_ERR_MISMATCH = -40,        /* MismatchError: participants called different things                     */
     PYCCL_ERR_RESULT_DIFFERS = -41,  /* MismatchError: participants hold different result bits                  */
     PYCCL_ERR_FRAME = -50            /* RemoteProtocolError: a peer broke proto/wire.md                         */
@@ -274,6 +275,8 @@ void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t no
 void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns);               /* bytes moved      */
 /* The caller gives up. Before DONE it fails with `why`; after DONE its deadline becomes now and it is settled. */
 void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t now_ns);
+/* All that were submitted before `before_ns` and are not prepared fail alone with `why`. */
+void pyccl_fsm_give_up(pyccl_fsm *fsm, pyccl_status why, int64_t before_ns, int64_t now_ns);
 /* Judge a frame's epoch; member: 1 when its sender is a member of the current epoch. */
 pyccl_gate pyccl_fsm_gate(const pyccl_fsm *fsm, uint64_t epoch_number, uint64_t epoch_tag, int member);
 /* Judge DATA that passed the gate: PASS with *cookie (0: not submitted here yet, keep it within the eager window),
@@ -391,6 +394,8 @@ pyccl_status pyccl_engine_freeze(pyccl_engine *engine, pyccl_op_report *out, siz
 pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count);
 pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind);
+/* pyccl_fsm_give_up of what was submitted at least `age_ns` ago. */
+pyccl_status pyccl_engine_give_up(pyccl_engine *engine, pyccl_status why, int64_t age_ns);
 /* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since a submit, the end of
  * an operation, a cut or an epoch, *below the cut. */
 pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,

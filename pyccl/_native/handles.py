@@ -253,6 +253,10 @@ class Engine:
     def uncut(self) -> None:
         check(lib.pyccl_engine_cut(self._engine, ffi.NULL, 0, 1, ffi.new("int *")), "uncut")
 
+    def give_up(self, why: int, age_s: float) -> None:
+        """Operations submitted so long ago that are not prepared fail with this status."""
+        check(lib.pyccl_engine_give_up(self._engine, why, _ns(age_s)), "give_up")
+
     def blocked(self) -> BlockedView:
         cap = 64
         out, count = ffi.new("pyccl_op_lack[]", cap), ffi.new("size_t *")

@@ -340,6 +340,12 @@ class MemberMachine:
         """No control connection, or one on which nothing came for peer_timeout although every heartbeat is answered."""
         return self.link is not Link.UP or now - self._heard_at >= self.peer_timeout
 
+    @property
+    def needs_master(self) -> bool:
+        """Operations may wait here for what only a master can give: a verdict, or the end of a cut."""
+        standing = self._standing
+        return self.state is State.MEMBER and bool(self._complaints or standing.ballot or standing.proposal)
+
     # ---- answers of the shell and the engine
 
     def links_ready(self, version: int, now: float) -> list[Effect]:

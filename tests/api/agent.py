@@ -161,6 +161,7 @@ class Agent:
         connections: int | str = "auto",
         mismatch_grace: float | None = None,
         stall_timeout: float | None = None,
+        master_timeout: float | None = None,
         reach_timeout: float | None = None,
     ) -> str:
         """A communicator with a given peer id; times that would make tests long are shortened here."""
@@ -168,7 +169,11 @@ class Agent:
         self.comm = pyccl.Communicator(address, group=group, connections=connections)
         self.comm._id = bytes.fromhex(peer)
         self.index, self.address = index, address
-        given = {"mismatch_grace": mismatch_grace, "stall_timeout": stall_timeout}
+        given = {
+            "mismatch_grace": mismatch_grace,
+            "stall_timeout": stall_timeout,
+            "master_timeout": master_timeout,
+        }
         self.comm._config = replace(self.comm._config, **{k: v for k, v in given.items() if v is not None})
         if reach_timeout is not None:
             communicator.REACH_TIMEOUT_S = reach_timeout  # type: ignore[misc]  of update_topology

@@ -1,4 +1,4 @@
-"""kill -9 of the master at each phase, and another from its journal: one epoch for all, right values, nobody restarts."""
+"""kill -9 of the master at each phase, and another from its journal: one epoch for all, and no peer restarts."""
 
 from __future__ import annotations
 

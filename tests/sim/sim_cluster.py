@@ -36,6 +36,7 @@ class Options:
     mismatch_grace: float = 1.0  # as peer_timeout: what a link does not bring for that long is reported as silence
     stall_s: float = 30.0
     unreachable_s: float = 60.0
+    master_timeout_s: float = 20.0
     delay_s: float = 0.004
     spike_rate: float = 0.0
     spike_s: float = 0.3
@@ -69,6 +70,7 @@ def draw_options(seed: int) -> Options:
         mismatch_grace=peer_timeout,
         stall_s=rng.choice((30.0, 30.0, 4.0)),
         unreachable_s=60.0 if strict else rng.choice((60.0, 3.0)),
+        master_timeout_s=rng.choice((20.0, 1.0)),
         delay_s=rng.choice((0.001, 0.004, 0.03)),
         spike_rate=rng.choice((0.0, 0.01, 0.05)),
         spike_s=rng.choice((0.1, 0.4)),

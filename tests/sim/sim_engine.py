@@ -224,6 +224,11 @@ class SimEngine:
             lib.pyccl_fsm_cancel(self.fsm.handle, op.cookie, lib.PYCCL_ERR_CANCELLED, self.world.now)
             self._after()
 
+    def give_up(self, age_s: float) -> None:
+        now = self.world.now
+        lib.pyccl_fsm_give_up(self.fsm.handle, lib.PYCCL_ERR_MASTER_AWAY, now - int(age_s * S), now)
+        self._after()
+
     def stop(self, why: int) -> None:
         """The process ends well: open operations fail, connections close."""
         if not self.running:

@@ -83,7 +83,7 @@ class SimPeer(Process):
         self.topology: Callable[[str], None] | None = None
         self.on_joined: Callable[[], object] | None = None
         self.messages_out = 0  # to the master, but heartbeats
-        self._arrived_at = self._down_since = self._ticked_at = 0.0
+        self._arrived_at = self._down_since = self._needed_since = self._ticked_at = 0.0
         self._effects: deque[member.Effect] = deque()
         self._performing = False
         self._events: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -343,7 +343,7 @@ class SimPeer(Process):
         self.soon(TICK_S, self._tick)
         now = self.world.now_s
         if now - self._ticked_at > PAUSE_S:  # we were stopped ourselves: nobody made us wait meanwhile
-            self._down_since = self._arrived_at = now
+            self._down_since = self._needed_since = self._arrived_at = now
         self._ticked_at = now
         if self.engine is None or self.machine.state is State.ENDED:
             return
@@ -365,7 +365,13 @@ class SimPeer(Process):
             self.feed(self.machine.unblocked(now))
 
     def _watch_master(self, now: float) -> None:
-        if not self.machine.master_is_away(now):
+        assert self.engine is not None
+        away = self.machine.master_is_away(now)
+        if not (away and self.machine.needs_master):
+            self._needed_since = now
+        elif now - self._needed_since >= self.options.master_timeout_s:
+            self.engine.give_up(self.options.master_timeout_s)
+        if not away:
             self._down_since = now
         elif self.topology is not None and now - self._down_since >= self.options.unreachable_s:
             self.withdraw(self.topology, "the master is away")

@@ -11,6 +11,10 @@ from dataclasses import replace
 import pytest
 from sim_checks import Checks
 from sim_cluster import FAULT_KINDS, Options, SimCluster, draw_options, simulate
+from sim_program import LONG_S
+from sim_world import S
+
+from pyccl._proto.messages import OpState
 
 
 @pytest.mark.seeded
@@ -194,3 +198,46 @@ def test_with_a_full_disk_nothing_is_decided_and_operations_go_on(seed: int) -> 
     assert cluster.world.run(cluster.world.now_s + 2, lambda: newcomer.number > 0), cluster.replay_line()
     assert cluster.converge(30.0), cluster.replay_line()
     assert cluster.checks.evictions == 0
+
+
+@pytest.mark.parametrize("fault", ["master_stop", "master_cut", "master_crash"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_master_that_is_away_for_thirty_seconds_evicts_nobody(seed: int, fault: str) -> None:
+    cluster = _at_work(seed, replace(QUIET, peer_timeout=5.0, mismatch_grace=5.0, deadline_rate=0.05))
+    for _ in range(3):
+        cluster.do_fault(fault, cluster.peers[0], for_s=30.0)
+        cluster.world.run(cluster.world.now_s + 45.0)
+    assert cluster.converge(30.0), cluster.replay_line()
+    assert cluster.checks.evictions == 0 and not any(peer.over for peer in cluster.peers)
+
+
+def test_operations_with_a_lost_peer_end_while_the_master_is_away_unless_they_are_prepared() -> None:
+    """All go on with the next master."""
+    ended = kept = 0
+    for seed in range(6):
+        cluster = _at_work(seed, replace(QUIET, master_timeout_s=4.0))
+        for program in cluster.programs.values():
+            program.options = NO_SAFE_POINTS
+        cluster.world.run(cluster.world.now_s + 3)
+        cluster.crash_master(30.0)
+        lost = cluster.peers[seed % 4]
+        cluster.do_fault("crash", lost)
+        cluster.world.run(cluster.world.now_s + 29)
+        waiting = {
+            (peer.index, op.space, op.tag, op.seq)
+            for peer in cluster.living()
+            for op in cluster.programs[peer.index].open
+            if op.status is None and op.deadline < cluster.world.now + int((LONG_S - 6) * S)  # called 6 s ago
+        }
+        prepared = {
+            (peer.index, space, tag, seq)
+            for peer in cluster.living()
+            if peer.engine is not None
+            for space, tag, seq, state, _ in peer.engine.fsm.report()
+            if state == OpState.PREPARED
+        }
+        assert waiting <= prepared, cluster.replay_line()
+        ended += cluster.checks.statuses.get("MASTER_AWAY", 0)
+        kept += len(waiting)
+        assert cluster.converge(30.0), cluster.replay_line()
+    assert ended > 0 and kept > 0
