@@ -48,10 +48,21 @@ class MasterServer:
     """One run's master on one listening socket.
 
     past: the run, and this start's term; what an earlier master left of it. It is in the journal already.
+    needs_majority, adopts: see MasterMachine.
     """
 
-    def __init__(self, past: Past, journal: Journal | None, peer_timeout: float, library: str) -> None:
+    def __init__(
+        self,
+        past: Past,
+        journal: Journal | None,
+        peer_timeout: float,
+        library: str,
+        *,
+        needs_majority: bool = False,
+        adopts: bool = False,
+    ) -> None:
         self._past, self._journal = past, journal
+        self._needs_majority, self._adopts = needs_majority, adopts
         self._peer_timeout, self._library = peer_timeout, library
         self._machine: master.MasterMachine
         self._to_write: deque[master.Persist] = deque()
@@ -68,6 +79,8 @@ class MasterServer:
             self._peer_timeout,
             self._library,
             journaled=self._journal is not None,
+            needs_majority=self._needs_majority,
+            adopts=self._adopts,
             past=self._past,
             now=trio.current_time(),
         )

@@ -59,21 +59,37 @@ from pyccl._proto.messages import (
     OpVerdict,
     Pending,
     Ready,
+    Recall,
     Rejected,
     Report,
+    Resume,
     Settle,
     Status,
     StatusAsk,
     Suspect,
     Trust,
     Unblocked,
+    Undecided,
+    Unknown,
     Unreachable,
     Welcome,
     Withdraw,
     clip,
 )
 from pyccl._proto.mismatch import blocked_detail, differs_detail, make_detail, short
-from pyccl._proto.past import NONCE_BITS, Committed, Dissolved, Fenced, Past, Record, fence, start_of
+from pyccl._proto.past import (
+    NONCE_BITS,
+    Adopted,
+    Began,
+    Committed,
+    Dissolved,
+    Fenced,
+    Past,
+    Record,
+    fence,
+    make_term,
+    start_of,
+)
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
 from pyccl.errors import RemoteProtocolError
 
@@ -182,6 +198,7 @@ class _Peer:
     lost: str = ""  # why it is left out of the ballot; "": it is not
     lost_at: float = 0.0
     lost_for_good: bool = False  # it left, or does not answer: being heard does not take it back
+    left: bool = False  # by its own word
     told_pending: int = -1  # -1: nothing yet on this connection
 
     @property
@@ -211,6 +228,7 @@ class _Ballot:
     members: tuple[PeerKey, ...]
     since: float
     blocked: bool = False  # a mismatch seen in what Blocked says
+    undecided: str = ""  # why all reports are not enough
 
 
 @dataclass(slots=True)
@@ -234,6 +252,7 @@ class _Group:
 class _Conn:
     since: float
     peer: _Peer | None = None  # None until its Hello
+    asked: Hello | None = None  # which was answered with Unknown
 
 
 class MasterMachine:
@@ -242,6 +261,10 @@ class MasterMachine:
 
     past: what an earlier master of this run left behind. Silence then counts from `now`, when its members have had
     their time to come back.
+
+    needs_majority: it has no journal and another such master may be started for its run, so it leaves members out only
+    with more than half of the epoch they were in.  adopts: it takes over the run of members that it does not know; with
+    a journal it founds none before, without one theirs goes before the one it has founded.
     """
 
     def __init__(
@@ -252,12 +275,18 @@ class MasterMachine:
         library: str = "",
         *,
         journaled: bool,
+        needs_majority: bool = False,
+        adopts: bool = False,
         past: Past | None = None,
         now: float = 0.0,
     ) -> None:
-        self.run: Final = run
+        self.run = run
         self.journaled: Final = journaled
-        self.term: Final = term
+        self.needs_majority: Final = needs_majority
+        self.adopts: Final = adopts
+        self._adopted: set[int] | None = None  # groups whose epoch is their members' word; None: the run is our own
+        self._held: deque[tuple[int, int, Hello]] = deque()  # (ticket, connection, what it waits to be answered)
+        self.term = term
         self.peer_timeout: Final = peer_timeout
         self.library: Final = library
         self._groups: dict[int, _Group] = {}
@@ -285,9 +314,13 @@ class MasterMachine:
             group = self._groups[number] = self._new_group(number)
             group.commit, group.last_number, group.last_id = known.commit, known.number, known.id
             for member in known.commit.epoch.members if known.commit is not None else ():
-                record = _Peer(member.peer, member.incarnation, number, member.addresses, "", order=0, heard_at=now)
-                record.standing = Standing.MEMBER
-                self._peers[record.key] = record
+                self._restore_member(group, member)
+
+    def _restore_member(self, group: _Group, member: Member) -> None:
+        key = member.peer, member.incarnation
+        if key not in self._peers:
+            self._peers[key] = _Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
+        self._peers[key].standing, self._peers[key].said = Standing.MEMBER, _Said()
 
     def _new_group(self, number: int) -> _Group:
         """Ballots and proposals are numbered from this start on: within an epoch none comes twice, in any term."""
@@ -342,6 +375,10 @@ class MasterMachine:
             if group is not None:
                 self._commit_epoch(group)
                 self._advance(group)
+        while self._held and self._held[0][0] <= ticket:
+            _, conn, hello = self._held.popleft()
+            if conn in self._conns:
+                self._on_hello(conn, hello)
         return self._taken()
 
     def not_persisted(self, reason: str, now: float) -> list[Effect]:
@@ -378,8 +415,12 @@ class MasterMachine:
         if isinstance(message, StatusAsk):
             self._send(conn, Status(_status_json(self.status())))
             self._close(conn, "status told")
+        elif isinstance(message, Hello) and self._held:
+            self._held.append((self._ticket_last, conn, message))  # behind the run that is being taken over
         elif isinstance(message, Hello):
             self._on_hello(conn, message)
+        elif isinstance(message, Recall):
+            self._on_recall(conn, message)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} before Hello")
 
@@ -391,6 +432,8 @@ class MasterMachine:
             self._log("peer_rejected", peer=short(hello.peer), group=hello.group, reason=reason)
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
+        elif hello.resume is not None and self._is_unknown(hello, hello.resume):
+            self._ask(conn, hello, hello.resume)
         elif record is None and (hello.resume is not None or key in self._gone):
             self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
         elif record is None:
@@ -406,8 +449,6 @@ class MasterMachine:
         """Why this Hello can't be served; "": it can."""
         if hello.version != limits.PROTOCOL_VERSION:
             return f"the peer speaks protocol {hello.version}, this master {limits.PROTOCOL_VERSION}"
-        if hello.resume is not None and hello.resume.run != self.run:
-            return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}"
         if record is not None and record.group != hello.group:
             return f"this incarnation belongs to group {record.group}"
         if record is not None and record.standing is not Standing.MEMBER and hello.resume is not None:
@@ -418,6 +459,93 @@ class MasterMachine:
         if record is None and hello.resume is None and waiting >= limits.PENDING_MAX:
             return f"{waiting} newcomers wait already"
         return ""
+
+    # ---- members of a run that this master does not know
+
+    def _is_unknown(self, hello: Hello, resume: Resume) -> bool:
+        if resume.run != self.run:
+            return True
+        if self._adopted is None:
+            return False
+        group = self._groups.get(hello.group)
+        if group is None or group.last_number == 0:
+            return True
+        # it had the last commit, who came before it had not
+        return hello.group in self._adopted and resume.number == group.last_number + 1
+
+    def _may_adopt(self, run: bytes) -> bool:
+        if self._adopted is not None:
+            return run == self.run
+        return self.adopts and (not self.journaled or not any(g.last_number for g in self._groups.values()))
+
+    def _ask(self, conn: int, hello: Hello, resume: Resume) -> None:
+        asks = self._may_adopt(resume.run)
+        self._send(conn, Unknown(self.run, asks))
+        if asks:
+            self._conns[conn].asked = hello
+            return
+        self._log("run_unknown", peer=short(hello.peer), group=hello.group, run=resume.run.hex(), ours=self.run.hex())
+        self._close(conn, f"this master does not know run {resume.run.hex()}, it keeps {self.run.hex()}")
+
+    def _on_recall(self, conn: int, recall: Recall) -> None:
+        hello, self._conns[conn].asked = self._conns[conn].asked, None
+        epoch = recall.epoch
+        if hello is None or hello.resume is None:
+            raise RemoteProtocolError("a Recall that nobody asked for")
+        if hello.resume[:3] != (recall.run, epoch.number, epoch.id) or not epoch.has(hello.peer, hello.incarnation):
+            raise RemoteProtocolError("a Recall of another epoch than its Hello's")
+        if not self._may_adopt(recall.run):
+            self._close(conn, "another run was taken over meanwhile")
+            return
+        if self._adopted is None:
+            self._adopt_run(recall)
+        elif start_of(recall.term) >= start_of(self.term):
+            self._rise_above(recall.term)
+            self._persist(Began(self.term), None)
+        group = self._groups.get(hello.group) or self._new_group(hello.group)
+        if group.last_number == 0 or (epoch.number, epoch.previous) == (group.last_number + 1, group.last_id):
+            self._adopt_epoch(group, recall)
+        if self.journaled:
+            self._held.append((self._ticket_last, conn, hello))
+        else:
+            self._on_hello(conn, hello)
+
+    def _adopt_run(self, recall: Recall) -> None:
+        """What this master has founded before has to go."""
+        self._adopted = set()
+        for record in list(self._peers.values()):
+            record.lost = "another run, older than this one, has come back: connect again"
+            self._evict(record)
+        self._groups.clear()
+        self.run = recall.run
+        self._rise_above(recall.term)
+        self._grace_until = self._now + limits.RECONNECT_S
+        self._log("run_adopted", run=self.run.hex(), start=start_of(self.term))
+        self._persist(Adopted(self.run, self.term), None)
+
+    def _rise_above(self, term: int) -> None:
+        """Members have seen this term: ours is a later one, and so are our ballots and proposals."""
+        start = max(start_of(self.term), start_of(term)) + 1
+        self.term = make_term(start, self.term & ((1 << NONCE_BITS) - 1))
+        for group in self._groups.values():
+            group.version = max(group.version, start << NONCE_BITS)
+            group.ballot_number = max(group.ballot_number, start << NONCE_BITS)
+
+    def _adopt_epoch(self, group: _Group, recall: Recall) -> None:
+        """By the word of one member. Another may come who is one commit ahead of it; none can be further."""
+        assert self._adopted is not None
+        self._adopted.add(group.group)
+        self._groups[group.group] = group
+        told = (recall.verdicts, recall.detail, recall.world_size, recall.journaled)
+        group.deciding = EpochCommit(recall.epoch, recall.kind, *told)
+        for record in self._members(group):
+            if not recall.epoch.has(*record.key):
+                record.lost = "it was left out of an epoch that it has not heard of"
+        for member in recall.epoch.members:
+            self._restore_member(group, member)
+        self._log("epoch_adopted", group=group.group, epoch=recall.epoch.number, members=len(recall.epoch.members))
+        out = (record for record in self._members(group) if record.lost)
+        self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
 
     def _on_newcomer(self, conn: int, hello: Hello) -> None:
         group = self._groups.get(hello.group)
@@ -471,6 +599,8 @@ class MasterMachine:
             self._tell(record, group.commit)
         if group.ballot is not None and record.key in group.ballot.members:
             self._tell(record, self._flush(group, group.ballot))
+            if group.ballot.undecided:
+                self._tell(record, Undecided(group.ballot.number, group.ballot.undecided))
         elif group.proposal is not None:
             self._tell(record, _propose_message(group.proposal))
         elif group.version:
@@ -528,6 +658,7 @@ class MasterMachine:
         if record.standing is Standing.PENDING:
             self._forget_newcomer(record, "left")
         else:
+            record.left = True
             self._lose(record, "left", for_good=True)
         self._close(conn, "left")
 
@@ -698,6 +829,8 @@ class MasterMachine:
         first = next(iter(self._pending(group)), None)
         if group.epoch is not None or first is None:
             return False
+        if self.adopts and self.journaled and self._adopted is None:
+            return False  # the members it was started for come first
         epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
         self._decide(group, epoch, KIND_FOUND)
         return True
@@ -728,10 +861,30 @@ class MasterMachine:
             longest = max(staying, key=lambda r: len(r.said.report.ops) if r.said.report is not None else 0)
             self._lose(longest, "it reports more operations than a verdict can hold", for_good=True)
             return True
+        if not self._may_decide(group, staying):
+            self._leave_undecided(group, ballot, staying)
+            return False
         members = tuple(record.member for record in staying)
         epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, group.epoch.plan)
         self._decide(group, epoch, *self._judged(group, ballot, staying), verdicts)
         return True
+
+    def _may_decide(self, group: _Group, staying: list[_Peer]) -> bool:
+        """Without a journal another master may speak for those who are lost: not for more than half, nor for the half
+        with the lowest id. Who left by its own word is spoken for by nobody."""
+        if not self.needs_majority:
+            return True
+        voters = [record for record in self._members(group) if not record.left]
+        missing = len(voters) - len(staying)
+        return missing == 0 or len(staying) > missing or (len(staying) == missing and voters[0] in staying)
+
+    def _leave_undecided(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> None:
+        if ballot.undecided:
+            return
+        ballot.undecided = f"{len(staying)} of {len(self._members(group))} members, and no journal: too few to go on"
+        self._log("ballot_undecided", group=group.group, ballot=ballot.number, reason=ballot.undecided)
+        for record in staying:
+            self._tell(record, Undecided(ballot.number, ballot.undecided))
 
     def _judged(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> tuple[str, str]:
         """(kind, detail). What Blocked said is judged again: an Unblocked may have been on its way behind it, and a
@@ -878,7 +1031,11 @@ class MasterMachine:
     ) -> None:
         """The one place where it is decided which epoch comes next. With a journal it waits there to be durable."""
         sizes = (len(g.epoch.members) for g in self._groups.values() if g.epoch is not None and g is not group)
-        group.deciding = EpochCommit(epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members))
+        group.deciding = EpochCommit(
+            epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members), not self.needs_majority
+        )
+        if self._adopted is not None:
+            self._adopted.discard(group.group)  # from here on it is our word
         for member in epoch.members:
             record = self._peers[member.peer, member.incarnation]
             assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
@@ -1141,6 +1298,7 @@ class MasterMachine:
             else {
                 "number": ballot.number,
                 "kind": ballot.kind,
+                "undecided": ballot.undecided,
                 "waits_for": [short(k[0]) for k in ballot.members if not _has_reported(self._peers[k], ballot)],
             },
             "proposal": None

@@ -235,6 +235,9 @@ _EPOCH: Final = _Record(
 )
 
 
+_COMMIT: Final = (_Str(8, one_of=EPOCH_KINDS), _VERDICTS, _Str(limits.DETAIL_CHARS_MAX), _U32, _BOOL)
+
+
 # ---- messages: fields in the order of wire.md, KINDS beside them ----------------------------------------------------
 
 
@@ -399,6 +402,22 @@ class StatusAsk(Message):
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Recall(Message):
+    """The answer to Unknown: where the run stands, from a member. The fields behind `term` are its last EpochCommit."""
+
+    TYPE = 19
+    KINDS = (_ID, _U64, _EPOCH, *_COMMIT)
+    run: bytes
+    term: int
+    epoch: Epoch
+    kind: str
+    verdicts: tuple[OpVerdict, ...]
+    detail: str
+    world_size: int
+    journaled: bool
+
+
 # -- master to peer
 
 
@@ -433,12 +452,13 @@ class EpochPropose(Message):
 @dataclass(frozen=True, slots=True)
 class EpochCommit(Message):
     TYPE = 35
-    KINDS = (_EPOCH, _Str(8, one_of=EPOCH_KINDS), _VERDICTS, _Str(limits.DETAIL_CHARS_MAX), _U32)
+    KINDS = (_EPOCH, *_COMMIT)
     epoch: Epoch
     kind: str
     verdicts: tuple[OpVerdict, ...] = ()
     detail: str = ""
     world_size: int = 0  # members of all groups
+    journaled: bool = True  # no: it rests on a majority of the epoch before, where members were lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,6 +509,27 @@ class Alive(Message):
     KINDS = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Unknown(Message):
+    """The master knows nothing of the peer's epoch. asks: tell it with Recall. Else the connection ends, not the peer:
+    the master that knows it may come back."""
+
+    TYPE = 42
+    KINDS = (_ID, _BOOL)
+    run: bytes  # the master's
+    asks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided(Message):
+    """All of the ballot's members have reported, and they are too few to decide without a journal."""
+
+    TYPE = 43
+    KINDS = (_U64, _REASON)
+    ballot: int
+    reason: str
+
+
 # -- peer to peer, the handshake of data connections
 
 
@@ -522,8 +563,9 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
     cls.TYPE: cls
     for cls in (
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
-        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk),
+        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
+        *(Unknown, Undecided),
         *(PeerHello, PeerWelcome, PeerRefused),
     )
 }

@@ -43,6 +43,14 @@ class Began(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted(Record):
+    """A master that knew nothing has taken over this run from its members; what it held before is void."""
+
+    run: bytes
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
 class Committed(Record):
     """The epoch of a group has changed: members, verdicts, kind. ``fenced``: who is out since the one before."""
 
@@ -78,6 +86,11 @@ class Past:
     def apply(self, record: Record) -> None:
         if isinstance(record, Began):
             self.term = record.term
+            return
+        if isinstance(record, Adopted):
+            self.run, self.term = record.run, record.term
+            self.groups.clear()
+            self.gone.clear()
             return
         assert isinstance(record, Committed | Dissolved), record
         group = self.groups.setdefault(record.group, PastGroup())
@@ -138,11 +151,14 @@ def fence(gone: OrderedDict[tuple[bytes, bytes], str], fenced: Iterable[Fenced])
 _BEGAN: Final = 1
 _COMMITTED: Final = 2
 _DISSOLVED: Final = 3
+_ADOPTED: Final = 4
 
 
 def record_to_plain(record: Record) -> list[Any]:
     if isinstance(record, Began):
         return [_BEGAN, record.term]
+    if isinstance(record, Adopted):
+        return [_ADOPTED, record.run, record.term]
     if isinstance(record, Committed):
         return [_COMMITTED, record.group, to_wire(record.commit), [list(f) for f in record.fenced]]
     assert isinstance(record, Dissolved), record
@@ -156,6 +172,9 @@ def record_from_plain(plain: Any) -> Record:
         if kind == _BEGAN:
             (term,) = rest
             return Began(_int(term))
+        if kind == _ADOPTED:
+            run, term = rest
+            return Adopted(_bytes(run), _int(term))
         if kind == _COMMITTED:
             group, commit, fenced = rest
             return Committed(_int(group), _commit(commit), _fenced(fenced))

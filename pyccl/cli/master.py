@@ -39,7 +39,9 @@ Exit status:
 \b
 The journal is what lets a new master continue the run of one that died: the same command again, on the same
 machine. Without --journal it is $XDG_STATE_HOME/pyccl/master-HOST-PORT.journal (~/.local/state by default), and
-none for port 0, to which nobody can come back.
+none for port 0, to which nobody can come back. With --no-journal a master goes on after a loss only with more than
+half of the members (of two halves: the one with the lowest peer id), and one that starts anew takes over the run of
+the members that connect, on the same terms.
 \b
 Example: pyccl-master --listen 127.0.0.1:48148
 """
@@ -86,10 +88,12 @@ def _default_journal(host: str, port: int) -> Path:
     return state / "pyccl" / f"master-{name}-{port}.journal"
 
 
-def _open_journal(path: Path, new_run: bool) -> tuple[Past, Journal]:
+def _open_journal(path: Path, new_run: bool, adopt_run: bool) -> tuple[Past, Journal]:
     """The run it holds, or a new one; this start is in it when this returns."""
     try:
         journal = Journal.open(path, forget=new_run)
+        if adopt_run and journal.past is not None and journal.past.groups:
+            raise JournalError(f"{path}: it holds run {journal.past.run.hex()}; --adopt-run needs a new journal")
         if journal.past is None:
             journal.begin(_new_past())
         else:
@@ -112,13 +116,10 @@ def _next_term(term: int) -> int:
     return make_term(start_of(term) + 1, secrets.randbits(NONCE_BITS))
 
 
-async def _serve(
-    family: int, address: tuple[str, int], past: Past, journal: Journal | None, peer_timeout: float
-) -> None:
+async def _serve(family: int, address: tuple[str, int], server: MasterServer) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         listener = await _listen(family, address)
         host, port = listener.socket.getsockname()[:2]
-        server = MasterServer(past, journal, peer_timeout, importlib.metadata.version("pyccl-p2p"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
             click.echo(f"listening on {f'[{host}]' if ':' in host else host}:{port}")
@@ -142,10 +143,15 @@ async def _serve(
     "--journal", "journal_path", type=click.Path(dir_okay=False, path_type=Path), metavar="PATH",
     help="File that keeps what must outlive this process; made if it does not exist. Default: see below.",
 )  # fmt: skip
-@click.option("--no-journal", is_flag=True, help="Keep none: the run does not survive the end of this process.")
+@click.option("--no-journal", is_flag=True, help="Keep none: see below what that costs.")
 @click.option(
     "--new-run", is_flag=True,
     help="Forget the run in the journal and start another. Peers that are still in it must connect anew.",
+)  # fmt: skip
+@click.option(
+    "--adopt-run", is_flag=True,
+    help="The journal is lost: take over the run of the members that connect, and found none before. Only when no "
+    "other master keeps that run: two of them would split it.",
 )  # fmt: skip
 @click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @click.option(
@@ -159,6 +165,7 @@ def main(
     journal_path: Path | None,
     no_journal: bool,
     new_run: bool,
+    adopt_run: bool,
     log_level: str,
     insecure: bool,
 ) -> None:
@@ -179,13 +186,27 @@ def main(
         log.warning("insecure listen=%s: anybody who can reach this address can join the run and read its data", listen)
     if no_journal and journal_path is not None:
         _fail(EXIT_ARGUMENTS, "--journal and --no-journal exclude each other")
+    if adopt_run and new_run:
+        _fail(EXIT_ARGUMENTS, "--adopt-run and --new-run exclude each other")
     past, journal = _new_past(), None
     if journal_path is not None or (port and not no_journal):
-        past, journal = _open_journal(journal_path or _default_journal(host, port), new_run)
+        past, journal = _open_journal(journal_path or _default_journal(host, port), new_run, adopt_run)
+    elif no_journal:
+        log.warning(
+            "no_journal: this master goes on after a loss only with more than half of the members, and one that is "
+            "started after it knows nothing but what they tell"
+        )
     else:
-        why = "" if no_journal else " (nobody can come back to port 0)"
-        log.warning("no_journal%s: the run ends with this process, and its members must connect anew", why)
-    trio.run(_serve, family, address, past, journal, peer_timeout)
+        log.warning("no_journal: nobody can come back to port 0; give --journal to keep the run when this process ends")
+    server = MasterServer(
+        past,
+        journal,
+        peer_timeout,
+        importlib.metadata.version("pyccl-p2p"),
+        needs_majority=no_journal,
+        adopts=adopt_run or no_journal,
+    )
+    trio.run(_serve, family, address, server)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def describe(told: dict[str, Any]) -> list[str]:
         lines += [f"  pending  {_peer(peer)}" for peer in group["pending"]]
         if group["deciding"]:
             lines.append("  its next epoch is decided and waits for the journal")
+        if group["ballot"] is not None and group["ballot"]["undecided"]:
+            lines.append(f"  can't decide: {group['ballot']['undecided']}")
         for what in ("ballot", "proposal"):
             if group[what] is not None:
                 lines.append(f"  {what} waits for {', '.join(group[what]['waits_for']) or 'nobody'}")

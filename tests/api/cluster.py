@@ -231,8 +231,8 @@ class Peer(Process):
 
 
 class Master(Process):
-    def __init__(self, zygote: Zygote, peer_timeout: float, journal: Path, listen: str = "127.0.0.1:0") -> None:
-        options = ["--listen", listen, "--peer-timeout", str(peer_timeout), "--journal", str(journal)]
+    def __init__(self, zygote: Zygote, peer_timeout: float, *journal: str, listen: str = "127.0.0.1:0") -> None:
+        options = ["--listen", listen, "--peer-timeout", str(peer_timeout), *journal]
         super().__init__(zygote, "master", ["master", *options])
         self.address = ""
 
@@ -273,6 +273,7 @@ class Cluster:
     zygote: Zygote
     seed: int
     peer_timeout: float = PEER_TIMEOUT_S
+    journaled: bool = True
     settings: dict[str, Any] = field(default_factory=dict)  # of every communicator: see Agent.do_make
     processes: list[Process] = field(default_factory=list)
     peers: list[Peer] = field(default_factory=list)
@@ -284,7 +285,8 @@ class Cluster:
         self._state = tempfile.TemporaryDirectory()
         self.journal = Path(self._state.name) / "master.journal"
         try:
-            self.master = Master(self.zygote, self.peer_timeout, self.journal)
+            options = ("--journal", str(self.journal)) if self.journaled else ("--no-journal",)
+            self.master = Master(self.zygote, self.peer_timeout, *options)
             self.processes.append(self.master)
         except BaseException:
             self.end()
@@ -310,10 +312,11 @@ class Cluster:
         self._state.cleanup()
         assert not crashed, f"an exception that nobody caught in {', '.join(crashed)}: see the logs"
 
-    def restart_master(self) -> None:
-        """A new process in the place of one that is dead."""
+    def restart_master(self, *options: str) -> None:
+        """A new process in the place of one that is dead. options: of the journal, where they are others now."""
         assert self.master.code is not None
-        self.master = Master(self.zygote, self.peer_timeout, self.journal, self.master.address)
+        options = options or (("--journal", str(self.journal)) if self.journaled else ("--no-journal",))
+        self.master = Master(self.zygote, self.peer_timeout, *options, listen=self.master.address)
         self.processes.append(self.master)
         self.master.listening()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from cluster import Cluster, Master, Peer
@@ -166,7 +167,7 @@ def test_a_peer_that_was_evicted_stays_out_of_the_next_masters_run(cluster: Clus
 
 def test_a_second_master_on_the_same_journal_is_refused(cluster: Cluster) -> None:
     peers = cluster.members(2)
-    second = Master(cluster.zygote, cluster.peer_timeout, cluster.journal)
+    second = Master(cluster.zygote, cluster.peer_timeout, "--journal", str(cluster.journal))
     cluster.processes.append(second)
     assert second.wait() == EXIT_JOURNAL
     assert any("another master uses it" in line for line in second.log())
@@ -193,3 +194,54 @@ def test_a_full_disk_holds_up_what_must_be_decided_and_no_operation(cluster: Clu
         call.value()
     cluster.reduce([*peers, newcomer])
     assert cluster.master.status()["journal"] == {"kept": True, "waiting": 0, "error": ""}
+
+
+# ---- without its journal
+
+
+def test_a_master_with_a_lost_journal_leaves_the_run_alone_until_the_operator_says_so(cluster: Cluster) -> None:
+    peers = cluster.members(3)
+    epoch = cluster.reduce(peers)["epoch"]
+    cluster.master.kill()
+    cluster.journal.unlink()
+    cluster.restart_master()
+    told = cluster.master.wait_status(lambda told: any(e["event"] == "run_unknown" for e in told["events"]))
+    assert told["groups"] == []
+    assert cluster.reduce(peers)["epoch"] == epoch
+    cluster.master.kill()
+    cluster.journal.unlink()
+    cluster.restart_master("--journal", str(cluster.journal), "--adopt-run")
+    peers = join(cluster, peers)
+    assert cluster.reduce(peers)["epoch"] == epoch + 1
+    cluster.master.kill()
+    cluster.restart_master()  # from the new journal
+    cluster.reduce(join(cluster, peers))
+
+
+def test_without_a_journal_a_new_master_takes_over_and_goes_on_with_a_majority(
+    make_cluster: Callable[..., Any],
+) -> None:
+    cluster: Cluster = make_cluster(journaled=False)
+    peers = cluster.members(3, master_timeout=1.0)
+    cluster.reduce(peers)
+    for _ in range(2):
+        cluster.master.kill()
+        cluster.restart_master()
+        cluster.master.wait_status(lambda told: len(told["groups"]) == 1)
+    *rest, victim = sorted(peers, key=lambda peer: peer.id)
+    victim.kill()
+    assert cluster.reduce(rest)["world_size"] == 2
+    # of two the one with the lowest id may go on alone, the other may not: it is told, and does not wait
+    first, second = rest
+    first.kill()
+    assert second.call("all_reduce", seed=1, count=100).error("MasterUnavailableError")["restored"]
+    told = cluster.master.status()
+    assert told["groups"][0]["ballot"]["undecided"]
+
+
+def test_adopt_run_is_refused_where_the_journal_holds_a_run(cluster: Cluster) -> None:
+    cluster.members(1)
+    cluster.master.kill()
+    second = Master(cluster.zygote, cluster.peer_timeout, "--journal", str(cluster.journal), "--adopt-run")
+    cluster.processes.append(second)
+    assert second.wait() == EXIT_JOURNAL

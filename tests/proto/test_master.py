@@ -40,6 +40,7 @@ from pyccl._proto.messages import (
     Suspect,
     Trust,
     Unblocked,
+    Unknown,
     Unreachable,
     Verdict,
     Welcome,
@@ -294,10 +295,10 @@ def test_newcomer_whose_commit_was_lost_with_its_connection_is_a_member_when_it_
     assert world.last(20, EpochCommit).epoch == world.epoch()
 
 
-def test_unknown_run_is_rejected_and_unknown_incarnation_is_evicted() -> None:
+def test_unknown_run_is_told_so_and_unknown_incarnation_is_evicted() -> None:
     world = group_of(2)
     world.hello(3, resume=Resume(b"?" * 16, 2, bytes(16), False))
-    assert "does not know run" in world.last(3, Rejected).reason
+    assert world.last(3, Unknown) == Unknown(RUN, asks=False) and "does not know run" in world.closed[3]
     world.hello(4, resume=resume_of(world))
     assert "not a member" in world.last(4, Evicted).reason
 

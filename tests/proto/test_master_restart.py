@@ -24,11 +24,14 @@ from pyccl._proto.messages import (
     OpReport,
     OpState,
     Ready,
-    Rejected,
+    Recall,
     Report,
     Resume,
     Settle,
     Suspect,
+    Trust,
+    Undecided,
+    Unknown,
     Unreachable,
     Verdict,
     Welcome,
@@ -363,11 +366,189 @@ def test_groups_are_restored_each_with_its_own_epoch() -> None:
     assert [(g["group"], g["epoch"]) for g in world.master.status()["groups"]] == [(0, 1), (7, 2)]
 
 
-def test_peers_of_another_run_are_rejected_with_both_runs_named() -> None:
+def test_members_of_another_run_are_sent_away_and_not_out_of_their_run() -> None:
+    """Its master may come back: this one may have been started with the wrong journal."""
     world = group_of(1)
     world.hello(2, resume=Resume(b"X" * 16, 1, bytes(16), False))
-    reason = world.last(2, Rejected).reason
-    assert (b"X" * 16).hex() in reason and RUN.hex() in reason
+    assert [type(m) for m in world.inbox[2]] == [Unknown]
+    assert not world.last(2, Unknown).asks
+    assert (b"X" * 16).hex() in world.closed[2] and RUN.hex() in world.closed[2]
+
+
+# ---- a master that knows nothing takes over a run
+
+
+class Adopting(Journaled):
+    """With a journal (--adopt-run) or without one (--no-journal)."""
+
+    def __init__(self, journaled: bool) -> None:
+        self.journaled = journaled
+        super().__init__()
+        self.past = Past(b"N" * 16, make_term(1, 0x123))
+        self.master = self.make_master()
+
+    def make_master(self) -> MasterMachine:
+        return MasterMachine(
+            *(self.past.run, self.past.term, TIMEOUT_S, "test"),
+            journaled=self.journaled, needs_majority=not self.journaled, adopts=True, past=self.past, now=self.now,
+        )  # fmt: skip
+
+    def come_back(self, n: int, commit: EpochCommit, *, frozen: bool = False, term: int = make_term(1, 0xABC)) -> None:
+        self.resume(n, commit, frozen=frozen)
+        if self.got(n, Unknown):
+            assert self.last(n, Unknown).asks
+            self.say(n, recall_of(commit, term))
+
+
+def recall_of(commit: EpochCommit, term: int = make_term(1, 0xABC)) -> Recall:
+    return Recall(
+        *(RUN, term, commit.epoch, commit.kind, commit.verdicts),
+        *(commit.detail, commit.world_size, commit.journaled),
+    )
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+def test_an_adopting_master_continues_the_run_of_those_who_come(journaled: bool) -> None:
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled)
+    for n in (1, 2, 3):
+        world.come_back(n, commit)
+        welcome = world.last(n, Welcome)
+        assert welcome.run == RUN and welcome.resumed and start_of(welcome.term) == 2
+        assert len(world.got(n, Unknown)) == (n == 1)  # one word is enough
+    world.hello(4)
+    for n in (1, 2, 3):
+        world.say(n, Arrive(2))
+    world.ready(1, 2, 3, 4)
+    assert commit_of(world, 4).epoch.previous == commit.epoch.id
+    assert commit_of(world, 4).journaled == journaled
+    if journaled:
+        assert world.past.run == RUN and world.past.groups[0].commit == commit_of(world, 4)
+
+
+def test_the_run_that_is_taken_over_is_durable_before_anybody_is_welcome() -> None:
+    commit = commit_of(group_of(2))
+    world = Adopting(journaled=True)
+    world.holds = True
+    world.come_back(1, commit)
+    world.come_back(2, commit)
+    assert not world.got(1, Welcome) and not world.got(2, Welcome)
+    world.flush()
+    assert world.last(1, Welcome).resumed and world.last(2, Welcome).resumed
+    world.restart()
+    world.resume(2, commit)
+    assert world.last(2, Welcome).resumed
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+def test_who_is_one_commit_ahead_brings_the_others_with_it(journaled: bool) -> None:
+    world = group_of(3)
+    before = commit_of(world)
+    world.say(3, Leave())
+    for n in (1, 2):
+        world.say(n, Report(2, world.last(n, Flush).ballot, (OpReport(0, 0, 4, OpState.PREPARED, 5),)))
+    last = commit_of(world)
+    world = Adopting(journaled)
+    world.come_back(2, before, frozen=True)
+    world.come_back(1, last, term=make_term(6, 1))
+    assert commit_of(world, 2) == last
+    assert start_of(world.last(1, Welcome).term) == 7
+    flush = world.last(2, Flush)
+    world.come_back(3, before)
+    assert world.last(3, Evicted).reason
+    world.say(1, Settle(3))
+    assert world.last(2, Flush).ballot > max(flush.ballot, 7 << 32)
+
+
+def test_a_newcomer_founds_nothing_before_the_run_is_taken_over() -> None:
+    commit = commit_of(group_of(2))
+    world = Adopting(journaled=True)
+    world.hello(9)
+    assert not world.got(9, EpochCommit)
+    world.come_back(1, commit)
+    assert world.last(9, Evicted)  # it was welcome in a run that is no more
+
+
+def test_a_run_that_comes_back_goes_before_one_founded_without_a_journal() -> None:
+    commit = commit_of(group_of(2))
+    world = Adopting(journaled=False)
+    world.hello(9)
+    assert commit_of(world, 9).kind == "found"
+    world.come_back(1, commit)
+    assert "older" in world.last(9, Evicted).reason
+    assert world.last(1, Welcome).run == RUN
+
+
+def test_a_master_that_has_taken_over_one_run_sends_those_of_another_away() -> None:
+    world = Adopting(journaled=False)
+    world.come_back(1, commit_of(group_of(2)))
+    world.hello(5, resume=Resume(b"X" * 16, 1, bytes(16), False))
+    assert not world.last(5, Unknown).asks and 5 in world.closed
+
+
+def test_a_recall_must_be_asked_for_and_fit_its_hello() -> None:
+    commit = commit_of(group_of(2))
+    other = commit_of(group_of(3))
+    world = Adopting(journaled=False)
+    world.do(world.master.connected(1, 0.0))
+    world.say(1, recall_of(commit))
+    assert "nobody asked" in world.closed[1]
+    world.resume(2, commit)
+    world.say(2, recall_of(other))
+    assert "another epoch" in world.closed[2]
+    world.resume(3, commit)
+    world.say(3, recall_of(commit))
+    assert "another epoch" in world.closed[3]  # it is not in it
+    assert world.master.status()["run"] == (b"N" * 16).hex()
+
+
+# ---- without a journal
+
+
+@pytest.mark.parametrize(
+    ("lost", "decides"),
+    [((3,), True), ((1,), True), ((3, 4), True), ((1, 2), False), ((1, 4), False), ((2, 3, 4), False)],
+)
+def test_without_a_journal_a_loss_is_settled_with_a_majority_only(lost: tuple[int, ...], decides: bool) -> None:
+    world = Adopting(journaled=False)
+    for n in range(1, 5):
+        world.hello(n)
+    world.say(1, Arrive(1))
+    world.ready(1, 2, 3, 4)
+    staying = [n for n in range(1, 5) if n not in lost]
+    for n in lost:
+        world.drop(n)
+        world.say(staying[0], Suspect(peer_id(n), CAUSE_REFUSED))
+    for n in staying:
+        world.say(n, Report(2, world.last(n, Flush).ballot))
+    if decides:
+        assert commit_of(world, staying[0]).epoch.peers == tuple(peer_id(n) for n in staying)
+        assert not commit_of(world, staying[0]).journaled
+        return
+    assert commit_of(world, staying[0]).epoch.number == 2
+    ballot = world.last(staying[0], Flush).ballot
+    assert [world.last(n, Undecided).ballot for n in staying] == [ballot] * len(staying)
+    # who is heard again is wanted back, and the rest go on with it
+    for n in staying:
+        world.say(n, *(Trust(peer_id(m)) for m in lost))
+    for n in lost:
+        world.now += 1.0
+        epoch = commit_of(world, staying[0]).epoch
+        world.hello(n, resume=Resume(world.past.run, epoch.number, epoch.id, True))
+    for n in range(1, 5):
+        world.say(n, Report(2, world.last(n, Flush).ballot))
+    assert commit_of(world, 1).epoch.number == 3
+
+
+def test_who_leaves_by_its_own_word_needs_no_majority() -> None:
+    world = Adopting(journaled=False)
+    for n in (1, 2):
+        world.hello(n)
+    world.say(1, Arrive(1))
+    world.ready(1, 2)
+    world.say(1, Leave())
+    world.say(2, Report(2, world.last(2, Flush).ballot))
+    assert commit_of(world, 2).epoch.peers == (peer_id(2),)
 
 
 def test_terms_of_two_masters_never_meet() -> None:
