@@ -589,8 +589,10 @@ class MasterMachine:
             self._lose(record, reason, for_good=True)
             self._advance(group)
             return
-        if record.conn is not None:
+        if record.conn is not None:  # we have not seen its end: what was said on it holds no longer than behind one
             self._close(record.conn, "the same incarnation has come on a newer connection")
+            record.said.blocked = None
+            record.complaints.clear()
         record.heard_at = self._now
         record.addresses, record.library = hello.addresses, hello.library
         self._attach(conn, record, resumed=True)

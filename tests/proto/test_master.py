@@ -166,6 +166,15 @@ def test_newer_connection_of_a_connected_incarnation_takes_the_place_of_the_olde
     assert 2 in world.closed and 20 not in world.closed
 
 
+def test_a_complaint_withdrawn_on_a_connection_that_broke_unseen_is_not_held_against_anybody() -> None:
+    """The Trust was lost with the old connection; what still holds is told again on the new one."""
+    world = group_of(3)
+    world.say(2, Suspect(peer_id(3), "silent"))
+    world.hello(2, conn=20, resume=resume_of(world))
+    world.pass_time(4 * TIMEOUT_S, beating=(1, 3, 20))
+    assert not [fields for event, fields in world.logs if event == "peer_lost"]
+
+
 def test_newcomer_that_comes_again_starts_over_while_its_old_connection_is_half_open() -> None:
     world = World()
     world.hello(1)
