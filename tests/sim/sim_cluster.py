@@ -31,6 +31,7 @@ class Options:
     peers: int = 4
     groups: int = 1
     connections: int = 2
+    journaled: bool = True
     sync_s: float = 0.01  # at most, for a write to be durable
     peer_timeout: float = 1.0
     mismatch_grace: float = 1.0  # as peer_timeout: what a link does not bring for that long is reported as silence

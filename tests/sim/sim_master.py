@@ -57,13 +57,18 @@ class SimMaster(Process):
     def __init__(self, cluster: SimCluster, disk: Disk) -> None:
         super().__init__(cluster.world, "master", 0)
         self.cluster, self.disk = cluster, disk
-        disk.past.apply(Began(make_term(start_of(disk.past.term) + 1, self.world.rng.getrandbits(NONCE_BITS))))
+        journaled, rng = cluster.options.journaled, self.world.rng
+        if not journaled:  # it knows nothing of those before it
+            disk.past = Past(rng.randbytes(16))
+        disk.past.apply(Began(make_term(start_of(disk.past.term) + 1, rng.getrandbits(NONCE_BITS))))
         self.machine = master.MasterMachine(
             disk.past.run,
             disk.past.term,
             cluster.options.peer_timeout,
             "sim",
-            journaled=True,
+            journaled=journaled,
+            needs_majority=not journaled,
+            adopts=not journaled,
             past=Past(disk.past.run, disk.past.term) if cluster.bug == "forget_journal" else disk.past,
             now=self.world.now_s,
         )
