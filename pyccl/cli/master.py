@@ -197,7 +197,7 @@ def main(
             "started after it knows nothing but what they tell"
         )
     else:
-        log.warning("no_journal: nobody can come back to port 0; give --journal to keep the run when this process ends")
+        log.info("no_journal: nobody can come back to port 0; give --journal to keep the run when this process ends")
     server = MasterServer(
         past,
         journal,
