@@ -42,7 +42,7 @@ def epoch(number: int = 1, previous: bytes = ZERO, peers: str = "AB", flip: int 
 
 GOOD: dict[str, Body] = {
     "hello": [1, 1, "0.1.0", 0, PEER_A, INC_A, ADDRESSES, None],
-    "hello_resume": [1, 1, "0.1.0", U32, PEER_A, INC_A, [], [RUN, 3, b"E" * 16, True]],
+    "hello_resume": [1, 1, "0.1.0", U32, PEER_A, INC_A, [], [RUN, 3, b"E" * 16, True, 7]],
     "hello_other_version": [1, 99, "9", 0, PEER_A, INC_A, [], None],
     "pulse": [2, 1, PEER_A, INC_A],
     "heartbeat": [3],
@@ -108,7 +108,7 @@ BAD: dict[str, object] = {
     "hello_host_256_characters": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h" * 256, 1]], None],
     "hello_9_addresses": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1]] * 9, None],
     "hello_address_of_3": [1, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1, 1]], None],
-    "hello_resume_frozen_as_number": [1, 1, "0.1.0", 0, PEER_A, INC_A, [], [RUN, 3, b"E" * 16, 1]],
+    "hello_resume_frozen_as_number": [1, 1, "0.1.0", 0, PEER_A, INC_A, [], [RUN, 3, b"E" * 16, 1, 7]],
     "hello_resume_false": [1, 1, "0.1.0", 0, PEER_A, INC_A, [], False],
     "arrive_space_2": [5, 1, [[2, 0, 3]]],
     "arrive_counts_nil": [5, 1, None],

@@ -436,6 +436,8 @@ class MasterMachine:
             self._ask(conn, hello, hello.resume)
         elif record is None and (hello.resume is not None or key in self._gone):
             self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
+        elif record is None and self.adopts and self.journaled and self._adopted is None:
+            self._close(conn, "the members of the run that this master is to take over come first")  # it tries again
         elif record is None:
             self._on_newcomer(conn, hello)
         elif record.standing is Standing.PENDING:
@@ -463,7 +465,9 @@ class MasterMachine:
     # ---- members of a run that this master does not know
 
     def _is_unknown(self, hello: Hello, resume: Resume) -> bool:
-        if resume.run != self.run:
+        """Or known too well: another master has kept the run since what we know of it."""
+        later = resume.term != self.term and start_of(resume.term) >= start_of(self.term)
+        if resume.run != self.run or later:
             return True
         if self._adopted is None:
             return False
@@ -484,8 +488,11 @@ class MasterMachine:
         if asks:
             self._conns[conn].asked = hello
             return
-        self._log("run_unknown", peer=short(hello.peer), group=hello.group, run=resume.run.hex(), ours=self.run.hex())
-        self._close(conn, f"this master does not know run {resume.run.hex()}, it keeps {self.run.hex()}")
+        reason = f"this master does not know run {resume.run.hex()}, it keeps {self.run.hex()}"
+        if resume.run == self.run:
+            reason = f"another master has kept this run since: start {start_of(resume.term)}"
+        self._log("run_unknown", peer=short(hello.peer), group=hello.group, reason=reason)
+        self._close(conn, reason)
 
     def _on_recall(self, conn: int, recall: Recall) -> None:
         hello, self._conns[conn].asked = self._conns[conn].asked, None
@@ -503,7 +510,9 @@ class MasterMachine:
             self._rise_above(recall.term)
             self._persist(Began(self.term), None)
         group = self._groups.get(hello.group) or self._new_group(hello.group)
-        if group.last_number == 0 or (epoch.number, epoch.previous) == (group.last_number + 1, group.last_id):
+        ahead = (epoch.number, epoch.previous) == (group.last_number + 1, group.last_id)
+        adoptable = group.last_number == 0 or (group.group in (self._adopted or ()) and ahead)
+        if group.deciding is None and adoptable:  # else it is on its way already, or what we have decided stands
             self._adopt_epoch(group, recall)
         if self.journaled:
             self._held.append((self._ticket_last, conn, hello))
@@ -530,6 +539,11 @@ class MasterMachine:
         for group in self._groups.values():
             group.version = max(group.version, start << NONCE_BITS)
             group.ballot_number = max(group.ballot_number, start << NONCE_BITS)
+            ballot = group.ballot
+            if ballot is not None and group.deciding is None:  # asked again under numbers that nobody has seen
+                self._open_ballot(group, ballot.kind, ballot.detail, blocked=ballot.blocked)
+            elif group.proposal is not None:
+                group.proposal.stale = True
 
     def _adopt_epoch(self, group: _Group, recall: Recall) -> None:
         """By the word of one member. Another may come who is one commit ahead of it; none can be further."""
@@ -831,8 +845,6 @@ class MasterMachine:
         first = next(iter(self._pending(group)), None)
         if group.epoch is not None or first is None:
             return False
-        if self.adopts and self.journaled and self._adopted is None:
-            return False  # the members it was started for come first
         epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
         self._decide(group, epoch, KIND_FOUND)
         return True

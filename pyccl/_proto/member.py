@@ -314,7 +314,7 @@ class MemberMachine:
         self.link = Link.GREETED
         resume = None
         if self.epoch is not None and self.run is not None:
-            resume = Resume(self.run, self.epoch.number, self.epoch.id, self._standing.ballot > 0)
+            resume = Resume(self.run, self.epoch.number, self.epoch.id, self._standing.ballot > 0, self.term)
         hello = Hello(
             limits.PROTOCOL_VERSION, self.library, self.group, self.peer, self.incarnation, self.addresses, resume
         )

@@ -68,6 +68,7 @@ class Resume(NamedTuple):
     number: int
     id: bytes
     frozen: bool
+    term: int = 0  # of the last master it was welcome to
 
 
 class OpState:
@@ -227,7 +228,7 @@ _COUNTS: Final = _Array(_Record(Count, _SPACE, _U32, _U64), limits.KEYS_MAX)
 _KEY: Final = _Record(Key, _SPACE, _U32, _U64)
 _REPORTS: Final = _Array(_Record(OpReport, _SPACE, _U32, _U64, _UInt(4, low=1), _U64), limits.KEYS_MAX)
 _VERDICTS: Final = _Array(_Record(OpVerdict, _SPACE, _U32, _U64, _UInt(2, low=1)), limits.KEYS_MAX)
-_RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL))
+_RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
 _MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
 _EPOCH: Final = _Record(

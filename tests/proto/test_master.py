@@ -250,7 +250,8 @@ def test_status_tells_members_pending_and_events() -> None:
 
 def resume_of(world: World, *, number: int | None = None, ident: bytes | None = None, frozen: bool = False) -> Resume:
     epoch = world.epoch()
-    return Resume(RUN, epoch.number if number is None else number, epoch.id if ident is None else ident, frozen)
+    numbers = epoch.number if number is None else number, epoch.id if ident is None else ident
+    return Resume(RUN, *numbers, frozen, world.master.term)
 
 
 def test_member_that_missed_a_commit_gets_it_when_it_comes_back() -> None:
@@ -260,7 +261,7 @@ def test_member_that_missed_a_commit_gets_it_when_it_comes_back() -> None:
     world.say(2, Arrive(2))
     world.ready(1, 2)
     world.drop(2)
-    world.hello(2, conn=20, resume=Resume(RUN, before.number, before.id, False))
+    world.hello(2, conn=20, resume=Resume(RUN, before.number, before.id, False, world.master.term))
     assert [type(m) for m in world.inbox[20]] == [Welcome, EpochCommit, Cancelled, Pending]
     assert world.last(20, Welcome).resumed
     assert world.last(20, EpochCommit).epoch == world.epoch()

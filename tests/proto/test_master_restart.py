@@ -464,9 +464,10 @@ def test_a_newcomer_founds_nothing_before_the_run_is_taken_over() -> None:
     commit = commit_of(group_of(2))
     world = Adopting(journaled=True)
     world.hello(9)
-    assert not world.got(9, EpochCommit)
+    assert "come first" in world.closed[9] and 9 not in world.inbox
     world.come_back(1, commit)
-    assert world.last(9, Evicted)  # it was welcome in a run that is no more
+    world.hello(9, conn=90)
+    assert world.last(90, Welcome).run == RUN
 
 
 def test_a_run_that_comes_back_goes_before_one_founded_without_a_journal() -> None:
@@ -484,6 +485,54 @@ def test_a_master_that_has_taken_over_one_run_sends_those_of_another_away() -> N
     world.come_back(1, commit_of(group_of(2)))
     world.hello(5, resume=Resume(b"X" * 16, 1, bytes(16), False))
     assert not world.last(5, Unknown).asks and 5 in world.closed
+
+
+def test_a_ballot_that_is_open_when_a_later_term_is_heard_of_is_asked_again() -> None:
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled=False)
+    world.come_back(1, commit, frozen=True)
+    first = world.last(1, Flush).ballot
+    epoch = commit.epoch
+    world.hello(2, resume=Resume(RUN, epoch.number, epoch.id, False, make_term(5, 1)))
+    world.say(2, recall_of(commit, make_term(5, 1)))
+    world.hello(3, resume=Resume(RUN, epoch.number, epoch.id, False))
+    ballot = world.last(1, Flush).ballot
+    assert ballot > first and ballot > 5 << 32
+    for n in (1, 2, 3):
+        assert world.last(n, Flush).ballot == ballot
+        world.say(n, Report(epoch.number, ballot))
+    assert commit_of(world).epoch.previous == epoch.id
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+def test_two_who_come_at_once_and_have_seen_different_terms_are_both_taken_over(journaled: bool) -> None:
+    commit = commit_of(group_of(2))
+    world = Adopting(journaled)
+    world.holds = journaled
+    for n, term in ((1, make_term(1, 5)), (2, make_term(2, 0xFFFFFFFF))):
+        world.hello(n, resume=Resume(RUN, commit.epoch.number, commit.epoch.id, False, term))
+    world.say(1, recall_of(commit, make_term(1, 5)))
+    if journaled:
+        world.say(2, recall_of(commit, make_term(2, 0xFFFFFFFF)))
+        world.flush()
+    else:  # it was asked before there was a term to compare with
+        world.say(2, recall_of(commit, make_term(2, 0xFFFFFFFF)))
+    assert world.last(2, Welcome).term > make_term(2, 0xFFFFFFFF)
+    assert [event for event, _ in world.logs].count("epoch_adopted") == 1
+    third = world.master.term
+    world.drop(1)
+    world.hello(1, resume=Resume(RUN, commit.epoch.number, commit.epoch.id, False, third))
+    assert world.last(1, Welcome).term == third
+
+
+def test_a_journal_that_is_older_than_the_run_decides_nothing_in_it() -> None:
+    """It was brought back from a copy, or another master has taken the run over meanwhile."""
+    world = group_of(2)
+    commit = commit_of(world)
+    world.restart()
+    world.hello(1, resume=Resume(RUN, commit.epoch.number, commit.epoch.id, False, make_term(2, 1)))
+    assert world.last(1, Unknown) == Unknown(RUN, asks=False)
+    assert "another master" in world.closed[1]
 
 
 def test_a_recall_must_be_asked_for_and_fit_its_hello() -> None:

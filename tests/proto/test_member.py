@@ -358,7 +358,7 @@ def test_returning_member_says_where_it_stands_and_tells_again_what_holds() -> N
     machine.disconnected(2.0)
     (hello,) = sent(machine.connected(2.0))
     assert isinstance(hello, Hello)
-    assert hello.resume == Resume(RUN, 4, epoch.id, False)
+    assert hello.resume == Resume(RUN, 4, epoch.id, False, 1)
 
 
 def test_frozen_member_says_so_and_answers_the_repeated_flush_with_the_same_report() -> None:
