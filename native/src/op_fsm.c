@@ -51,7 +51,7 @@ typedef struct fsm_op {
     double *weights;                       /* (world) of each rank that opened it; behind hash      */
     uint32_t owner_rank;                   /* EARLY: whose share of PYCCL_EARLY_MAX it counts in    */
     uint32_t attempts;
-    int64_t deadline_ns, progress_ns, leave_ns;
+    int64_t submitted_ns, deadline_ns, progress_ns, leave_ns;
     int32_t abort_status;                  /* EARLY: a peer already aborted it                      */
     uint32_t abort_rank;
     uint8_t have_spec, have_other, result, asked, told_differs;
@@ -76,7 +76,7 @@ typedef struct deferred {                  /* submitted while frozen or above th
     uint64_t cookie;
     pyccl_spec spec;
     double weight;
-    int64_t deadline_ns;
+    int64_t submitted_ns, deadline_ns;
     int32_t status;                        /* not 0: given up, it only takes its number             */
 } deferred;
 
@@ -439,6 +439,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
     op->spec = from->spec;
     op->weight = from->weight;
     op->cookie = from->cookie;
+    op->submitted_ns = from->submitted_ns;
     op->deadline_ns = from->deadline_ns;
     memset(&op->opened, 0, sizeof op->opened);
     if (from->status != 0) {  /* given up while it waited: the number is taken, the others learn it */
@@ -597,7 +598,7 @@ pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const py
     const uint32_t partner = partner_of(fsm, spec);
     fsm_tag *tag = partner < fsm->world ? tag_find(fsm, spec->space, spec->tag, partner) : NULL;
     if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
-    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .deadline_ns = deadline_ns};
+    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .submitted_ns = now_ns, .deadline_ns = deadline_ns};
     if (!fsm->frozen && !fsm->cutting && fails_for_want_of_peers(fsm, cookie, spec))
         return PYCCL_OK;  /* frozen or cutting: a newcomer may be on its way, wait for it */
     if (admissible(fsm, tag)) {
@@ -640,6 +641,26 @@ void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t
             deferred_give_up(fsm, item, why);
             return;
         }
+}
+
+static int concerns_any(const pyccl_fsm *fsm, const fsm_tag *tag, const uint8_t *ids, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        const uint32_t rank = member_rank(fsm, ids + i * PYCCL_ID_SIZE);
+        if (rank < fsm->world && takes_part(fsm, tag, rank)) return 1;
+    }
+    return 0;
+}
+
+void pyccl_fsm_give_up(pyccl_fsm *fsm, pyccl_status why, const uint8_t *lost, size_t count, int64_t before_ns, int64_t now_ns) {
+    PYCCL_ASSERT(why < 0);
+    fsm_op *next = NULL;
+    for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
+        next = op->live_next;
+        if (op->state != RUNNING || op->submitted_ns >= before_ns) continue;
+        if (fsm->frozen || concerns_any(fsm, op->tag, lost, count)) op_fail_alone(fsm, op, why, now_ns);
+    }
+    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
+        if (item->status == 0 && item->submitted_ns < before_ns) deferred_give_up(fsm, item, why);
 }
 
 /* ---- frames ---- */
@@ -762,6 +783,7 @@ static int32_t abort_status(uint64_t value) {
     case PYCCL_ERR_ARGUMENT:
     case PYCCL_ERR_DEADLINE:
     case PYCCL_ERR_STALLED:
+    case PYCCL_ERR_MASTER_AWAY:
     case PYCCL_ERR_RESULT_DIFFERS:
     case PYCCL_ERR_MISMATCH:
     case PYCCL_ERR_PEER_LOST: return -(int32_t)value;
@@ -771,7 +793,8 @@ static int32_t abort_status(uint64_t value) {
 
 /* Whom a failure learned from `rank` is blamed on; NULL: `rank` only knows that it failed, not through whom. */
 static const uint8_t *culprit_of(const pyccl_fsm *fsm, int32_t status, uint32_t rank) {
-    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST || status == PYCCL_ERR_ARGUMENT;
+    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ||
+                       status == PYCCL_ERR_ARGUMENT || status == PYCCL_ERR_MASTER_AWAY;
     return nobody ? NULL : fsm->members[rank];
 }
 

@@ -254,6 +254,10 @@ class Engine:
     def uncut(self) -> None:
         check(lib.pyccl_engine_cut(self._engine, ffi.NULL, 0, 1, ffi.new("int *")), "uncut")
 
+    def give_up(self, why: int, lost: Sequence[bytes], age_s: float) -> None:
+        """What was submitted so long ago, is not prepared and needs a master to go on fails with this status."""
+        check(lib.pyccl_engine_give_up(self._engine, why, b"".join(lost), len(lost), _ns(age_s)), "give_up")
+
     def blocked(self) -> BlockedView:
         cap = 64
         out, count = ffi.new("pyccl_op_lack[]", cap), ffi.new("size_t *")
