@@ -87,6 +87,7 @@ def test_an_operation_with_a_lost_peer_waits_for_an_absent_master_no_longer_than
         for call in [peer.call("all_reduce", seed=1, count=100) for peer in rest]:
             assert call.error("MasterUnavailableError")["restored"]
     cluster.restart_master()
+    cluster.master.wait_status(lambda told: len(told["groups"][0]["members"]) == 2)  # now it is not away any more
     assert cluster.reduce(rest)["members"] == sorted(peer.id for peer in rest)
 
 
