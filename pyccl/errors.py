@@ -27,7 +27,7 @@ class PycclError(Exception):
 
 
 class PeerLostError(PycclError):
-    """A participant was lost and the operation was not to be retried (``retry=False``, or the root or partner is gone).
+    """A participant gave the operation up, or was lost and it was not to be retried (``retry=False``; root or partner).
 
     Fault: the lost peer's, or the network's.  Retry: yes, at once; the next epoch is without that peer.
     Array: the input is restored on every survivor, none of them has the result.

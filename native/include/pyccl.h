@@ -30,7 +30,7 @@ extern "C" {
 #define PYCCL_BLOCK_MAX 65536
 #define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
 #define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
-#define PYCCL_EARLY_MAX 4096        /* operations one peer may open before we submit them */
+#define PYCCL_EARLY_MAX 4096        /* operations one peer may open, or open and give up, before we submit them */
 #define PYCCL_CONNS_MAX 64          /* connections of one pair */
 #define PYCCL_TAGS_MAX 65536        /* different tags between two restarts of numbers: a control message holds as many */
 
@@ -41,7 +41,8 @@ typedef enum pyccl_status {
     PYCCL_ERR_NOMEM = -1,            /* MemoryError                                                             */
     PYCCL_ERR_OS = -2,               /* OSError: a system call failed, errno tells                              */
     PYCCL_ERR_ARGUMENT = -10,        /* UsageError: the caller's bug, nothing was sent                          */
-    PYCCL_ERR_LIMIT = -11,           /* UsageError: more open operations or tags than the limits above          */
+    PYCCL_ERR_LIMIT = -11,           /* UsageError: more open operations or tags than the limits above, or more
+                                        that a participant has not submitted, failed ones included */
     PYCCL_ERR_CLOSED = -12,          /* UsageError: the communicator is closed or not connected                 */
     PYCCL_ERR_PEER_LOST = -20,       /* PeerLostError: a participant (or the root) was lost; input restored      */
     PYCCL_ERR_ALONE = -21,           /* AloneError: nobody else is left in the group                             */

@@ -248,9 +248,7 @@ static void run_blocked(pyccl_engine *engine, command *c) {
     f->count = pyccl_fsm_lacking(engine->fsm, f->out, f->cap);
     f->below = pyccl_fsm_below_cut(engine->fsm);
     f->quiet_ns = running > f->count ? 0 : engine->env.now_ns - engine->moved_ns;
-    pthread_mutex_lock(&engine->done_lock);
-    f->waiters = engine->waiters;
-    pthread_mutex_unlock(&engine->done_lock);
+    f->waiters = atomic_load_explicit(&engine->waiters, memory_order_relaxed);
 }
 
 pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,

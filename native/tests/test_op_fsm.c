@@ -977,9 +977,50 @@ TEST(fsm_refuses_more_open_operations_than_allowed) {
         CHECK(pyccl_fsm_submit(r->fsm, cookie, &spec, DEADLINE, r->now) == PYCCL_OK);
     }
     CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_ERR_LIMIT);
-    pyccl_fsm_cancel(r->fsm, 1, PYCCL_ERR_CANCELLED, r->now);
-    CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_OK);
+    pyccl_fsm_cancel(r->fsm, PYCCL_OPS_OPEN_MAX, PYCCL_ERR_CANCELLED, r->now);
+    CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_ERR_LIMIT);  /* its number is still owed */
     take(r);
+}
+
+/* Submits that fail at once, until one is refused. */
+static int submits_in_vain(rig *r, pyccl_spec spec) {
+    int count = 0;
+    for (; pyccl_fsm_submit(r->fsm, 1, &spec, DEADLINE, r->now) == PYCCL_OK; count++) {
+        pyccl_fsm_cancel(r->fsm, 1, PYCCL_ERR_CANCELLED, r->now);
+        take(r);
+    }
+    return count;
+}
+
+TEST(fsm_gives_no_number_that_a_participant_would_have_to_refuse) {
+    rig *r = rig_new(7, 0);
+    const pyccl_spec spec = spec_of(TAG);
+    CHECK_EQ(submits_in_vain(r, spec), PYCCL_EARLY_MAX);
+    CHECK_EQ(submits_in_vain(r, spec_of(TAG + 1)), 0);             /* all tags together, as the receiver counts */
+    for (uint32_t rank = 1; rank < 3; rank++)
+        for (uint64_t seq = 0; seq < 3; seq++) receive(r, (pyccl_frame_type[]){PYCCL_FRAME_OPEN, PYCCL_FRAME_ABORT, PYCCL_FRAME_DONE}[seq], rank, seq, 1 * (seq == 1));
+    CHECK_EQ(submits_in_vain(r, spec), 3);
+    receive(r, PYCCL_FRAME_SETTLED, 1, 100, 0);
+    CHECK_EQ(submits_in_vain(r, spec), 0);                         /* member 2 is where it was */
+    CHECK_EQ(submits_in_vain(r, exchange_of(TAG, 0, 1)), 97);      /* which is nothing to member 1 */
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 5, 0, 0, 0, NULL, 0) == PYCCL_OK);              /* member 2 has another rank, and still owes the same */
+    CHECK_EQ(submits_in_vain(r, spec), 0);
+    receive(r, PYCCL_FRAME_SETTLED, 1, 10, 0);
+    CHECK_EQ(submits_in_vain(r, spec), 7);
+    pyccl_fsm_freeze(r->fsm, r->now);
+    int waiting = 0;
+    receive(r, PYCCL_FRAME_SETTLED, 1, 20, 0);                     /* frozen: not heard */
+    for (; pyccl_fsm_submit(r->fsm, 1000u + (unsigned)waiting, &spec, DEADLINE, r->now) == PYCCL_OK; waiting++) {}
+    CHECK_EQ(waiting, 0);
+    CHECK(enter(r, 5, 0, 1, 0, NULL, 0) == PYCCL_OK);              /* numbers restart */
+    pyccl_fsm_freeze(r->fsm, r->now);
+    for (; pyccl_fsm_submit(r->fsm, 1000u + (unsigned)waiting, &spec, DEADLINE, r->now) == PYCCL_OK; waiting++)
+        pyccl_fsm_cancel(r->fsm, 1000u + (unsigned)waiting, PYCCL_ERR_CANCELLED, r->now);
+    take(r);
+    CHECK_EQ(waiting, PYCCL_EARLY_MAX);                            /* each will take a number */
+    CHECK(enter(r, 5, 0, 0, 0, NULL, 0) == PYCCL_OK);
+    CHECK_EQ(submits_in_vain(r, spec), 0);
 }
 
 TEST(fsm_refuses_options_below_zero_and_submits_before_an_epoch) {

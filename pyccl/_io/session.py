@@ -136,7 +136,7 @@ class Session:
         self._watch_last, self._watch_lock = 0, threading.Lock()
         self._members: dict[int, tuple[bytes, ...]] = {}
         self._mismatch: tuple[str, tuple[str, ...], tuple[str, ...]] = ("", (), ())
-        self._waiting, self._waiting_lock = 0, threading.Lock()
+        self.blocked: set[object] = set()  # one for each caller that waits in an operation: for mismatch detection
         self._fetches: dict[int, Callable[[int], None]] = {}
         self._fetch_last = 0
         self._fetch_lock = threading.Lock()
@@ -208,14 +208,13 @@ class Session:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A user thread is blocked in an operation: what mismatch detection counts."""
-        with self._waiting_lock:
-            self._waiting += 1
+        """A user thread, or task, is blocked in an operation."""
+        token = object()
         try:
+            self.blocked.add(token)
             yield
         finally:
-            with self._waiting_lock:
-                self._waiting -= 1
+            self.blocked.discard(token)
 
     def need_engine(self) -> Engine:
         """The data plane, as long as there is one."""
@@ -702,7 +701,7 @@ class Session:
         assert self.engine is not None and self._machine is not None
         grace = self.config.mismatch_grace
         at_safe_point = self._topology is not None and now - self._arrived_at >= grace
-        if not at_safe_point and (self._waiting == 0 or self._topology is not None):
+        if not at_safe_point and (not self.blocked or self._topology is not None):
             self._feed(self._machine.unblocked(now))
             return
         seen = self.engine.blocked()

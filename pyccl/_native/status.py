@@ -20,7 +20,10 @@ ARGUMENT: Final[int] = lib.PYCCL_ERR_ARGUMENT
 
 _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
     lib.PYCCL_ERR_ARGUMENT: (errors.UsageError, "refused by the engine (an avg whose weights add up to 0, for one)"),
-    lib.PYCCL_ERR_LIMIT: (errors.UsageError, "too many operations or tags are open at a time"),
+    lib.PYCCL_ERR_LIMIT: (
+        errors.UsageError,
+        "too many operations or tags are open at a time, or too many (failed ones too) that others have not called",
+    ),
     lib.PYCCL_ERR_CLOSED: (errors.UsageError, "the communicator is closed or not connected"),
     lib.PYCCL_ERR_PEER_LOST: (errors.PeerLostError, "a participant was lost"),
     lib.PYCCL_ERR_ALONE: (errors.AloneError, "nobody else is left in the group"),

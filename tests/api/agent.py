@@ -216,7 +216,7 @@ class Agent:
     def do_wait_blocked(self) -> None:
         """Until a thread here waits for an operation."""
         until = time.monotonic() + DEADLINE_S
-        while self.session()._waiting == 0:
+        while not self.session().blocked:
             assert time.monotonic() < until, "no thread waits"
             time.sleep(0.005)
 
@@ -304,9 +304,9 @@ class Agent:
             for sock in self.connections(what):
                 ends = sock.getsockname(), sock.getpeername()
                 if ends not in seen:
-                    seen.add(ends)
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # full, too: then with the next round
                         sock.send(bytes.fromhex(data), socket.MSG_DONTWAIT)
+                        seen.add(ends)
             if not forever or self.session().error is not None:
                 return len(seen)
             time.sleep(0.005)

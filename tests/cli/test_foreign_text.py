@@ -92,6 +92,7 @@ def test_status_of_another_service_is_an_error_and_no_traceback(hello: bytes) ->
     with server(lambda conn: conn.sendall(hello)) as address:
         result = ask(address)
     assert result.exit_code == 3 and "Error" not in result.output, result.output
+    assert f"{address} does not speak pyccl" in result.output
 
 
 def test_status_of_a_silent_a_closed_and_an_unknown_address() -> None:
