@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pyccl.bench import digest, kernels
 from pyccl.bench.all_reduce import Result
 from pyccl.bench.churn import Arrivals, Losses, Quiet
+from pyccl.bench.epochs import Changes
 from pyccl.bench.figures import MIB, Summary
 from pyccl.bench.machine import Machine
 
@@ -155,3 +156,15 @@ def losses(result: Losses) -> list[str]:
         f"{plan.vector_bytes} bytes; killed: SIGKILL; silent: SIGSTOP with --peer-timeout {plan.peer_timeout_s:g}"
     )
     return [what, "", *columns(rows), _quiet(result.quiet)]
+
+
+def epoch_changes(result: Changes) -> list[str]:
+    rows = [["", "master's CPU, median", "min", "max", "wall, median", "min", "max"]]
+    for change, what in (("loss", "one member of each group leaves"), ("join", "a newcomer comes to each group")):
+        rows.append([what, *(cell for name in ("cpu_s", "wall_s") for cell in _spread(result.summary(change, name)))])
+    sizes = " + ".join(map(str, result.groups))
+    what = (
+        f"a master and {result.plan.peers} simulated peers in groups of {sizes}, all of which change their epoch at "
+        f"the same moment, {result.plan.iterations} times each way"
+    )
+    return [what, "", *columns(rows), "", "wall: until the last peer has entered; the peers share one process"]
