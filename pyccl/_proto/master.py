@@ -320,8 +320,8 @@ class MasterMachine:
             group = self._groups[number]
             self._drop_silent_newcomers(group)
             self._evict_silent_members(group)
-            if group.epoch is not None and len(group.epoch.members) == 1:
-                self._advance(group)  # its safe point may have awaited company for long enough
+            if group.epoch is None or len(group.epoch.members) == 1:
+                self._advance(group)  # it may have awaited its members, or its safe point company, for long enough
         return self._taken()
 
     # ---- a new connection
@@ -684,9 +684,9 @@ class MasterMachine:
 
     def _step_found(self, group: Group) -> bool:
         first = next(iter(self._pending(group)), None)
-        if group.epoch is not None or first is None:
+        if group.epoch is not None or first is None or self._takeover.awaits(group):
             return False
-        epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
+        epoch = make_epoch(self._takeover.next_number(group), group.last_id, self.term, (first.member,))
         self._decide(group, epoch, KIND_FOUND)
         return True
 

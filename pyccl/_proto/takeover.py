@@ -38,6 +38,17 @@ class Takeover:
         """Nobody is founded a group for before the members of the run to be taken over have come."""
         return self.adopts and self._master.journaled and self._groups is None
 
+    def awaits(self, group: Group) -> bool:
+        """In a run that is not our own, members of a group that we do not know may be on their way."""
+        master = self._master
+        return self._groups is not None and group.last_number == 0 and master._now < master._grace_until
+
+    def next_number(self, group: Group) -> int:
+        """Of its epoch. How far a group came that we do not know is not known either: no earlier start was so far."""
+        if self._groups is None or group.last_number > 0:
+            return group.last_number + 1
+        return (start_of(self._master.term) << NONCE_BITS) + 1
+
     def decided(self, group: int) -> None:
         """From here on its epoch is our word."""
         if self._groups is not None:
