@@ -293,7 +293,8 @@ pyccl_gate pyccl_fsm_data(pyccl_fsm *fsm, uint32_t rank, uint8_t space, uint32_t
 /* A message that passed the gate. ERR_FRAME: it can't come from a peer that follows the rules. */
 pyccl_status pyccl_fsm_receive(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns);
 void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns);  /* frames to `rank` may be lost: repeat */
-void pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns);                     /* idempotent; ends with fsm_epoch      */
+/* Idempotent; ends with fsm_epoch. ERR_OUTCOME_UNKNOWN, here and from fsm_epoch: after ACT_LEAVE, until fsm_end. */
+pyccl_status pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns);
 int pyccl_fsm_frozen(const pyccl_fsm *fsm);
 /* These four return how many entries there are and write at most `cap` of them. */
 size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap);
@@ -398,7 +399,8 @@ pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd);
 pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd);                    /* heartbeats to the master; takes fd */
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out);
 
-/* As the functions of the machine, carried out by the engine thread; the caller waits for it. */
+/* As the functions of the machine, carried out by the engine thread; the caller waits for it. freeze and epoch refuse with
+ * ERR_OUTCOME_UNKNOWN what comes after EVENT_LEAVE, also before that event was taken. */
 pyccl_status pyccl_engine_freeze(pyccl_engine *engine, pyccl_op_report *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count);
 pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);

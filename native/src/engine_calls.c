@@ -168,7 +168,7 @@ typedef struct fsm_command {
 static void run_freeze(pyccl_engine *engine, command *c) {
     fsm_command *f = (fsm_command *)c;
     engine->tick_stale = true;
-    pyccl_fsm_freeze(engine->fsm, engine->env.now_ns);
+    c->status = pyccl_fsm_freeze(engine->fsm, engine->env.now_ns);
     f->count = pyccl_fsm_report(engine->fsm, f->out, f->cap);
 }
 

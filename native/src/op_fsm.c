@@ -86,7 +86,7 @@ struct pyccl_fsm {
     uint64_t epoch_number, epoch_tag;
     uint32_t world, rank;
     uint8_t members[PYCCL_WORLD_MAX][PYCCL_ID_SIZE];
-    uint8_t entered, frozen, cutting;
+    uint8_t entered, left, frozen, cutting;
     fsm_tag *tags, *dirty;
     pyccl_map tag_map, cookie_map;
     fsm_op *live_first, *live_last;
@@ -611,6 +611,7 @@ void pyccl_fsm_end(pyccl_fsm *fsm, pyccl_status why) {
     free_deferred(fsm);
     free_tags(fsm);
     fsm->entered = 0;
+    fsm->left = 0;
     fsm->frozen = fsm->cutting = 0;
     fsm->world = 0;
 }
@@ -918,9 +919,11 @@ void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
 
 /* ---- freeze, report, safe points ---- */
 
-void pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns) {
+pyccl_status pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns) {
     (void)now_ns;
+    if (fsm->left) return PYCCL_ERR_OUTCOME_UNKNOWN;  /* an empty report would say that nothing was prepared here */
     fsm->frozen = fsm->entered;
+    return PYCCL_OK;
 }
 
 int pyccl_fsm_frozen(const pyccl_fsm *fsm) { return fsm->frozen; }
@@ -1124,6 +1127,7 @@ static const uint8_t *first_lost(const pyccl_fsm *fsm, const pyccl_epoch *epoch)
 
 pyccl_status pyccl_fsm_epoch(pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count, int64_t now_ns) {
     PYCCL_ASSERT(fsm->queue_count == 0);  /* actions name ranks of the old epoch */
+    if (fsm->left) return PYCCL_ERR_OUTCOME_UNKNOWN;  /* our numbers are gone: the others count on from theirs */
     pyccl_status rc = epoch_check(fsm, epoch, verdicts, count);
     if (rc != PYCCL_OK) return rc;
     uint8_t lost[PYCCL_ID_SIZE];
@@ -1215,6 +1219,7 @@ int64_t pyccl_fsm_tick(pyccl_fsm *fsm, int64_t now_ns) {
     }
     if (leave) {
         pyccl_fsm_end(fsm, PYCCL_ERR_CLOSED);
+        fsm->left = 1;
         act(fsm, PYCCL_ACT_LEAVE);
         return INT64_MAX;
     }

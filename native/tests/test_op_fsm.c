@@ -840,6 +840,12 @@ TEST(fsm_leaves_when_the_outcome_stays_unknown) {
         CHECK(r->acts[r->count - 1].type == PYCCL_ACT_LEAVE);
         pyccl_spec spec = spec_of(TAG);
         CHECK(pyccl_fsm_submit(r->fsm, 9, &spec, DEADLINE, r->now) == PYCCL_ERR_CLOSED);
+        /* What the control plane asks before it knows: no report that lacks what was prepared, no epoch. */
+        CHECK_EQ(pyccl_fsm_freeze(r->fsm, r->now), PYCCL_ERR_OUTCOME_UNKNOWN);
+        CHECK_EQ(enter(r, 3, 0, 0, 0, &COMMIT_0, 1), PYCCL_ERR_OUTCOME_UNKNOWN);
+        CHECK_EQ(pyccl_fsm_gate(r->fsm, 2, 0x42, 1), PYCCL_GATE_LATER);
+        pyccl_fsm_end(r->fsm, PYCCL_ERR_CLOSED);
+        CHECK_EQ(enter(r, 3, 1, 1, 0, NULL, 0), PYCCL_OK);
     }
 }
 

@@ -516,7 +516,11 @@ class Session:
     def _do_freeze(self, effect: member.Freeze) -> None:
         assert self.engine is not None and self._machine is not None
         self._watch_blocked(trio.current_time())  # what the report goes with must not be older than it
-        ops = tuple(OpReport(*op) for op in self.engine.freeze())
+        try:
+            ops = tuple(OpReport(*op) for op in self.engine.freeze())
+        except errors.OutcomeUnknownError:
+            self._left()
+            return
         self._feed(self._machine.frozen(effect.ballot, ops, trio.current_time()))
 
     def _do_enter(self, effect: member.Enter) -> None:
@@ -531,6 +535,9 @@ class Session:
             self.engine.enter(
                 epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, effect.verdicts
             )
+        except errors.OutcomeUnknownError:
+            self._left()
+            return
         except errors.UsageError as e:  # what the master decided can't be obeyed: we hold other facts than it thinks
             self._finish(errors.RemoteProtocolError(f"the master's epoch {epoch.number} contradicts what is here: {e}"))
             return
@@ -659,6 +666,10 @@ class Session:
         self._feed(self._machine.settle(trio.current_time()))
 
     def _on_leave(self, event: Event) -> None:
+        self._left()
+
+    def _left(self) -> None:
+        """The engine has left the run and knows no operation any more. A message may tell us before its event does."""
         self._finish(errors.OutcomeUnknownError("left the run: the outcome of an operation could not be learned"))
 
     def _on_differs(self, event: Event) -> None:

@@ -210,7 +210,10 @@ class Engine:
     # -- epochs
 
     def freeze(self) -> list[tuple[int, int, int, int, int]]:
-        """Freeze every open operation; returns what is known of each: (space, channel, seq, state, hash)."""
+        """Freeze every open operation; returns what is known of each: (space, channel, seq, state, hash).
+
+        OutcomeUnknownError, here and from ``enter``: it has left the run, whether EventType.LEAVE was taken or not.
+        """
         cap, count = 256, ffi.new("size_t *")
         while True:
             out = ffi.new("pyccl_op_report[]", cap)

@@ -3,7 +3,7 @@
 It knows nothing of sockets, threads, clocks or tensors: inputs carry `now` in seconds, effects come back. It never
 sees data, and between safe points nobody needs it. Spec: proto/wire.md 4; the rules behind it: design.md 5 and 6.
 
-One record per incarnation holds everything that incarnation has said (`_Peer`): arrivals, answers, reports and
+One record per incarnation holds everything that incarnation has said (`Peer`): arrivals, answers, reports and
 complaints are counted from these records and kept nowhere else. Every input changes a record and then calls
 ``_advance``, which derives from the records what follows: a founding, a ballot, a verdict, a proposal, a commit.
 
@@ -23,17 +23,17 @@ the same. Until it is durable the group decides nothing more; what its peers say
 
 from __future__ import annotations
 
-import enum
 import json
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pyccl._proto import ballot as ballots
 from pyccl._proto import limits
 from pyccl._proto.channel import check_told_untrusted, pair_of, participants
-from pyccl._proto.epoch import NO_ID, Address, Epoch, Member, make_epoch
+from pyccl._proto.epoch import Epoch, Member, make_epoch
+from pyccl._proto.master_records import Ballot, Conn, Group, Peer, PeerKey, Proposal, Said, Standing, has_reported
 from pyccl._proto.messages import (
     KIND_FOUND,
     KIND_JOIN,
@@ -63,7 +63,6 @@ from pyccl._proto.messages import (
     Recall,
     Rejected,
     Report,
-    Resume,
     Settle,
     Status,
     StatusAsk,
@@ -71,7 +70,6 @@ from pyccl._proto.messages import (
     Trust,
     Unblocked,
     Undecided,
-    Unknown,
     Unreachable,
     Welcome,
     Withdraw,
@@ -80,9 +78,6 @@ from pyccl._proto.messages import (
 from pyccl._proto.mismatch import blocked_detail, differs_detail, make_detail, short
 from pyccl._proto.past import (
     NONCE_BITS,
-    START_MAX,
-    Adopted,
-    Began,
     Committed,
     Dissolved,
     Fenced,
@@ -90,10 +85,10 @@ from pyccl._proto.past import (
     Past,
     Record,
     fence,
-    make_term,
     start_of,
 )
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
+from pyccl._proto.takeover import Takeover
 from pyccl.errors import RemoteProtocolError
 
 # ---- effects --------------------------------------------------------------------------------------------------------
@@ -144,14 +139,7 @@ class Persist(Effect):
     record: Record
 
 
-# ---- records --------------------------------------------------------------------------------------------------------
-
-
-class Standing(enum.Enum):
-    PENDING = "a newcomer that waits for a safe point"
-    ENTERING = "a newcomer in an epoch that is decided and not yet durable"
-    MEMBER = "in the current epoch of its group"
-
+# ---- who may send what ---------------------------------------------------------------------------------------------
 
 _ALL: Final = frozenset(Standing)
 _MEMBER: Final = frozenset({Standing.MEMBER})
@@ -174,96 +162,6 @@ LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
     Differs: _MEMBER,
     Entered: _MEMBER,
 }
-
-PeerKey = tuple[bytes, bytes]  # peer id, incarnation
-
-
-@dataclass(slots=True)
-class _Said:
-    """What a peer has said in the current epoch; replaced whole when the epoch changes."""
-
-    arrived: dict[tuple[int, int], int] | None = None  # (space, tag) -> submitted
-    arrived_at: float = 0.0
-    ready: int = 0  # version of the proposal it is ready for
-    report: Report | None = None
-    blocked: Blocked | None = None
-    entered: bool = False
-
-
-@dataclass(slots=True)
-class _Peer:
-    """The one record of an incarnation."""
-
-    peer: bytes
-    incarnation: bytes
-    group: int
-    addresses: tuple[Address, ...]
-    library: str
-    order: int  # of arrival: newcomers are served in it
-    heard_at: float
-    conn: int | None = None
-    standing: Standing = Standing.PENDING
-    said: _Said = field(default_factory=_Said)
-    complaints: dict[bytes, Complaint] = field(default_factory=dict)
-    lost: str = ""  # why it is left out of the ballot; "": it is not
-    lost_at: float = 0.0
-    lost_for_good: bool = False  # it left, or does not answer: being heard does not take it back
-    left: bool = False  # by its own word
-    told_pending: int = -1  # -1: nothing yet on this connection
-
-    @property
-    def key(self) -> PeerKey:
-        return self.peer, self.incarnation
-
-    @property
-    def member(self) -> Member:
-        return Member(self.peer, self.incarnation, self.addresses)
-
-
-@dataclass(slots=True)
-class _Proposal:
-    version: int
-    epoch: Epoch
-    cuts: dict[bytes, tuple[Count, ...]]  # member -> what concerns it; newcomers have submitted nothing
-    newcomers: tuple[PeerKey, ...]
-    since: float
-    stale: bool = False  # a count above the cut, or a newcomer gone: to be made again
-
-
-@dataclass(slots=True)
-class _Ballot:
-    number: int
-    kind: str
-    detail: str
-    members: tuple[PeerKey, ...]
-    since: float
-    blocked: bool = False  # a mismatch seen in what Blocked says
-    undecided: str = ""  # why all reports are not enough
-
-
-@dataclass(slots=True)
-class _Group:
-    group: int
-    commit: EpochCommit | None = None  # of the current epoch, repeated to those who missed it
-    last_number: int = 0  # outlives an epoch that lost all its members
-    last_id: bytes = NO_ID
-    version: int = 0  # of the newest proposal
-    ballot_number: int = 0  # of the newest ballot
-    proposal: _Proposal | None = None
-    ballot: _Ballot | None = None
-    deciding: EpochCommit | None = None  # on its way to the journal; proposal or ballot stay open until it is there
-
-    @property
-    def epoch(self) -> Epoch | None:
-        return self.commit.epoch if self.commit is not None else None
-
-
-@dataclass(slots=True)
-class _Conn:
-    since: float
-    peer: _Peer | None = None  # None until its Hello
-    greeted: bool = False  # with a Hello; the answer may have to wait
-    asked: Hello | None = None  # which was answered with Unknown
 
 
 class MasterMachine:
@@ -294,15 +192,13 @@ class MasterMachine:
         self.run = run
         self.journaled: Final = journaled
         self.needs_majority: Final = needs_majority
-        self.adopts: Final = adopts
-        self._adopted: set[int] | None = None  # groups whose epoch is their members' word; None: the run is our own
-        self._held: deque[tuple[int, int, Hello]] = deque()  # (ticket, connection, what it waits to be answered)
+        self._takeover: Final = Takeover(self, adopts)
         self.term = term
         self.peer_timeout: Final = peer_timeout
         self.library: Final = library
-        self._groups: dict[int, _Group] = {}
-        self._peers: dict[PeerKey, _Peer] = {}
-        self._conns: dict[int, _Conn] = {}
+        self._groups: dict[int, Group] = {}
+        self._peers: dict[PeerKey, Peer] = {}
+        self._conns: dict[int, Conn] = {}
         self._gone: OrderedDict[PeerKey, str] = OrderedDict()
         self._events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=limits.EVENTS_MAX)
         self._arrivals = 0
@@ -311,8 +207,7 @@ class MasterMachine:
         self._line_at = self._line_since = 0.0  # when somebody was heard; since when without a long gap
         self._grace_until = 0.0
         self._ticket_last = 0
-        self._writing: deque[tuple[int, _Group | None]] = deque()
-        self._term_ticket = 0  # of the record of a later start, heard of from members
+        self._writing: deque[tuple[int, Group | None]] = deque()
         self._journal_error = ""
         self._out: list[Effect] = []
         if past is not None:
@@ -328,23 +223,23 @@ class MasterMachine:
             for member in known.commit.epoch.members if known.commit is not None else ():
                 self._restore_member(group, member)
 
-    def _restore_member(self, group: _Group, member: Member) -> None:
+    def _restore_member(self, group: Group, member: Member) -> None:
         key = member.peer, member.incarnation
         if key not in self._peers:
-            self._peers[key] = _Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
-        self._peers[key].standing, self._peers[key].said = Standing.MEMBER, _Said()
+            self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
+        self._peers[key].standing, self._peers[key].said = Standing.MEMBER, Said()
 
-    def _new_group(self, number: int) -> _Group:
+    def _new_group(self, number: int) -> Group:
         """Ballots and proposals are numbered from this start on: within an epoch none comes twice, in any term."""
         base = start_of(self.term) << NONCE_BITS
-        return _Group(number, version=base, ballot_number=base)
+        return Group(number, version=base, ballot_number=base)
 
     # ---- inputs
 
     def connected(self, conn: int, now: float) -> list[Effect]:
         assert conn not in self._conns, conn
         self._now = now
-        self._conns[conn] = _Conn(now)
+        self._conns[conn] = Conn(now)
         return self._taken()
 
     def receive(self, conn: int, message: Message, now: float) -> list[Effect]:
@@ -384,15 +279,11 @@ class MasterMachine:
         self._journal_error = ""
         while self._writing and self._writing[0][0] <= ticket:
             written, group = self._writing.popleft()
-            if written == self._term_ticket:
-                self._ask_again()
+            self._takeover.written(written)
             if group is not None:
                 self._commit_epoch(group)
                 self._advance(group)
-        while self._held and self._held[0][0] <= ticket:
-            _, conn, hello = self._held.popleft()
-            if conn in self._conns:
-                self._on_hello(conn, hello)
+        self._takeover.release(ticket)
         return self._taken()
 
     def not_persisted(self, reason: str, now: float) -> list[Effect]:
@@ -429,8 +320,8 @@ class MasterMachine:
             group = self._groups[number]
             self._drop_silent_newcomers(group)
             self._evict_silent_members(group)
-            if group.epoch is not None and len(group.epoch.members) == 1:
-                self._advance(group)  # its safe point may have awaited company for long enough
+            if group.epoch is None or len(group.epoch.members) == 1:
+                self._advance(group)  # it may have awaited its members, or its safe point company, for long enough
         return self._taken()
 
     # ---- a new connection
@@ -443,12 +334,10 @@ class MasterMachine:
             if self._conns[conn].greeted:
                 raise RemoteProtocolError("a second Hello")
             self._conns[conn].greeted = True
-            if self._held:
-                self._held.append((self._ticket_last, conn, message))  # behind the run that is being taken over
-            else:
+            if not self._takeover.hold(conn, message):
                 self._on_hello(conn, message)
         elif isinstance(message, Recall):
-            self._on_recall(conn, message)
+            self._takeover.recalled(conn, message)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} before Hello")
 
@@ -460,11 +349,11 @@ class MasterMachine:
             self._log("peer_rejected", peer=short(hello.peer), group=hello.group, reason=reason)
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
-        elif hello.resume is not None and self._is_unknown(hello, hello.resume):
-            self._ask(conn, hello, hello.resume)
+        elif hello.resume is not None and self._takeover.is_unknown(hello, hello.resume):
+            self._takeover.ask(conn, hello, hello.resume)
         elif record is None and (hello.resume is not None or key in self._gone):
             self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
-        elif record is None and self.adopts and self.journaled and self._adopted is None:
+        elif record is None and self._takeover.awaited:
             self._close(conn, "the members of the run that this master is to take over come first")  # it tries again
         elif record is None:
             self._on_newcomer(conn, hello)
@@ -475,7 +364,7 @@ class MasterMachine:
         else:
             self._on_return(conn, hello, record)
 
-    def _reason_to_reject(self, hello: Hello, record: _Peer | None) -> str:
+    def _reason_to_reject(self, hello: Hello, record: Peer | None) -> str:
         """Why this Hello can't be served; "": it can."""
         if hello.version != limits.PROTOCOL_VERSION:
             return f"the peer speaks protocol {hello.version}, this master {limits.PROTOCOL_VERSION}"
@@ -505,120 +394,7 @@ class MasterMachine:
             self._persist(Forgotten(empty), None)
         return empty is not None
 
-    # ---- members of a run that this master does not know
-
-    def _is_unknown(self, hello: Hello, resume: Resume) -> bool:
-        """Or known too well: another master has kept the run since what we know of it."""
-        later = resume.term != self.term and start_of(resume.term) >= start_of(self.term)
-        if resume.run != self.run or later:
-            return True
-        if self._adopted is None or (hello.peer, hello.incarnation) in self._gone:
-            return False
-        group = self._groups.get(hello.group)
-        if group is None or group.last_number == 0:
-            return True
-        # it had the last commit, who came before it had not
-        return hello.group in self._adopted and resume.number == group.last_number + 1
-
-    def _may_adopt(self, run: bytes) -> bool:
-        if self._adopted is not None:
-            return run == self.run
-        return self.adopts and (not self.journaled or not any(g.last_number for g in self._groups.values()))
-
-    def _ask(self, conn: int, hello: Hello, resume: Resume) -> None:
-        asks = self._may_adopt(resume.run)
-        self._send(conn, Unknown(self.run, asks))
-        if asks:
-            self._conns[conn].asked = hello
-            return
-        reason = f"this master does not know run {resume.run.hex()}, it keeps {self.run.hex()}"
-        if resume.run == self.run:
-            reason = f"another master has kept this run since: start {start_of(resume.term)}"
-        self._log("run_unknown", peer=short(hello.peer), group=hello.group, reason=reason)
-        self._close(conn, reason)
-
-    def _on_recall(self, conn: int, recall: Recall) -> None:
-        hello, self._conns[conn].asked = self._conns[conn].asked, None
-        epoch = recall.epoch
-        if hello is None or hello.resume is None:
-            raise RemoteProtocolError("a Recall that nobody asked for")
-        if hello.resume[:3] != (recall.run, epoch.number, epoch.id) or not epoch.has(hello.peer, hello.incarnation):
-            raise RemoteProtocolError("a Recall of another epoch than its Hello's")
-        if start_of(recall.term) >= START_MAX or epoch.number > limits.U64_MAX >> 1:
-            raise RemoteProtocolError("a Recall that leaves no numbers to go on with")
-        if not self._may_adopt(recall.run):
-            self._close(conn, "another run was taken over meanwhile")
-            return
-        if self._adopted is None:
-            self._adopt_run(recall)
-        elif any(self._group_of(member) not in (None, hello.group) for member in epoch.members):
-            raise RemoteProtocolError("a Recall that names members of another group")
-        elif start_of(recall.term) >= start_of(self.term):
-            self._rise_above(recall.term)
-            self._persist(Began(self.term), None)
-            self._term_ticket = self._ticket_last
-            if not self.journaled:
-                self._ask_again()
-        group = self._groups.get(hello.group) or self._new_group(hello.group)
-        ahead = (epoch.number, epoch.previous) == (group.last_number + 1, group.last_id)
-        adoptable = group.last_number == 0 or (group.group in (self._adopted or ()) and ahead)
-        if group.deciding is None and adoptable:  # else it is on its way already, or what we have decided stands
-            self._adopt_epoch(group, recall)
-        if self.journaled:
-            self._held.append((self._ticket_last, conn, hello))
-        else:
-            self._on_hello(conn, hello)
-
-    def _group_of(self, member: Member) -> int | None:
-        record = self._peers.get((member.peer, member.incarnation))
-        return None if record is None else record.group
-
-    def _adopt_run(self, recall: Recall) -> None:
-        """What this master has founded before has to go."""
-        self._adopted = set()
-        for record in list(self._peers.values()):
-            record.lost = "another run, older than this one, has come back: connect again"
-            self._evict(record)
-        self._groups.clear()
-        self.run = recall.run
-        self._rise_above(recall.term)
-        self._grace_until = self._now + limits.RECONNECT_S
-        self._log("run_adopted", run=self.run.hex(), start=start_of(self.term))
-        self._persist(Adopted(self.run, self.term), None)
-
-    def _rise_above(self, term: int) -> None:
-        """Members have seen this term: ours is a later one."""
-        start = max(start_of(self.term), start_of(term)) + 1
-        self.term = make_term(start, self.term & ((1 << NONCE_BITS) - 1))
-
-    def _ask_again(self) -> None:
-        """The later term is durable: what is asked from here on, and what is open, has numbers that nobody has seen."""
-        base = start_of(self.term) << NONCE_BITS
-        for group in self._groups.values():
-            group.version = max(group.version, base)
-            group.ballot_number = max(group.ballot_number, base)
-            ballot = group.ballot
-            if ballot is not None and group.deciding is None:
-                self._open_ballot(group, ballot.kind, ballot.detail, blocked=ballot.blocked)
-            elif group.proposal is not None:
-                group.proposal.stale = True
-            self._advance(group)
-
-    def _adopt_epoch(self, group: _Group, recall: Recall) -> None:
-        """By the word of one member. Another may come who is one commit ahead of it; none can be further."""
-        assert self._adopted is not None
-        self._adopted.add(group.group)
-        self._groups[group.group] = group
-        told = (recall.verdicts, recall.detail, recall.world_size, recall.journaled)
-        group.deciding = EpochCommit(recall.epoch, recall.kind, *told)
-        for record in self._members(group):
-            if not recall.epoch.has(*record.key):
-                record.lost = "it was left out of an epoch that it has not heard of"
-        for member in recall.epoch.members:
-            self._restore_member(group, member)
-        self._log("epoch_adopted", group=group.group, epoch=recall.epoch.number, members=len(recall.epoch.members))
-        out = (record for record in self._members(group) if record.lost)
-        self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+    # ---- newcomers and members that come back
 
     def _on_newcomer(self, conn: int, hello: Hello) -> None:
         group = self._groups.get(hello.group)
@@ -628,7 +404,7 @@ class MasterMachine:
             if other.peer == hello.peer:
                 self._drop_newcomer(other, "a newer incarnation of this peer has come")
         self._arrivals += 1
-        record = _Peer(
+        record = Peer(
             *(hello.peer, hello.incarnation, hello.group, hello.addresses, hello.library),
             order=self._arrivals,
             heard_at=self._now,
@@ -638,7 +414,7 @@ class MasterMachine:
         self._log("peer_pending", peer=short(record.peer), group=record.group, library=record.library)
         self._advance(group)
 
-    def _on_newcomer_again(self, conn: int, hello: Hello, record: _Peer) -> None:
+    def _on_newcomer_again(self, conn: int, hello: Hello, record: Peer) -> None:
         """It gave up a connection whose end we have not noticed (a NAT that forgot it): it starts over."""
         reason = "the same incarnation has come on a newer connection"
         old = record.conn
@@ -647,7 +423,7 @@ class MasterMachine:
             self._close(old, reason)
         self._on_newcomer(conn, hello)
 
-    def _on_return(self, conn: int, hello: Hello, record: _Peer) -> None:
+    def _on_return(self, conn: int, hello: Hello, record: Peer) -> None:
         """A living member's control connection came back. Tell it what it may have missed; it tells us the same."""
         group = self._groups[record.group]
         epoch = group.epoch
@@ -684,14 +460,14 @@ class MasterMachine:
             self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
         self._advance(group)
 
-    def _on_entering_again(self, conn: int, hello: Hello, record: _Peer) -> None:
+    def _on_entering_again(self, conn: int, hello: Hello, record: Peer) -> None:
         """It is to be told of its first epoch where it can hear it."""
         if record.conn is not None:
             self._close(record.conn, "the same incarnation has come on a newer connection")
         record.heard_at, record.addresses = self._now, hello.addresses
         self._attach(conn, record, resumed=False)
 
-    def _attach(self, conn: int, record: _Peer, *, resumed: bool) -> None:
+    def _attach(self, conn: int, record: Peer, *, resumed: bool) -> None:
         self._line_works()
         self._conns[conn].peer = record
         record.conn = conn
@@ -715,7 +491,7 @@ class MasterMachine:
 
     # ---- messages of a greeted peer
 
-    def _hear(self, record: _Peer, message: Message) -> None:
+    def _hear(self, record: Peer, message: Message) -> None:
         if record.standing not in LEGAL.get(type(message), frozenset()):
             raise RemoteProtocolError(f"{type(message).__name__} from a peer that is {record.standing.name}")
         group = self._groups[record.group]
@@ -728,7 +504,7 @@ class MasterMachine:
         if handler is not None or record.lost:
             self._advance(group)
 
-    def _on_leave(self, group: _Group, record: _Peer, message: Leave) -> None:
+    def _on_leave(self, group: Group, record: Peer, message: Leave) -> None:
         conn = record.conn
         assert conn is not None
         if record.standing is Standing.PENDING:
@@ -738,32 +514,32 @@ class MasterMachine:
             self._lose(record, "left", for_good=True)
         self._close(conn, "left")
 
-    def _on_arrive(self, group: _Group, record: _Peer, message: Arrive) -> None:
+    def _on_arrive(self, group: Group, record: Peer, message: Arrive) -> None:
         if self._is_current(group, message.epoch):
             check_told_untrusted(message.counts, record.peer, self._ranks(group))
             if record.said.arrived is None:
                 record.said.arrived_at = self._now
             record.said.arrived = _highest({}, message.counts)
 
-    def _on_withdraw(self, group: _Group, record: _Peer, message: Withdraw) -> None:
+    def _on_withdraw(self, group: Group, record: Peer, message: Withdraw) -> None:
         if self._is_current(group, message.epoch):
             record.said.arrived = None
 
-    def _on_ready(self, group: _Group, record: _Peer, message: Ready) -> None:
+    def _on_ready(self, group: Group, record: Peer, message: Ready) -> None:
         if self._answered(group, record, message.number, message.version) is not None:
             record.said.ready = message.version
             for peer, complaint in list(record.complaints.items()):
                 if complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
 
-    def _on_behind(self, group: _Group, record: _Peer, message: Behind) -> None:
+    def _on_behind(self, group: Group, record: Peer, message: Behind) -> None:
         proposal = self._answered(group, record, message.number, message.version)
         if proposal is not None:
             check_told_untrusted(message.counts, record.peer, self._ranks(group))
             record.said.arrived = _highest(record.said.arrived or {}, message.counts)
             proposal.stale = True
 
-    def _on_unreachable(self, group: _Group, record: _Peer, message: Unreachable) -> None:
+    def _on_unreachable(self, group: Group, record: Peer, message: Unreachable) -> None:
         """Newcomers go; between two members it is a partition, and time may mend it."""
         proposal = self._answered(group, record, message.number, message.version)
         if proposal is None:
@@ -786,16 +562,16 @@ class MasterMachine:
             for peer in old:
                 self._complain(group, record, peer, CAUSE_UNREACHABLE, message.reason)
 
-    def _is_quiet(self, record: _Peer) -> bool:
+    def _is_quiet(self, record: Peer) -> bool:
         """Heartbeats are missing, though not yet for long enough to call it lost."""
         return self._now - record.heard_at > 2 * self.peer_timeout / limits.HEARTBEATS_PER_TIMEOUT
 
-    def _on_suspect(self, group: _Group, record: _Peer, message: Suspect) -> None:
+    def _on_suspect(self, group: Group, record: Peer, message: Suspect) -> None:
         if message.peer == record.peer:
             raise RemoteProtocolError("a peer suspects itself")
         self._complain(group, record, message.peer, message.cause, message.detail)
 
-    def _complain(self, group: _Group, record: _Peer, against: bytes, cause: str, detail: str) -> None:
+    def _complain(self, group: Group, record: Peer, against: bytes, cause: str, detail: str) -> None:
         if group.epoch is None or against not in group.epoch.peers:
             return  # evicted meanwhile
         known = record.complaints.get(against)
@@ -804,11 +580,11 @@ class MasterMachine:
         if known is None or known.cause != cause:
             self._log("suspicion", peer=short(against), by=short(record.peer), cause=cause, detail=detail)
 
-    def _on_trust(self, group: _Group, record: _Peer, message: Trust) -> None:
+    def _on_trust(self, group: Group, record: Peer, message: Trust) -> None:
         if record.complaints.pop(message.peer, None) is not None:
             self._log("suspicion_withdrawn", peer=short(message.peer), by=short(record.peer))
 
-    def _on_report(self, group: _Group, record: _Peer, message: Report) -> None:
+    def _on_report(self, group: Group, record: Peer, message: Report) -> None:
         if len({op.key for op in message.ops}) != len(message.ops):
             raise RemoteProtocolError("two reports on one operation")
         if message.ballot > group.ballot_number:
@@ -817,20 +593,20 @@ class MasterMachine:
             check_told_untrusted(message.ops, record.peer, self._ranks(group))
             record.said.report = message
 
-    def _on_settle(self, group: _Group, record: _Peer, message: Settle) -> None:
+    def _on_settle(self, group: Group, record: Peer, message: Settle) -> None:
         if self._is_current(group, message.epoch):
             self._owe_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
 
-    def _on_blocked(self, group: _Group, record: _Peer, message: Blocked) -> None:
+    def _on_blocked(self, group: Group, record: Peer, message: Blocked) -> None:
         if self._is_current(group, message.epoch):
             check_told_untrusted(message.lacking, record.peer, self._ranks(group))
             record.said.blocked = message
 
-    def _on_unblocked(self, group: _Group, record: _Peer, message: Unblocked) -> None:
+    def _on_unblocked(self, group: Group, record: Peer, message: Unblocked) -> None:
         if self._is_current(group, message.epoch):
             record.said.blocked = None
 
-    def _on_differs(self, group: _Group, record: _Peer, message: Differs) -> None:
+    def _on_differs(self, group: Group, record: Peer, message: Differs) -> None:
         if not self._is_current(group, message.epoch):
             return
         detail = differs_detail(record.peer, message, self._ranks(group))
@@ -839,18 +615,18 @@ class MasterMachine:
             raise RemoteProtocolError("Differs names no difference between two participants")
         self._owe_ballot(group, KIND_MISMATCH, detail)
 
-    def _on_entered(self, group: _Group, record: _Peer, message: Entered) -> None:
+    def _on_entered(self, group: Group, record: Peer, message: Entered) -> None:
         if self._is_current(group, message.epoch):
             record.said.entered = True
 
-    def _is_current(self, group: _Group, number: int) -> bool:
+    def _is_current(self, group: Group, number: int) -> bool:
         """False: of an older epoch, it crossed our commit. A newer one was never committed."""
         assert group.epoch is not None
         if number > group.epoch.number:
             raise RemoteProtocolError(f"epoch {number} was never committed")
         return number == group.epoch.number
 
-    def _answered(self, group: _Group, record: _Peer, number: int, version: int) -> _Proposal | None:
+    def _answered(self, group: Group, record: Peer, number: int, version: int) -> Proposal | None:
         """The open proposal if the answer is to it; None: to an older one, no effect."""
         if version > group.version:
             raise RemoteProtocolError(f"proposal {version} was never made")
@@ -865,19 +641,19 @@ class MasterMachine:
 
     # ---- what follows from the records
 
-    def _advance(self, group: _Group) -> None:
+    def _advance(self, group: Group) -> None:
         """Take every step that the records now allow, in order of precedence, until none is left."""
         while group.deciding is None and any(step(self, group) for step in _STEPS):
             pass
         self._tell_pending(group)
 
-    def _step_lost_at_once(self, group: _Group) -> bool:
+    def _step_lost_at_once(self, group: Group) -> bool:
         lost = refused_at_once(self._seen(group))
         for peer, reason in lost:
             self._lose(self._member(group, peer), reason)
         return bool(lost)
 
-    def _step_take_back(self, group: _Group) -> bool:
+    def _step_take_back(self, group: Group) -> bool:
         """A heartbeat before the verdict revokes a suspicion, unless somebody still can't reach it."""
         members = self._members(group)
         staying = [record for record in members if not record.lost]
@@ -894,7 +670,7 @@ class MasterMachine:
             record.lost = ""
         return bool(back)
 
-    def _step_dissolve(self, group: _Group) -> bool:
+    def _step_dissolve(self, group: Group) -> bool:
         members = self._members(group)
         if group.epoch is None or not all(record.lost for record in members):
             return False
@@ -906,15 +682,15 @@ class MasterMachine:
         self._persist(Dissolved(group.group, fenced), None)  # nothing waits for it: until it is there they are silent
         return True
 
-    def _step_found(self, group: _Group) -> bool:
+    def _step_found(self, group: Group) -> bool:
         first = next(iter(self._pending(group)), None)
-        if group.epoch is not None or first is None:
+        if group.epoch is not None or first is None or self._takeover.awaits(group):
             return False
-        epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
+        epoch = make_epoch(self._takeover.next_number(group), group.last_id, self.term, (first.member,))
         self._decide(group, epoch, KIND_FOUND)
         return True
 
-    def _step_ballot(self, group: _Group) -> bool:
+    def _step_ballot(self, group: Group) -> bool:
         """Open it, or open it anew, whenever those who are lost are not those it leaves out."""
         staying = tuple(record.key for record in self._members(group) if not record.lost)
         ballot = group.ballot
@@ -927,12 +703,12 @@ class MasterMachine:
         self._open_ballot(group, KIND_LOSS if kind == KIND_SETTLE else kind, detail, blocked=blocked)
         return True
 
-    def _step_verdict(self, group: _Group) -> bool:
+    def _step_verdict(self, group: Group) -> bool:
         ballot = group.ballot
         if ballot is None or group.epoch is None:
             return False
         staying = [self._peers[key] for key in ballot.members]
-        reports = {r.peer: r.said.report for r in staying if _has_reported(r, ballot)}
+        reports = {r.peer: r.said.report for r in staying if has_reported(r, ballot)}
         if len(reports) < len(staying):
             return False
         said = {peer: report.ops for peer, report in reports.items() if report is not None}
@@ -949,7 +725,7 @@ class MasterMachine:
         self._decide(group, epoch, *self._judged(group, ballot, staying), verdicts)
         return True
 
-    def _may_decide(self, group: _Group, staying: list[_Peer]) -> bool:
+    def _may_decide(self, group: Group, staying: list[Peer]) -> bool:
         """Without a journal another master may speak for those who are lost: not for more than half, nor for the half
         with the lowest id. Who left by its own word is spoken for by nobody."""
         if not self.needs_majority:
@@ -958,7 +734,7 @@ class MasterMachine:
         missing = len(voters) - len(staying)
         return missing == 0 or len(staying) > missing or (len(staying) == missing and voters[0] in staying)
 
-    def _leave_undecided(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> None:
+    def _leave_undecided(self, group: Group, ballot: Ballot, staying: list[Peer]) -> None:
         if ballot.undecided:
             return
         ballot.undecided = f"{len(staying)} of {len(self._members(group))} members, and no journal: too few to go on"
@@ -966,7 +742,7 @@ class MasterMachine:
         for record in staying:
             self._tell(record, Undecided(ballot.number, ballot.undecided))
 
-    def _judged(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> tuple[str, str]:
+    def _judged(self, group: Group, ballot: Ballot, staying: list[Peer]) -> tuple[str, str]:
         """(kind, detail). What Blocked said is judged again: an Unblocked may have been on its way behind it, and a
         member's Report comes behind all that it said before it froze. What is reported all have opened."""
         if not ballot.blocked:
@@ -977,13 +753,13 @@ class MasterMachine:
             return ballot.kind, detail
         return KIND_LOSS if len(staying) < len(self._members(group)) else KIND_SETTLE, "no mismatch after all"
 
-    def _blocked_in(self, group: _Group, members: list[_Peer], opened: Container[Key] = ()) -> str | None:
+    def _blocked_in(self, group: Group, members: list[Peer], opened: Container[Key] = ()) -> str | None:
         """How these wait for each other; None: they do not, or a broken link explains what they miss."""
         if any(record.peer in other.complaints for record in members for other in members):
             return None
         return blocked_detail({record.peer: record.said.blocked for record in members}, self._ranks(group), opened)
 
-    def _step_mismatch(self, group: _Group) -> bool:
+    def _step_mismatch(self, group: Group) -> bool:
         if group.ballot is not None or group.epoch is None:
             return False
         detail = self._blocked_in(group, self._members(group))
@@ -992,7 +768,7 @@ class MasterMachine:
         self._open_ballot(group, KIND_MISMATCH, detail, blocked=True)
         return True
 
-    def _step_propose(self, group: _Group) -> bool:
+    def _step_propose(self, group: Group) -> bool:
         members = self._members(group)
         if group.ballot is not None or group.epoch is None:
             return False
@@ -1007,13 +783,13 @@ class MasterMachine:
             return False
         return self._propose(group)
 
-    def _awaits_company(self, group: _Group, members: list[_Peer]) -> bool:
+    def _awaits_company(self, group: Group, members: list[Peer]) -> bool:
         """A lone member that loops over update_topology() until others come shall not turn over epochs meanwhile."""
         if len(members) > 1 or any(True for _ in self._pending(group)):
             return False
         return self._now - members[0].said.arrived_at < limits.LONE_SAFE_POINT_S
 
-    def _step_join(self, group: _Group) -> bool:
+    def _step_join(self, group: Group) -> bool:
         proposal = group.proposal
         if proposal is None or not all(
             self._peers[member.peer, member.incarnation].said.ready == proposal.version
@@ -1025,7 +801,7 @@ class MasterMachine:
 
     # ---- safe points
 
-    def _propose(self, group: _Group) -> bool:
+    def _propose(self, group: Group) -> bool:
         """The next epoch: the members, and whoever waits. Made again when a count or a newcomer has changed."""
         assert group.epoch is not None
         members = self._members(group)
@@ -1049,7 +825,7 @@ class MasterMachine:
             group.epoch.plan,
         )
         group.version += 1
-        group.proposal = _Proposal(group.version, epoch, cuts, tuple(r.key for r in newcomers), self._now)
+        group.proposal = Proposal(group.version, epoch, cuts, tuple(r.key for r in newcomers), self._now)
         self._log(
             "epoch_proposed",
             group=group.group,
@@ -1061,7 +837,7 @@ class MasterMachine:
             self._tell(record, _propose_message(group.proposal, record))
         return True
 
-    def _cancel_proposal(self, group: _Group, proposal: _Proposal) -> None:
+    def _cancel_proposal(self, group: Group, proposal: Proposal) -> None:
         group.proposal = None
         self._log("proposal_cancelled", group=group.group, version=proposal.version)
         for member in proposal.epoch.members:
@@ -1071,16 +847,16 @@ class MasterMachine:
 
     # ---- ballots
 
-    def _owe_ballot(self, group: _Group, kind: str, detail: str) -> None:
+    def _owe_ballot(self, group: Group, kind: str, detail: str) -> None:
         """Open one, unless what is open or decided leads to a new epoch anyway: who still needs it then asks again."""
         if group.ballot is None and group.deciding is None:
             self._open_ballot(group, kind, detail)
 
-    def _open_ballot(self, group: _Group, kind: str, detail: str, *, blocked: bool = False) -> None:
+    def _open_ballot(self, group: Group, kind: str, detail: str, *, blocked: bool = False) -> None:
         group.proposal = None  # the safe point starts over in the epoch this leads to
         group.ballot_number += 1
         staying = tuple(record.key for record in self._members(group) if not record.lost)
-        group.ballot = _Ballot(group.ballot_number, kind, detail, staying, self._now, blocked)
+        group.ballot = Ballot(group.ballot_number, kind, detail, staying, self._now, blocked)
         self._log(
             "ballot_opened",
             group=group.group,
@@ -1093,12 +869,12 @@ class MasterMachine:
         for key in staying:
             self._tell(self._peers[key], flush)
 
-    def _flush(self, group: _Group, ballot: _Ballot) -> Flush:
+    def _flush(self, group: Group, ballot: Ballot) -> Flush:
         assert group.epoch is not None
         number = group.epoch.number
         return Flush(ballot.number, number, number + 1, tuple(peer for peer, _ in ballot.members))
 
-    def _lose(self, record: _Peer, reason: str, *, for_good: bool = False) -> None:
+    def _lose(self, record: Peer, reason: str, *, for_good: bool = False) -> None:
         """Leave this member out of the ballot that ``_advance`` now opens, or opens anew."""
         if record.lost and not (for_good and not record.lost_for_good):
             return
@@ -1108,15 +884,14 @@ class MasterMachine:
     # ---- epochs
 
     def _decide(
-        self, group: _Group, epoch: Epoch, kind: str, detail: str = "", verdicts: tuple[OpVerdict, ...] = ()
+        self, group: Group, epoch: Epoch, kind: str, detail: str = "", verdicts: tuple[OpVerdict, ...] = ()
     ) -> None:
         """The one place where it is decided which epoch comes next. With a journal it waits there to be durable."""
         sizes = (len(g.epoch.members) for g in self._groups.values() if g.epoch is not None and g is not group)
         group.deciding = EpochCommit(
             epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members), not self.needs_majority
         )
-        if self._adopted is not None:
-            self._adopted.discard(group.group)  # from here on it is our word
+        self._takeover.decided(group.group)
         for member in epoch.members:
             record = self._peers[member.peer, member.incarnation]
             assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
@@ -1125,7 +900,7 @@ class MasterMachine:
         out = (record for record in self._members(group) if not epoch.has(*record.key))
         self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
 
-    def _persist(self, record: Record, group: _Group | None) -> None:
+    def _persist(self, record: Record, group: Group | None) -> None:
         """`group` waits for it."""
         if self.journaled:
             self._ticket_last += 1
@@ -1134,7 +909,7 @@ class MasterMachine:
         elif group is not None:
             self._commit_epoch(group)
 
-    def _commit_epoch(self, group: _Group) -> None:
+    def _commit_epoch(self, group: Group) -> None:
         """The one place where an epoch becomes the current one."""
         before, commit = self._members(group), group.deciding
         assert commit is not None
@@ -1156,7 +931,7 @@ class MasterMachine:
             if not epoch.has(*record.key):
                 self._evict(record)
         for record in self._members(group):
-            record.standing, record.said = Standing.MEMBER, _Said()
+            record.standing, record.said = Standing.MEMBER, Said()
             for peer, complaint in list(record.complaints.items()):
                 if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
@@ -1164,7 +939,7 @@ class MasterMachine:
         for record in self._members(group):
             self._tell(record, commit)
 
-    def _evict(self, record: _Peer) -> None:
+    def _evict(self, record: Peer) -> None:
         """Out of the run: whatever this incarnation says from now on is answered with the reason."""
         del self._peers[record.key]
         fence(self._gone, (Fenced(*record.key, record.lost),))
@@ -1174,14 +949,14 @@ class MasterMachine:
 
     # ---- newcomers
 
-    def _drop_newcomer(self, record: _Peer, reason: str) -> None:
+    def _drop_newcomer(self, record: Peer, reason: str) -> None:
         conn = record.conn
         self._forget_newcomer(record, reason)
         if conn is not None:
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
 
-    def _forget_newcomer(self, record: _Peer, reason: str) -> None:
+    def _forget_newcomer(self, record: Peer, reason: str) -> None:
         """A proposal that names it is made again without it."""
         if self._peers.pop(record.key, None) is None:
             return
@@ -1190,7 +965,7 @@ class MasterMachine:
             proposal.stale = True
         self._log("newcomer_dropped", peer=short(record.peer), group=record.group, reason=reason)
 
-    def _drop_silent_newcomers(self, group: _Group) -> None:
+    def _drop_silent_newcomers(self, group: Group) -> None:
         dropped = False
         for record in self._pending(group):
             reason = self._newcomer_is_late(group, record)
@@ -1200,7 +975,7 @@ class MasterMachine:
         if dropped:
             self._advance(group)
 
-    def _newcomer_is_late(self, group: _Group, record: _Peer) -> str:
+    def _newcomer_is_late(self, group: Group, record: Peer) -> str:
         silent_s, proposal = self._now - max(record.heard_at, self._silent_since()), group.proposal
         if silent_s >= self.peer_timeout:
             return f"silent for {silent_s:.1f} s"
@@ -1209,7 +984,7 @@ class MasterMachine:
         waited_s = self._now - proposal.since
         return f"not linked to the members after {waited_s:.0f} s" if waited_s >= limits.STUCK_S else ""
 
-    def _tell_pending(self, group: _Group) -> None:
+    def _tell_pending(self, group: Group) -> None:
         """Everybody knows how many wait."""
         waiting = self._pending(group)
         for record in [*self._members(group), *waiting]:
@@ -1219,7 +994,7 @@ class MasterMachine:
 
     # ---- silence
 
-    def _evict_silent_members(self, group: _Group) -> None:
+    def _evict_silent_members(self, group: Group) -> None:
         if group.epoch is None:
             return
         seen = self._seen(group)
@@ -1233,16 +1008,16 @@ class MasterMachine:
         if lost:
             self._advance(group)
 
-    def _stuck(self, group: _Group) -> list[tuple[bytes, str]]:
+    def _stuck(self, group: Group) -> list[tuple[bytes, str]]:
         """Its C threads live and its Python does not: others stay frozen no longer than STUCK_S."""
         ballot = group.ballot
         if ballot is None or self._now - ballot.since < limits.STUCK_S:
             return []
         waited_s = self._now - ballot.since
-        missing = [key for key in ballot.members if not _has_reported(self._peers[key], ballot)]
+        missing = [key for key in ballot.members if not has_reported(self._peers[key], ballot)]
         return [(peer, f"no answer to a flush for {waited_s:.0f} s") for peer, _ in missing]
 
-    def _all_are_gone(self, group: _Group) -> bool:
+    def _all_are_gone(self, group: Group) -> bool:
         """Nobody is left to complain of anybody. Only newcomers care, and only after a time no uplink is down for.
 
         Connections that are still open speak for the members (a stopped process, a cut uplink): they get longer.
@@ -1263,17 +1038,17 @@ class MasterMachine:
         quiet = self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS
         return max(self._now if quiet else self._line_since, self._grace_until)
 
-    def _seen(self, group: _Group) -> list[Seen]:
+    def _seen(self, group: Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""
         staying = [record for record in self._members(group) if not record.lost]
         return [
             Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, staying)) for r in staying
         ]
 
-    def _owes(self, group: _Group, record: _Peer, staying: list[_Peer]) -> str:
+    def _owes(self, group: Group, record: Peer, staying: list[Peer]) -> str:
         """The answer of this member that others wait for."""
         if group.ballot is not None:
-            return "" if _has_reported(record, group.ballot) else "its report"
+            return "" if has_reported(record, group.ballot) else "its report"
         if group.proposal is not None:
             return "" if record.said.ready == group.proposal.version else "it to get ready"
         others = [other for other in staying if other is not record]
@@ -1299,18 +1074,18 @@ class MasterMachine:
 
     # ---- records
 
-    def _members(self, group: _Group) -> list[_Peer]:
+    def _members(self, group: Group) -> list[Peer]:
         """In the order of the epoch: rank by rank."""
         return [self._peers[m.peer, m.incarnation] for m in group.epoch.members] if group.epoch is not None else []
 
-    def _ranks(self, group: _Group) -> tuple[bytes, ...]:
+    def _ranks(self, group: Group) -> tuple[bytes, ...]:
         """The members' ids by rank: what channels of pairs refer to."""
         return group.epoch.peers if group.epoch is not None else ()
 
-    def _member(self, group: _Group, peer: bytes) -> _Peer:
+    def _member(self, group: Group, peer: bytes) -> Peer:
         return next(record for record in self._members(group) if record.peer == peer)
 
-    def _pending(self, group: _Group) -> list[_Peer]:
+    def _pending(self, group: Group) -> list[Peer]:
         """In the order of their coming."""
         waiting = (r for r in self._peers.values() if r.group == group.group and r.standing is Standing.PENDING)
         return sorted(waiting, key=lambda record: record.order)
@@ -1324,7 +1099,7 @@ class MasterMachine:
     def _send(self, conn: int, message: Message) -> None:
         self._out.append(Send(conn, message))
 
-    def _tell(self, record: _Peer, message: Message) -> None:
+    def _tell(self, record: Peer, message: Message) -> None:
         """Nothing is queued for an absent peer: it is told when it comes back."""
         if record.conn is not None:
             self._send(record.conn, message)
@@ -1370,7 +1145,7 @@ class MasterMachine:
             ],
         }
 
-    def _group_status(self, group: _Group) -> dict[str, Any]:
+    def _group_status(self, group: Group) -> dict[str, Any]:
         epoch, ballot, proposal = group.epoch, group.ballot, group.proposal
         return {
             "group": group.group,
@@ -1386,7 +1161,7 @@ class MasterMachine:
                 "number": ballot.number,
                 "kind": ballot.kind,
                 "undecided": ballot.undecided,
-                "waits_for": [short(k[0]) for k in ballot.members if not _has_reported(self._peers[k], ballot)],
+                "waits_for": [short(k[0]) for k in ballot.members if not has_reported(self._peers[k], ballot)],
             },
             "proposal": None
             if proposal is None
@@ -1400,7 +1175,7 @@ class MasterMachine:
             },
         }
 
-    def _peer_status(self, record: _Peer) -> dict[str, Any]:
+    def _peer_status(self, record: Peer) -> dict[str, Any]:
         return {
             "peer": record.peer.hex(),
             "addresses": [f"{address.host}:{address.port}" for address in record.addresses],
@@ -1422,11 +1197,7 @@ def _stands(epoch: Epoch) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
     return (epoch.number, epoch.id), (epoch.number - 1, epoch.previous)
 
 
-def _has_reported(record: _Peer, ballot: _Ballot) -> bool:
-    return record.said.report is not None and record.said.report.ballot == ballot.number
-
-
-def _propose_message(proposal: _Proposal, record: _Peer) -> EpochPropose:
+def _propose_message(proposal: Proposal, record: Peer) -> EpochPropose:
     return EpochPropose(proposal.version, proposal.epoch, proposal.cuts.get(record.peer, ()))
 
 
@@ -1458,7 +1229,7 @@ def _status_json(status: dict[str, Any]) -> str:
 
 
 # What a message changes. Heartbeat has no row: that it came is all it says, and it is answered.
-_HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, _Group, _Peer, Any], None]]] = {
+_HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, Group, Peer, Any], None]]] = {
     Leave: MasterMachine._on_leave,
     Arrive: MasterMachine._on_arrive,
     Withdraw: MasterMachine._on_withdraw,
@@ -1476,7 +1247,7 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, _Group, _Peer, 
 }
 
 # What may follow, first things first. Each says whether it did something; after that all are asked again.
-_STEPS: Final[tuple[Callable[[MasterMachine, _Group], bool], ...]] = (
+_STEPS: Final[tuple[Callable[[MasterMachine, Group], bool], ...]] = (
     MasterMachine._step_lost_at_once,
     MasterMachine._step_take_back,
     MasterMachine._step_dissolve,

@@ -28,6 +28,7 @@ from pyccl._proto.messages import (
     Message,
     OpReport,
     OpState,
+    Pending,
     Ready,
     Recall,
     Report,
@@ -489,6 +490,39 @@ def test_a_run_that_comes_back_goes_before_one_founded_without_a_journal() -> No
     world.come_back(1, commit)
     assert "older" in world.last(9, Evicted).reason
     assert world.last(1, Welcome).run == RUN
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+def test_a_newcomer_does_not_found_anew_the_group_of_members_that_are_on_their_way(journaled: bool) -> None:
+    before = Journaled()
+    for n, group in ((1, 0), (2, 7)):
+        before.hello(n, group=group)
+    world = Adopting(journaled)
+    world.come_back(1, commit_of(before, 1))
+    world.hello(9, group=7)
+    world.pass_time(limits.RECONNECT_S - 0.5, beating=(1, 9))
+    commit = commit_of(before, 2)
+    world.hello(2, group=7, resume=Resume(RUN, commit.epoch.number, commit.epoch.id, False))
+    world.say(2, recall_of(commit))
+    assert world.last(2, Welcome).resumed and world.last(2, Pending).count == 1
+    world.say(2, Arrive(1))
+    world.ready(2, 9)
+    assert commit_of(world, 9).epoch.previous == commit.epoch.id
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+def test_in_a_run_taken_over_an_unknown_group_is_founded_later_with_numbers_that_it_never_had(journaled: bool) -> None:
+    world = Adopting(journaled)
+    world.come_back(1, commit_of(group_of(1)))
+    world.hello(9, group=7)
+    world.pass_time(limits.RECONNECT_S - 0.5, beating=(1, 9))
+    assert not world.got(9, EpochCommit)
+    world.pass_time(1.0, beating=(1, 9))
+    assert commit_of(world, 9).epoch.number == (2 << 32) + 1
+    world.hello(10, group=7)
+    world.say(9, Arrive((2 << 32) + 1))
+    world.ready(9, 10)
+    assert commit_of(world, 10).epoch.number == (2 << 32) + 2
 
 
 def test_a_master_that_has_taken_over_one_run_sends_those_of_another_away() -> None:

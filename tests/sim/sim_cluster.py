@@ -51,7 +51,6 @@ class Options:
     flip_rate: float = 0.0  # results that are wrong at one peer
     mismatch_rate: float = 0.0
     strict: bool = True  # no program does anything that the others do not
-    meets: bool = True
     background: bool = False  # a second thread that does not mind safe points
     wire_check: bool = False
 

@@ -153,9 +153,10 @@ class SimEngine:
     def conns(self, slot: int) -> int:
         return len(self.links[slot].conns)
 
-    def freeze(self) -> list[tuple[int, int, int, int, int]]:
-        if self.owner.bug != "thaw":
-            lib.pyccl_fsm_freeze(self.fsm.handle, self.world.now)
+    def freeze(self) -> list[tuple[int, int, int, int, int]] | None:
+        """None: it has left the run."""
+        if self.owner.bug != "thaw" and lib.pyccl_fsm_freeze(self.fsm.handle, self.world.now) != 0:
+            return None
         report = self.fsm.report()
         self._after()
         return report

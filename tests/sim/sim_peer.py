@@ -234,7 +234,11 @@ class SimPeer(Process):
             case member.Freeze(ballot):
                 assert engine is not None
                 self._watch_blocked(now)  # a report that says "blocked" of a call that has ended makes a false mismatch
-                self.feed(machine.frozen(ballot, tuple(OpReport(*op) for op in engine.freeze()), now))
+                ops = engine.freeze()
+                if ops is None:
+                    self.on_leave()
+                    return
+                self.feed(machine.frozen(ballot, tuple(OpReport(*op) for op in ops), now))
             case member.Enter():
                 self._enter(effect)
             case member.Joined():
@@ -263,6 +267,9 @@ class SimPeer(Process):
             verdicts = ()
         self.checks.enters(self, effect, engine.fsm.counts())
         rc = engine.enter(epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, verdicts)
+        if rc == lib.PYCCL_ERR_OUTCOME_UNKNOWN:
+            self.on_leave()
+            return
         if rc != 0:
             self.checks.fail(f"{self.name} can't obey epoch {epoch.number}: status {rc}, verdicts {verdicts}")
             return

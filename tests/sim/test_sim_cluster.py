@@ -53,7 +53,6 @@ def test_seeds_reach_every_kind_of_epoch_fault_and_failure() -> None:
 # ---- what must hold in one definite situation
 
 QUIET = Options(faults=(), peers=4, think_s=0.05, chaos_s=1e6)
-NO_SAFE_POINTS = replace(QUIET, meets=False)
 
 
 def _at_work(seed: int, options: Options) -> SimCluster:
@@ -65,11 +64,17 @@ def _at_work(seed: int, options: Options) -> SimCluster:
     return cluster
 
 
+def _meet_no_more(cluster: SimCluster) -> None:
+    """All go without safe points from the same round on, behind any that one of them is in."""
+    last = max(program.round for program in cluster.programs.values())
+    for program in cluster.programs.values():
+        program.last_meeting = last
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_operations_commit_while_the_master_is_cut_off(seed: int) -> None:
     cluster = _at_work(seed, QUIET)
-    for program in cluster.programs.values():
-        program.options = NO_SAFE_POINTS
+    _meet_no_more(cluster)
     cluster.world.run(cluster.world.now_s + 5)
     sent = [peer.messages_out for peer in cluster.peers]
     epochs = [peer.number for peer in cluster.peers]
@@ -98,8 +103,7 @@ def test_nobody_is_evicted_when_the_master_was_stopped_or_cut(seed: int, fault: 
 @pytest.mark.parametrize("seed", range(4))
 def test_nobody_is_evicted_for_one_paused_uplink_that_no_one_waits_for(seed: int) -> None:
     cluster = _at_work(seed, QUIET)
-    for program in cluster.programs.values():
-        program.options = NO_SAFE_POINTS
+    _meet_no_more(cluster)
     cluster.world.run(cluster.world.now_s + 5)
     commits = cluster.checks.commits
     cluster.world.cut(cluster.peers[1], cluster.master, 20.0)
@@ -218,8 +222,7 @@ def test_operations_with_a_lost_peer_end_while_the_master_is_away_unless_they_ar
     ended = kept = 0
     for seed in range(6):
         cluster = _at_work(seed, replace(QUIET, master_timeout_s=4.0))
-        for program in cluster.programs.values():
-            program.options = NO_SAFE_POINTS
+        _meet_no_more(cluster)
         cluster.world.run(cluster.world.now_s + 3)
         cluster.crash_master(30.0)
         lost = cluster.peers[seed % 4]
