@@ -75,6 +75,7 @@ class MasterServer:
         self._notes = Notes(log)
         self._conns: dict[int, _Conn] = {}
         self._conn_last = 0
+        self._packed: tuple[Message | None, bytes] = None, b""
         self._open = 0
 
     async def serve(self, listener: trio.SocketListener) -> None:
@@ -210,7 +211,9 @@ class MasterServer:
         conn = self._conns.get(effect.conn)
         if conn is None:
             return
-        data = envelope.pack(effect.message)
+        if effect.message is not self._packed[0]:  # one message to many comes many times in a row
+            self._packed = effect.message, envelope.pack(effect.message)
+        data = self._packed[1]
         conn.waiting_bytes += len(data)
         if conn.waiting_bytes > _WAITING_BYTES_MAX:
             log.warning("connection_closed cause=slow_receiver waiting_bytes=%d", conn.waiting_bytes)

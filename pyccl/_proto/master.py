@@ -198,6 +198,7 @@ class MasterMachine:
         self.library: Final = library
         self._groups: dict[int, Group] = {}
         self._peers: dict[PeerKey, Peer] = {}
+        self._newcomers: dict[PeerKey, Peer] = {}  # of these, who may be pending
         self._conns: dict[int, Conn] = {}
         self._gone: OrderedDict[PeerKey, str] = OrderedDict()
         self._events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=limits.EVENTS_MAX)
@@ -227,6 +228,7 @@ class MasterMachine:
         key = member.peer, member.incarnation
         if key not in self._peers:
             self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
+        self._newcomers.pop(key, None)
         self._peers[key].standing, self._peers[key].said = Standing.MEMBER, Said()
 
     def _new_group(self, number: int) -> Group:
@@ -409,7 +411,7 @@ class MasterMachine:
             order=self._arrivals,
             heard_at=self._now,
         )
-        self._peers[record.key] = record
+        self._peers[record.key] = self._newcomers[record.key] = record
         self._attach(conn, record, resumed=False)
         self._log("peer_pending", peer=short(record.peer), group=record.group, library=record.library)
         self._advance(group)
@@ -648,6 +650,8 @@ class MasterMachine:
         self._tell_pending(group)
 
     def _step_lost_at_once(self, group: Group) -> bool:
+        if all(record.conn is not None for record in self._members(group)):
+            return False
         lost = refused_at_once(self._seen(group))
         for peer, reason in lost:
             self._lose(self._member(group, peer), reason)
@@ -683,10 +687,9 @@ class MasterMachine:
         return True
 
     def _step_found(self, group: Group) -> bool:
-        first = next(iter(self._pending(group)), None)
-        if group.epoch is not None or first is None or self._takeover.awaits(group):
+        if group.epoch is not None or not (waiting := self._pending(group)) or self._takeover.awaits(group):
             return False
-        epoch = make_epoch(self._takeover.next_number(group), group.last_id, self.term, (first.member,))
+        epoch = make_epoch(self._takeover.next_number(group), group.last_id, self.term, (waiting[0].member,))
         self._decide(group, epoch, KIND_FOUND)
         return True
 
@@ -755,6 +758,8 @@ class MasterMachine:
 
     def _blocked_in(self, group: Group, members: list[Peer], opened: Container[Key] = ()) -> str | None:
         """How these wait for each other; None: they do not, or a broken link explains what they miss."""
+        if all(record.said.blocked is None for record in members):
+            return None
         if any(record.peer in other.complaints for record in members for other in members):
             return None
         return blocked_detail({record.peer: record.said.blocked for record in members}, self._ranks(group), opened)
@@ -897,7 +902,8 @@ class MasterMachine:
             assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
             if record.standing is Standing.PENDING:
                 record.standing = Standing.ENTERING
-        out = (record for record in self._members(group) if not epoch.has(*record.key))
+        keys = {(member.peer, member.incarnation) for member in epoch.members}
+        out = (record for record in self._members(group) if record.key not in keys)
         self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
 
     def _persist(self, record: Record, group: Group | None) -> None:
@@ -927,10 +933,12 @@ class MasterMachine:
             members=[short(peer) for peer in epoch.peers],
             verdicts=len(verdicts),
         )
+        keys = {(member.peer, member.incarnation) for member in epoch.members}
         for record in before:
-            if not epoch.has(*record.key):
+            if record.key not in keys:
                 self._evict(record)
         for record in self._members(group):
+            self._newcomers.pop(record.key, None)
             record.standing, record.said = Standing.MEMBER, Said()
             for peer, complaint in list(record.complaints.items()):
                 if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
@@ -942,6 +950,7 @@ class MasterMachine:
     def _evict(self, record: Peer) -> None:
         """Out of the run: whatever this incarnation says from now on is answered with the reason."""
         del self._peers[record.key]
+        self._newcomers.pop(record.key, None)
         fence(self._gone, (Fenced(*record.key, record.lost),))
         self._log("peer_evicted", peer=short(record.peer), group=record.group, reason=record.lost)
         if record.conn is not None:
@@ -960,6 +969,7 @@ class MasterMachine:
         """A proposal that names it is made again without it."""
         if self._peers.pop(record.key, None) is None:
             return
+        self._newcomers.pop(record.key, None)
         proposal = self._groups[record.group].proposal
         if proposal is not None and record.key in proposal.newcomers:
             proposal.stale = True
@@ -1041,21 +1051,26 @@ class MasterMachine:
     def _seen(self, group: Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""
         staying = [record for record in self._members(group) if not record.lost]
+        late = self._late_at_safe_point(group, staying)
         return [
-            Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, staying)) for r in staying
+            Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, late)) for r in staying
         ]
 
-    def _owes(self, group: Group, record: Peer, staying: list[Peer]) -> str:
+    def _owes(self, group: Group, record: Peer, late: Peer | None) -> str:
         """The answer of this member that others wait for."""
         if group.ballot is not None:
             return "" if has_reported(record, group.ballot) else "its report"
         if group.proposal is not None:
             return "" if record.said.ready == group.proposal.version else "it to get ready"
-        others = [other for other in staying if other is not record]
-        waiting = record.said.arrived is None and others and all(other.said.arrived is not None for other in others)
-        if waiting and self._now - max(other.said.arrived_at for other in others) >= self.peer_timeout:
-            return "it at a safe point"
-        return ""
+        return "it at a safe point" if record is late else ""
+
+    def _late_at_safe_point(self, group: Group, staying: list[Peer]) -> Peer | None:
+        """The only one that all others have waited for long enough."""
+        missing = [record for record in staying if record.said.arrived is None]
+        if group.ballot is not None or group.proposal is not None or len(missing) != 1 or len(staying) == 1:
+            return None
+        since = max(record.said.arrived_at for record in staying if record is not missing[0])
+        return missing[0] if self._now - since >= self.peer_timeout else None
 
     def _restart_timers(self, gap_s: float) -> None:
         """We were stopped ourselves: what arrived meanwhile is unread, so nobody is late yet."""
@@ -1076,7 +1091,11 @@ class MasterMachine:
 
     def _members(self, group: Group) -> list[Peer]:
         """In the order of the epoch: rank by rank."""
-        return [self._peers[m.peer, m.incarnation] for m in group.epoch.members] if group.epoch is not None else []
+        if group.roster_of is not group.commit:
+            members = group.epoch.members if group.epoch is not None else ()
+            group.roster = [self._peers[member.peer, member.incarnation] for member in members]
+            group.roster_of = group.commit
+        return group.roster
 
     def _ranks(self, group: Group) -> tuple[bytes, ...]:
         """The members' ids by rank: what channels of pairs refer to."""
@@ -1087,7 +1106,7 @@ class MasterMachine:
 
     def _pending(self, group: Group) -> list[Peer]:
         """In the order of their coming."""
-        waiting = (r for r in self._peers.values() if r.group == group.group and r.standing is Standing.PENDING)
+        waiting = (r for r in self._newcomers.values() if r.group == group.group and r.standing is Standing.PENDING)
         return sorted(waiting, key=lambda record: record.order)
 
     # ---- effects

@@ -93,6 +93,8 @@ class Group:
     proposal: Proposal | None = None
     ballot: Ballot | None = None
     deciding: EpochCommit | None = None  # on its way to the journal; proposal or ballot stay open until it is there
+    roster: list[Peer] = field(default_factory=list)  # of the epoch of `roster_of`: looked up for every message
+    roster_of: EpochCommit | None = None
 
     @property
     def epoch(self) -> Epoch | None:

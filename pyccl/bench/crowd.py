@@ -74,8 +74,7 @@ class _Member:
 
     async def leave(self) -> None:
         self._perform(self.machine.leave(trio.current_time()))
-        await self._flush()
-        await self._stream.send_eof()
+        await self._flush()  # the master hangs up then
 
     async def _flush(self) -> None:
         data, self._out = bytes(self._out), bytearray()
@@ -125,15 +124,13 @@ class _Crowd:
             while not reached():
                 await self._changed.wait()
 
-    async def found(self) -> None:
-        """As many groups as are needed, of about the same size."""
-        count = -(-self._settings.peers // limits.MEMBERS_MAX)
-        for group in range(count):
-            size = self._settings.peers // count + (group < self._settings.peers % count)
+    async def found(self, beat: Callable[[], None]) -> None:
+        for group, size in enumerate(group_sizes(self._settings.peers)):
             self.groups.append([await self.come(group)])
             await self.until(lambda: self.groups[-1][0].machine.state is State.MEMBER)
             newcomers = [await self.come(group) for _ in range(size - 1)]
             await self._safe_point(group, newcomers)
+            beat()
 
     async def _safe_point(self, group: int, newcomers: list[_Member]) -> None:
         members = self.groups[group]
@@ -165,6 +162,12 @@ class _Crowd:
                 nursery.start_soon(self._safe_point, group, [newcomer])
 
 
+def group_sizes(peers: int) -> list[int]:
+    """As few groups as hold them, of about the same size."""
+    count = -(-peers // limits.MEMBERS_MAX)
+    return [peers // count + (group < peers % count) for group in range(count)]
+
+
 def cpu_s(pid: int) -> float:
     """User and system time of a process, in steps of the kernel's clock tick (10 ms)."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
@@ -183,7 +186,7 @@ async def _measure(settings: Settings, control: Control) -> dict[str, list[list[
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         crowd = _Crowd(settings, nursery)
-        await crowd.found()
+        await crowd.found(lambda: control.say("beat"))
         control.say("founded", groups=[len(members) for members in crowd.groups])
         for _ in range(settings.iterations):
             for name, change in (("loss", crowd.lose_one_each), ("join", crowd.gain_one_each)):
@@ -193,7 +196,7 @@ async def _measure(settings: Settings, control: Control) -> dict[str, list[list[
                 wall_s = (time.monotonic_ns() - start_ns) / 1e9
                 await _until_idle(settings.master_pid)
                 figures[name].append([cpu_s(settings.master_pid) - cpu, wall_s])
-            control.say("beat")
+                control.say("beat")
     return figures
 
 
