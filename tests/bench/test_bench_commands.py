@@ -125,6 +125,19 @@ def test_loss_tells_the_gap_of_the_survivors() -> None:
     assert [loss["cause"] for loss in told["losses"]] == ["killed", "silent"]
 
 
+def test_restart_tells_that_no_operation_failed_and_when_the_next_join_was() -> None:
+    told = done("restart", "--world", "3", "--iters", "2", "--down", "0.1")
+    for name in ("operations", "gap_s", "join_s"):
+        check_summary(told[name])
+    assert len(told["restarts"]) == 2 and all(restart["operations"] > 0 for restart in told["restarts"])
+
+
+def test_restart_prints_a_table() -> None:
+    finished = bench("restart", "--world", "3", "--iters", "1", "--down", "0")
+    assert finished.status == 0 and finished.left == [], finished.stderr
+    assert "all-reduces meanwhile, 0 failed" in finished.stdout
+
+
 def test_epoch_tells_what_its_changes_cost_the_master() -> None:
     told = done("epoch", "--peers", "12", "--iters", "2")
     assert told["groups"] == [12]
