@@ -84,9 +84,10 @@ class OutcomeUnknownError(PycclError):
 
 
 class MasterUnavailableError(PycclError):
-    """The master can't be reached, and this call needs it.
+    """The master can't be reached, or may not decide, and this call needs it: a safe point, or an operation of which a
+    participant is lost.
 
-    Fault: the master's, or the network's.  Retry: yes; collectives go on without it.  Array: untouched.
+    Fault: the master's, or the network's.  Retry: yes; collectives go on without it.  Array: the input is restored.
     """
 
 

@@ -51,6 +51,7 @@ typedef enum pyccl_status {
     PYCCL_ERR_STALLED = -31,         /* DeadlineError: a started operation made no progress                     */
     PYCCL_ERR_CANCELLED = -32,       /* the caller gave up (Ctrl-C, close) here or at a participant              */
     PYCCL_ERR_OUTCOME_UNKNOWN = -33, /* OutcomeUnknownError: prepared, never settled; we left the run            */
+    PYCCL_ERR_MASTER_AWAY = -34,     /* MasterUnavailableError: a peer is lost and there is no master to settle it */
     PYCCL_ERR_MISMATCH = -40,        /* MismatchError: participants called different things                     */
     PYCCL_ERR_RESULT_DIFFERS = -41,  /* MismatchError: participants hold different result bits                  */
     PYCCL_ERR_FRAME = -50            /* RemoteProtocolError: a peer broke proto/wire.md                         */
@@ -280,6 +281,10 @@ void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t no
 void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns);               /* bytes moved      */
 /* The caller gives up. Before DONE it fails with `why`; after DONE its deadline becomes now and it is settled. */
 void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t now_ns);
+/* No master: what only it can move on, is not prepared and was submitted before `before_ns` fails alone with `why`. That
+ * is what has one of the lost members (`count` ids, one behind the other) among its participants, what waits for a cut or
+ * an epoch, and all that is frozen. */
+void pyccl_fsm_give_up(pyccl_fsm *fsm, pyccl_status why, const uint8_t *lost, size_t count, int64_t before_ns, int64_t now_ns);
 /* Judge a frame's epoch; member: 1 when its sender is a member of the current epoch. */
 pyccl_gate pyccl_fsm_gate(const pyccl_fsm *fsm, uint64_t epoch_number, uint64_t epoch_tag, int member);
 /* Judge DATA that passed the gate: PASS with *cookie (0: not submitted here yet, keep it within the eager window),
@@ -288,7 +293,8 @@ pyccl_gate pyccl_fsm_data(pyccl_fsm *fsm, uint32_t rank, uint8_t space, uint32_t
 /* A message that passed the gate. ERR_FRAME: it can't come from a peer that follows the rules. */
 pyccl_status pyccl_fsm_receive(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns);
 void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns);  /* frames to `rank` may be lost: repeat */
-void pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns);                     /* idempotent; ends with fsm_epoch      */
+/* Idempotent; ends with fsm_epoch. ERR_OUTCOME_UNKNOWN, here and from fsm_epoch: after ACT_LEAVE, until fsm_end. */
+pyccl_status pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns);
 int pyccl_fsm_frozen(const pyccl_fsm *fsm);
 /* These four return how many entries there are and write at most `cap` of them. */
 size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap);
@@ -393,11 +399,14 @@ pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd);
 pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd);                    /* heartbeats to the master; takes fd */
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out);
 
-/* As the functions of the machine, carried out by the engine thread; the caller waits for it. */
+/* As the functions of the machine, carried out by the engine thread; the caller waits for it. freeze and epoch refuse with
+ * ERR_OUTCOME_UNKNOWN what comes after EVENT_LEAVE, also before that event was taken. */
 pyccl_status pyccl_engine_freeze(pyccl_engine *engine, pyccl_op_report *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count);
 pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind);
+/* pyccl_fsm_give_up of what was submitted at least `age_ns` ago. */
+pyccl_status pyccl_engine_give_up(pyccl_engine *engine, pyccl_status why, const uint8_t *lost, size_t count, int64_t age_ns);
 /* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since a submit, the end of
  * an operation, a cut or an epoch; 0 while one runs that all its participants have opened: who waits for its end may do
  * anything after it. *below the cut. */

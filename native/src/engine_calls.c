@@ -168,7 +168,7 @@ typedef struct fsm_command {
 static void run_freeze(pyccl_engine *engine, command *c) {
     fsm_command *f = (fsm_command *)c;
     engine->tick_stale = true;
-    pyccl_fsm_freeze(engine->fsm, engine->env.now_ns);
+    c->status = pyccl_fsm_freeze(engine->fsm, engine->env.now_ns);
     f->count = pyccl_fsm_report(engine->fsm, f->out, f->cap);
 }
 
@@ -216,6 +216,28 @@ pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, s
     fsm_command c = {.command = {.run = run_cut}, .cut = cut, .cuts = cuts, .open = open};
     engine_run(engine, &c.command);
     *behind = c.behind;
+    return c.command.status;
+}
+
+typedef struct give_up_command {
+    command command;
+    pyccl_status why;
+    const uint8_t *lost;
+    size_t lost_count;
+    int64_t age_ns;
+} give_up_command;
+
+static void run_give_up(pyccl_engine *engine, command *c) {
+    const give_up_command *g = (const give_up_command *)c;
+    const int64_t now = engine->env.now_ns;
+    engine->tick_stale = true;
+    pyccl_fsm_give_up(engine->fsm, g->why, g->lost, g->lost_count, now - g->age_ns, now);
+}
+
+pyccl_status pyccl_engine_give_up(pyccl_engine *engine, pyccl_status why, const uint8_t *lost, size_t count, int64_t age_ns) {
+    if (why >= 0 || age_ns < 0) return PYCCL_ERR_ARGUMENT;
+    give_up_command c = {.command = {.run = run_give_up}, .why = why, .lost = lost, .lost_count = count, .age_ns = age_ns};
+    engine_run(engine, &c.command);
     return c.command.status;
 }
 

@@ -51,7 +51,7 @@ typedef struct fsm_op {
     double *weights;                       /* (world) of each rank that opened it; behind hash      */
     uint32_t owner_rank;                   /* EARLY: whose share of PYCCL_EARLY_MAX it counts in    */
     uint32_t attempts;
-    int64_t deadline_ns, progress_ns, leave_ns;
+    int64_t submitted_ns, deadline_ns, progress_ns, leave_ns;
     int32_t abort_status;                  /* EARLY: a peer already aborted it                      */
     uint32_t abort_rank;
     uint8_t have_spec, have_other, result, asked, told_differs;
@@ -77,7 +77,7 @@ typedef struct deferred {                  /* submitted while frozen or above th
     uint64_t cookie;
     pyccl_spec spec;
     double weight;
-    int64_t deadline_ns;
+    int64_t submitted_ns, deadline_ns;
     int32_t status;                        /* not 0: given up, it only takes its number             */
 } deferred;
 
@@ -86,7 +86,7 @@ struct pyccl_fsm {
     uint64_t epoch_number, epoch_tag;
     uint32_t world, rank;
     uint8_t members[PYCCL_WORLD_MAX][PYCCL_ID_SIZE];
-    uint8_t entered, frozen, cutting;
+    uint8_t entered, left, frozen, cutting;
     fsm_tag *tags, *dirty;
     pyccl_map tag_map, cookie_map;
     fsm_op *live_first, *live_last;
@@ -470,6 +470,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
     op->spec = from->spec;
     op->weight = from->weight;
     op->cookie = from->cookie;
+    op->submitted_ns = from->submitted_ns;
     op->deadline_ns = from->deadline_ns;
     memset(&op->opened, 0, sizeof op->opened);
     if (from->status != 0) {  /* given up while it waited: the number is taken, the others learn it */
@@ -610,6 +611,7 @@ void pyccl_fsm_end(pyccl_fsm *fsm, pyccl_status why) {
     free_deferred(fsm);
     free_tags(fsm);
     fsm->entered = 0;
+    fsm->left = 0;
     fsm->frozen = fsm->cutting = 0;
     fsm->world = 0;
 }
@@ -629,7 +631,7 @@ pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const py
     fsm_tag *tag = partner < fsm->world ? tag_find(fsm, spec->space, spec->tag, partner) : NULL;
     if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
     if (is_too_far_ahead(fsm, spec, partner)) return PYCCL_ERR_LIMIT;
-    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .deadline_ns = deadline_ns};
+    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .submitted_ns = now_ns, .deadline_ns = deadline_ns};
     if (!fsm->frozen && !fsm->cutting && fails_for_want_of_peers(fsm, cookie, spec))
         return PYCCL_OK;  /* frozen or cutting: a newcomer may be on its way, wait for it */
     if (admissible(fsm, tag)) {
@@ -672,6 +674,26 @@ void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t
             deferred_give_up(fsm, item, why);
             return;
         }
+}
+
+static int concerns_any(const pyccl_fsm *fsm, const fsm_tag *tag, const uint8_t *ids, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        const uint32_t rank = member_rank(fsm, ids + i * PYCCL_ID_SIZE);
+        if (rank < fsm->world && takes_part(fsm, tag, rank)) return 1;
+    }
+    return 0;
+}
+
+void pyccl_fsm_give_up(pyccl_fsm *fsm, pyccl_status why, const uint8_t *lost, size_t count, int64_t before_ns, int64_t now_ns) {
+    PYCCL_ASSERT(why < 0);
+    fsm_op *next = NULL;
+    for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
+        next = op->live_next;
+        if (op->state != RUNNING || op->submitted_ns >= before_ns) continue;
+        if (fsm->frozen || concerns_any(fsm, op->tag, lost, count)) op_fail_alone(fsm, op, why, now_ns);
+    }
+    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
+        if (item->status == 0 && item->submitted_ns < before_ns) deferred_give_up(fsm, item, why);
 }
 
 /* ---- frames ---- */
@@ -799,6 +821,7 @@ static int32_t abort_status(uint64_t value) {
     case PYCCL_ERR_ARGUMENT:
     case PYCCL_ERR_DEADLINE:
     case PYCCL_ERR_STALLED:
+    case PYCCL_ERR_MASTER_AWAY:
     case PYCCL_ERR_RESULT_DIFFERS:
     case PYCCL_ERR_MISMATCH:
     case PYCCL_ERR_PEER_LOST: return -(int32_t)value;
@@ -808,7 +831,8 @@ static int32_t abort_status(uint64_t value) {
 
 /* Whom a failure learned from `rank` is blamed on; NULL: `rank` only knows that it failed, not through whom. */
 static const uint8_t *culprit_of(const pyccl_fsm *fsm, int32_t status, uint32_t rank) {
-    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST || status == PYCCL_ERR_ARGUMENT;
+    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ||
+                       status == PYCCL_ERR_ARGUMENT || status == PYCCL_ERR_MASTER_AWAY;
     return nobody ? NULL : fsm->members[rank];
 }
 
@@ -895,9 +919,11 @@ void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
 
 /* ---- freeze, report, safe points ---- */
 
-void pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns) {
+pyccl_status pyccl_fsm_freeze(pyccl_fsm *fsm, int64_t now_ns) {
     (void)now_ns;
+    if (fsm->left) return PYCCL_ERR_OUTCOME_UNKNOWN;  /* an empty report would say that nothing was prepared here */
     fsm->frozen = fsm->entered;
+    return PYCCL_OK;
 }
 
 int pyccl_fsm_frozen(const pyccl_fsm *fsm) { return fsm->frozen; }
@@ -1101,6 +1127,7 @@ static const uint8_t *first_lost(const pyccl_fsm *fsm, const pyccl_epoch *epoch)
 
 pyccl_status pyccl_fsm_epoch(pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count, int64_t now_ns) {
     PYCCL_ASSERT(fsm->queue_count == 0);  /* actions name ranks of the old epoch */
+    if (fsm->left) return PYCCL_ERR_OUTCOME_UNKNOWN;  /* our numbers are gone: the others count on from theirs */
     pyccl_status rc = epoch_check(fsm, epoch, verdicts, count);
     if (rc != PYCCL_OK) return rc;
     uint8_t lost[PYCCL_ID_SIZE];
@@ -1192,6 +1219,7 @@ int64_t pyccl_fsm_tick(pyccl_fsm *fsm, int64_t now_ns) {
     }
     if (leave) {
         pyccl_fsm_end(fsm, PYCCL_ERR_CLOSED);
+        fsm->left = 1;
         act(fsm, PYCCL_ACT_LEAVE);
         return INT64_MAX;
     }

@@ -791,6 +791,41 @@ TEST(fsm_ask_is_not_answered_while_unsettled) {
     CHECK_EQ(r->count, 0);
 }
 
+TEST(fsm_gives_up_what_is_old_and_not_prepared) {
+    uint8_t lost[PYCCL_ID_SIZE];
+    memset(lost, 0x12, sizeof lost);           /* member 2 */
+    for (int frozen = 0; frozen < 2; frozen++) {
+        rig *r = prepared();
+        submit_spec(r, 2, spec_of(TAG), FAR);
+        if (frozen) pyccl_fsm_freeze(r->fsm, r->now);
+        submit_spec(r, 3, spec_of(TAG), FAR);  /* frozen: it has no number yet */
+        const int64_t before = r->now + 1;
+        tick(r, before);
+        submit_spec(r, 4, spec_of(TAG), FAR);
+        pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, frozen ? 0 : 1, before, r->now);
+        take(r);
+        CHECK(action(r, PYCCL_ACT_FAIL, 1) == NULL && action(r, PYCCL_ACT_FAIL, 4) == NULL);
+        CHECK(failed_with(r, 2, PYCCL_ERR_MASTER_AWAY, -1) && failed_with(r, 3, PYCCL_ERR_MASTER_AWAY, -1));
+        CHECK_EQ(sends(r, PYCCL_FRAME_ABORT), frozen ? 0 : 4);
+        pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, frozen ? 0 : 1, before, r->now);
+        take(r);
+        CHECK_EQ(r->count, 0);
+        if (!frozen) continue;
+        CHECK(reported_as(r, 0, PYCCL_STATE_PREPARED));
+        CHECK(enter(r, 3, 0, 0, 0, &COMMIT_0, 1) == PYCCL_OK);
+        CHECK(committed(r, 1) && action(r, PYCCL_ACT_START, 4)->seq == 3);  /* both numbers are taken */
+        receive(r, PYCCL_FRAME_OPEN, 1, 1, 0);
+        CHECK_EQ(sent(r, PYCCL_FRAME_ABORT, 1)->value, -PYCCL_ERR_MASTER_AWAY);
+    }
+}
+
+TEST(fsm_learns_from_an_abort_that_the_master_is_away) {
+    rig *r = rig_new(7, 0);
+    submit(r, 1);
+    receive(r, PYCCL_FRAME_ABORT, 1, 0, -PYCCL_ERR_MASTER_AWAY);
+    CHECK(failed_with(r, 1, PYCCL_ERR_MASTER_AWAY, -1));
+}
+
 TEST(fsm_leaves_when_the_outcome_stays_unknown) {
     for (int frozen = 0; frozen < 2; frozen++) {
         rig *r = prepared();
@@ -805,6 +840,12 @@ TEST(fsm_leaves_when_the_outcome_stays_unknown) {
         CHECK(r->acts[r->count - 1].type == PYCCL_ACT_LEAVE);
         pyccl_spec spec = spec_of(TAG);
         CHECK(pyccl_fsm_submit(r->fsm, 9, &spec, DEADLINE, r->now) == PYCCL_ERR_CLOSED);
+        /* What the control plane asks before it knows: no report that lacks what was prepared, no epoch. */
+        CHECK_EQ(pyccl_fsm_freeze(r->fsm, r->now), PYCCL_ERR_OUTCOME_UNKNOWN);
+        CHECK_EQ(enter(r, 3, 0, 0, 0, &COMMIT_0, 1), PYCCL_ERR_OUTCOME_UNKNOWN);
+        CHECK_EQ(pyccl_fsm_gate(r->fsm, 2, 0x42, 1), PYCCL_GATE_LATER);
+        pyccl_fsm_end(r->fsm, PYCCL_ERR_CLOSED);
+        CHECK_EQ(enter(r, 3, 1, 1, 0, NULL, 0), PYCCL_OK);
     }
 }
 
@@ -1074,6 +1115,28 @@ TEST(fsm_exchange_asks_and_tells_the_partner_alone) {
     CHECK_EQ(reported(r), 1);
     receive_pair(r, PYCCL_FRAME_SETTLED, 3, 1, 0);
     CHECK_EQ(reported(r), 0);              /* the record is gone: nobody else has to settle it */
+}
+
+TEST(fsm_gives_up_no_exchange_with_a_member_that_is_there) {
+    uint8_t lost[2 * PYCCL_ID_SIZE];
+    memset(lost, 0x77, PYCCL_ID_SIZE);         /* nobody */
+    memset(lost + PYCCL_ID_SIZE, 0x12, PYCCL_ID_SIZE);
+    rig *r = exchange_running();
+    submit_spec(r, 2, exchange_of(TAG, 1, 2), FAR);
+    submit_spec(r, 3, spec_of(TAG), FAR);
+    const int64_t before = r->now + 1;
+    tick(r, before);
+    pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, 1, before, r->now);
+    take(r);
+    CHECK_EQ(r->count, 0);
+    pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, 2, before, r->now);
+    take(r);
+    CHECK(failed_with(r, 2, PYCCL_ERR_MASTER_AWAY, -1) && failed_with(r, 3, PYCCL_ERR_MASTER_AWAY, -1));
+    CHECK(action(r, PYCCL_ACT_FAIL, 1) == NULL);
+    pyccl_fsm_freeze(r->fsm, r->now);          /* a ballot that nobody ends concerns all */
+    pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, NULL, 0, before, r->now);
+    take(r);
+    CHECK(failed_with(r, 1, PYCCL_ERR_MASTER_AWAY, -1));
 }
 
 TEST(fsm_exchange_is_named_by_the_ranks_of_its_pair) {

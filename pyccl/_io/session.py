@@ -47,10 +47,11 @@ from pyccl._proto.messages import (
 )
 
 STALL_S: Final = 30.0
+MASTER_TIMEOUT_S: Final = 20.0  # less than STALL_S, whose error would name the wrong cause
 MISMATCH_GRACE_S: Final = 5.0
 _TICK_S: Final = 0.1
 _SLICE_S: Final = 0.1  # longest wait of a user thread without a look at Python's signal handlers
-_BACKOFF_S: Final = (0.05, 2.0)
+_BACKOFF_S: Final = (0.05, 1.0)  # so that all are back within 2 s of a master that was restarted
 _LEAVE_S: Final = 2.0
 _ENDING_S: Final = 10.0  # more than it ever takes from the engine's end to the thread's
 _EPOCHS_KEPT: Final = 64  # member lists of past epochs, for the info of operations that ended in them
@@ -67,6 +68,7 @@ class SessionConfig:
     library: str
     mismatch_grace: float = MISMATCH_GRACE_S
     stall_timeout: float = STALL_S
+    master_timeout: float = MASTER_TIMEOUT_S  # an operation that can't go on without an absent master waits so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class Session:
         self._performing = False
         self._cut_version, self._cut_number = 0, 0
         self._arrived_at = 0.0
-        self._down_since = 0.0
+        self._down_since = self._needed_since = 0.0
         self._pulse_wanted = trio.Event()
 
     # ---- called by user threads --------------------------------------------------------------------------------------
@@ -514,7 +516,11 @@ class Session:
     def _do_freeze(self, effect: member.Freeze) -> None:
         assert self.engine is not None and self._machine is not None
         self._watch_blocked(trio.current_time())  # what the report goes with must not be older than it
-        ops = tuple(OpReport(*op) for op in self.engine.freeze())
+        try:
+            ops = tuple(OpReport(*op) for op in self.engine.freeze())
+        except errors.OutcomeUnknownError:
+            self._left()
+            return
         self._feed(self._machine.frozen(effect.ballot, ops, trio.current_time()))
 
     def _do_enter(self, effect: member.Enter) -> None:
@@ -529,6 +535,9 @@ class Session:
             self.engine.enter(
                 epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, effect.verdicts
             )
+        except errors.OutcomeUnknownError:
+            self._left()
+            return
         except errors.UsageError as e:  # what the master decided can't be obeyed: we hold other facts than it thinks
             self._finish(errors.RemoteProtocolError(f"the master's epoch {epoch.number} contradicts what is here: {e}"))
             return
@@ -657,6 +666,10 @@ class Session:
         self._feed(self._machine.settle(trio.current_time()))
 
     def _on_leave(self, event: Event) -> None:
+        self._left()
+
+    def _left(self) -> None:
+        """The engine has left the run and knows no operation any more. A message may tell us before its event does."""
         self._finish(errors.OutcomeUnknownError("left the run: the outcome of an operation could not be learned"))
 
     def _on_differs(self, event: Event) -> None:
@@ -686,7 +699,7 @@ class Session:
             await trio.sleep(_TICK_S)
             now = trio.current_time()
             if now - last > limits.PAUSE_S:  # we were stopped ourselves: nobody made us wait meanwhile
-                self._down_since = self._arrived_at = now
+                self._down_since = self._needed_since = self._arrived_at = now
             last = now
             if self._machine is None or self.engine is None:
                 continue
@@ -710,12 +723,17 @@ class Session:
             self._feed(self._machine.unblocked(now))
 
     def _watch_master(self, now: float) -> None:
-        """A safe point needs the master; it does not wait for one that stays away.
+        """A safe point needs the master, and so does an operation with a lost peer; none waits for one that stays away.
 
         Time counts from the call: how long the master was away before it says nothing of whether it is back by now.
         """
-        assert self._machine is not None
-        if not self._machine.master_is_away(now):
+        assert self._machine is not None and self.engine is not None
+        away = self._machine.master_is_away(now)
+        if not (away and self._machine.needs_master):
+            self._needed_since = now
+        elif now - self._needed_since >= self.config.master_timeout:
+            self.engine.give_up(status.MASTER_AWAY, self._machine.lost, self.config.master_timeout)
+        if not away:
             self._down_since = now
         elif self._topology is not None and now - max(self._down_since, self._arrived_at) >= self._unreachable_timeout:
             waiter = self._topology

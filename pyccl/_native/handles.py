@@ -210,7 +210,10 @@ class Engine:
     # -- epochs
 
     def freeze(self) -> list[tuple[int, int, int, int, int]]:
-        """Freeze every open operation; returns what is known of each: (space, channel, seq, state, hash)."""
+        """Freeze every open operation; returns what is known of each: (space, channel, seq, state, hash).
+
+        OutcomeUnknownError, here and from ``enter``: it has left the run, whether EventType.LEAVE was taken or not.
+        """
         cap, count = 256, ffi.new("size_t *")
         while True:
             out = ffi.new("pyccl_op_report[]", cap)
@@ -261,6 +264,10 @@ class Engine:
 
     def uncut(self) -> None:
         check(lib.pyccl_engine_cut(self._engine, ffi.NULL, 0, 1, ffi.new("int *")), "uncut")
+
+    def give_up(self, why: int, lost: Sequence[bytes], age_s: float) -> None:
+        """What was submitted so long ago, is not prepared and needs a master to go on fails with this status."""
+        check(lib.pyccl_engine_give_up(self._engine, why, b"".join(lost), len(lost), _ns(age_s)), "give_up")
 
     def blocked(self) -> BlockedView:
         cap = 64

@@ -3,7 +3,7 @@
 It knows nothing of sockets, threads, clocks or tensors: inputs carry `now` in seconds, effects come back. It never
 sees data, and between safe points nobody needs it. Spec: proto/wire.md 4; the rules behind it: design.md 5 and 6.
 
-One record per incarnation holds everything that incarnation has said (`_Peer`): arrivals, answers, reports and
+One record per incarnation holds everything that incarnation has said (`Peer`): arrivals, answers, reports and
 complaints are counted from these records and kept nowhere else. Every input changes a record and then calls
 ``_advance``, which derives from the records what follows: a founding, a ballot, a verdict, a proposal, a commit.
 
@@ -15,21 +15,25 @@ complaints are counted from these records and kept nowhere else. Every input cha
 
 Invariants: numbers rise, and one (group, number) has one id and one member list; an epoch's members are all in its
 predecessor (or newcomers that said Ready); an evicted incarnation is in no later epoch; no ballot ends but in an epoch.
+
+With a journal an epoch is decided (`_decide`), made durable by the shell, and then committed; nothing that depends on
+it leaves before. What is decided stays decided: a record that failed to be written may be found by the next master all
+the same. Until it is durable the group decides nothing more; what its peers say is heard and waits.
 """
 
 from __future__ import annotations
 
-import enum
 import json
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pyccl._proto import ballot as ballots
 from pyccl._proto import limits
 from pyccl._proto.channel import check_told_untrusted, pair_of, participants
-from pyccl._proto.epoch import NO_ID, Address, Epoch, Member, make_epoch
+from pyccl._proto.epoch import Epoch, Member, make_epoch
+from pyccl._proto.master_records import Ballot, Conn, Group, Peer, PeerKey, Proposal, Said, Standing, has_reported
 from pyccl._proto.messages import (
     KIND_FOUND,
     KIND_JOIN,
@@ -56,6 +60,7 @@ from pyccl._proto.messages import (
     OpVerdict,
     Pending,
     Ready,
+    Recall,
     Rejected,
     Report,
     Settle,
@@ -64,13 +69,26 @@ from pyccl._proto.messages import (
     Suspect,
     Trust,
     Unblocked,
+    Undecided,
     Unreachable,
     Welcome,
     Withdraw,
     clip,
 )
 from pyccl._proto.mismatch import blocked_detail, differs_detail, make_detail, short
+from pyccl._proto.past import (
+    NONCE_BITS,
+    Committed,
+    Dissolved,
+    Fenced,
+    Forgotten,
+    Past,
+    Record,
+    fence,
+    start_of,
+)
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
+from pyccl._proto.takeover import Takeover
 from pyccl.errors import RemoteProtocolError
 
 # ---- effects --------------------------------------------------------------------------------------------------------
@@ -112,23 +130,26 @@ class StrangerRefused(Effect):
     reason: str
 
 
-# ---- records --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Persist(Effect):
+    """Write the record behind all before it, then ``persisted(ticket)``. Again and again until it is durable; and
+    ``not_persisted`` as often as it fails."""
+
+    ticket: int
+    record: Record
 
 
-class Standing(enum.Enum):
-    PENDING = "a newcomer that waits for a safe point"
-    MEMBER = "in the current epoch of its group"
+# ---- who may send what ---------------------------------------------------------------------------------------------
 
-
-_BOTH: Final = frozenset(Standing)
+_ALL: Final = frozenset(Standing)
 _MEMBER: Final = frozenset({Standing.MEMBER})
 
 # Who may send what once greeted; a missing row is a protocol error.
 LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
-    Heartbeat: _BOTH,
-    Leave: _BOTH,
-    Ready: _BOTH,
-    Unreachable: _BOTH,
+    Heartbeat: _ALL,
+    Leave: _ALL,
+    Ready: _ALL,
+    Unreachable: _ALL,
     Arrive: _MEMBER,
     Withdraw: _MEMBER,
     Behind: _MEMBER,
@@ -142,117 +163,85 @@ LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
     Entered: _MEMBER,
 }
 
-PeerKey = tuple[bytes, bytes]  # peer id, incarnation
-
-
-@dataclass(slots=True)
-class _Said:
-    """What a peer has said in the current epoch; replaced whole when the epoch changes."""
-
-    arrived: dict[tuple[int, int], int] | None = None  # (space, tag) -> submitted
-    arrived_at: float = 0.0
-    ready: int = 0  # version of the proposal it is ready for
-    report: Report | None = None
-    blocked: Blocked | None = None
-    entered: bool = False
-
-
-@dataclass(slots=True)
-class _Peer:
-    """The one record of an incarnation."""
-
-    peer: bytes
-    incarnation: bytes
-    group: int
-    addresses: tuple[Address, ...]
-    library: str
-    order: int  # of arrival: newcomers are served in it
-    heard_at: float
-    conn: int | None = None
-    standing: Standing = Standing.PENDING
-    said: _Said = field(default_factory=_Said)
-    complaints: dict[bytes, Complaint] = field(default_factory=dict)
-    lost: str = ""  # why it is left out of the ballot; "": it is not
-    lost_at: float = 0.0
-    lost_for_good: bool = False  # it left, or does not answer: being heard does not take it back
-    told_pending: int = -1  # -1: nothing yet on this connection
-
-    @property
-    def key(self) -> PeerKey:
-        return self.peer, self.incarnation
-
-    @property
-    def member(self) -> Member:
-        return Member(self.peer, self.incarnation, self.addresses)
-
-
-@dataclass(slots=True)
-class _Proposal:
-    version: int
-    epoch: Epoch
-    cuts: dict[bytes, tuple[Count, ...]]  # member -> what concerns it; newcomers have submitted nothing
-    newcomers: tuple[PeerKey, ...]
-    since: float
-    stale: bool = False  # a count above the cut, or a newcomer gone: to be made again
-
-
-@dataclass(slots=True)
-class _Ballot:
-    number: int
-    kind: str
-    detail: str
-    members: tuple[PeerKey, ...]
-    since: float
-    blocked: bool = False  # a mismatch seen in what Blocked says
-
-
-@dataclass(slots=True)
-class _Group:
-    group: int
-    commit: EpochCommit | None = None  # of the current epoch, repeated to those who missed it
-    last_number: int = 0  # outlives an epoch that lost all its members
-    last_id: bytes = NO_ID
-    version: int = 0  # of the newest proposal
-    ballot_number: int = 0  # of the newest ballot
-    proposal: _Proposal | None = None
-    ballot: _Ballot | None = None
-
-    @property
-    def epoch(self) -> Epoch | None:
-        return self.commit.epoch if self.commit is not None else None
-
-
-@dataclass(slots=True)
-class _Conn:
-    since: float
-    peer: _Peer | None = None  # None until its Hello
-
 
 class MasterMachine:
-    """Inputs: connected, receive, disconnected, heard, tick. Each takes `now` and returns effects; none raises."""
+    """Inputs: connected, receive, disconnected, heard, persisted, not_persisted, tick. Each takes `now` and returns
+    effects; none raises.
 
-    def __init__(self, run: bytes, term: int, peer_timeout: float, library: str = "") -> None:
-        self.run: Final = run
-        self.term: Final = term
+    past: what an earlier master of this run left behind. Silence then counts from `now`, when its members have had
+    their time to come back.
+
+    needs_majority: it has no journal and another such master may be started for its run, so it leaves members out only
+    with more than half of the epoch they were in.  adopts: it takes over the run of members that it does not know; with
+    a journal it founds none before, without one theirs goes before the one it has founded.
+    """
+
+    def __init__(
+        self,
+        run: bytes,
+        term: int,
+        peer_timeout: float,
+        library: str = "",
+        *,
+        journaled: bool,
+        needs_majority: bool = False,
+        adopts: bool = False,
+        past: Past | None = None,
+        now: float = 0.0,
+    ) -> None:
+        self.run = run
+        self.journaled: Final = journaled
+        self.needs_majority: Final = needs_majority
+        self._takeover: Final = Takeover(self, adopts)
+        self.term = term
         self.peer_timeout: Final = peer_timeout
         self.library: Final = library
-        self._groups: dict[int, _Group] = {}
-        self._peers: dict[PeerKey, _Peer] = {}
-        self._conns: dict[int, _Conn] = {}
+        self._groups: dict[int, Group] = {}
+        self._peers: dict[PeerKey, Peer] = {}
+        self._newcomers: dict[PeerKey, Peer] = {}  # of these, who may be pending
+        self._conns: dict[int, Conn] = {}
         self._gone: OrderedDict[PeerKey, str] = OrderedDict()
         self._events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=limits.EVENTS_MAX)
         self._arrivals = 0
         self._now = 0.0
         self._ticked_at: float | None = None
         self._line_at = self._line_since = 0.0  # when somebody was heard; since when without a long gap
+        self._grace_until = 0.0
+        self._ticket_last = 0
+        self._writing: deque[tuple[int, Group | None]] = deque()
+        self._journal_error = ""
         self._out: list[Effect] = []
+        if past is not None:
+            self._restore(past, now)
+
+    def _restore(self, past: Past, now: float) -> None:
+        """The groups as they stood. Nobody is connected; what was proposed or asked is owed again."""
+        self._now, self._grace_until = now, now + limits.RECONNECT_S
+        self._gone = past.gone.copy()
+        for number, known in sorted(past.groups.items()):
+            group = self._groups[number] = self._new_group(number)
+            group.commit, group.last_number, group.last_id = known.commit, known.number, known.id
+            for member in known.commit.epoch.members if known.commit is not None else ():
+                self._restore_member(group, member)
+
+    def _restore_member(self, group: Group, member: Member) -> None:
+        key = member.peer, member.incarnation
+        if key not in self._peers:
+            self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
+        self._newcomers.pop(key, None)
+        self._peers[key].standing, self._peers[key].said = Standing.MEMBER, Said()
+
+    def _new_group(self, number: int) -> Group:
+        """Ballots and proposals are numbered from this start on: within an epoch none comes twice, in any term."""
+        base = start_of(self.term) << NONCE_BITS
+        return Group(number, version=base, ballot_number=base)
 
     # ---- inputs
 
     def connected(self, conn: int, now: float) -> list[Effect]:
         assert conn not in self._conns, conn
         self._now = now
-        self._conns[conn] = _Conn(now)
+        self._conns[conn] = Conn(now)
         return self._taken()
 
     def receive(self, conn: int, message: Message, now: float) -> list[Effect]:
@@ -286,6 +275,27 @@ class MasterMachine:
                 self._advance(self._groups[record.group])
         return self._taken()
 
+    def persisted(self, ticket: int, now: float) -> list[Effect]:
+        """All records up to this one are durable."""
+        self._now = now
+        self._journal_error = ""
+        while self._writing and self._writing[0][0] <= ticket:
+            written, group = self._writing.popleft()
+            self._takeover.written(written)
+            if group is not None:
+                self._commit_epoch(group)
+                self._advance(group)
+        self._takeover.release(ticket)
+        return self._taken()
+
+    def not_persisted(self, reason: str, now: float) -> list[Effect]:
+        """Nothing that waits for it is decided. What needs no decision goes on."""
+        self._now = now
+        if reason != self._journal_error:
+            self._journal_error = reason
+            self._log("journal_failed", reason=reason, waiting=len(self._writing))
+        return self._taken()
+
     def knows(self, peer: bytes, incarnation: bytes) -> bool:
         """Whether a pulse connection of that incarnation is worth keeping."""
         return (peer, incarnation) in self._peers
@@ -293,8 +303,11 @@ class MasterMachine:
     def body_bytes_max(self, conn: int) -> int:
         """How long a message of this connection may be."""
         entry = self._conns.get(conn)
-        is_member = entry is not None and entry.peer is not None and entry.peer.standing is Standing.MEMBER
-        return limits.BODY_MAX_BYTES if is_member else limits.BODY_NEWCOMER_MAX_BYTES
+        if entry is None:
+            return limits.BODY_NEWCOMER_MAX_BYTES
+        is_member = entry.peer is not None and entry.peer.standing is Standing.MEMBER
+        recalls = entry.asked is not None
+        return limits.BODY_MAX_BYTES if is_member or recalls else limits.BODY_NEWCOMER_MAX_BYTES
 
     def tick(self, now: float) -> list[Effect]:
         """About every 0.1 s: all timers."""
@@ -309,8 +322,8 @@ class MasterMachine:
             group = self._groups[number]
             self._drop_silent_newcomers(group)
             self._evict_silent_members(group)
-            if group.epoch is not None and len(group.epoch.members) == 1:
-                self._advance(group)  # its safe point may have awaited company for long enough
+            if group.epoch is None or len(group.epoch.members) == 1:
+                self._advance(group)  # it may have awaited its members, or its safe point company, for long enough
         return self._taken()
 
     # ---- a new connection
@@ -320,7 +333,13 @@ class MasterMachine:
             self._send(conn, Status(_status_json(self.status())))
             self._close(conn, "status told")
         elif isinstance(message, Hello):
-            self._on_hello(conn, message)
+            if self._conns[conn].greeted:
+                raise RemoteProtocolError("a second Hello")
+            self._conns[conn].greeted = True
+            if not self._takeover.hold(conn, message):
+                self._on_hello(conn, message)
+        elif isinstance(message, Recall):
+            self._takeover.recalled(conn, message)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} before Hello")
 
@@ -332,8 +351,12 @@ class MasterMachine:
             self._log("peer_rejected", peer=short(hello.peer), group=hello.group, reason=reason)
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
+        elif hello.resume is not None and self._takeover.is_unknown(hello, hello.resume):
+            self._takeover.ask(conn, hello, hello.resume)
         elif record is None and (hello.resume is not None or key in self._gone):
             self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
+        elif record is None and self._takeover.awaited:
+            self._close(conn, "the members of the run that this master is to take over come first")  # it tries again
         elif record is None:
             self._on_newcomer(conn, hello)
         elif record.standing is Standing.PENDING:
@@ -343,15 +366,13 @@ class MasterMachine:
         else:
             self._on_return(conn, hello, record)
 
-    def _reason_to_reject(self, hello: Hello, record: _Peer | None) -> str:
+    def _reason_to_reject(self, hello: Hello, record: Peer | None) -> str:
         """Why this Hello can't be served; "": it can."""
         if hello.version != limits.PROTOCOL_VERSION:
             return f"the peer speaks protocol {hello.version}, this master {limits.PROTOCOL_VERSION}"
-        if hello.resume is not None and hello.resume.run != self.run:
-            return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}"
         if record is not None and record.group != hello.group:
             return f"this incarnation belongs to group {record.group}"
-        if record is not None and record.standing is Standing.PENDING and hello.resume is not None:
+        if record is not None and record.standing is not Standing.MEMBER and hello.resume is not None:
             return "this incarnation was not admitted yet, there is nothing to resume"
         if record is None and hello.group not in self._groups and not self._make_room_for_a_group():
             return f"this master keeps at most {limits.GROUPS_MAX} groups"
@@ -372,25 +393,30 @@ class MasterMachine:
         empty = next((number for number in self._groups if number not in inhabited), None)
         if empty is not None:
             del self._groups[empty]
+            self._persist(Forgotten(empty), None)
         return empty is not None
 
+    # ---- newcomers and members that come back
+
     def _on_newcomer(self, conn: int, hello: Hello) -> None:
-        group = self._groups.setdefault(hello.group, _Group(hello.group))
+        group = self._groups.get(hello.group)
+        if group is None:
+            group = self._groups[hello.group] = self._new_group(hello.group)
         for other in self._pending(group):
             if other.peer == hello.peer:
                 self._drop_newcomer(other, "a newer incarnation of this peer has come")
         self._arrivals += 1
-        record = _Peer(
+        record = Peer(
             *(hello.peer, hello.incarnation, hello.group, hello.addresses, hello.library),
             order=self._arrivals,
             heard_at=self._now,
         )
-        self._peers[record.key] = record
+        self._peers[record.key] = self._newcomers[record.key] = record
         self._attach(conn, record, resumed=False)
         self._log("peer_pending", peer=short(record.peer), group=record.group, library=record.library)
         self._advance(group)
 
-    def _on_newcomer_again(self, conn: int, hello: Hello, record: _Peer) -> None:
+    def _on_newcomer_again(self, conn: int, hello: Hello, record: Peer) -> None:
         """It gave up a connection whose end we have not noticed (a NAT that forgot it): it starts over."""
         reason = "the same incarnation has come on a newer connection"
         old = record.conn
@@ -399,10 +425,13 @@ class MasterMachine:
             self._close(old, reason)
         self._on_newcomer(conn, hello)
 
-    def _on_return(self, conn: int, hello: Hello, record: _Peer) -> None:
+    def _on_return(self, conn: int, hello: Hello, record: Peer) -> None:
         """A living member's control connection came back. Tell it what it may have missed; it tells us the same."""
         group = self._groups[record.group]
         epoch = group.epoch
+        if record.standing is Standing.ENTERING:
+            self._on_entering_again(conn, hello, record)
+            return
         assert epoch is not None and group.commit is not None, record  # only members are kept without a connection
         resume = hello.resume
         if resume is not None and (resume.number, resume.id) not in _stands(epoch):
@@ -411,25 +440,36 @@ class MasterMachine:
             self._lose(record, reason, for_good=True)
             self._advance(group)
             return
-        if record.conn is not None:
+        if record.conn is not None:  # we have not seen its end: what was said on it holds no longer than behind one
             self._close(record.conn, "the same incarnation has come on a newer connection")
+            record.said.blocked = None
+            record.complaints.clear()
         record.heard_at = self._now
-        record.addresses = hello.addresses
+        record.addresses, record.library = hello.addresses, hello.library
         self._attach(conn, record, resumed=True)
         self._log("peer_resumed", peer=short(record.peer), group=group.group, epoch=epoch.number)
         if resume is None or resume.number != epoch.number:
             self._tell(record, group.commit)
         if group.ballot is not None and record.key in group.ballot.members:
             self._tell(record, self._flush(group, group.ballot))
+            if group.ballot.undecided:
+                self._tell(record, Undecided(group.ballot.number, group.ballot.undecided))
         elif group.proposal is not None:
             self._tell(record, _propose_message(group.proposal, record))
         elif group.version:
             self._tell(record, Cancelled(group.version))
-        if resume is not None and resume.frozen and resume.number == epoch.number and group.ballot is None:
-            self._open_ballot(group, KIND_SETTLE, "")  # a ballot that was cut off stays owed
+        if resume is not None and resume.frozen and resume.number == epoch.number:
+            self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
         self._advance(group)
 
-    def _attach(self, conn: int, record: _Peer, *, resumed: bool) -> None:
+    def _on_entering_again(self, conn: int, hello: Hello, record: Peer) -> None:
+        """It is to be told of its first epoch where it can hear it."""
+        if record.conn is not None:
+            self._close(record.conn, "the same incarnation has come on a newer connection")
+        record.heard_at, record.addresses = self._now, hello.addresses
+        self._attach(conn, record, resumed=False)
+
+    def _attach(self, conn: int, record: Peer, *, resumed: bool) -> None:
         self._line_works()
         self._conns[conn].peer = record
         record.conn = conn
@@ -453,7 +493,7 @@ class MasterMachine:
 
     # ---- messages of a greeted peer
 
-    def _hear(self, record: _Peer, message: Message) -> None:
+    def _hear(self, record: Peer, message: Message) -> None:
         if record.standing not in LEGAL.get(type(message), frozenset()):
             raise RemoteProtocolError(f"{type(message).__name__} from a peer that is {record.standing.name}")
         group = self._groups[record.group]
@@ -466,41 +506,42 @@ class MasterMachine:
         if handler is not None or record.lost:
             self._advance(group)
 
-    def _on_leave(self, group: _Group, record: _Peer, message: Leave) -> None:
+    def _on_leave(self, group: Group, record: Peer, message: Leave) -> None:
         conn = record.conn
         assert conn is not None
         if record.standing is Standing.PENDING:
             self._forget_newcomer(record, "left")
         else:
+            record.left = True
             self._lose(record, "left", for_good=True)
         self._close(conn, "left")
 
-    def _on_arrive(self, group: _Group, record: _Peer, message: Arrive) -> None:
+    def _on_arrive(self, group: Group, record: Peer, message: Arrive) -> None:
         if self._is_current(group, message.epoch):
             check_told_untrusted(message.counts, record.peer, self._ranks(group))
             if record.said.arrived is None:
                 record.said.arrived_at = self._now
             record.said.arrived = _highest({}, message.counts)
 
-    def _on_withdraw(self, group: _Group, record: _Peer, message: Withdraw) -> None:
+    def _on_withdraw(self, group: Group, record: Peer, message: Withdraw) -> None:
         if self._is_current(group, message.epoch):
             record.said.arrived = None
 
-    def _on_ready(self, group: _Group, record: _Peer, message: Ready) -> None:
+    def _on_ready(self, group: Group, record: Peer, message: Ready) -> None:
         if self._answered(group, record, message.number, message.version) is not None:
             record.said.ready = message.version
             for peer, complaint in list(record.complaints.items()):
                 if complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
 
-    def _on_behind(self, group: _Group, record: _Peer, message: Behind) -> None:
+    def _on_behind(self, group: Group, record: Peer, message: Behind) -> None:
         proposal = self._answered(group, record, message.number, message.version)
         if proposal is not None:
             check_told_untrusted(message.counts, record.peer, self._ranks(group))
             record.said.arrived = _highest(record.said.arrived or {}, message.counts)
             proposal.stale = True
 
-    def _on_unreachable(self, group: _Group, record: _Peer, message: Unreachable) -> None:
+    def _on_unreachable(self, group: Group, record: Peer, message: Unreachable) -> None:
         """Newcomers go; between two members it is a partition, and time may mend it."""
         proposal = self._answered(group, record, message.number, message.version)
         if proposal is None:
@@ -523,16 +564,16 @@ class MasterMachine:
             for peer in old:
                 self._complain(group, record, peer, CAUSE_UNREACHABLE, message.reason)
 
-    def _is_quiet(self, record: _Peer) -> bool:
+    def _is_quiet(self, record: Peer) -> bool:
         """Heartbeats are missing, though not yet for long enough to call it lost."""
         return self._now - record.heard_at > 2 * self.peer_timeout / limits.HEARTBEATS_PER_TIMEOUT
 
-    def _on_suspect(self, group: _Group, record: _Peer, message: Suspect) -> None:
+    def _on_suspect(self, group: Group, record: Peer, message: Suspect) -> None:
         if message.peer == record.peer:
             raise RemoteProtocolError("a peer suspects itself")
         self._complain(group, record, message.peer, message.cause, message.detail)
 
-    def _complain(self, group: _Group, record: _Peer, against: bytes, cause: str, detail: str) -> None:
+    def _complain(self, group: Group, record: Peer, against: bytes, cause: str, detail: str) -> None:
         if group.epoch is None or against not in group.epoch.peers:
             return  # evicted meanwhile
         known = record.complaints.get(against)
@@ -541,11 +582,11 @@ class MasterMachine:
         if known is None or known.cause != cause:
             self._log("suspicion", peer=short(against), by=short(record.peer), cause=cause, detail=detail)
 
-    def _on_trust(self, group: _Group, record: _Peer, message: Trust) -> None:
+    def _on_trust(self, group: Group, record: Peer, message: Trust) -> None:
         if record.complaints.pop(message.peer, None) is not None:
             self._log("suspicion_withdrawn", peer=short(message.peer), by=short(record.peer))
 
-    def _on_report(self, group: _Group, record: _Peer, message: Report) -> None:
+    def _on_report(self, group: Group, record: Peer, message: Report) -> None:
         if len({op.key for op in message.ops}) != len(message.ops):
             raise RemoteProtocolError("two reports on one operation")
         if message.ballot > group.ballot_number:
@@ -554,45 +595,45 @@ class MasterMachine:
             check_told_untrusted(message.ops, record.peer, self._ranks(group))
             record.said.report = message
 
-    def _on_settle(self, group: _Group, record: _Peer, message: Settle) -> None:
-        if self._is_current(group, message.epoch) and group.ballot is None:
-            self._open_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
+    def _on_settle(self, group: Group, record: Peer, message: Settle) -> None:
+        if self._is_current(group, message.epoch):
+            self._owe_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
 
-    def _on_blocked(self, group: _Group, record: _Peer, message: Blocked) -> None:
+    def _on_blocked(self, group: Group, record: Peer, message: Blocked) -> None:
         if self._is_current(group, message.epoch):
             check_told_untrusted(message.lacking, record.peer, self._ranks(group))
             record.said.blocked = message
 
-    def _on_unblocked(self, group: _Group, record: _Peer, message: Unblocked) -> None:
+    def _on_unblocked(self, group: Group, record: Peer, message: Unblocked) -> None:
         if self._is_current(group, message.epoch):
             record.said.blocked = None
 
-    def _on_differs(self, group: _Group, record: _Peer, message: Differs) -> None:
-        if not self._is_current(group, message.epoch) or group.ballot is not None:
-            return  # a ballot is open: whoever retries the operation will find the difference again
+    def _on_differs(self, group: Group, record: Peer, message: Differs) -> None:
+        if not self._is_current(group, message.epoch):
+            return
         detail = differs_detail(record.peer, message, self._ranks(group))
         concerned = participants(message.key.space, message.key.tag, self._ranks(group))
         if detail is None or not {record.peer, message.peer} <= set(concerned):
             raise RemoteProtocolError("Differs names no difference between two participants")
-        self._open_ballot(group, KIND_MISMATCH, detail)
+        self._owe_ballot(group, KIND_MISMATCH, detail)
 
-    def _on_entered(self, group: _Group, record: _Peer, message: Entered) -> None:
+    def _on_entered(self, group: Group, record: Peer, message: Entered) -> None:
         if self._is_current(group, message.epoch):
             record.said.entered = True
 
-    def _is_current(self, group: _Group, number: int) -> bool:
+    def _is_current(self, group: Group, number: int) -> bool:
         """False: of an older epoch, it crossed our commit. A newer one was never committed."""
         assert group.epoch is not None
         if number > group.epoch.number:
             raise RemoteProtocolError(f"epoch {number} was never committed")
         return number == group.epoch.number
 
-    def _answered(self, group: _Group, record: _Peer, number: int, version: int) -> _Proposal | None:
+    def _answered(self, group: Group, record: Peer, number: int, version: int) -> Proposal | None:
         """The open proposal if the answer is to it; None: to an older one, no effect."""
         if version > group.version:
             raise RemoteProtocolError(f"proposal {version} was never made")
         proposal = group.proposal
-        if proposal is None or proposal.version != version:
+        if proposal is None or proposal.version != version or group.deciding is not None:
             return None
         if number != proposal.epoch.number:
             raise RemoteProtocolError(f"proposal {version} is of epoch {proposal.epoch.number}, not {number}")
@@ -602,19 +643,21 @@ class MasterMachine:
 
     # ---- what follows from the records
 
-    def _advance(self, group: _Group) -> None:
+    def _advance(self, group: Group) -> None:
         """Take every step that the records now allow, in order of precedence, until none is left."""
-        while any(step(self, group) for step in _STEPS):
+        while group.deciding is None and any(step(self, group) for step in _STEPS):
             pass
         self._tell_pending(group)
 
-    def _step_lost_at_once(self, group: _Group) -> bool:
+    def _step_lost_at_once(self, group: Group) -> bool:
+        if all(record.conn is not None for record in self._members(group)):
+            return False
         lost = refused_at_once(self._seen(group))
         for peer, reason in lost:
             self._lose(self._member(group, peer), reason)
         return bool(lost)
 
-    def _step_take_back(self, group: _Group) -> bool:
+    def _step_take_back(self, group: Group) -> bool:
         """A heartbeat before the verdict revokes a suspicion, unless somebody still can't reach it."""
         members = self._members(group)
         staying = [record for record in members if not record.lost]
@@ -631,25 +674,26 @@ class MasterMachine:
             record.lost = ""
         return bool(back)
 
-    def _step_dissolve(self, group: _Group) -> bool:
+    def _step_dissolve(self, group: Group) -> bool:
         members = self._members(group)
         if group.epoch is None or not all(record.lost for record in members):
             return False
         group.commit = group.ballot = group.proposal = None
         self._log("group_dissolved", group=group.group, epoch=group.last_number)
+        fenced = tuple(Fenced(*record.key, record.lost) for record in members)
         for record in members:
             self._evict(record)
+        self._persist(Dissolved(group.group, fenced), None)  # nothing waits for it: until it is there they are silent
         return True
 
-    def _step_found(self, group: _Group) -> bool:
-        first = next(iter(self._pending(group)), None)
-        if group.epoch is not None or first is None:
+    def _step_found(self, group: Group) -> bool:
+        if group.epoch is not None or not (waiting := self._pending(group)) or self._takeover.awaits(group):
             return False
-        epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
-        self._commit_epoch(group, epoch, KIND_FOUND)
+        epoch = make_epoch(self._takeover.next_number(group), group.last_id, self.term, (waiting[0].member,))
+        self._decide(group, epoch, KIND_FOUND)
         return True
 
-    def _step_ballot(self, group: _Group) -> bool:
+    def _step_ballot(self, group: Group) -> bool:
         """Open it, or open it anew, whenever those who are lost are not those it leaves out."""
         staying = tuple(record.key for record in self._members(group) if not record.lost)
         ballot = group.ballot
@@ -662,12 +706,12 @@ class MasterMachine:
         self._open_ballot(group, KIND_LOSS if kind == KIND_SETTLE else kind, detail, blocked=blocked)
         return True
 
-    def _step_verdict(self, group: _Group) -> bool:
+    def _step_verdict(self, group: Group) -> bool:
         ballot = group.ballot
         if ballot is None or group.epoch is None:
             return False
         staying = [self._peers[key] for key in ballot.members]
-        reports = {r.peer: r.said.report for r in staying if _has_reported(r, ballot)}
+        reports = {r.peer: r.said.report for r in staying if has_reported(r, ballot)}
         if len(reports) < len(staying):
             return False
         said = {peer: report.ops for peer, report in reports.items() if report is not None}
@@ -676,12 +720,32 @@ class MasterMachine:
             longest = max(staying, key=lambda r: len(r.said.report.ops) if r.said.report is not None else 0)
             self._lose(longest, "it reports more operations than a verdict can hold", for_good=True)
             return True
+        if not self._may_decide(group, staying):
+            self._leave_undecided(group, ballot, staying)
+            return False
         members = tuple(record.member for record in staying)
         epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, group.epoch.plan)
-        self._commit_epoch(group, epoch, *self._judged(group, ballot, staying), verdicts)
+        self._decide(group, epoch, *self._judged(group, ballot, staying), verdicts)
         return True
 
-    def _judged(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> tuple[str, str]:
+    def _may_decide(self, group: Group, staying: list[Peer]) -> bool:
+        """Without a journal another master may speak for those who are lost: not for more than half, nor for the half
+        with the lowest id. Who left by its own word is spoken for by nobody."""
+        if not self.needs_majority:
+            return True
+        voters = [record for record in self._members(group) if not record.left]
+        missing = len(voters) - len(staying)
+        return missing == 0 or len(staying) > missing or (len(staying) == missing and voters[0] in staying)
+
+    def _leave_undecided(self, group: Group, ballot: Ballot, staying: list[Peer]) -> None:
+        if ballot.undecided:
+            return
+        ballot.undecided = f"{len(staying)} of {len(self._members(group))} members, and no journal: too few to go on"
+        self._log("ballot_undecided", group=group.group, ballot=ballot.number, reason=ballot.undecided)
+        for record in staying:
+            self._tell(record, Undecided(ballot.number, ballot.undecided))
+
+    def _judged(self, group: Group, ballot: Ballot, staying: list[Peer]) -> tuple[str, str]:
         """(kind, detail). What Blocked said is judged again: an Unblocked may have been on its way behind it, and a
         member's Report comes behind all that it said before it froze. What is reported all have opened."""
         if not ballot.blocked:
@@ -692,13 +756,15 @@ class MasterMachine:
             return ballot.kind, detail
         return KIND_LOSS if len(staying) < len(self._members(group)) else KIND_SETTLE, "no mismatch after all"
 
-    def _blocked_in(self, group: _Group, members: list[_Peer], opened: Container[Key] = ()) -> str | None:
+    def _blocked_in(self, group: Group, members: list[Peer], opened: Container[Key] = ()) -> str | None:
         """How these wait for each other; None: they do not, or a broken link explains what they miss."""
+        if all(record.said.blocked is None for record in members):
+            return None
         if any(record.peer in other.complaints for record in members for other in members):
             return None
         return blocked_detail({record.peer: record.said.blocked for record in members}, self._ranks(group), opened)
 
-    def _step_mismatch(self, group: _Group) -> bool:
+    def _step_mismatch(self, group: Group) -> bool:
         if group.ballot is not None or group.epoch is None:
             return False
         detail = self._blocked_in(group, self._members(group))
@@ -707,7 +773,7 @@ class MasterMachine:
         self._open_ballot(group, KIND_MISMATCH, detail, blocked=True)
         return True
 
-    def _step_propose(self, group: _Group) -> bool:
+    def _step_propose(self, group: Group) -> bool:
         members = self._members(group)
         if group.ballot is not None or group.epoch is None:
             return False
@@ -722,25 +788,25 @@ class MasterMachine:
             return False
         return self._propose(group)
 
-    def _awaits_company(self, group: _Group, members: list[_Peer]) -> bool:
+    def _awaits_company(self, group: Group, members: list[Peer]) -> bool:
         """A lone member that loops over update_topology() until others come shall not turn over epochs meanwhile."""
         if len(members) > 1 or any(True for _ in self._pending(group)):
             return False
         return self._now - members[0].said.arrived_at < limits.LONE_SAFE_POINT_S
 
-    def _step_join(self, group: _Group) -> bool:
+    def _step_join(self, group: Group) -> bool:
         proposal = group.proposal
         if proposal is None or not all(
             self._peers[member.peer, member.incarnation].said.ready == proposal.version
             for member in proposal.epoch.members
         ):
             return False
-        self._commit_epoch(group, proposal.epoch, KIND_JOIN)
+        self._decide(group, proposal.epoch, KIND_JOIN)
         return True
 
     # ---- safe points
 
-    def _propose(self, group: _Group) -> bool:
+    def _propose(self, group: Group) -> bool:
         """The next epoch: the members, and whoever waits. Made again when a count or a newcomer has changed."""
         assert group.epoch is not None
         members = self._members(group)
@@ -764,7 +830,7 @@ class MasterMachine:
             group.epoch.plan,
         )
         group.version += 1
-        group.proposal = _Proposal(group.version, epoch, cuts, tuple(r.key for r in newcomers), self._now)
+        group.proposal = Proposal(group.version, epoch, cuts, tuple(r.key for r in newcomers), self._now)
         self._log(
             "epoch_proposed",
             group=group.group,
@@ -776,7 +842,7 @@ class MasterMachine:
             self._tell(record, _propose_message(group.proposal, record))
         return True
 
-    def _cancel_proposal(self, group: _Group, proposal: _Proposal) -> None:
+    def _cancel_proposal(self, group: Group, proposal: Proposal) -> None:
         group.proposal = None
         self._log("proposal_cancelled", group=group.group, version=proposal.version)
         for member in proposal.epoch.members:
@@ -786,11 +852,16 @@ class MasterMachine:
 
     # ---- ballots
 
-    def _open_ballot(self, group: _Group, kind: str, detail: str, *, blocked: bool = False) -> None:
+    def _owe_ballot(self, group: Group, kind: str, detail: str) -> None:
+        """Open one, unless what is open or decided leads to a new epoch anyway: who still needs it then asks again."""
+        if group.ballot is None and group.deciding is None:
+            self._open_ballot(group, kind, detail)
+
+    def _open_ballot(self, group: Group, kind: str, detail: str, *, blocked: bool = False) -> None:
         group.proposal = None  # the safe point starts over in the epoch this leads to
         group.ballot_number += 1
         staying = tuple(record.key for record in self._members(group) if not record.lost)
-        group.ballot = _Ballot(group.ballot_number, kind, detail, staying, self._now, blocked)
+        group.ballot = Ballot(group.ballot_number, kind, detail, staying, self._now, blocked)
         self._log(
             "ballot_opened",
             group=group.group,
@@ -803,12 +874,12 @@ class MasterMachine:
         for key in staying:
             self._tell(self._peers[key], flush)
 
-    def _flush(self, group: _Group, ballot: _Ballot) -> Flush:
+    def _flush(self, group: Group, ballot: Ballot) -> Flush:
         assert group.epoch is not None
         number = group.epoch.number
         return Flush(ballot.number, number, number + 1, tuple(peer for peer, _ in ballot.members))
 
-    def _lose(self, record: _Peer, reason: str, *, for_good: bool = False) -> None:
+    def _lose(self, record: Peer, reason: str, *, for_good: bool = False) -> None:
         """Leave this member out of the ballot that ``_advance`` now opens, or opens anew."""
         if record.lost and not (for_good and not record.lost_for_good):
             return
@@ -817,16 +888,41 @@ class MasterMachine:
 
     # ---- epochs
 
-    def _commit_epoch(
-        self, group: _Group, epoch: Epoch, kind: str, detail: str = "", verdicts: tuple[OpVerdict, ...] = ()
+    def _decide(
+        self, group: Group, epoch: Epoch, kind: str, detail: str = "", verdicts: tuple[OpVerdict, ...] = ()
     ) -> None:
-        """The one place where an epoch becomes the current one: what a journal must hold is decided here."""
-        before = self._members(group)
+        """The one place where it is decided which epoch comes next. With a journal it waits there to be durable."""
         sizes = (len(g.epoch.members) for g in self._groups.values() if g.epoch is not None and g is not group)
-        world_size = sum(sizes) + len(epoch.members)
-        group.commit = EpochCommit(epoch, kind, verdicts, detail, world_size)
+        group.deciding = EpochCommit(
+            epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members), not self.needs_majority
+        )
+        self._takeover.decided(group.group)
+        for member in epoch.members:
+            record = self._peers[member.peer, member.incarnation]
+            assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
+            if record.standing is Standing.PENDING:
+                record.standing = Standing.ENTERING
+        keys = {(member.peer, member.incarnation) for member in epoch.members}
+        out = (record for record in self._members(group) if record.key not in keys)
+        self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+
+    def _persist(self, record: Record, group: Group | None) -> None:
+        """`group` waits for it."""
+        if self.journaled:
+            self._ticket_last += 1
+            self._writing.append((self._ticket_last, group))
+            self._out.append(Persist(self._ticket_last, record))
+        elif group is not None:
+            self._commit_epoch(group)
+
+    def _commit_epoch(self, group: Group) -> None:
+        """The one place where an epoch becomes the current one."""
+        before, commit = self._members(group), group.deciding
+        assert commit is not None
+        epoch, kind, detail, verdicts = commit.epoch, commit.kind, commit.detail, commit.verdicts
+        group.commit = commit
         group.last_number, group.last_id = epoch.number, epoch.id
-        group.proposal = group.ballot = None
+        group.proposal = group.ballot = group.deciding = None
         self._log(
             "epoch_committed",
             group=group.group,
@@ -837,47 +933,49 @@ class MasterMachine:
             members=[short(peer) for peer in epoch.peers],
             verdicts=len(verdicts),
         )
+        keys = {(member.peer, member.incarnation) for member in epoch.members}
         for record in before:
-            if not epoch.has(*record.key):
+            if record.key not in keys:
                 self._evict(record)
         for record in self._members(group):
-            record.standing, record.said, record.lost = Standing.MEMBER, _Said(), ""
+            self._newcomers.pop(record.key, None)
+            record.standing, record.said = Standing.MEMBER, Said()
             for peer, complaint in list(record.complaints.items()):
                 if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
         self._tell_pending(group)  # first: who enters the epoch must not take for pending who enters it too
         for record in self._members(group):
-            self._tell(record, group.commit)
+            self._tell(record, commit)
 
-    def _evict(self, record: _Peer) -> None:
+    def _evict(self, record: Peer) -> None:
         """Out of the run: whatever this incarnation says from now on is answered with the reason."""
         del self._peers[record.key]
-        self._gone[record.key] = record.lost
-        while len(self._gone) > limits.GONE_MAX:
-            self._gone.popitem(last=False)
+        self._newcomers.pop(record.key, None)
+        fence(self._gone, (Fenced(*record.key, record.lost),))
         self._log("peer_evicted", peer=short(record.peer), group=record.group, reason=record.lost)
         if record.conn is not None:
             self._send_evicted(record.conn, record.lost)
 
     # ---- newcomers
 
-    def _drop_newcomer(self, record: _Peer, reason: str) -> None:
+    def _drop_newcomer(self, record: Peer, reason: str) -> None:
         conn = record.conn
         self._forget_newcomer(record, reason)
         if conn is not None:
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
 
-    def _forget_newcomer(self, record: _Peer, reason: str) -> None:
+    def _forget_newcomer(self, record: Peer, reason: str) -> None:
         """A proposal that names it is made again without it."""
         if self._peers.pop(record.key, None) is None:
             return
+        self._newcomers.pop(record.key, None)
         proposal = self._groups[record.group].proposal
         if proposal is not None and record.key in proposal.newcomers:
             proposal.stale = True
         self._log("newcomer_dropped", peer=short(record.peer), group=record.group, reason=reason)
 
-    def _drop_silent_newcomers(self, group: _Group) -> None:
+    def _drop_silent_newcomers(self, group: Group) -> None:
         dropped = False
         for record in self._pending(group):
             reason = self._newcomer_is_late(group, record)
@@ -887,7 +985,7 @@ class MasterMachine:
         if dropped:
             self._advance(group)
 
-    def _newcomer_is_late(self, group: _Group, record: _Peer) -> str:
+    def _newcomer_is_late(self, group: Group, record: Peer) -> str:
         silent_s, proposal = self._now - max(record.heard_at, self._silent_since()), group.proposal
         if silent_s >= self.peer_timeout:
             return f"silent for {silent_s:.1f} s"
@@ -896,7 +994,7 @@ class MasterMachine:
         waited_s = self._now - proposal.since
         return f"not linked to the members after {waited_s:.0f} s" if waited_s >= limits.STUCK_S else ""
 
-    def _tell_pending(self, group: _Group) -> None:
+    def _tell_pending(self, group: Group) -> None:
         """Everybody knows how many wait."""
         waiting = self._pending(group)
         for record in [*self._members(group), *waiting]:
@@ -906,7 +1004,7 @@ class MasterMachine:
 
     # ---- silence
 
-    def _evict_silent_members(self, group: _Group) -> None:
+    def _evict_silent_members(self, group: Group) -> None:
         if group.epoch is None:
             return
         seen = self._seen(group)
@@ -920,16 +1018,16 @@ class MasterMachine:
         if lost:
             self._advance(group)
 
-    def _stuck(self, group: _Group) -> list[tuple[bytes, str]]:
+    def _stuck(self, group: Group) -> list[tuple[bytes, str]]:
         """Its C threads live and its Python does not: others stay frozen no longer than STUCK_S."""
         ballot = group.ballot
         if ballot is None or self._now - ballot.since < limits.STUCK_S:
             return []
         waited_s = self._now - ballot.since
-        missing = [key for key in ballot.members if not _has_reported(self._peers[key], ballot)]
+        missing = [key for key in ballot.members if not has_reported(self._peers[key], ballot)]
         return [(peer, f"no answer to a flush for {waited_s:.0f} s") for peer, _ in missing]
 
-    def _all_are_gone(self, group: _Group) -> bool:
+    def _all_are_gone(self, group: Group) -> bool:
         """Nobody is left to complain of anybody. Only newcomers care, and only after a time no uplink is down for.
 
         Connections that are still open speak for the members (a stopped process, a cut uplink): they get longer.
@@ -948,26 +1046,31 @@ class MasterMachine:
     def _silent_since(self) -> float:
         """Silence before this says nothing of the silent."""
         quiet = self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS
-        return self._now if quiet else self._line_since
+        return max(self._now if quiet else self._line_since, self._grace_until)
 
-    def _seen(self, group: _Group) -> list[Seen]:
+    def _seen(self, group: Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""
         staying = [record for record in self._members(group) if not record.lost]
+        late = self._late_at_safe_point(group, staying)
         return [
-            Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, staying)) for r in staying
+            Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, late)) for r in staying
         ]
 
-    def _owes(self, group: _Group, record: _Peer, staying: list[_Peer]) -> str:
+    def _owes(self, group: Group, record: Peer, late: Peer | None) -> str:
         """The answer of this member that others wait for."""
         if group.ballot is not None:
-            return "" if _has_reported(record, group.ballot) else "its report"
+            return "" if has_reported(record, group.ballot) else "its report"
         if group.proposal is not None:
             return "" if record.said.ready == group.proposal.version else "it to get ready"
-        others = [other for other in staying if other is not record]
-        waiting = record.said.arrived is None and others and all(other.said.arrived is not None for other in others)
-        if waiting and self._now - max(other.said.arrived_at for other in others) >= self.peer_timeout:
-            return "it at a safe point"
-        return ""
+        return "it at a safe point" if record is late else ""
+
+    def _late_at_safe_point(self, group: Group, staying: list[Peer]) -> Peer | None:
+        """The only one that all others have waited for long enough."""
+        missing = [record for record in staying if record.said.arrived is None]
+        if group.ballot is not None or group.proposal is not None or len(missing) != 1 or len(staying) == 1:
+            return None
+        since = max(record.said.arrived_at for record in staying if record is not missing[0])
+        return missing[0] if self._now - since >= self.peer_timeout else None
 
     def _restart_timers(self, gap_s: float) -> None:
         """We were stopped ourselves: what arrived meanwhile is unread, so nobody is late yet."""
@@ -986,20 +1089,24 @@ class MasterMachine:
 
     # ---- records
 
-    def _members(self, group: _Group) -> list[_Peer]:
+    def _members(self, group: Group) -> list[Peer]:
         """In the order of the epoch: rank by rank."""
-        return [self._peers[m.peer, m.incarnation] for m in group.epoch.members] if group.epoch is not None else []
+        if group.roster_of is not group.commit:
+            members = group.epoch.members if group.epoch is not None else ()
+            group.roster = [self._peers[member.peer, member.incarnation] for member in members]
+            group.roster_of = group.commit
+        return group.roster
 
-    def _ranks(self, group: _Group) -> tuple[bytes, ...]:
+    def _ranks(self, group: Group) -> tuple[bytes, ...]:
         """The members' ids by rank: what channels of pairs refer to."""
         return group.epoch.peers if group.epoch is not None else ()
 
-    def _member(self, group: _Group, peer: bytes) -> _Peer:
+    def _member(self, group: Group, peer: bytes) -> Peer:
         return next(record for record in self._members(group) if record.peer == peer)
 
-    def _pending(self, group: _Group) -> list[_Peer]:
+    def _pending(self, group: Group) -> list[Peer]:
         """In the order of their coming."""
-        waiting = (r for r in self._peers.values() if r.group == group.group and r.standing is Standing.PENDING)
+        waiting = (r for r in self._newcomers.values() if r.group == group.group and r.standing is Standing.PENDING)
         return sorted(waiting, key=lambda record: record.order)
 
     # ---- effects
@@ -1011,7 +1118,7 @@ class MasterMachine:
     def _send(self, conn: int, message: Message) -> None:
         self._out.append(Send(conn, message))
 
-    def _tell(self, record: _Peer, message: Message) -> None:
+    def _tell(self, record: Peer, message: Message) -> None:
         """Nothing is queued for an absent peer: it is told when it comes back."""
         if record.conn is not None:
             self._send(record.conn, message)
@@ -1049,6 +1156,7 @@ class MasterMachine:
             "term": self.term,
             "library": self.library,
             "peer_timeout_s": self.peer_timeout,
+            "journal": {"kept": self.journaled, "waiting": len(self._writing), "error": self._journal_error},
             "groups": [self._group_status(group) for _, group in sorted(self._groups.items())],
             "gone": {f"{short(peer)}/{short(inc)}": why for (peer, inc), why in list(self._gone.items())[-50:]},
             "events": [
@@ -1056,7 +1164,7 @@ class MasterMachine:
             ],
         }
 
-    def _group_status(self, group: _Group) -> dict[str, Any]:
+    def _group_status(self, group: Group) -> dict[str, Any]:
         epoch, ballot, proposal = group.epoch, group.ballot, group.proposal
         return {
             "group": group.group,
@@ -1065,12 +1173,14 @@ class MasterMachine:
             "members": [self._peer_status(record) for record in self._members(group)],
             "pending": [self._peer_status(record) for record in self._pending(group)],
             "founded": epoch is not None,
+            "deciding": group.deciding is not None,
             "ballot": None
             if ballot is None
             else {
                 "number": ballot.number,
                 "kind": ballot.kind,
-                "waits_for": [short(k[0]) for k in ballot.members if not _has_reported(self._peers[k], ballot)],
+                "undecided": ballot.undecided,
+                "waits_for": [short(k[0]) for k in ballot.members if not has_reported(self._peers[k], ballot)],
             },
             "proposal": None
             if proposal is None
@@ -1084,7 +1194,7 @@ class MasterMachine:
             },
         }
 
-    def _peer_status(self, record: _Peer) -> dict[str, Any]:
+    def _peer_status(self, record: Peer) -> dict[str, Any]:
         return {
             "peer": record.peer.hex(),
             "addresses": [f"{address.host}:{address.port}" for address in record.addresses],
@@ -1106,11 +1216,7 @@ def _stands(epoch: Epoch) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
     return (epoch.number, epoch.id), (epoch.number - 1, epoch.previous)
 
 
-def _has_reported(record: _Peer, ballot: _Ballot) -> bool:
-    return record.said.report is not None and record.said.report.ballot == ballot.number
-
-
-def _propose_message(proposal: _Proposal, record: _Peer) -> EpochPropose:
+def _propose_message(proposal: Proposal, record: Peer) -> EpochPropose:
     return EpochPropose(proposal.version, proposal.epoch, proposal.cuts.get(record.peer, ()))
 
 
@@ -1142,7 +1248,7 @@ def _status_json(status: dict[str, Any]) -> str:
 
 
 # What a message changes. Heartbeat has no row: that it came is all it says, and it is answered.
-_HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, _Group, _Peer, Any], None]]] = {
+_HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, Group, Peer, Any], None]]] = {
     Leave: MasterMachine._on_leave,
     Arrive: MasterMachine._on_arrive,
     Withdraw: MasterMachine._on_withdraw,
@@ -1160,7 +1266,7 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, _Group, _Peer, 
 }
 
 # What may follow, first things first. Each says whether it did something; after that all are asked again.
-_STEPS: Final[tuple[Callable[[MasterMachine, _Group], bool], ...]] = (
+_STEPS: Final[tuple[Callable[[MasterMachine, Group], bool], ...]] = (
     MasterMachine._step_lost_at_once,
     MasterMachine._step_take_back,
     MasterMachine._step_dissolve,

@@ -40,8 +40,10 @@ def refused_at_once(members: Sequence[Seen]) -> list[tuple[bytes, str]]:
     """Control and data links both gone, and reconnecting refused: its process is dead, no timer is needed."""
     lost = []
     for member in members:
+        if member.connected:
+            continue
         by = [m for m in members if m.connected and _cause(m, member.peer) == CAUSE_REFUSED]
-        if not member.connected and by:
+        if by:
             lost.append((member.peer, f"its process is gone: {short(by[0].peer)} is refused when it connects"))
     return lost
 

@@ -1,7 +1,9 @@
-"""``pyccl bench join``, ``sync`` and ``loss``: a group in a loop of all-reduces that one comes to or goes from.
+"""``pyccl bench join``, ``sync``, ``loss`` and ``restart``: a group in a loop of all-reduces that one comes to or goes
+from, or that is without its master for a while.
 
 arrivals   a process that is loaded and waits is told to go: connect(), sync_shared_state(), some rounds, leave
 losses     a member is killed (SIGKILL), or stopped (SIGSTOP) so that it falls silent; then another takes its place
+restarts   the master is killed (SIGKILL) and comes back with its journal; then a newcomer that waits is told to go
 A pause is the time between two completed all-reduces of one member. All times are from inside the processes, but for
 the moment of a kill or stop, which is read on the same clock just before the signal is sent.
 """
@@ -10,9 +12,11 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus, Fields
@@ -141,15 +145,59 @@ class Losses:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class RestartPlan:
+    world: int = 4  # with the newcomer
+    iterations: int = 5
+    down_s: float = 1.0
+    vector_bytes: int = VECTOR_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """One death of the master. All-reduces, of all members, until the newcomer was in; none failed, or there would be
+    no result. gap_s: longest pause of a member while there was no master. join_s: from its listening again until the
+    newcomer was a member."""
+
+    operations: int
+    gap_s: float
+    join_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Restarts:
+    plan: RestartPlan
+    restarts: tuple[Restart, ...]
+    quiet: Quiet
+
+    def summary(self, name: str) -> Summary:
+        return summarize([getattr(restart, name) for restart in self.restarts])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.plan),
+            **{name: self.summary(name).to_json() for name in ("operations", "gap_s", "join_s")},
+            "quiet": asdict(self.quiet),
+            "restarts": [asdict(restart) for restart in self.restarts],
+        }
+
+
 class _Group:
     """The founders, and who comes later."""
 
-    def __init__(self, conductor: Conductor, vector_bytes: int, state_bytes: int, peer_timeout_s: float) -> None:
+    def __init__(
+        self,
+        conductor: Conductor,
+        vector_bytes: int,
+        state_bytes: int,
+        peer_timeout_s: float,
+        journal: Path | None = None,
+    ) -> None:
         self._conductor = conductor
         self._vector_bytes, self._state_bytes = vector_bytes, max(state_bytes // 8, 1) * 8
         self._later = 0
         self.started_ns = 0  # the founders were synchronised
-        conductor.start_master(peer_timeout_s)
+        conductor.start_master(peer_timeout_s, journal)
 
     def found(self, count: int) -> list[str]:
         names = [f"founder {number}" for number in range(count)]
@@ -278,3 +326,40 @@ def measure_losses(plan: LossPlan, conductor: Conductor) -> Losses:
     ends = [records[name]["ends_ns"] for name in survivors]
     losses = tuple(Loss(cause, _longest(ends, at, after), (after - at) / NS) for cause, at, after in lost)
     return Losses(plan, losses, _quiet(ends, group.started_ns, quiet_until_ns))
+
+
+def measure_restarts(plan: RestartPlan, conductor: Conductor) -> Restarts:
+    """Kill the master and start it again, some times.
+
+    Raises:
+        BenchError: a process failed; an all-reduce did, or the newcomer was not let in.
+    """
+    with tempfile.TemporaryDirectory(prefix="pyccl-bench-") as directory:
+        journal = Path(directory) / "journal"
+        group = _Group(conductor, plan.vector_bytes, SMALL_STATE_BYTES, peer_timeout_s=PEER_TIMEOUT_S, journal=journal)
+        founders = group.found(plan.world - 1)
+        outages: list[tuple[int, int, int]] = []  # death, listening again, the newcomer is in
+        quiet_until_ns = time.monotonic_ns()
+        for _ in range(plan.iterations):
+            newcomer = group.newcomer(ROUNDS_OF_A_NEWCOMER)
+            killed_ns = time.monotonic_ns()
+            conductor.kill_master()
+            time.sleep(plan.down_s)
+            conductor.restart_master()
+            back_ns = time.monotonic_ns()
+            conductor.tell([newcomer], "go")
+            joined = conductor.wait("joined", [newcomer])[newcomer]
+            outages.append((killed_ns, back_ns, joined["member_ns"]))
+            conductor.wait("done", [newcomer])
+            group.wait_until_steady(founders, plan.world - 1)
+        records = group.finish(founders)
+    ends = [records[name]["ends_ns"] for name in founders]
+    restarts = tuple(
+        Restart(
+            operations=sum(killed <= end <= member for times in ends for end in times),
+            gap_s=_longest(ends, killed, back),
+            join_s=(member - back) / NS,
+        )
+        for killed, back, member in outages
+    )
+    return Restarts(plan, restarts, _quiet(ends, group.started_ns, quiet_until_ns))

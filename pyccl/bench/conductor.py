@@ -10,6 +10,7 @@ import enum
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
@@ -52,12 +53,28 @@ class Conductor:
         self._may_end: set[str] = set()
         self._finished: set[str] = set()
         self._address = ""
+        self._masters: list[str] = []
+        self._master_options: list[str] = []
 
-    def start_master(self, peer_timeout_s: float) -> None:
-        arguments = ["pyccl.cli.master", "--listen", "127.0.0.1:0", "--log-level", "warning"]
-        arguments += ["--peer-timeout", str(peer_timeout_s)]
-        self._children.start(MASTER, "pyccl.processes.leash", arguments)
-        self._heard[MASTER] = []
+    def start_master(self, peer_timeout_s: float, journal: Path | None = None) -> None:
+        self._master_options = ["--log-level", "warning", "--peer-timeout", str(peer_timeout_s)]
+        self._master_options += ["--journal", str(journal)] if journal is not None else ["--no-journal"]
+        self._start_master("127.0.0.1:0")
+
+    def kill_master(self) -> None:
+        self.kill(self._masters[-1])
+
+    def restart_master(self) -> None:
+        """Where the last one listened, with its journal; it listens when this returns."""
+        address, self._address = self._address, ""
+        self._start_master(address)
+
+    def _start_master(self, listen: str) -> None:
+        name = f"{MASTER} {len(self._masters)}" if self._masters else MASTER
+        self._masters.append(name)
+        self._heard[name] = []
+        arguments = ["pyccl.cli.master", "--listen", listen, *self._master_options]
+        self._children.start(name, "pyccl.processes.leash", arguments)
         while not self._address:
             self._take_one(SILENCE_S)
 
@@ -129,7 +146,7 @@ class Conductor:
                 return None
             how = f"signal {-event.returncode}" if event.returncode < 0 else f"status {event.returncode}"
             return BenchError(ExitStatus.CHILD_FAILED, f"{event.child} ended early with {how}")
-        if event.child == MASTER:
+        if event.child in self._masters:
             if event.text.startswith(LISTENING):
                 self._address = event.text.removeprefix(LISTENING).strip()
             return None

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pyccl.bench import digest, kernels
 from pyccl.bench.all_reduce import Result
-from pyccl.bench.churn import Arrivals, Losses, Quiet
+from pyccl.bench.churn import Arrivals, Losses, Quiet, Restarts
+from pyccl.bench.epochs import Changes
 from pyccl.bench.figures import MIB, Summary
 from pyccl.bench.machine import Machine
 
@@ -155,3 +156,30 @@ def losses(result: Losses) -> list[str]:
         f"{plan.vector_bytes} bytes; killed: SIGKILL; silent: SIGSTOP with --peer-timeout {plan.peer_timeout_s:g}"
     )
     return [what, "", *columns(rows), _quiet(result.quiet)]
+
+
+def restarts(result: Restarts) -> list[str]:
+    plan = result.plan
+    rows = [
+        ["", "median", "min", "max"],
+        ["longest gap of a member without a master", *_spread(result.summary("gap_s"))],
+        ["master back to newcomer member", *_spread(result.summary("join_s"))],
+    ]
+    done = sum(restart.operations for restart in result.restarts)
+    what = (
+        f"{plan.iterations} times the master of {plan.world - 1} members that all-reduce {plan.vector_bytes} bytes in "
+        f"a loop is killed and started again {plan.down_s:g} s later; then a newcomer comes"
+    )
+    return [what, "", *columns(rows), f"{done} all-reduces meanwhile, 0 failed", _quiet(result.quiet)]
+
+
+def epoch_changes(result: Changes) -> list[str]:
+    rows = [["", "master's CPU, median", "min", "max", "wall, median", "min", "max"]]
+    for change, what in (("loss", "one member of each group leaves"), ("join", "a newcomer comes to each group")):
+        rows.append([what, *(cell for name in ("cpu_s", "wall_s") for cell in _spread(result.summary(change, name)))])
+    sizes = " + ".join(map(str, result.groups))
+    what = (
+        f"a master and {result.plan.peers} simulated peers in groups of {sizes}, all of which change their epoch at "
+        f"the same moment, {result.plan.iterations} times each way"
+    )
+    return [what, "", *columns(rows), "", "wall: until the last peer has entered; the peers share one process"]

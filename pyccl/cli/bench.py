@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from pyccl.bench import all_reduce, churn, digest, gloo, kernels, machine, show
+from pyccl.bench import all_reduce, churn, digest, epochs, gloo, kernels, machine, show
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
 from pyccl.processes.children import Children, Interrupted
@@ -45,7 +45,8 @@ def _number(ctx: click.Context, param: click.Parameter, value: float) -> float:
 
 @click.group(epilog=EPILOG)
 def bench() -> None:
-    """Measure on this machine: collectives on loopback, kernels, digests, joins, syncs, losses.
+    """Measure on this machine: collectives on loopback, kernels, digests, joins, syncs, losses,
+    restarts of the master, changes of epoch.
 
     Each command starts the processes it needs, on loopback, and ends them. Figures depend on what else runs here: the
     machine's load is printed with them.
@@ -184,6 +185,39 @@ def loss_command(
     _report(
         "loss", as_json, lambda: _conduct(lambda conductor: churn.measure_losses(plan, conductor)),
         churn.Losses.to_json, show.losses,
+    )  # fmt: skip
+
+
+@bench.command("restart", epilog=EPILOG)
+@_world(3, 4, "Members once the newcomer is in.")
+@_iters(5)
+@click.option(
+    "--down", type=click.FloatRange(0, 60), default=1.0, show_default=True, metavar="SECONDS", callback=_number,
+    help="Time without a master, and what its start takes.",
+)  # fmt: skip
+@_AS_JSON
+def restart_command(world: int, iters: int, down: float, as_json: bool) -> None:
+    """Kill the master of a group that goes on reducing, start it again and time the next join."""
+    plan = churn.RestartPlan(world=world, iterations=iters, down_s=down)
+    _report(
+        "restart", as_json, lambda: _conduct(lambda conductor: churn.measure_restarts(plan, conductor)),
+        churn.Restarts.to_json, show.restarts,
+    )  # fmt: skip
+
+
+@bench.command("epoch", epilog=EPILOG)
+@click.option("--peers", type=click.IntRange(2, 4000), default=1000, show_default=True, help="Simulated peers.")
+@_iters(5)
+@_AS_JSON
+def epoch_command(peers: int, iters: int, as_json: bool) -> None:
+    """Time a change of epoch in a master with many peers, which are simulated: control connections only.
+
+    Groups have 256 members at most; all of them change at the same moment.
+    """
+    plan = epochs.Plan(peers=peers, iterations=iters)
+    _report(
+        "epoch", as_json, lambda: _conduct(lambda conductor: epochs.measure(plan, conductor)),
+        epochs.Changes.to_json, show.epoch_changes,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import pyccl
 from pyccl.bench import machine
+from pyccl.bench.crowd import group_sizes
 from pyccl.cli.main import main
 
 
@@ -122,6 +123,39 @@ def test_loss_tells_the_gap_of_the_survivors() -> None:
     for cause in ("killed", "silent"):
         check_summary(told[cause]["gap_s"])
     assert [loss["cause"] for loss in told["losses"]] == ["killed", "silent"]
+
+
+def test_restart_tells_that_no_operation_failed_and_when_the_next_join_was() -> None:
+    told = done("restart", "--world", "3", "--iters", "2", "--down", "0.1")
+    for name in ("operations", "gap_s", "join_s"):
+        check_summary(told[name])
+    assert len(told["restarts"]) == 2 and all(restart["operations"] > 0 for restart in told["restarts"])
+
+
+def test_restart_prints_a_table() -> None:
+    finished = bench("restart", "--world", "3", "--iters", "1", "--down", "0")
+    assert finished.status == 0 and finished.left == [], finished.stderr
+    assert "all-reduces meanwhile, 0 failed" in finished.stdout
+
+
+def test_epoch_tells_what_its_changes_cost_the_master() -> None:
+    told = done("epoch", "--peers", "12", "--iters", "2")
+    assert told["groups"] == [12]
+    for change in ("loss", "join"):
+        assert told[change]["wall_s"]["min"] > 0 and told[change]["cpu_s"]["min"] >= 0
+        assert [len(told["raw"][name][change]) for name in ("cpu_s", "wall_s")] == [2, 2]
+
+
+def test_epoch_prints_a_table() -> None:
+    finished = bench("epoch", "--peers", "5", "--iters", "1")
+    assert finished.status == 0 and finished.left == [], finished.stderr
+    assert "5 simulated peers in groups of 5" in finished.stdout
+
+
+def test_the_peers_of_epoch_are_in_groups_that_hold_them() -> None:
+    assert group_sizes(256) == [256]
+    assert group_sizes(257) == [129, 128]
+    assert group_sizes(1000) == [250] * 4
 
 
 def test_kernels_tell_a_rate_for_each_instruction_set_and_place() -> None:

@@ -9,7 +9,7 @@ operation, cut or epoch, not from the last submit alone; or late messages look l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -153,9 +153,10 @@ class SimEngine:
     def conns(self, slot: int) -> int:
         return len(self.links[slot].conns)
 
-    def freeze(self) -> list[tuple[int, int, int, int, int]]:
-        if self.owner.bug != "thaw":
-            lib.pyccl_fsm_freeze(self.fsm.handle, self.world.now)
+    def freeze(self) -> list[tuple[int, int, int, int, int]] | None:
+        """None: it has left the run."""
+        if self.owner.bug != "thaw" and lib.pyccl_fsm_freeze(self.fsm.handle, self.world.now) != 0:
+            return None
         report = self.fsm.report()
         self._after()
         return report
@@ -224,6 +225,11 @@ class SimEngine:
         if op.status is None:
             lib.pyccl_fsm_cancel(self.fsm.handle, op.cookie, lib.PYCCL_ERR_CANCELLED, self.world.now)
             self._after()
+
+    def give_up(self, lost: Sequence[bytes], age_s: float) -> None:
+        now, why = self.world.now, lib.PYCCL_ERR_MASTER_AWAY
+        lib.pyccl_fsm_give_up(self.fsm.handle, why, b"".join(lost), len(lost), now - int(age_s * S), now)
+        self._after()
 
     def stop(self, why: int) -> None:
         """The process ends well: open operations fail, connections close."""

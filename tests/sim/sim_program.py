@@ -176,6 +176,7 @@ class Program(Thread):
     def __init__(self, peer: SimPeer) -> None:
         self.round = self.revision = self.rounds_done = 0
         self.voter, self.needs_sync = False, True
+        self.last_meeting = 1 << 62  # no safe points in later rounds
         super().__init__(peer)
 
     def main(self) -> Steps:
@@ -239,8 +240,9 @@ class Program(Thread):
             self.revision += 1
         if self.needs_sync:
             return
-        meet = self.alone or (plan.meet and self.options.meets)
-        if not meet and plan.poll and self.options.meets:
+        meets = self.round <= self.last_meeting
+        meet = self.alone or (plan.meet and meets)
+        if not meet and plan.poll and meets:
             op = self._submit(INTERNAL, 0, lib.PYCCL_ALL_GATHER, (min(1, self.peer.pending),))
             yield from self._wait([op])
             meet = self.alone or (op.status == 0 and any(value[-1][0] for value in op.result or () if len(value) == 4))

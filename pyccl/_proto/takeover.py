@@ -1,0 +1,199 @@
+"""How a master takes over the run of members that it does not know: it was started anew, and they were not.
+
+    Hello(resume) -> Unknown(asks) -> Recall(its last commit) -> the run and its group's epoch are adopted
+
+The first Recall decides which run it is; whoever comes later adds its group, or the one commit that the first was
+behind. From the next epoch on that this master decides, its own word counts. Spec: proto/wire.md 5.13.
+
+A part of MasterMachine, in a file of its own: it works on the machine's records.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pyccl._proto import limits
+from pyccl._proto.epoch import Member
+from pyccl._proto.master_records import Group
+from pyccl._proto.messages import EpochCommit, Hello, Recall, Resume, Unknown
+from pyccl._proto.mismatch import short
+from pyccl._proto.past import NONCE_BITS, START_MAX, Adopted, Began, Committed, Fenced, make_term, start_of
+from pyccl.errors import RemoteProtocolError
+
+if TYPE_CHECKING:
+    from pyccl._proto.master import MasterMachine
+
+
+class Takeover:
+    def __init__(self, master: MasterMachine, adopts: bool) -> None:
+        self._master: Final = master
+        self.adopts: Final = adopts
+        self._groups: set[int] | None = None  # whose epoch is their members' word; None: the run is our own
+        self._held: deque[tuple[int, int, Hello]] = deque()  # (ticket, connection, what it waits to be answered)
+        self._term_ticket = 0  # of the record of a later start, heard of from members
+
+    @property
+    def awaited(self) -> bool:
+        """Nobody is founded a group for before the members of the run to be taken over have come."""
+        return self.adopts and self._master.journaled and self._groups is None
+
+    def awaits(self, group: Group) -> bool:
+        """In a run that is not our own, members of a group that we do not know may be on their way."""
+        master = self._master
+        return self._groups is not None and group.last_number == 0 and master._now < master._grace_until
+
+    def next_number(self, group: Group) -> int:
+        """Of its epoch. How far a group came that we do not know is not known either: no earlier start was so far."""
+        if self._groups is None or group.last_number > 0:
+            return group.last_number + 1
+        return (start_of(self._master.term) << NONCE_BITS) + 1
+
+    def decided(self, group: int) -> None:
+        """From here on its epoch is our word."""
+        if self._groups is not None:
+            self._groups.discard(group)
+
+    # ---- the journal: who may be answered when
+
+    def hold(self, conn: int, hello: Hello) -> bool:
+        """Behind the run that is being taken over."""
+        if self._held:
+            self._held.append((self._master._ticket_last, conn, hello))
+        return bool(self._held)
+
+    def written(self, ticket: int) -> None:
+        """This record is durable."""
+        if ticket == self._term_ticket:
+            self._ask_again()
+
+    def release(self, ticket: int) -> None:
+        """Answer who waited for the records up to this one."""
+        while self._held and self._held[0][0] <= ticket:
+            _, conn, hello = self._held.popleft()
+            if conn in self._master._conns:
+                self._master._on_hello(conn, hello)
+
+    # ---- members of a run that this master does not know
+
+    def is_unknown(self, hello: Hello, resume: Resume) -> bool:
+        """Or known too well: another master has kept the run since what we know of it."""
+        master = self._master
+        later = resume.term != master.term and start_of(resume.term) >= start_of(master.term)
+        if resume.run != master.run or later:
+            return True
+        if self._groups is None or (hello.peer, hello.incarnation) in master._gone:
+            return False
+        group = master._groups.get(hello.group)
+        if group is None or group.last_number == 0:
+            return True
+        # it had the last commit, who came before it had not
+        return hello.group in self._groups and resume.number == group.last_number + 1
+
+    def _may_adopt(self, run: bytes) -> bool:
+        master = self._master
+        if self._groups is not None:
+            return run == master.run
+        return self.adopts and (not master.journaled or not any(g.last_number for g in master._groups.values()))
+
+    def ask(self, conn: int, hello: Hello, resume: Resume) -> None:
+        master = self._master
+        asks = self._may_adopt(resume.run)
+        master._send(conn, Unknown(master.run, asks))
+        if asks:
+            master._conns[conn].asked = hello
+            return
+        reason = f"this master does not know run {resume.run.hex()}, it keeps {master.run.hex()}"
+        if resume.run == master.run:
+            reason = f"another master has kept this run since: start {start_of(resume.term)}"
+        master._log("run_unknown", peer=short(hello.peer), group=hello.group, reason=reason)
+        master._close(conn, reason)
+
+    def recalled(self, conn: int, recall: Recall) -> None:
+        master = self._master
+        hello, master._conns[conn].asked = master._conns[conn].asked, None
+        epoch = recall.epoch
+        if hello is None or hello.resume is None:
+            raise RemoteProtocolError("a Recall that nobody asked for")
+        if hello.resume[:3] != (recall.run, epoch.number, epoch.id) or not epoch.has(hello.peer, hello.incarnation):
+            raise RemoteProtocolError("a Recall of another epoch than its Hello's")
+        if start_of(recall.term) >= START_MAX or epoch.number > limits.U64_MAX >> 1:
+            raise RemoteProtocolError("a Recall that leaves no numbers to go on with")
+        if not self._may_adopt(recall.run):
+            master._close(conn, "another run was taken over meanwhile")
+            return
+        if self._groups is None:
+            self._adopt_run(recall)
+        elif any(self._group_of(member) not in (None, hello.group) for member in epoch.members):
+            raise RemoteProtocolError("a Recall that names members of another group")
+        elif start_of(recall.term) >= start_of(master.term):
+            self._rise_above(recall.term)
+            master._persist(Began(master.term), None)
+            self._term_ticket = master._ticket_last
+            if not master.journaled:
+                self._ask_again()
+        group = master._groups.get(hello.group) or master._new_group(hello.group)
+        ahead = (epoch.number, epoch.previous) == (group.last_number + 1, group.last_id)
+        adoptable = group.last_number == 0 or (group.group in (self._groups or ()) and ahead)
+        if group.deciding is None and adoptable:  # else it is on its way already, or what we have decided stands
+            self._adopt_epoch(group, recall)
+        if master.journaled:
+            self._held.append((master._ticket_last, conn, hello))
+        else:
+            master._on_hello(conn, hello)
+
+    def _group_of(self, member: Member) -> int | None:
+        master = self._master
+        record = master._peers.get((member.peer, member.incarnation))
+        return None if record is None else record.group
+
+    def _adopt_run(self, recall: Recall) -> None:
+        """What this master has founded before has to go."""
+        master = self._master
+        self._groups = set()
+        for record in list(master._peers.values()):
+            record.lost = "another run, older than this one, has come back: connect again"
+            master._evict(record)
+        master._groups.clear()
+        master.run = recall.run
+        self._rise_above(recall.term)
+        master._grace_until = master._now + limits.RECONNECT_S
+        master._log("run_adopted", run=master.run.hex(), start=start_of(master.term))
+        master._persist(Adopted(master.run, master.term), None)
+
+    def _rise_above(self, term: int) -> None:
+        """Members have seen this term: ours is a later one."""
+        master = self._master
+        start = max(start_of(master.term), start_of(term)) + 1
+        master.term = make_term(start, master.term & ((1 << NONCE_BITS) - 1))
+
+    def _ask_again(self) -> None:
+        """The later term is durable: what is asked from here on, and what is open, has numbers that nobody has seen."""
+        master = self._master
+        base = start_of(master.term) << NONCE_BITS
+        for group in master._groups.values():
+            group.version = max(group.version, base)
+            group.ballot_number = max(group.ballot_number, base)
+            ballot = group.ballot
+            if ballot is not None and group.deciding is None:
+                master._open_ballot(group, ballot.kind, ballot.detail, blocked=ballot.blocked)
+            elif group.proposal is not None:
+                group.proposal.stale = True
+            master._advance(group)
+
+    def _adopt_epoch(self, group: Group, recall: Recall) -> None:
+        """By the word of one member. Another may come who is one commit ahead of it; none can be further."""
+        master = self._master
+        assert self._groups is not None
+        self._groups.add(group.group)
+        master._groups[group.group] = group
+        told = (recall.verdicts, recall.detail, recall.world_size, recall.journaled)
+        group.deciding = EpochCommit(recall.epoch, recall.kind, *told)
+        for record in master._members(group):
+            if not recall.epoch.has(*record.key):
+                record.lost = "it was left out of an epoch that it has not heard of"
+        for member in recall.epoch.members:
+            master._restore_member(group, member)
+        master._log("epoch_adopted", group=group.group, epoch=recall.epoch.number, members=len(recall.epoch.members))
+        out = (record for record in master._members(group) if record.lost)
+        master._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
