@@ -270,6 +270,7 @@ static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
     pyccl_epoch epoch = {.number = m->ep + 1u, .world = epoch_members(members, ids), .rank = rank_of(members, self), .members = ids};
     epoch_id(m->ep, epoch.id);
     adopt(fsm, &epoch);
+    fsm->left = 0;                         /* the member that used this machine last may have; who is loaded has not */
     fsm->frozen = m->frozen;
     fsm->tell_ns_at = m->tell ? AT_START : 0;
     for (int k = 0; k < OPS; k++) {

@@ -1157,6 +1157,7 @@ class MasterMachine:
             "library": self.library,
             "peer_timeout_s": self.peer_timeout,
             "journal": {"kept": self.journaled, "waiting": len(self._writing), "error": self._journal_error},
+            "needs_majority": self.needs_majority,
             "groups": [self._group_status(group) for _, group in sorted(self._groups.items())],
             "gone": {f"{short(peer)}/{short(inc)}": why for (peer, inc), why in list(self._gone.items())[-50:]},
             "events": [

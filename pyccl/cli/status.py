@@ -65,9 +65,14 @@ def describe(told: dict[str, Any]) -> list[str]:
     lines = [f"run {told['run'][:8]}  library {told['library']}  peer timeout {told['peer_timeout_s']:g} s"]
     journal = told["journal"]
     if not journal["kept"]:
-        lines.append("no journal: the run ends with this master")
+        lines.append(
+            "no journal: another master at this address continues the run only with --no-journal or --adopt-run, "
+            "and only while members live"
+        )
     elif journal["error"]:
         lines.append(f"the journal can't be written, {journal['waiting']} decisions wait: {journal['error']}")
+    if told["needs_majority"]:
+        lines.append("a loss is settled only with more than half of the members, or half and the lowest id")
     if not told["groups"]:
         lines.append("no peer has joined yet")
     for group in told["groups"]:

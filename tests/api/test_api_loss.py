@@ -147,6 +147,7 @@ def test_a_second_peer_dies_while_the_loss_of_the_first_is_settled(cluster: Clus
     a, b, second, first = peers
     first.ask("hook", phase="submit")
     second.ask("hook", phase=phase, when=when)
+    second.ask("hook", phase="commit", action="wait")  # or it answers before it is killed
     seed = cluster.rng.getrandbits(32)
     calls = [peer.call("all_reduce", seed=seed, count=100_000) for peer in peers]
     calls[3].died()

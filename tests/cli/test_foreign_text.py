@@ -115,8 +115,8 @@ def test_status_shows_foreign_text_on_its_own_line() -> None:
     journal = {"kept": True, "waiting": 1, "error": EVIL}
     event = {"event": "x", "ago_s": 1.0, "reason": EVIL}
     told = {
-        "run": "r", "library": EVIL, "peer_timeout_s": 5.0, "journal": journal, "groups": [group], "gone": {},
-        "events": [event],
+        "run": "r", "library": EVIL, "peer_timeout_s": 5.0, "journal": journal, "needs_majority": False,
+        "groups": [group], "gone": {}, "events": [event],
     }
     with server(answers(Status(json.dumps(told)))) as address:
         result = ask(address)
