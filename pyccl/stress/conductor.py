@@ -1,0 +1,378 @@
+"""Runs a stress run: a master, the peers, a calm phase, faults from the seed, and the wait until all is well again.
+
+What was reported and what was done go into `oracle.Oracle` and `report.Record`, which judge and count; here things are
+started, stopped and waited for. One thread: timers and reports are taken in turn, so a fault never races a report.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
+from pyccl.stress.faults import Drawer, Fault
+from pyccl.stress.oracle import Oracle, Violation
+from pyccl.stress.report import Memory, Phase, Record
+
+MASTER: Final = "master"
+LISTENING: Final = "listening on "
+START_TIMEOUT_S: Final = 60.0
+AFTERMATH_S: Final = 1.5  # after a violation, for others to tell theirs
+RETRY_S: Final = 0.2  # after no fault was possible
+TICK_S: Final = 0.1
+SAMPLE_S: Final = 5.0
+HANG_TIMEOUTS: Final = 8  # so many peer_timeouts without progress are a hang
+HANG_S_MIN: Final = 60.0  # and no less than this: processes start slowly on a loaded machine
+TRACE_LINES: Final = 20_000  # of stderr, per process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run shall do."""
+
+    peers: int = 8
+    minutes: float = 1.0
+    fault_every_s: float = 2.0
+    seed: int = 1
+    peer_timeout_s: float = 5.0
+    calm_s: float = 5.0
+    canary: str = ""
+
+    @property
+    def hang_s(self) -> float:
+        return max(HANG_S_MIN, HANG_TIMEOUTS * self.peer_timeout_s)
+
+
+class Screen(Protocol):
+    """Where progress is shown."""
+
+    def say(self, text: str) -> None: ...
+    def update(self, record: Record, oracle: Oracle, now_s: float) -> None: ...
+
+
+class _OverError(Exception):
+    """The run ended early: a violation was found."""
+
+
+def _nothing(peers: list[int]) -> None:
+    """Nobody waits for the newcomers."""
+
+
+class Conductor:
+    """One run. It is the `faults.Lab` too."""
+
+    def __init__(self, plan: Plan, kinds: Sequence[type[Fault]], screen: Screen, children: Children) -> None:
+        self.plan, self._screen, self._children = plan, screen, children
+        self.peer_timeout_s = plan.peer_timeout_s
+        self.master_address = ""
+        rng = random.Random(plan.seed)
+        self._drawer, self._pauses = Drawer(kinds, random.Random(rng.getrandbits(64))), rng
+        self.start_s = time.monotonic()
+        self.oracle = Oracle(plan.seed, plan.hang_s, digest="sha256" if plan.seed % 2 else "fast")
+        self.record = Record(self.start_s, [kind.name for kind in kinds])
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_numbers = itertools.count()
+        self._numbers = itertools.count()
+        self._alive: set[int] = set()
+        self._killed: set[int] = set()
+        self._leaving: set[int] = set()
+        self._active: dict[int, Fault] = {}  # by number of the fault
+        self._joining: list[tuple[set[int], list[int], Callable[[list[int]], None]]] = []
+        self._master_stops = 0
+        self._still_until_s = self.start_s  # nobody could make progress before it
+        self._faults_until_s = 0.0
+
+    def execute(self) -> None:
+        """The whole run. What is wrong ends up in ``oracle.violations``.
+
+        Raises:
+            Interrupted: a signal asked the program to end.
+        """
+        try:
+            self._start_master()
+            self.join(self.plan.peers)
+            self._until(self._all_in_step, "the peers join")
+            self._calm()
+            self._faulty()
+            self._recover()
+        except _OverError:
+            self._aftermath()
+        finally:
+            for fault in list(self._active.values()):
+                fault.heal()
+        self.oracle.finish(self._now())
+        self.record.end_s = self._now()
+
+    # ---- phases
+
+    def _start_master(self) -> None:
+        arguments = ["pyccl.cli.master", "--listen", "127.0.0.1:0", "--peer-timeout", str(self.peer_timeout_s)]
+        self._children.start(MASTER, "pyccl.processes.leash", arguments)
+        self._until(lambda: self.master_address != "", "the master starts")
+
+    def _calm(self) -> None:
+        """Without faults, to compare with."""
+        phase = self._begin("calm")
+        self._until_time(phase.start_s + self.plan.calm_s)
+        self._end(phase)
+        self._sample()
+
+    def _faulty(self) -> None:
+        phase = self._begin("faults")
+        self._faults_until_s = phase.start_s + self.plan.minutes * 60
+        self._plan_fault()
+        self._until_time(self._faults_until_s)
+        self._end(phase)
+
+    def _recover(self) -> None:
+        """Faults end; all that live must be members in step again."""
+        phase = self._begin("recovery")
+        self._until(lambda: not self._active and not self._joining, "the faults end")
+        since_s = self._now()
+        self._until(lambda: self._all_in_step(since_s), "all are in step again")
+        self._end(phase)
+        self._sample()
+
+    def _begin(self, name: str) -> Phase:
+        self._screen.say(f"{self._now() - self.start_s:6.1f} s  phase: {name}")
+        return self.record.begin(name, self._now(), self.oracle.revision)
+
+    def _end(self, phase: Phase) -> None:
+        phase.end_s, phase.last_revision = self._now(), self.oracle.revision
+
+    def _all_in_step(self, since_s: float = 0.0) -> bool:
+        return len(self._alive) >= self.plan.peers and self.oracle.settled(since_s, self._now())
+
+    def _aftermath(self) -> None:
+        """A violation was found: hear the others out, then keep what all of them know."""
+        until_s = self._now() + AFTERMATH_S
+        while (left_s := until_s - self._now()) > 0:
+            event = self._children.next_event(left_s)
+            if event is not None:
+                self._take(event)
+        hung = [v for v in self.oracle.violations if v.kind == "hang"]
+        if hung:
+            self._ask_for_stacks()
+        for name in (MASTER, *(_name(number) for number in sorted(self._alive))):
+            self.record.traces[name] = self._children.stderr_tail(name)
+
+    def _ask_for_stacks(self) -> None:
+        for number in self._alive:
+            self._children.signal(_name(number), signal.SIGUSR1)
+        until_s = self._now() + AFTERMATH_S
+        while (left_s := until_s - self._now()) > 0:
+            self._children.next_event(left_s)
+
+    # ---- waiting
+
+    def _now(self) -> float:
+        return time.monotonic()
+
+    def _until_time(self, until_s: float) -> None:
+        while self._now() < until_s:
+            self._turn(until_s)
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait; the watchdog sees to it that this ends."""
+        deadline_s = self._now() + max(self.plan.hang_s, START_TIMEOUT_S) * 2
+        while not condition():
+            self._turn(math.inf)
+            if self._now() > deadline_s:
+                self._violate("hang", f"waited for ever until {what}")
+
+    def _turn(self, until_s: float) -> None:
+        """Timers that are due, then one report, or a moment without any."""
+        now_s = self._now()
+        while self._timers and self._timers[0][0] <= now_s:
+            heapq.heappop(self._timers)[2]()
+        next_s = min(until_s, self._timers[0][0] if self._timers else math.inf, now_s + TICK_S)
+        event = self._children.next_event(max(0.0, next_s - now_s))
+        if event is not None:
+            self._take(event)
+        else:
+            self._watch()
+        self._screen.update(self.record, self.oracle, self._now())
+        if self.oracle.violations:
+            raise _OverError
+
+    def _watch(self) -> None:
+        if self._master_stops:
+            self._still_until_s = self._now()
+        self.oracle.watch(self._now(), self._still_until_s)
+
+    def _violate(self, kind: str, text: str) -> None:
+        self.oracle.violations.append(Violation(kind, None, self._now(), text))
+        raise _OverError
+
+    # ---- reports
+
+    def _take(self, event: Event) -> None:
+        if event.child == MASTER:
+            self._take_master(event)
+            return
+        number = int(event.child.split()[1])
+        if isinstance(event, Exited):
+            self._take_exit(number, event)
+            return
+        try:
+            report = json.loads(event.text)
+            self.oracle.take(number, report)
+            self._note(number, report)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            text = f"{event.child} printed {event.text[:200]!r}: {error!r}"
+            self.oracle.violations.append(Violation("report", number, self._now(), text))
+
+    def _take_master(self, event: Event) -> None:
+        if isinstance(event, Line) and event.text.startswith(LISTENING):
+            self.master_address = event.text.removeprefix(LISTENING).strip()
+        elif isinstance(event, Exited):
+            self._violate("crash", f"the master ended: {event.returncode}")
+
+    def _take_exit(self, number: int, event: Exited) -> None:
+        expected = (number in self._killed and event.returncode == -signal.SIGKILL) or (
+            number in self._leaving and event.returncode == 0
+        )
+        tail = self._children.stderr_tail(event.child)
+        if not expected:
+            self.record.traces[event.child] = tail
+        how = f"ended with {event.returncode}: {' | '.join(tail[-3:])}"
+        self.oracle.ended(number, expected, how, self._now())
+        self._alive.discard(number)
+        self._children.forget(event.child)
+
+    def _note(self, number: int, report: dict[str, Any]) -> None:
+        """What the record wants to know, and who waits for it."""
+        self.record.lag_s = max(self.record.lag_s, self._now() - report["t"])
+        if report["event"] == "round":
+            self.record.round(report["t"], report["moved_bytes"], report["retries"], len(report["ops"]))
+        elif report["event"] == "ready":
+            for group in list(self._joining):
+                waiting, members, then = group
+                waiting.discard(number)
+                if not waiting:
+                    self._joining.remove(group)
+                    self._let_go(members, then)
+
+    def _let_go(self, numbers: list[int], then: Callable[[list[int]], None]) -> None:
+        there = [number for number in numbers if number in self._alive]
+        for number in there:
+            self._children.tell(_name(number), "go")
+        then(there)
+
+    # ---- faults
+
+    def _plan_fault(self) -> None:
+        self.after(self.plan.fault_every_s * self._pauses.uniform(0.5, 1.5), self._fault)
+
+    def _fault(self) -> None:
+        if self._now() >= self._faults_until_s:
+            return
+        touched = {fault.victim for fault in self._active.values() if fault.needs_victim}
+        in_step = [number for number in self.oracle.in_step() if number not in touched | self._leaving | self._killed]
+        stalling = sum(fault.stalls for fault in self._active.values())
+        fault = self._drawer.draw(self, in_step, stalling)
+        if fault is None:
+            self.record.postponed += 1
+            self.after(RETRY_S, self._fault)
+            return
+        self._plan_fault()
+        at_s = self._now()
+        seconds = fault.apply()
+        victim = fault.victim if fault.needs_victim else None
+        mark = self.record.fault(fault.name, victim, at_s, at_s + seconds)
+        self._active[mark.number] = fault
+
+        def heal() -> None:
+            del self._active[mark.number]
+            fault.heal()
+            mark.until_s, mark.detail = self._now(), fault.detail
+
+        mark.detail = fault.detail
+        who = "" if victim is None else f"peer {victim}"
+        self._screen.say(f"{at_s - self.start_s:6.1f} s  {fault.name} {who} {fault.detail}".rstrip())
+        if seconds:
+            self.after(seconds, heal)
+        else:
+            heal()
+
+    def _sample(self) -> None:
+        peers = {number: Memory.of(self.pid(number)) for number in sorted(self._alive)}
+        self.record.samples.append((self._now(), Memory.of(self.master_pid()), peers))
+
+    # ---- faults.Lab
+
+    def after(self, delay_s: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (self._now() + delay_s, next(self._timer_numbers), call))
+
+    def pid(self, peer: int) -> int:
+        return self._children.pid(_name(peer))
+
+    def master_pid(self) -> int:
+        return self._children.pid(MASTER)
+
+    def kill(self, peer: int) -> None:
+        if peer in self._alive:
+            self._killed.add(peer)
+            self.oracle.excuse(peer, "kill")
+            self._children.kill(_name(peer))
+
+    def stop(self, peer: int) -> None:
+        if peer in self._alive:
+            self.oracle.stop(peer)
+            self._children.signal(_name(peer), signal.SIGSTOP)
+
+    def resume(self, peer: int) -> None:
+        if peer in self._alive:
+            self._children.signal(_name(peer), signal.SIGCONT)
+            self.oracle.resume(peer, self._now())
+
+    def stop_master(self) -> None:
+        self._master_stops += 1
+        self._children.signal(MASTER, signal.SIGSTOP)
+
+    def resume_master(self) -> None:
+        self._master_stops -= 1
+        self._still_until_s = self._now()
+        if not self._master_stops:
+            self._children.signal(MASTER, signal.SIGCONT)
+
+    def leave(self, peer: int) -> None:
+        self._leaving.add(peer)
+        self._children.tell(_name(peer), "leave")
+
+    def join(self, count: int, then: Callable[[list[int]], None] = _nothing) -> None:
+        """Start processes; when all of them are loaded they connect at once, and `then` is told."""
+        numbers = [next(self._numbers) for _ in range(count)]
+        for number in numbers:
+            settings = {
+                "master": self.master_address, "number": number, "seed": self.plan.seed,
+                "digest": self.oracle.digest, "canary": self.plan.canary if number == 1 else "",
+            }  # fmt: skip
+            self._alive.add(number)
+            self.oracle.started(number, self._now())
+            self._children.start(_name(number), "pyccl.stress.peer", [json.dumps(settings)], ONE_THREAD)
+        self._joining.append((set(numbers), numbers, then))
+
+    def surplus(self) -> int:
+        return len(self._alive - self._killed - self._leaving) - self.plan.peers
+
+    def excuse(self, peer: int, why: str) -> None:
+        self.oracle.excuse(peer, why)
+
+    def excuse_ends(self, peer: int, after_s: float) -> None:
+        self.oracle.excuse_ends(peer, self._now() + after_s)
+
+    def complain(self, text: str) -> None:
+        self.oracle.violations.append(Violation("garbage", None, self._now(), text))
+
+
+def _name(number: int) -> str:
+    return f"peer {number}"
