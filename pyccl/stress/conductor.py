@@ -31,6 +31,7 @@ TICK_S: Final = 0.1
 SAMPLE_S: Final = 5.0
 HANG_TIMEOUTS: Final = 8  # so many peer_timeouts without progress are a hang
 HANG_S_MIN: Final = 60.0  # and no less than this: processes start slowly on a loaded machine
+STOP_SHARE_MAX: Final = 0.6  # of peer_timeout: who was stopped for longer may have been evicted for it
 TRACE_LINES: Final = 20_000  # of stderr, per process
 
 
@@ -86,6 +87,7 @@ class Conductor:
         self._leaving: set[int] = set()
         self._active: dict[int, Fault] = {}  # by number of the fault
         self._joining: list[tuple[set[int], list[int], Callable[[list[int]], None]]] = []
+        self._stopped_at_s: dict[int, float] = {}
         self._master_stops = 0
         self._still_until_s = self.start_s  # nobody could make progress before it
         self._faults_until_s = 0.0
@@ -327,12 +329,19 @@ class Conductor:
     def stop(self, peer: int) -> None:
         if peer in self._alive:
             self.oracle.stop(peer)
+            self._stopped_at_s.setdefault(peer, self._now())
             self._children.signal(_name(peer), signal.SIGSTOP)
 
     def resume(self, peer: int) -> None:
-        if peer in self._alive:
-            self._children.signal(_name(peer), signal.SIGCONT)
-            self.oracle.resume(peer, self._now())
+        since_s = self._stopped_at_s.pop(peer, None)
+        if peer not in self._alive or since_s is None:
+            return
+        if self._now() - since_s > STOP_SHARE_MAX * self.peer_timeout_s and not self.oracle.processes[peer].excuse:
+            self.record.late_resumes += 1  # this machine let us wait, not the fault
+            self.oracle.excuse(peer, "a stop that became too long")
+            self.excuse_ends(peer, 2 * self.peer_timeout_s)
+        self._children.signal(_name(peer), signal.SIGCONT)
+        self.oracle.resume(peer, self._now())
 
     def stop_master(self) -> None:
         self._master_stops += 1

@@ -261,7 +261,7 @@ class Garbage(Fault):
     """Somebody sends noise and spoilt messages to the master and to every peer."""
 
     name, needs_victim = "garbage", False
-    SECONDS = 3.0
+    SECONDS, POLL_S = 3.0, 0.1
 
     def apply(self) -> float:
         self._sender = Sender(self.lab.master_address, self.rng.getrandbits(32))
@@ -269,7 +269,9 @@ class Garbage(Fault):
         return self.SECONDS
 
     def heal(self) -> None:
-        self._sender.stop()
+        if not self._sender.stop():
+            self.lab.after(self.POLL_S, self.heal)  # nobody waits here: other faults have their times
+            return
         self.detail = f"{self._sender.sent} shots at {self._sender.ports} ports"
         for what in self._sender.not_cut_off:
             self.lab.complain(f"garbage was not cut off: {what}")

@@ -24,7 +24,7 @@ from pyccl._proto.messages import Hello, PeerHello
 
 SHOTS_PER_PORT: Final = 12
 HOSTILE_GROUPS: Final = range(70_000, 70_100)  # of peers that are let in: never the group of the run
-STATUS_S: Final = 30.0
+STATUS_S: Final = 2.0
 POLL_S: Final = 0.25
 
 
@@ -51,7 +51,7 @@ def shot(rng: random.Random, run: bytes) -> bytes:
 
 
 class Sender:
-    """Fires from a thread of its own, so that nobody waits for it. `stop` joins it and raises what it met."""
+    """Fires from a thread of its own, so that nobody waits for it."""
 
     def __init__(self, master: str, seed: int) -> None:
         self._master, self._rng = master, random.Random(seed)
@@ -65,11 +65,14 @@ class Sender:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """True: it has ended; raises what it met. False: it will soon."""
         self._stopping.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            return False
         if self._error is not None:
             raise self._error
+        return True
 
     def _main(self) -> None:
         try:
@@ -77,15 +80,24 @@ class Sender:
         except BaseException as error:  # noqa: BLE001  it is raised where stop() is called
             self._error = error
 
-    def _fire(self) -> None:
+    def _ask(self) -> tuple[bytes, list[str]]:
+        """The run's id and the peers' addresses; a master that is stopped or gone tells nothing."""
+
         async def ask() -> dict[str, object]:
             with trio.fail_after(STATUS_S):
                 return await ask_status(*parse_address(self._master))
 
-        told = trio.run(ask)
-        addresses = [self._master, *_addresses(told)]
+        try:
+            told = trio.run(ask)
+        except (trio.TooSlowError, errors.MasterUnavailableError):
+            return self._rng.randbytes(16), []
+        return bytes.fromhex(str(told["run"])), _addresses(told)
+
+    def _fire(self) -> None:
+        run, peers = self._ask()
+        addresses = [self._master, *peers]
         self.ports = len(addresses)
-        shots = [(address, shot(self._rng, bytes.fromhex(str(told["run"])))) for address in addresses * SHOTS_PER_PORT]
+        shots = [(address, shot(self._rng, run)) for address in addresses * SHOTS_PER_PORT]
         self._rng.shuffle(shots)
         for address, data in shots:
             if self._stopping.is_set():
@@ -99,7 +111,7 @@ class Sender:
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)  # after it a message cut short is over as well
                 self._await_end(sock, address, data)
-        except (ConnectionError, TimeoutError):
+        except OSError:
             pass  # refused or reset: a peer that is gone, or it cut us off; or one that is stopped
 
     def _await_end(self, sock: socket.socket, address: str, data: bytes) -> None:

@@ -77,6 +77,7 @@ class Record:
         self.phases: list[Phase] = []
         self.faults: list[Mark] = []
         self.postponed = 0
+        self.late_resumes = 0  # of peers that were to be stopped for less than the time-out
         self.lag_s = 0.0  # the longest from a report to its being judged
         self.samples: list[tuple[float, Memory, dict[int, Memory]]] = []
         self.traces: dict[str, list[str]] = {}  # stderr, after a violation
@@ -162,6 +163,7 @@ class Record:
                 for mark in self.faults
             ],
             "faults_postponed": self.postponed,
+            "late_resumes": self.late_resumes,
             "memory": self.memory(),
             "judged_after_s": self.lag_s,
             "seconds": self.end_s - self.start_s,
