@@ -325,6 +325,7 @@ class Conductor:
             self._killed.add(peer)
             self.oracle.excuse(peer, "kill")
             self._children.kill(_name(peer))
+            self._top_up()
 
     def stop(self, peer: int) -> None:
         if peer in self._alive:
@@ -356,6 +357,7 @@ class Conductor:
     def leave(self, peer: int) -> None:
         self._leaving.add(peer)
         self._children.tell(_name(peer), "leave")
+        self._top_up()
 
     def join(self, count: int, then: Callable[[list[int]], None] = _nothing) -> None:
         """Start processes; when all of them are loaded they connect at once, and `then` is told."""
@@ -372,6 +374,10 @@ class Conductor:
 
     def surplus(self) -> int:
         return len(self._alive - self._killed - self._leaving) - self.plan.peers
+
+    def _top_up(self) -> None:
+        if self.surplus() < 0:
+            self.join(-self.surplus())
 
     def excuse(self, peer: int, why: str) -> None:
         self.oracle.excuse(peer, why)

@@ -1,0 +1,165 @@
+"""Which faults are drawn, how they end, and what they do to a connection. No run is started."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pyccl.stress import workload
+from pyccl.stress.faults import HEALTHY_LEFT, KINDS, OF_LINKS, STALLS_AT_ONCE, Drawer, FaultsError, Slow, choose
+from pyccl.stress.report import Record, longest_gap
+from pyccl.stress.sockets import connections
+
+
+class FakeLab:
+    """Notes what is done to it; time passes when told."""
+
+    peer_timeout_s, master_address = 5.0, "127.0.0.1:1"
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, Any]] = []
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def after(self, delay_s: float, call: Callable[[], None]) -> None:
+        self.timers.append((delay_s, call))
+
+    def surplus(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self.done.append((name, arguments))
+
+
+def drawn(seed: int, count: int) -> list[tuple[str, int | None]]:
+    drawer = Drawer(choose((), links=False), random.Random(seed))
+    faults = [drawer.draw(FakeLab(), range(5), 0) for _ in range(count)]
+    return [(fault.name, fault.victim if fault.needs_victim else None) for fault in faults if fault is not None]
+
+
+def test_the_seed_decides_kinds_and_victims_and_every_kind_comes() -> None:
+    assert drawn(3, 200) == drawn(3, 200) != drawn(4, 200)
+    assert {name for name, _ in drawn(3, 200)} == set(KINDS)
+
+
+def test_members_that_no_fault_touches_are_left() -> None:
+    drawer = Drawer(choose((), links=False), random.Random(1))
+    for _ in range(200):
+        fault = drawer.draw(FakeLab(), range(HEALTHY_LEFT), 0)
+        assert fault is not None and not fault.needs_victim
+    assert Drawer(choose(("kill",), links=False), random.Random(1)).draw(FakeLab(), range(HEALTHY_LEFT), 0) is None
+
+
+def test_faults_under_which_the_group_stands_still_are_few_at_a_time() -> None:
+    drawer = Drawer(choose((), links=False), random.Random(1))
+    faults = [drawer.draw(FakeLab(), range(8), STALLS_AT_ONCE) for _ in range(200)]
+    assert all(fault is not None and not fault.stalls for fault in faults)
+
+
+@pytest.mark.parametrize("name", OF_LINKS)
+def test_a_fault_of_links_is_refused_on_loopback_with_the_reason(name: str) -> None:
+    with pytest.raises(FaultsError, match="network namespaces"):
+        choose(("kill", name), links=False)
+
+
+def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(FaultsError, match="known are kill"):
+        choose(("earthquake",), links=False)
+
+
+def test_a_slow_peer_runs_again_when_the_fault_is_healed_whatever_timer_comes_later() -> None:
+    lab = FakeLab()
+    fault = Slow(lab, random.Random(1), 7)
+    assert fault.apply() > 0
+    for _ in range(5):
+        lab.timers.pop()[1]()
+    fault.heal()
+    assert lab.done[-1] == ("resume", (7,))
+    done = len(lab.done)
+    while lab.timers:
+        lab.timers.pop()[1]()
+    assert len(lab.done) == done
+
+
+def test_a_connection_of_a_child_is_reset_at_both_ends() -> None:
+    program = "import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); print(s.recv(1))"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        command = [sys.executable, "-c", program, str(port)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+            ours, _ = server.accept()
+            with ours, connections(child.pid) as found:
+                (connection,) = found
+                assert connection.remote == ("127.0.0.1", port)
+                connection.reset()
+                with pytest.raises(ConnectionResetError):
+                    ours.recv(1)
+            _, errors = child.communicate(timeout=60)
+    assert child.returncode != 0
+    assert "Error: [Errno" in errors.splitlines()[-1]
+
+
+# ---- workload and figures
+
+
+def test_order_of_submission_differs_between_members_but_not_within_a_tag() -> None:
+    differing = 0
+    for revision in range(40):
+        ops = workload.plan(1, revision)
+        orders = [workload.order(1, revision, number, ops) for number in range(4)]
+        differing += any(order != orders[0] for order in orders)
+        for order in orders:
+            assert sorted(op.index for op in order) == [op.index for op in ops]
+            for tag in {op.tag for op in ops}:
+                indices = [op.index for op in order if op.tag == tag]
+                assert indices == sorted(indices)
+    assert differing > 20
+
+
+def test_partners_name_each_other() -> None:
+    members = [f"{number:032x}" for number in range(5)]
+    paired = 0
+    for revision in range(60):
+        partners = {me: workload.partner(9, revision, members, me) for me in members}
+        for me, partner in partners.items():
+            if partner is not None:
+                assert partner != me and partners[partner] == me
+                paired += 1
+    assert paired > 0
+
+
+def test_a_state_depends_on_every_result_and_on_who_took_part() -> None:
+    base = workload.Outcome(0, "aa", 3, ("p", "q"))
+    digests = set()
+    for outcomes in (
+        [],
+        [base],
+        [workload.Outcome(0, "ab", 3, ("p", "q"))],
+        [workload.Outcome(0, "aa", 4, ("p", "q"))],
+        [workload.Outcome(0, "aa", 3, ("p", "r"))],
+    ):
+        state = workload.new_state()
+        workload.advance(state, outcomes)
+        digests.add(state.digest())
+    assert len(digests) == 5
+
+
+def test_a_fault_is_charged_with_the_longest_pause_that_overlaps_it() -> None:
+    times = [0.0, 1.0, 2.0, 9.0, 10.0, 11.0]
+    assert longest_gap(times, 3.0, 4.0) == 7.0
+    assert longest_gap(times, 9.5, 10.5) == 1.0
+    assert longest_gap([], 0.0, 1.0) == 0.0
+    record = Record(0.0, ["kill", "leave"])
+    record.fault("kill", 1, 3.0, 3.0)
+    record.fault("leave", 2, 9.6, 9.6)
+    record.round(9.0, 100, 2, 3)
+    costs = {cost.kind: cost for cost in record.costs(times)}
+    assert (costs["kill"].longest_stall_s, costs["leave"].longest_stall_s) == (7.0, 1.0)
+    assert (costs["kill"].retries, costs["leave"].retries) == (0, 0)
+    record.round(9.7, 100, 2, 3)
+    assert {cost.kind: cost for cost in record.costs(times)}["leave"].retries == 2
