@@ -16,7 +16,7 @@ import pyccl
 from pyccl.bench import machine
 from pyccl.processes.children import Children, Interrupted
 from pyccl.stress import report
-from pyccl.stress.conductor import TRACE_LINES, Conductor, Plan
+from pyccl.stress.conductor import HANG_TIMEOUTS_MIN, TRACE_LINES, Conductor, Plan
 from pyccl.stress.faults import HEALTHY_LEFT, KINDS, Fault, FaultsError, choose
 from pyccl.stress.peer import CANARIES
 from pyccl.stress.show import open_screen
@@ -70,12 +70,16 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     help="Without faults, at first, to compare with.",
 )  # fmt: skip
 @click.option(
+    "--hang", type=click.FloatRange(1, 3600), default=Plan.hang_s, show_default=True, metavar="SECONDS",
+    help="So long without progress is a hang; at least six peer timeouts.",
+)  # fmt: skip
+@click.option(
     "--report", "report_path", type=click.Path(path_type=Path), metavar="PATH",
     help="Write PATH.json and PATH.png, and after a violation PATH.log: what all processes logged.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, the rest on stderr.")
 @click.option("--no-netns", is_flag=True, help="Plain loopback: no network namespaces and no faults that need them.")
-@click.option("--canary", type=click.Choice(CANARIES), help="Peer 1 does this wrong: the run must fail.")
+@click.option("--canary", type=click.Choice(CANARIES), help="Peers do this wrong: the run must fail.")
 def stress(
     peers: int,
     minutes: float,
@@ -84,6 +88,7 @@ def stress(
     seed: int,
     peer_timeout: float,
     calm: float,
+    hang: float,
     report_path: Path | None,
     as_json: bool,
     no_netns: bool,
@@ -103,7 +108,7 @@ def stress(
     save = None if report_path is None else _saver(report_path)
     plan = Plan(
         peers=peers, minutes=minutes, fault_every_s=fault_every, seed=seed, peer_timeout_s=peer_timeout, calm_s=calm,
-        canary=canary or "",
+        hang_s=max(hang, HANG_TIMEOUTS_MIN * peer_timeout), canary=canary or "",
     )  # fmt: skip
     conductor = _conduct(plan, kinds, as_json)
     record, oracle = conductor.record, conductor.oracle

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 from pyccl.stress.faults import Drawer, Fault
 from pyccl.stress.oracle import Oracle, Violation
+from pyccl.stress.peer import CANARIES_OF_ALL
 from pyccl.stress.report import Memory, Phase, Record
 
 MASTER: Final = "master"
@@ -28,9 +29,9 @@ START_TIMEOUT_S: Final = 60.0
 AFTERMATH_S: Final = 1.5  # after a violation, for others to tell theirs
 RETRY_S: Final = 0.2  # after no fault was possible
 TICK_S: Final = 0.1
-SAMPLE_S: Final = 5.0
-HANG_TIMEOUTS: Final = 8  # so many peer_timeouts without progress are a hang
-HANG_S_MIN: Final = 60.0  # and no less than this: processes start slowly on a loaded machine
+PAUSE_S: Final = 2.0
+HANG_S: Final = 60.0  # without progress; processes start slowly on a loaded machine
+HANG_TIMEOUTS_MIN: Final = 6  # so many peer_timeouts are no hang yet: faults come one upon the other
 STOP_SHARE_MAX: Final = 0.6  # of peer_timeout: who was stopped for longer may have been evicted for it
 TRACE_LINES: Final = 20_000  # of stderr, per process
 
@@ -45,11 +46,8 @@ class Plan:
     seed: int = 1
     peer_timeout_s: float = 5.0
     calm_s: float = 5.0
+    hang_s: float = HANG_S
     canary: str = ""
-
-    @property
-    def hang_s(self) -> float:
-        return max(HANG_S_MIN, HANG_TIMEOUTS * self.peer_timeout_s)
 
 
 class Screen(Protocol):
@@ -197,6 +195,8 @@ class Conductor:
             heapq.heappop(self._timers)[2]()
         next_s = min(until_s, self._timers[0][0] if self._timers else math.inf, now_s + TICK_S)
         event = self._children.next_event(max(0.0, next_s - now_s))
+        if self._now() - now_s > PAUSE_S:
+            self._still_until_s = self._now()  # we were stopped ourselves, and perhaps not alone
         if event is not None:
             self._take(event)
         else:
@@ -365,7 +365,8 @@ class Conductor:
         for number in numbers:
             settings = {
                 "master": self.master_address, "number": number, "seed": self.plan.seed,
-                "digest": self.oracle.digest, "canary": self.plan.canary if number == 1 else "",
+                "digest": self.oracle.digest,
+                "canary": self.plan.canary if number == 1 or self.plan.canary in CANARIES_OF_ALL else "",
             }  # fmt: skip
             self._alive.add(number)
             self.oracle.started(number, self._now())

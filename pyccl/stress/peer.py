@@ -27,7 +27,9 @@ from pyccl.stress.workload import Array, Op, Outcome
 
 CALL_TIMEOUT_S: Final = 600.0  # the conductor's watchdog comes first
 UNCONDITIONAL_EVERY: Final = 9  # rounds between safe points that nobody waits for
-CANARIES: Final = ("wrong-value", "lost-revision", "repeated-revision", "unrestored-input", "hang")
+# What is planted, to see that it is found: by one peer, or by all where the others would mend it.
+CANARIES: Final = ("wrong-value", "lost-revision", "repeated-revision", "forked-state", "unrestored-input", "hang")
+CANARIES_OF_ALL: Final = ("lost-revision", "repeated-revision")
 CANARY_REVISION: Final = 25
 
 
@@ -110,12 +112,12 @@ class Peer:
         outcomes = [call.outcome for call in calls if call.outcome is not None]
         errors = [call.error for call in calls if call.error is not None]
         done = len(outcomes) == len(calls)
-        if done:
+        if done and not self._is_canary("lost-revision", revision):
             workload.advance(self._state, outcomes)
             if self._is_canary("repeated-revision", revision):
                 workload.advance(self._state, outcomes)
-            if self._is_canary("lost-revision", revision):
-                self._state.revision -= 1
+            if self._is_canary("forked-state", revision):
+                self._state.arrays["weights"][0] ^= 1
         rosters = list(dict.fromkeys((outcome.epoch, outcome.members) for outcome in outcomes))
         say(
             "round", revision=revision, done=done, seconds=time.monotonic() - started, rosters=rosters,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pyccl.stress.peer import CANARIES
+from pyccl.stress.peer import CANARY_REVISION
 
 TIMEOUT_S = 400
 STRESS = [sys.executable, "-P", "-m", "pyccl.cli.main", "stress", "--no-netns"]
@@ -64,13 +64,26 @@ def test_short_run_under_all_faults_has_no_violation_and_no_hang(seed: int, tmp_
     assert processes_mentioning(f'"seed": {seed}') == []
 
 
-@pytest.mark.parametrize("canary", [name for name in CANARIES if name not in ("hang", "unrestored-input")])
-def test_a_peer_that_does_wrong_is_found(canary: str, seed: int) -> None:
-    done = run("--peers", "3", "--minutes", "10", "--canary", canary, "--calm", "300", "--seed", str(seed), "--json")
-    assert done.returncode == 3, done.stderr
+@pytest.mark.parametrize(
+    ("canary", "kind", "status"),
+    [
+        ("wrong-value", "wrong value", 3),
+        ("lost-revision", "lost revision", 3),
+        ("repeated-revision", "skipped revision", 3),
+        ("forked-state", "replaced state", 3),
+        ("hang", "hang", 4),
+    ],
+)
+def test_a_peer_that_does_wrong_is_found(canary: str, kind: str, status: int, seed: int) -> None:
+    done = run(
+        "--peers", "3", "--minutes", "10", "--canary", canary, "--calm", "300", "--seed", str(seed), "--json",
+        *(("--hang", "20", "--peer-timeout", "2") if kind == "hang" else ()),
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
     told = json.loads(done.stdout)
     assert told["ok"] is False
-    assert told["violations"]
+    assert kind in {violation["kind"] for violation in told["violations"]}
+    assert told["revisions"] in (CANARY_REVISION, CANARY_REVISION + 1, CANARY_REVISION + 2)
 
 
 def test_an_input_that_a_peer_does_not_restore_is_found(seed: int) -> None:
