@@ -18,6 +18,7 @@ from pyccl.processes.children import Children, Interrupted
 from pyccl.stress import report
 from pyccl.stress.conductor import HANG_TIMEOUTS_MIN, TRACE_LINES, Conductor, Plan
 from pyccl.stress.faults import HEALTHY_LEFT, KINDS, Fault, FaultsError, choose
+from pyccl.stress.network import Loopback, Network
 from pyccl.stress.peer import CANARIES
 from pyccl.stress.show import open_screen
 
@@ -101,8 +102,9 @@ def stress(
     """
     if not no_netns:
         raise click.UsageError("this version runs on plain loopback only: give --no-netns")
+    network = Loopback()
     try:
-        kinds = choose(faults, links=False)
+        kinds = choose(faults, links=network.links)
     except FaultsError as error:
         raise click.UsageError(f"--faults: {error}") from error
     save = None if report_path is None else _saver(report_path)
@@ -110,14 +112,14 @@ def stress(
         peers=peers, minutes=minutes, fault_every_s=fault_every, seed=seed, peer_timeout_s=peer_timeout, calm_s=calm,
         hang_s=max(hang, HANG_TIMEOUTS_MIN * peer_timeout), canary=canary or "",
     )  # fmt: skip
-    conductor = _conduct(plan, kinds, as_json)
+    conductor = _conduct(plan, kinds, network, as_json)
     record, oracle = conductor.record, conductor.oracle
     for line in report.lines(record, oracle, seed):
         click.echo(line, err=as_json)
     told = {
         "command": shlex.join(["pyccl", *sys.argv[1:]]), "version": pyccl.__version__, "seed": seed,
         "machine": machine.Machine.read().to_json(), "settings": vars(plan),
-        "network": "loopback", "kinds": record.kinds, **record.to_json(oracle),
+        "network": network.name, "kinds": record.kinds, **record.to_json(oracle),
     }  # fmt: skip
     if as_json:
         click.echo(json.dumps(told))
@@ -155,11 +157,11 @@ def _saver(path: Path) -> Callable[[Conductor, dict[str, Any]], None]:
     return save
 
 
-def _conduct(plan: Plan, kinds: list[type[Fault]], as_json: bool) -> Conductor:
+def _conduct(plan: Plan, kinds: list[type[Fault]], network: Network, as_json: bool) -> Conductor:
     stream = sys.stderr if as_json else sys.stdout
     try:
         with open_screen(stream) as screen, Children(TRACE_LINES) as children:
-            conductor = Conductor(plan, kinds, screen, children)
+            conductor = Conductor(plan, kinds, network, screen, children)
             conductor.execute()
     except Interrupted as interrupted:
         click.echo(f"pyccl stress: ended by signal {interrupted.signal_number}", err=True)

@@ -84,13 +84,21 @@ class Children:
         self._events.put(Interrupted(number))  # SimpleQueue.put is safe in a signal handler
 
     def start(
-        self, name: str, module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
-        """Run ``python -m module`` as the child ``name``; ``-P`` keeps the working directory off its import path."""
+        """Run ``python -m module`` as the child ``name``; ``-P`` keeps the working directory off its import path.
+
+        before: a command that runs the rest in its own place (exec), as ``ip netns exec NAME`` does.
+        """
         if name in self._processes:
             raise ValueError(f"child {name!r} was started before")
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, *arguments],
+            [*before, sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 from pyccl.stress.faults import Drawer, Fault
+from pyccl.stress.network import Network
 from pyccl.stress.oracle import Oracle, Violation
 from pyccl.stress.peer import CANARIES_OF_ALL
 from pyccl.stress.report import Memory, Phase, Record
@@ -68,8 +69,10 @@ def _nothing(peers: list[int]) -> None:
 class Conductor:
     """One run. It is the `faults.Lab` too."""
 
-    def __init__(self, plan: Plan, kinds: Sequence[type[Fault]], screen: Screen, children: Children) -> None:
-        self.plan, self._screen, self._children = plan, screen, children
+    def __init__(
+        self, plan: Plan, kinds: Sequence[type[Fault]], network: Network, screen: Screen, children: Children
+    ) -> None:
+        self.plan, self._network, self._screen, self._children = plan, network, screen, children
         self.peer_timeout_s = plan.peer_timeout_s
         self.master_address = ""
         rng = random.Random(plan.seed)
@@ -114,8 +117,9 @@ class Conductor:
     # ---- phases
 
     def _start_master(self) -> None:
-        arguments = ["pyccl.cli.master", "--listen", "127.0.0.1:0", "--peer-timeout", str(self.peer_timeout_s)]
-        self._children.start(MASTER, "pyccl.processes.leash", arguments)
+        options = [*self._network.master_options(), "--peer-timeout", str(self.peer_timeout_s)]
+        before = self._network.command_of(MASTER)
+        self._children.start(MASTER, "pyccl.processes.leash", ["pyccl.cli.master", *options], before=before)
         self._until(lambda: self.master_address != "", "the master starts")
 
     def _calm(self) -> None:
@@ -370,7 +374,9 @@ class Conductor:
             }  # fmt: skip
             self._alive.add(number)
             self.oracle.started(number, self._now())
-            self._children.start(_name(number), "pyccl.stress.peer", [json.dumps(settings)], ONE_THREAD)
+            name = _name(number)
+            before = self._network.command_of(name)
+            self._children.start(name, "pyccl.stress.peer", [json.dumps(settings)], ONE_THREAD, before)
         self._joining.append((set(numbers), numbers, then))
 
     def surplus(self) -> int:
