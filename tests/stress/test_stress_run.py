@@ -83,7 +83,7 @@ def test_a_peer_that_does_wrong_is_found(canary: str, kind: str, status: int, se
     told = json.loads(done.stdout)
     assert told["ok"] is False
     assert kind in {violation["kind"] for violation in told["violations"]}
-    assert told["revisions"] in (CANARY_REVISION, CANARY_REVISION + 1, CANARY_REVISION + 2)
+    assert told["revisions"] == CANARY_REVISION if kind == "hang" else told["revisions"] >= CANARY_REVISION
 
 
 def test_an_input_that_a_peer_does_not_restore_is_found(seed: int) -> None:
