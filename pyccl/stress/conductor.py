@@ -84,7 +84,7 @@ class Conductor:
         self._timer_numbers = itertools.count()
         self._numbers = itertools.count()
         self._alive: set[int] = set()
-        self._killed: set[int] = set()
+        self._doomed: set[int] = set()  # killed, or to be killed
         self._leaving: set[int] = set()
         self._active: dict[int, Fault] = {}  # by number of the fault
         self._joining: list[tuple[set[int], list[int], Callable[[list[int]], None]]] = []
@@ -243,7 +243,7 @@ class Conductor:
             self._violate("crash", f"the master ended: {event.returncode}")
 
     def _take_exit(self, number: int, event: Exited) -> None:
-        expected = (number in self._killed and event.returncode == -signal.SIGKILL) or (
+        expected = (number in self._doomed and event.returncode == -signal.SIGKILL) or (
             number in self._leaving and event.returncode == 0
         )
         tail = self._children.stderr_tail(event.child)
@@ -282,7 +282,7 @@ class Conductor:
         if self._now() >= self._faults_until_s:
             return
         touched = {fault.victim for fault in self._active.values() if fault.needs_victim}
-        in_step = [number for number in self.oracle.in_step() if number not in touched | self._leaving | self._killed]
+        in_step = [number for number in self.oracle.in_step() if number not in touched | self._leaving | self._doomed]
         stalling = sum(fault.stalls for fault in self._active.values())
         fault = self._drawer.draw(self, in_step, stalling)
         if fault is None:
@@ -326,10 +326,14 @@ class Conductor:
 
     def kill(self, peer: int) -> None:
         if peer in self._alive:
-            self._killed.add(peer)
+            self._doomed.add(peer)
             self.oracle.excuse(peer, "kill")
             self._children.kill(_name(peer))
             self._top_up()
+
+    def kill_later(self, peer: int, delay_s: float) -> None:
+        self._doomed.add(peer)
+        self.after(delay_s, lambda: self.kill(peer))
 
     def stop(self, peer: int) -> None:
         if peer in self._alive:
@@ -380,7 +384,7 @@ class Conductor:
         self._joining.append((set(numbers), numbers, then))
 
     def surplus(self) -> int:
-        return len(self._alive - self._killed - self._leaving) - self.plan.peers
+        return len(self._alive - self._doomed - self._leaving) - self.plan.peers
 
     def _top_up(self) -> None:
         if self.surplus() < 0:

@@ -35,6 +35,9 @@ class Lab(Protocol):
     def kill(self, peer: int) -> None:
         """Whoever is missing afterwards is replaced."""
 
+    def kill_later(self, peer: int, delay_s: float) -> None:
+        """Until then it may become a member, but one that nobody counts on."""
+
     def stop(self, peer: int) -> None: ...
     def resume(self, peer: int) -> None: ...
     def stop_master(self) -> None: ...
@@ -252,8 +255,7 @@ class JoinerDies(Fault):
 
         def joining(peers: list[int]) -> None:
             for peer in peers:
-                self.lab.excuse(peer, self.name)
-                self.lab.after(delay_s, lambda: self.lab.kill(peer))  # noqa: B023  there is one
+                self.lab.kill_later(peer, delay_s)
 
         self.lab.join(1, joining)
         return 0.0
