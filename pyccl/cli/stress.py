@@ -37,6 +37,9 @@ Example: pyccl stress --no-netns --peers 8 --minutes 30 --report churn
 """
 
 
+EXIT_ARGUMENTS: Final = 2
+
+
 class ExitStatus(enum.IntEnum):
     OK = 0
     VIOLATIONS = 3
@@ -163,6 +166,9 @@ def _conduct(plan: Plan, kinds: list[type[Fault]], network: Network, as_json: bo
         with open_screen(stream) as screen, Children(TRACE_LINES) as children:
             conductor = Conductor(plan, kinds, network, screen, children)
             conductor.execute()
+    except FaultsError as error:
+        click.echo(f"pyccl stress: {error}", err=True)
+        sys.exit(EXIT_ARGUMENTS)
     except Interrupted as interrupted:
         click.echo(f"pyccl stress: ended by signal {interrupted.signal_number}", err=True)
         sys.exit(128 + interrupted.signal_number)

@@ -181,12 +181,20 @@ class Slow(Fault):
 
 class _Reset(Fault):
     def apply(self) -> float:
-        with connections(self.lab.pid(self.victim)) as found:
-            master_port = int(self.lab.master_address.rpartition(":")[2])
-            chosen = self.choose(found, master_port)
-            for connection in chosen:
-                connection.reset()
-        self.detail = f"{len(chosen)} of {len(found)} connections"
+        master_port = int(self.lab.master_address.rpartition(":")[2])
+        try:
+            with connections(self.lab.pid(self.victim)) as found:
+                chosen = self.choose(found, master_port)
+                for connection in chosen:
+                    connection.reset()
+            self.detail = f"{len(chosen)} of {len(found)} connections"
+        except (ProcessLookupError, FileNotFoundError):
+            self.detail = "it was gone"
+        except PermissionError as error:
+            raise FaultsError(
+                f"{self.name} takes hold of sockets of processes that we started, which this system forbids ({error}): "
+                "leave it out with --faults"
+            ) from error
         return 0.0
 
     @abc.abstractmethod
