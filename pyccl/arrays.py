@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -35,20 +35,31 @@ DTYPES: Final[dict[str, int]] = {
     "float64": lib.PYCCL_FLOAT64,
 }
 FLOATS: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
+_NATIVE: Final = {np.dtype(name): name for name in DTYPES if name != "bfloat16"}  # dtype.name is slow to make
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Buffer:
     """Memory of the caller, or its copy in host memory. Holding it keeps the memory alive.
 
-    address: where the caller's array begins. put_back: of a copy, writes it to the caller's array.
+    array: C-contiguous, shows its bytes by the buffer protocol. put_back: of a copy, writes it to the caller's array,
+    which begins at `origin`.
     """
 
-    bytes_: np.ndarray[Any, np.dtype[np.uint8]]
+    array: Array
     dtype: str
-    shape: tuple[int, ...]
-    address: int
     put_back: Callable[[], None] | None = None
+    origin: int = 0
+
+    @property
+    def address(self) -> int:
+        """Where the caller's array begins."""
+        return self.origin if self.put_back is not None else int(self.array.__array_interface__["data"][0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self.array.shape
+        return shape
 
     @property
     def code(self) -> int:
@@ -56,7 +67,7 @@ class Buffer:
 
     @property
     def count(self) -> int:
-        return self.bytes_.nbytes // int(lib.pyccl_dtype_size(self.code))
+        return self.array.size
 
     @property
     def is_float(self) -> bool:
@@ -66,7 +77,7 @@ class Buffer:
 def as_buffer(name: str, value: Any, *, writable: bool) -> Buffer:
     """The caller's memory. UsageError: not an array, not contiguous, read-only where it must not be, or its dtype."""
     if isinstance(value, np.ndarray):
-        return _checked(name, value, value.dtype.name, writable)
+        return _checked(name, value, _NATIVE.get(value.dtype) or value.dtype.name, writable)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return _of_torch(name, torch, value, writable)
@@ -86,7 +97,9 @@ def _checked(name: str, array: Array, dtype: str, writable: bool) -> Buffer:
         raise UsageError(f"{name}: the array is not C-contiguous")
     if writable and not array.flags.writeable:
         raise UsageError(f"{name}: the array is read-only")
-    return Buffer(array.reshape(-1).view(np.uint8), dtype, array.shape, array.__array_interface__["data"][0])
+    if dtype == "bfloat16":
+        array = array.view(np.uint16)  # the buffer protocol has no name for it
+    return Buffer(array, dtype)
 
 
 def _of_torch(name: str, torch: Any, tensor: Any, writable: bool) -> Buffer:
@@ -111,7 +124,7 @@ def _of_torch(name: str, torch: Any, tensor: Any, writable: bool) -> Buffer:
         raise UsageError(f"{name}: the array is not C-contiguous")
     host = detached.to("cpu")
     staged = _of_host_tensor(name, torch, host, writable)
-    return replace(staged, address=int(detached.data_ptr()), put_back=lambda: detached.copy_(host))
+    return Buffer(staged.array, staged.dtype, lambda: detached.copy_(host), int(detached.data_ptr()))
 
 
 def _of_host_tensor(name: str, torch: Any, tensor: Any, writable: bool) -> Buffer:
@@ -136,10 +149,12 @@ def _of_dlpack(name: str, value: Any) -> Array:
 
 def check_out(x: Buffer, out: Buffer) -> None:
     """`out` is of the shape and dtype of `x` and is the same memory or apart from it."""
+    if out is x:
+        return
     if out.shape != x.shape or out.dtype != x.dtype:
         raise UsageError(f"out is {out.dtype}{list(out.shape)}, x is {x.dtype}{list(x.shape)}")
-    size = x.bytes_.nbytes
-    if x.address != out.address and x.address < out.address + size and out.address < x.address + size:
+    size, at, to = x.array.nbytes, x.address, out.address
+    if at != to and at < to + size and to < at + size:
         raise UsageError("out overlaps x in part")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -38,13 +38,14 @@ class ReduceOp(enum.StrEnum):
     MAX = "max"
 
 
-_OPS: Final[dict[ReduceOp, int]] = {
+_OPS: Final[dict[str, int]] = {
     ReduceOp.SUM: lib.PYCCL_SUM,
     ReduceOp.AVG: lib.PYCCL_AVG,
     ReduceOp.PROD: lib.PYCCL_PROD,
     ReduceOp.MIN: lib.PYCCL_MIN,
     ReduceOp.MAX: lib.PYCCL_MAX,
 }
+_AVG: Final[int] = lib.PYCCL_AVG
 _STRATEGIES: Final[dict[str, Strategy]] = {
     "enforce_popular": Strategy.ENFORCE_POPULAR,
     "receive_only": Strategy.RECEIVE_ONLY,
@@ -53,8 +54,7 @@ _STRATEGIES: Final[dict[str, Strategy]] = {
 _CODECS: Final[dict[str, int]] = {"uint8": lib.PYCCL_CODEC_UINT8}
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """An operation whose arguments are right. src and dst: None where nothing is read or written."""
 
     what: str  # the method, for messages
@@ -62,6 +62,7 @@ class Call:
     src: Buffer | None
     dst: Buffer | None
     timeout_s: float
+    weight: float = 1.0  # not of the spec: each member has its own
 
 
 def all_reduce(
@@ -78,23 +79,23 @@ def all_reduce(
 ) -> Call:
     source = as_buffer("x", x, writable=out is None)
     target = source if out is None else as_buffer("out", out, writable=True)
-    known = _reduce_op(op, source)
+    code = _reduce_op(op, source)
     check_out(source, target)
     codec, block = _codec(quantize, quantize_block, source)
     if algorithm not in ("auto", "direct"):
         raise errors.UsageError(f"algorithm={algorithm!r}: this version has 'auto' and 'direct'")
     spec = Spec(
-        Kind.ALL_REDUCE, source.code, source.count, _OPS[known],
-        tag=_tag(tag), retry=bool(retry), codec=codec, block=block, weight=_weight(weight, known),
+        Kind.ALL_REDUCE, source.code, code, codec,
+        retry=bool(retry), tag=_tag(tag), block=block, elements=source.count,
     )  # fmt: skip
-    return Call("all_reduce", spec, source, target, seconds("timeout", timeout))
+    return Call("all_reduce", spec, source, target, seconds("timeout", timeout), _weight(weight, code))
 
 
 def broadcast(me: bytes, x: Any, root: str, tag: int, retry: bool, timeout: float) -> Call:
     source = parse_peer(root)
     at_root = source == me
     buffer = as_buffer("x", x, writable=not at_root)
-    spec = Spec(Kind.BROADCAST, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry), root=source)
+    spec = Spec(Kind.BROADCAST, buffer.code, retry=bool(retry), tag=_tag(tag), elements=buffer.count, root=source)
     return Call("broadcast", spec, buffer, None if at_root else buffer, seconds("timeout", timeout))
 
 
@@ -112,7 +113,7 @@ class Gathered:
 def all_gather(x: Any, tag: int, retry: bool, timeout: float) -> tuple[Call, Gathered]:
     buffer = as_buffer("x", x, writable=False)
     gathered = Gathered(tuple(buffer.shape), numpy_dtype(buffer))
-    spec = Spec(Kind.ALL_GATHER, buffer.code, buffer.count, tag=_tag(tag), retry=bool(retry))
+    spec = Spec(Kind.ALL_GATHER, buffer.code, retry=bool(retry), tag=_tag(tag), elements=buffer.count)
     return Call("all_gather", spec, buffer, None, seconds("timeout", timeout)), gathered
 
 
@@ -124,26 +125,30 @@ def exchange(me: bytes, x: Any, out: Any, partner: str, tag: int, timeout: float
     target = source if out is None else as_buffer("out", out, writable=True)
     check_out(source, target)
     pair = bytes(a ^ b for a, b in zip(me, other, strict=True))
-    spec = Spec(Kind.EXCHANGE, source.code, source.count, space=lib.PYCCL_SPACE_PAIR, tag=_tag(tag), root=pair)
+    spec = Spec(
+        Kind.EXCHANGE, source.code, space=lib.PYCCL_SPACE_PAIR, tag=_tag(tag), elements=source.count, root=pair
+    )  # fmt: skip
     return Call("exchange", spec, source, target, seconds("timeout", timeout))
 
 
 def barrier(tag: int, timeout: float) -> Call:
-    spec = Spec(Kind.BARRIER, lib.PYCCL_UINT8, 0, tag=_tag(tag))
+    spec = Spec(Kind.BARRIER, lib.PYCCL_UINT8, tag=_tag(tag))
     return Call("barrier", spec, None, None, seconds("timeout", timeout))
 
 
 def are_peers_pending(count: int) -> tuple[Call, Array]:
     """The array holds the greatest count of all members afterwards."""
     counts = np.array([count], np.int32)
-    spec = Spec(Kind.ALL_REDUCE, lib.PYCCL_INT32, 1, lib.PYCCL_MAX, lib.PYCCL_SPACE_INTERNAL, _TAG_PENDING)
+    spec = Spec(
+        Kind.ALL_REDUCE, lib.PYCCL_INT32, lib.PYCCL_MAX, space=lib.PYCCL_SPACE_INTERNAL, tag=_TAG_PENDING, elements=1
+    )
     buffer = as_buffer("counts", counts, writable=True)
     return Call("are_peers_pending", spec, buffer, buffer, OPERATION_TIMEOUT_S), counts
 
 
 def gather_bytes(mine: bytes, out: Array, tag: int, timeout: float) -> Call:
     """All-gather of a few bytes on the library's own tags."""
-    spec = Spec(Kind.ALL_GATHER, lib.PYCCL_UINT8, len(mine), space=lib.PYCCL_SPACE_INTERNAL, tag=tag)
+    spec = Spec(Kind.ALL_GATHER, lib.PYCCL_UINT8, space=lib.PYCCL_SPACE_INTERNAL, tag=tag, elements=len(mine))
     source, target = as_buffer("mine", mine, writable=False), as_buffer("out", out, writable=True)
     return Call("sync_shared_state", spec, source, target, timeout)
 
@@ -163,12 +168,16 @@ def sync_shared_state(state: SharedState, strategy: str) -> Strategy:
 
 
 def check_range(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is int and low <= value <= high:
+        return
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= int(value) <= high:
         raise errors.UsageError(f"{name}={value!r}: a whole number of {low}..{high} is needed")
 
 
 def seconds(name: str, value: object) -> float:
     """A time to wait; so long a one that no clock or lock minds it, where more is asked for."""
+    if type(value) is float and 0 < value <= TIMEOUT_S_MAX:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not float(value) > 0:
         raise errors.UsageError(f"{name}={value!r}: a positive number of seconds is needed")
     return min(float(value), TIMEOUT_S_MAX)
@@ -189,14 +198,14 @@ def _tag(tag: int) -> int:
     return int(tag)
 
 
-def _reduce_op(op: ReduceOp | str, x: Buffer) -> ReduceOp:
-    try:
-        known = ReduceOp(op)
-    except ValueError:
-        raise errors.UsageError(f"op={op!r} is not one of {', '.join(ReduceOp)}") from None
-    if known is ReduceOp.AVG and not x.is_float:
+def _reduce_op(op: ReduceOp | str, x: Buffer) -> int:
+    """op of the spec."""
+    code = _OPS.get(op) if isinstance(op, str) else None
+    if code is None:
+        raise errors.UsageError(f"op={op!r} is not one of {', '.join(ReduceOp)}")
+    if code == _AVG and not x.is_float:
         raise errors.UsageError(f"op='avg' needs floats, not {x.dtype}: sum them and divide as you need")
-    return known
+    return code
 
 
 def _codec(quantize: str | None, block: int, x: Buffer) -> tuple[int, int]:
@@ -214,11 +223,13 @@ def _codec(quantize: str | None, block: int, x: Buffer) -> tuple[int, int]:
     return codec, int(block)
 
 
-def _weight(weight: float, op: ReduceOp) -> float:
+def _weight(weight: float, op: int) -> float:
+    if type(weight) is float and weight == 1.0:
+        return weight
     if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
         raise errors.UsageError(f"weight={weight!r}: a number is needed")
     if not 0 <= float(weight) < float("inf"):
         raise errors.UsageError(f"weight={weight!r}: finite and not negative is needed")
-    if op is not ReduceOp.AVG and float(weight) != 1.0:
+    if op != _AVG and float(weight) != 1.0:
         raise errors.UsageError(f"weight={weight!r}: weights are for op='avg' only")
     return float(weight)

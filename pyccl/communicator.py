@@ -14,9 +14,9 @@ from typing import Any, Self
 from pyccl import calls, errors
 from pyccl._io.session import Session, Waiter
 from pyccl._io.statesync import SyncInfo
-from pyccl._native.handles import Op
+from pyccl._native.handles import TIMEOUT_S_MAX, Op
 from pyccl.calls import CONNECT_TIMEOUT_S, OPERATION_TIMEOUT_S, REACH_TIMEOUT_S, Array, Call, ReduceOp
-from pyccl.core import Core, ReduceInfo, StateSync, Work, given_up_on_error
+from pyccl.core import Core, ReduceInfo, StateSync, Work, give_up, given_up_on_error
 from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
@@ -317,10 +317,11 @@ class Communicator(Core):
     ) -> SyncInfo:
         """Give every member the same arrays and revision. Collective.
 
-        Members of the last committed sync vote (all do if there was none); the newest revision wins, then the one
-        with most holders, then the lowest root; a lone one never wins against two that agree. Only chunks that differ
-        travel, from all holders at once, each checked against its digest. The arrays are replaced on all members or
-        on none. States above 32 MiB are staged in a file without a name in $TMPDIR, or /var/tmp.
+        Members of the last committed sync vote; the newest revision wins, then the one with most holders, then the
+        lowest root; a lone one never wins against two that agree. If there was no sync yet, all vote, and the newest
+        wins even if one alone holds it (so that one peer can bring a checkpoint). Only chunks that differ travel,
+        from all holders at once, each checked against its digest. The arrays are replaced on all members or on none.
+        States above 32 MiB are staged in a file without a name in $TMPDIR, or /var/tmp.
 
         Args:
             state: names, dtypes, shapes, ``allow_content_inequality`` and ``digest`` equal on all members.
@@ -355,8 +356,20 @@ class Communicator(Core):
         return Work(self, session, self._submit(session, call, begun), call.what)
 
     def _run(self, session: Session, call: Call) -> ReduceInfo:
-        with given_up_on_error() as begun:
-            return self._start(session, call, begun).wait()
+        """Start it and wait for it: as ``Work`` does, with less about it."""
+        begun: list[Op] = []
+        try:
+            op = self._submit(session, call, begun)
+            try:
+                session.blocked.add(op)
+                op.wait(TIMEOUT_S_MAX)
+            finally:
+                session.blocked.discard(op)
+            info = op.finish()
+        except BaseException:
+            give_up(begun)
+            raise
+        return self._conclude(session, info, call.what)
 
 
 def connect(
@@ -367,7 +380,10 @@ def connect(
     timeout: float = CONNECT_TIMEOUT_S,
     reach_timeout: float = REACH_TIMEOUT_S,
 ) -> Communicator:
-    """Make a Communicator and connect it: ``with pyccl.connect("host:port") as comm: ...``."""
+    """Make a Communicator and connect it: ``with pyccl.connect("host:port") as comm: ...``.
+
+    For the arguments see ``Communicator`` (group, connections) and ``Communicator.connect`` (the two timeouts).
+    """
     comm = Communicator(address, group=group, connections=connections)
     comm.connect(timeout, reach_timeout)
     return comm

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,7 @@ from pyccl._proto.election import Strategy
 from pyccl.calls import Array, Call
 from pyccl.state import SharedState
 
+_EPOCHS_CACHED: Final = 16
 _SESSIONS: Final[set[Session]] = set()  # open ones, to end them at interpreter exit
 
 
@@ -85,7 +87,7 @@ class Core:
     @property
     def members(self) -> tuple[str, ...]:
         """Peer ids of the group's members in bytewise order, which is rank order."""
-        return tuple(peer.hex() for peer in self._view.members)
+        return hex_ids(self._view.members)
 
     @property
     def group_world_size(self) -> int:
@@ -138,11 +140,13 @@ class Core:
 
     def _submit(self, session: Session, call: Call, begun: list[Op], number: int = 0) -> Op:
         """number: of ``Session.watch``, for who does not wait in C."""
-        engine, spec = session.need_engine(), call.spec
-        src, dst = (None if x is None or spec.count == 0 else x.bytes_ for x in (call.src, call.dst))
-        put_back = None if call.dst is None else call.dst.put_back
+        engine = session.need_engine()
+        _, spec, source, target, timeout_s, weight = call
+        src = None if source is None or spec.elements == 0 else source.array
+        dst = None if target is None or spec.elements == 0 else target.array
+        put_back = None if target is None else target.put_back
         try:
-            return engine.submit(spec, src, dst, call.timeout_s, begun, put_back, number)
+            return engine.submit(spec, src, dst, timeout_s, begun, put_back, number, weight)
         except errors.UsageError:
             if session.error is not None:  # left the run between the check and the submit
                 raise session.error from None
@@ -166,17 +170,15 @@ class Core:
             raise session.last_error()
         if info.status < 0:
             raise status.error_of(info.status, what, info.peer.hex() or None)
-        members = session.members_of(info.epoch)
+        members = hex_ids(session.members_of(info.epoch))
         return ReduceInfo(
-            world_size=len(members),
-            members=tuple(peer.hex() for peer in members),
-            epoch=info.epoch,
-            attempts=info.attempts,
-            algorithm="direct",
-            tx_bytes=info.tx_bytes,
-            rx_bytes=info.rx_bytes,
-            seconds=info.seconds,
+            len(members), members, info.epoch, info.attempts, "direct", info.tx_bytes, info.rx_bytes, info.seconds
         )
+
+
+@lru_cache(_EPOCHS_CACHED)
+def hex_ids(peers: tuple[bytes, ...]) -> tuple[str, ...]:
+    return tuple(peer.hex() for peer in peers)
 
 
 def left_run(info: OpInfo) -> bool:
@@ -260,11 +262,16 @@ def given_up_on_error() -> Iterator[list[Op]]:
     try:
         yield begun
     except BaseException:
-        for op in begun:
-            if not op.done():
-                op.cancel()
-                op.finish()
+        give_up(begun)
         raise
+
+
+def give_up(begun: list[Op]) -> None:
+    """Stay until they have ended."""
+    for op in begun:
+        if not op.done():
+            op.cancel()
+            op.finish()
 
 
 # ---- shared state ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class PycclError(Exception):
 
 
 class PeerLostError(PycclError):
-    """A participant was lost and the operation was not to be retried (``retry=False``, or the root or partner is gone).
+    """A participant gave the operation up, or was lost and it was not to be retried (``retry=False``; root or partner).
 
     Fault: the lost peer's, or the network's.  Retry: yes, at once; the next epoch is without that peer.
     Array: the input is restored on every survivor, none of them has the result.
@@ -84,9 +84,10 @@ class OutcomeUnknownError(PycclError):
 
 
 class MasterUnavailableError(PycclError):
-    """The master can't be reached, and this call needs it.
+    """The master can't be reached, or may not decide, and this call needs it: a safe point, or an operation of which a
+    participant is lost.
 
-    Fault: the master's, or the network's.  Retry: yes; collectives go on without it.  Array: untouched.
+    Fault: the master's, or the network's.  Retry: yes; collectives go on without it.  Array: the input is restored.
     """
 
 

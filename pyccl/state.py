@@ -87,7 +87,8 @@ class SharedState:
     """References to the caller's arrays, by name, and the number of the revision that they hold.
 
     Args:
-        arrays: name -> C-contiguous, writable NumPy array of any dtype without Python objects; not copied.
+        arrays: name -> C-contiguous, writable NumPy array of any dtype without Python objects; not copied. Of a torch
+            tensor in host memory: ``t.detach().numpy()``.
             ``sync_shared_state`` may replace their bytes; the caller changes them between rounds, and not while a
             sync runs: what is served then does not match its digest, and others leave this peer as a source.
         revision: 0..2**63-1. Add the same to it on all peers after every deterministic advance of the arrays.

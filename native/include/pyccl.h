@@ -30,7 +30,7 @@ extern "C" {
 #define PYCCL_BLOCK_MAX 65536
 #define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
 #define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
-#define PYCCL_EARLY_MAX 4096        /* operations one peer may open before we submit them */
+#define PYCCL_EARLY_MAX 4096        /* operations one peer may open, or open and give up, before we submit them */
 #define PYCCL_CONNS_MAX 64          /* connections of one pair */
 #define PYCCL_TAGS_MAX 65536        /* different tags between two restarts of numbers: a control message holds as many */
 
@@ -41,7 +41,8 @@ typedef enum pyccl_status {
     PYCCL_ERR_NOMEM = -1,            /* MemoryError                                                             */
     PYCCL_ERR_OS = -2,               /* OSError: a system call failed, errno tells                              */
     PYCCL_ERR_ARGUMENT = -10,        /* UsageError: the caller's bug, nothing was sent                          */
-    PYCCL_ERR_LIMIT = -11,           /* UsageError: more open operations or tags than the limits above          */
+    PYCCL_ERR_LIMIT = -11,           /* UsageError: more open operations or tags than the limits above, or more
+                                        that a participant has not submitted, failed ones included */
     PYCCL_ERR_CLOSED = -12,          /* UsageError: the communicator is closed or not connected                 */
     PYCCL_ERR_PEER_LOST = -20,       /* PeerLostError: a participant (or the root) was lost; input restored      */
     PYCCL_ERR_ALONE = -21,           /* AloneError: nobody else is left in the group                             */
@@ -50,6 +51,7 @@ typedef enum pyccl_status {
     PYCCL_ERR_STALLED = -31,         /* DeadlineError: a started operation made no progress                     */
     PYCCL_ERR_CANCELLED = -32,       /* the caller gave up (Ctrl-C, close) here or at a participant              */
     PYCCL_ERR_OUTCOME_UNKNOWN = -33, /* OutcomeUnknownError: prepared, never settled; we left the run            */
+    PYCCL_ERR_MASTER_AWAY = -34,     /* MasterUnavailableError: a peer is lost and there is no master to settle it */
     PYCCL_ERR_MISMATCH = -40,        /* MismatchError: participants called different things                     */
     PYCCL_ERR_RESULT_DIFFERS = -41,  /* MismatchError: participants hold different result bits                  */
     PYCCL_ERR_FRAME = -50            /* RemoteProtocolError: a peer broke proto/wire.md                         */
@@ -279,6 +281,10 @@ void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t no
 void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns);               /* bytes moved      */
 /* The caller gives up. Before DONE it fails with `why`; after DONE its deadline becomes now and it is settled. */
 void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t now_ns);
+/* No master: what only it can move on, is not prepared and was submitted before `before_ns` fails alone with `why`. That
+ * is what has one of the lost members (`count` ids, one behind the other) among its participants, what waits for a cut or
+ * an epoch, and all that is frozen. */
+void pyccl_fsm_give_up(pyccl_fsm *fsm, pyccl_status why, const uint8_t *lost, size_t count, int64_t before_ns, int64_t now_ns);
 /* Judge a frame's epoch; member: 1 when its sender is a member of the current epoch. */
 pyccl_gate pyccl_fsm_gate(const pyccl_fsm *fsm, uint64_t epoch_number, uint64_t epoch_tag, int member);
 /* Judge DATA that passed the gate: PASS with *cookie (0: not submitted here yet, keep it within the eager window),
@@ -397,6 +403,8 @@ pyccl_status pyccl_engine_freeze(pyccl_engine *engine, pyccl_op_report *out, siz
 pyccl_status pyccl_engine_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, const pyccl_op_verdict *verdicts, size_t count);
 pyccl_status pyccl_engine_counts(pyccl_engine *engine, pyccl_op_count *out, size_t cap, size_t *count);
 pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, size_t cuts, int open, int *behind);
+/* pyccl_fsm_give_up of what was submitted at least `age_ns` ago. */
+pyccl_status pyccl_engine_give_up(pyccl_engine *engine, pyccl_status why, const uint8_t *lost, size_t count, int64_t age_ns);
 /* Who waits for what: *waiters counts pyccl_op_wait calls, *quiet_ns the time since a submit, the end of
  * an operation, a cut or an epoch; 0 while one runs that all its participants have opened: who waits for its end may do
  * anything after it. *below the cut. */

@@ -1,10 +1,10 @@
 /* engine.c: the thread, its commands, events and timers, and the links it owns.
  *
- *   callers --commands (mutex, wake eventfd)--> thread --operations end (done_lock, condition)--> callers
+ *   callers --commands (mutex, wake eventfd)--> thread --operations end (futex)--> callers
  *                                                |  \--events (mutex, eventfd)--> the binding
  *      epoll: sockets, wake, pulse <-------------+--- one pyccl_fsm, all links, all attempts
  *
- * The loop: wait; read what came; run commands; local work; timers; send. Frames are judged one by one and the actions
+ * The loop: wait; run commands; read what came; local work; timers; send. Frames are judged one by one and the actions
  * of the machine carried out after each; sending is done for all links that want to after each source of work.
  * Threads: see engine.h; the thread blocks all signals.            Spec: proto/wire.md 3 */
 #include "engine.h"
@@ -87,14 +87,15 @@ bool engine_post(pyccl_engine *engine, command *c) {
     c->next = NULL;
     c->done = false;
     pthread_mutex_lock(&engine->lock);
-    const bool open = !engine->closed;
+    const bool open = !engine->closed, wake = open && engine->asleep;
     if (open) {
-        if (engine->command_first == NULL) eventfd_raise(engine->wake_fd);
         if (engine->command_first == NULL) engine->command_first = c;
         else engine->command_last->next = c;
         engine->command_last = c;
+        engine->asleep = false;
     }
     pthread_mutex_unlock(&engine->lock);
+    if (wake) eventfd_raise(engine->wake_fd); /* not under the lock, which is the first thing that the thread takes */
     return open;
 }
 
@@ -121,19 +122,32 @@ static command *commands_take(pyccl_engine *engine, bool close) {
     pthread_mutex_lock(&engine->lock);
     command *first = engine->command_first;
     engine->command_first = engine->command_last = NULL;
+    engine->asleep = false;
     if (close) engine->closed = true;
     pthread_mutex_unlock(&engine->lock);
     return first;
 }
 
-static void commands_run(pyccl_engine *engine) {
-    for (command *c = commands_take(engine, false), *next; c != NULL; c = next) {
+/* False: there are commands. */
+static bool commands_sleep(pyccl_engine *engine) {
+    pthread_mutex_lock(&engine->lock);
+    engine->asleep = engine->command_first == NULL;
+    const bool asleep = engine->asleep;
+    pthread_mutex_unlock(&engine->lock);
+    return asleep;
+}
+
+/* False: there was none. */
+static bool commands_run(pyccl_engine *engine) {
+    command *first = commands_take(engine, false);
+    for (command *c = first, *next; c != NULL; c = next) {
         next = c->next;
         const bool waited = c->waited; /* a submit that ended is gone after run */
         c->run(engine, c);
         engine_act(engine);
         if (waited) command_finish(engine, c);
     }
+    return first != NULL;
 }
 
 /* The thread ends: nothing that was queued runs. */
@@ -394,8 +408,8 @@ static void after_gap(pyccl_engine *engine) {
 /* ---- the thread ---- */
 
 static void dispatch(pyccl_engine *engine, const struct epoll_event *event) {
-    if (event->data.ptr == &engine->wake_fd) eventfd_clear(engine->wake_fd);
-    else if (event->data.ptr != &engine->pulse_fd) conn_event(engine, event->data.ptr, event->events);
+    if (event->data.ptr == &engine->wake_fd) return; /* it has woken us */
+    if (event->data.ptr != &engine->pulse_fd) conn_event(engine, event->data.ptr, event->events);
     else if (engine->pulse_fd >= 0) pulse_read(engine);
 }
 
@@ -408,17 +422,21 @@ static void clock_look(pyccl_engine *engine, int64_t slept_ns) {
 
 static void turn(pyccl_engine *engine) {
     struct epoll_event events[EPOLL_BATCH];
-    const int timeout_ms = wait_ms(engine);
+    int timeout_ms = wait_ms(engine);
+    if (timeout_ms > 0 && !commands_sleep(engine)) timeout_ms = 0;
     clock_look(engine, 0);
-    const int n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, timeout_ms);
+    int n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, timeout_ms);
     PYCCL_ASSERT(n >= 0 || errno == EINTR);
     clock_look(engine, timeout_ms * INT64_C(1000000));
+    if (commands_run(engine)) { /* before what came is read: others wait for what a new operation sends */
+        pump_all(engine);
+        n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, 0); /* a command may have ended what the first found */
+    }
     for (int i = 0; i < n; i++) {
         dispatch(engine, &events[i]);
         clock_look(engine, 0);
         pump_all(engine);
     }
-    commands_run(engine);
     ops_work(engine);
     engine_act(engine);
     pump_all(engine);
@@ -464,7 +482,6 @@ static void engine_delete(pyccl_engine *engine) {
     if (engine->env.epoll_fd >= 0) (void)close(engine->env.epoll_fd);
     pthread_mutex_destroy(&engine->lock);
     pthread_mutex_destroy(&engine->stop_lock);
-    pthread_mutex_destroy(&engine->done_lock);
     pthread_mutex_destroy(&engine->event_lock);
     pthread_cond_destroy(&engine->command_done);
     free(engine->slots);
@@ -477,7 +494,7 @@ static pyccl_status engine_open(pyccl_engine *engine) {
     engine->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (engine->env.epoll_fd < 0 || engine->wake_fd < 0 || engine->event_fd < 0) return PYCCL_ERR_OS;
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &engine->wake_fd};
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = &engine->wake_fd}; /* never read: each raise wakes */
     if (epoll_ctl(engine->env.epoll_fd, EPOLL_CTL_ADD, engine->wake_fd, &event) != 0) return PYCCL_ERR_OS;
     return pyccl_fsm_new(&engine->options.fsm, &engine->fsm);
 }
@@ -494,7 +511,6 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
     engine->stop_why = PYCCL_ERR_CLOSED;
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->stop_lock, NULL);
-    pthread_mutex_init(&engine->done_lock, NULL);
     pthread_mutex_init(&engine->event_lock, NULL);
     pthread_cond_init(&engine->command_done, NULL);
     for (uint32_t i = 0; i < PYCCL_OPS_OPEN_MAX; i++) engine->table_free[i] = (uint16_t)(PYCCL_OPS_OPEN_MAX - 1 - i);

@@ -15,7 +15,7 @@
  *  - an attempt that ended has been taken from every connection (link_disown): no byte moves from or to the caller's
  *    arrays after its operation has ended;
  *  - actions of the fsm are carried out before another frame is judged (engine_act).
- * Threads: `lock` guards the commands, `done_lock` how operations end, `event_lock` the events.
+ * Threads: `lock` guards the commands, `event_lock` the events; how operations end: engine_api.c.
  * Spec: proto/wire.md 3 */
 #ifndef PYCCL_ENGINE_H
 #define PYCCL_ENGINE_H
@@ -33,6 +33,7 @@
 
 #define EARLY_BUCKETS 1024
 #define EARLY_PIECES_MAX (2 * PYCCL_OPS_OPEN_MAX + PYCCL_CONNS_MAX) /* of one peer; small ones are many */
+#define EAGER_PIECE_MIN (PYCCL_EAGER_MAX / (2 * PYCCL_OPS_OPEN_MAX)) /* bytes that a smaller piece counts as */
 #define SCRATCH_KEPT 4               /* freed result buffers that are kept: the biggest */
 #define PIECES_KEPT 64               /* freed piece buffers that are kept: fresh pages cost as much as the copy into them */
 #define ENGINE_TILE_FLOATS 65536     /* of the longest codec block */
@@ -82,8 +83,7 @@ struct pyccl_op {
     uint32_t world;                  /* of the epoch it ran in last; 0: it never ran */
     uint64_t epoch_number;
     uint8_t epoch_id[16];
-    pthread_cond_t cond;             /* with done_lock */
-    atomic_int ended;
+    atomic_int ended;                /* a futex */
     pyccl_op_info info;              /* complete when ended */
 };
 
@@ -192,13 +192,13 @@ struct pyccl_engine {
     pthread_mutex_t lock;
     pthread_cond_t command_done;
     command *command_first, *command_last;
+    bool asleep;                     /* the thread found no command and waits for events: wake_fd is to be raised */
     bool closed;                     /* the thread takes no more commands */
 
     pthread_mutex_t stop_lock;
     bool joined;
 
-    pthread_mutex_t done_lock;
-    uint32_t waiters;
+    atomic_uint waiters;             /* calls of pyccl_op_wait */
 
     pthread_mutex_t event_lock;
     pyccl_event *events;             /* ring */

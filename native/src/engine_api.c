@@ -1,17 +1,27 @@
 /* engine_api.c: pyccl_op_*: how callers hand operations to the engine's thread, wait for them and give them up.
  *
  * An operation is its own command: submit checks it, queues it and returns. What only the thread can know (no epoch,
- * too many open operations) ends the operation with that status. `ended` is set under done_lock as the last thing the
- * thread does to it; from then on it is the caller's.
+ * too many open operations) ends the operation with that status. `ended` is set as the last thing the thread does to it;
+ * from then on it is the caller's. Waiters sleep on that word itself (a futex): a condition's lock would be held while
+ * they are woken, and who wakes on the thread's own processor would find it taken.
  * Threads: pyccl_op_* from any; engine_* on the engine's thread.   Spec: pyccl.h */
 #include <errno.h>
 #include <float.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "engine.h"
 #include "frame.h"
+
+/* until: on CLOCK_MONOTONIC, of FUTEX_WAIT_BITSET. */
+static long futex(atomic_int *word, int what, int value, const struct timespec *until) {
+    return syscall(SYS_futex, word, what | FUTEX_PRIVATE_FLAG, value, until, NULL, FUTEX_BITSET_MATCH_ANY);
+}
 
 /* ---- on the thread ---- */
 
@@ -49,15 +59,14 @@ void engine_op_end(pyccl_op *op, int32_t status, uint32_t attempts, const uint8_
     const pyccl_event event = {.type = PYCCL_EVENT_OP, .slot = UINT32_MAX, .code = status, .value = op->args.user,
                                .seq = op->seq, .tag = op->args.spec.tag, .space = op->args.spec.space};
     const bool notify = op->args.notify != 0;
-    pthread_mutex_lock(&engine->done_lock);
     op->info = (pyccl_op_info){.status = status, .attempts = attempts, .world = op->world, .algorithm = op->args.spec.algorithm,
                                .epoch_number = op->epoch_number, .tx_bytes = op->tx_bytes, .rx_bytes = op->rx_bytes,
                                .seq = op->seq, .elapsed_ns = engine_clock() - op->submitted_ns};
     memcpy(op->info.epoch_id, op->epoch_id, sizeof op->info.epoch_id);
     if (culprit != NULL) memcpy(op->info.peer, culprit, sizeof op->info.peer);
-    atomic_store_explicit(&op->ended, 1, memory_order_release);
-    pthread_cond_broadcast(&op->cond);
-    pthread_mutex_unlock(&engine->done_lock); /* the caller may free it now */
+    atomic_int *word = &op->ended;
+    atomic_store_explicit(word, 1, memory_order_release); /* the caller may free it now */
+    (void)futex(word, FUTEX_WAKE, INT_MAX, NULL); /* looks at the address only; a waiter minds no wake-up too many */
     if (notify) engine_event(engine, &event);
 }
 
@@ -103,15 +112,6 @@ static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pycc
     *out = NULL;
     pyccl_op *op = calloc(1, sizeof *op);
     if (op == NULL) return PYCCL_ERR_NOMEM;
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    const int failed = pthread_cond_init(&op->cond, &monotonic);
-    pthread_condattr_destroy(&monotonic);
-    if (failed != 0) {
-        free(op);
-        return PYCCL_ERR_NOMEM;
-    }
     op->engine = engine;
     op->args = *args;
     op->args.weight += 0.0; /* -0 becomes +0 */
@@ -123,7 +123,6 @@ static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pycc
 }
 
 static void op_delete(pyccl_op *op) {
-    pthread_cond_destroy(&op->cond);
     free(op->kept);
     free(op);
 }
@@ -151,13 +150,10 @@ pyccl_status pyccl_op_wait(pyccl_op *op, int64_t timeout_ns) {
     if (timeout_ns <= 0) return PYCCL_PENDING;
     const int64_t now = engine_clock();
     const struct timespec until = timespec_of(timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns);
-    int rc = 0;
-    pthread_mutex_lock(&engine->done_lock);
-    engine->waiters++;
-    while (!atomic_load_explicit(&op->ended, memory_order_acquire) && rc != ETIMEDOUT)
-        rc = pthread_cond_timedwait(&op->cond, &engine->done_lock, &until);
-    engine->waiters--;
-    pthread_mutex_unlock(&engine->done_lock);
+    bool in_time = true;
+    atomic_fetch_add_explicit(&engine->waiters, 1, memory_order_relaxed);
+    while (!pyccl_op_done(op) && in_time) in_time = futex(&op->ended, FUTEX_WAIT_BITSET, 0, &until) == 0 || errno != ETIMEDOUT;
+    atomic_fetch_sub_explicit(&engine->waiters, 1, memory_order_relaxed);
     return pyccl_op_done(op) ? (pyccl_status)op->info.status : PYCCL_PENDING;
 }
 
@@ -198,7 +194,5 @@ pyccl_status pyccl_op_take(const pyccl_op *op, void *dst, uint64_t dst_bytes) {
 void pyccl_op_free(pyccl_op *op) {
     if (op == NULL) return;
     PYCCL_ASSERT(pyccl_op_done(op));
-    pthread_mutex_lock(&op->engine->done_lock); /* the thread may still be waking waiters */
-    pthread_mutex_unlock(&op->engine->done_lock);
     op_delete(op);
 }

@@ -219,6 +219,28 @@ pyccl_status pyccl_engine_cut(pyccl_engine *engine, const pyccl_op_count *cut, s
     return c.command.status;
 }
 
+typedef struct give_up_command {
+    command command;
+    pyccl_status why;
+    const uint8_t *lost;
+    size_t lost_count;
+    int64_t age_ns;
+} give_up_command;
+
+static void run_give_up(pyccl_engine *engine, command *c) {
+    const give_up_command *g = (const give_up_command *)c;
+    const int64_t now = engine->env.now_ns;
+    engine->tick_stale = true;
+    pyccl_fsm_give_up(engine->fsm, g->why, g->lost, g->lost_count, now - g->age_ns, now);
+}
+
+pyccl_status pyccl_engine_give_up(pyccl_engine *engine, pyccl_status why, const uint8_t *lost, size_t count, int64_t age_ns) {
+    if (why >= 0 || age_ns < 0) return PYCCL_ERR_ARGUMENT;
+    give_up_command c = {.command = {.run = run_give_up}, .why = why, .lost = lost, .lost_count = count, .age_ns = age_ns};
+    engine_run(engine, &c.command);
+    return c.command.status;
+}
+
 static void run_blocked(pyccl_engine *engine, command *c) {
     fsm_command *f = (fsm_command *)c;
     size_t running = 0;
@@ -226,9 +248,7 @@ static void run_blocked(pyccl_engine *engine, command *c) {
     f->count = pyccl_fsm_lacking(engine->fsm, f->out, f->cap);
     f->below = pyccl_fsm_below_cut(engine->fsm);
     f->quiet_ns = running > f->count ? 0 : engine->env.now_ns - engine->moved_ns;
-    pthread_mutex_lock(&engine->done_lock);
-    f->waiters = engine->waiters;
-    pthread_mutex_unlock(&engine->done_lock);
+    f->waiters = atomic_load_explicit(&engine->waiters, memory_order_relaxed);
 }
 
 pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,

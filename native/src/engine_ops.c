@@ -386,6 +386,9 @@ static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t p
     ops_moved(engine, a);
 }
 
+/* What a piece takes of the eager window: the peer keeps no more than EARLY_PIECES_MAX, however small they are. */
+static uint32_t eager_cost(uint32_t bytes) { return bytes > EAGER_PIECE_MIN ? bytes : EAGER_PIECE_MIN; }
+
 bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *load) {
     if (p->rank < 0 || pyccl_fsm_frozen(engine->fsm)) return false;
     for (peer_tx *t = p->tx_first, *next; t != NULL; t = next) {
@@ -397,7 +400,7 @@ bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *l
             continue;
         }
         const uint32_t owner = phase == DIRECT_RESULT ? t->attempt->plan.rank : t->rank;
-        const uint32_t bytes = direct_piece_bytes(&t->attempt->plan, owner, piece);
+        const uint32_t bytes = eager_cost(direct_piece_bytes(&t->attempt->plan, owner, piece));
         if (!t->open && t->carrier[phase][piece] != CARRIER_LOST) {
             if (p->eager_used + bytes > PYCCL_EAGER_MAX) {
                 tx_unqueue(t);

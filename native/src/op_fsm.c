@@ -51,11 +51,12 @@ typedef struct fsm_op {
     double *weights;                       /* (world) of each rank that opened it; behind hash      */
     uint32_t owner_rank;                   /* EARLY: whose share of PYCCL_EARLY_MAX it counts in    */
     uint32_t attempts;
-    int64_t deadline_ns, progress_ns, leave_ns;
+    int64_t submitted_ns, deadline_ns, progress_ns, leave_ns;
     int32_t abort_status;                  /* EARLY: a peer already aborted it                      */
     uint32_t abort_rank;
     uint8_t have_spec, have_other, result, asked, told_differs;
     rank_set opened, done, settled;
+    rank_set submitted;                    /* who has shown that it has given the number to a submit */
     uint64_t hash[];                       /* (world) result hash of each rank that sent DONE       */
 } fsm_op;
 
@@ -76,7 +77,7 @@ typedef struct deferred {                  /* submitted while frozen or above th
     uint64_t cookie;
     pyccl_spec spec;
     double weight;
-    int64_t deadline_ns;
+    int64_t submitted_ns, deadline_ns;
     int32_t status;                        /* not 0: given up, it only takes its number             */
 } deferred;
 
@@ -93,6 +94,7 @@ struct pyccl_fsm {
     deferred *deferred_first, **deferred_end;
     size_t deferred_count;
     uint32_t early[PYCCL_WORLD_MAX];
+    uint32_t ahead[PYCCL_WORLD_MAX];       /* numbers of ours that it is not known to have submitted: its `early` of us */
     int64_t tell_ns_at;                    /* 0: nothing to tell                                    */
     pyccl_action *queue;                   /* ring of actions not yet taken                         */
     size_t queue_cap, queue_head, queue_count;
@@ -270,7 +272,35 @@ static fsm_op *op_new(pyccl_fsm *fsm, fsm_tag *tag, uint64_t seq, op_state state
     return op;
 }
 
+/* ---- how far ahead of others we are ---- */
+
+static int awaits_submit_of(const pyccl_fsm *fsm, const fsm_op *op, uint32_t rank) {
+    return op->state != EARLY && rank != fsm->rank && takes_part(fsm, op->tag, rank) && !set_has(&op->submitted, rank);
+}
+
+static void ahead_add(pyccl_fsm *fsm, const fsm_op *op) {
+    for (uint32_t rank = 0; rank < fsm->world; rank++) fsm->ahead[rank] += awaits_submit_of(fsm, op, rank);
+}
+
+static void ahead_remove(pyccl_fsm *fsm, const fsm_op *op) {
+    for (uint32_t rank = 0; rank < fsm->world; rank++) fsm->ahead[rank] -= awaits_submit_of(fsm, op, rank);
+}
+
+static void op_submitted_by(pyccl_fsm *fsm, fsm_op *op, uint32_t rank) {
+    if (awaits_submit_of(fsm, op, rank)) fsm->ahead[rank]--;
+    set_add(&op->submitted, rank);
+}
+
+/* One more would be more than a participant has to keep of us. Those that wait here count as if they all went to it. */
+static int is_too_far_ahead(const pyccl_fsm *fsm, const pyccl_spec *spec, uint32_t partner) {
+    uint32_t most = 0;
+    for (uint32_t rank = 0; rank < fsm->world; rank++)
+        if ((spec->space != PYCCL_SPACE_PAIR || rank == partner) && fsm->ahead[rank] > most) most = fsm->ahead[rank];
+    return most + fsm->deferred_count >= PYCCL_EARLY_MAX;
+}
+
 static void op_drop(pyccl_fsm *fsm, fsm_op *op) {
+    ahead_remove(fsm, op);
     fsm_op **at = &op->tag->ops;
     while (*at != op) at = &(*at)->tag_next;
     *at = op->tag_next;
@@ -436,9 +466,11 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
         fsm->early[op->owner_rank]--;
         op->state = RUNNING;
     }
+    ahead_add(fsm, op);
     op->spec = from->spec;
     op->weight = from->weight;
     op->cookie = from->cookie;
+    op->submitted_ns = from->submitted_ns;
     op->deadline_ns = from->deadline_ns;
     memset(&op->opened, 0, sizeof op->opened);
     if (from->status != 0) {  /* given up while it waited: the number is taken, the others learn it */
@@ -597,7 +629,8 @@ pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const py
     const uint32_t partner = partner_of(fsm, spec);
     fsm_tag *tag = partner < fsm->world ? tag_find(fsm, spec->space, spec->tag, partner) : NULL;
     if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
-    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .deadline_ns = deadline_ns};
+    if (is_too_far_ahead(fsm, spec, partner)) return PYCCL_ERR_LIMIT;
+    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .submitted_ns = now_ns, .deadline_ns = deadline_ns};
     if (!fsm->frozen && !fsm->cutting && fails_for_want_of_peers(fsm, cookie, spec))
         return PYCCL_OK;  /* frozen or cutting: a newcomer may be on its way, wait for it */
     if (admissible(fsm, tag)) {
@@ -642,6 +675,26 @@ void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t
         }
 }
 
+static int concerns_any(const pyccl_fsm *fsm, const fsm_tag *tag, const uint8_t *ids, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        const uint32_t rank = member_rank(fsm, ids + i * PYCCL_ID_SIZE);
+        if (rank < fsm->world && takes_part(fsm, tag, rank)) return 1;
+    }
+    return 0;
+}
+
+void pyccl_fsm_give_up(pyccl_fsm *fsm, pyccl_status why, const uint8_t *lost, size_t count, int64_t before_ns, int64_t now_ns) {
+    PYCCL_ASSERT(why < 0);
+    fsm_op *next = NULL;
+    for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
+        next = op->live_next;
+        if (op->state != RUNNING || op->submitted_ns >= before_ns) continue;
+        if (fsm->frozen || concerns_any(fsm, op->tag, lost, count)) op_fail_alone(fsm, op, why, now_ns);
+    }
+    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
+        if (item->status == 0 && item->submitted_ns < before_ns) deferred_give_up(fsm, item, why);
+}
+
 /* ---- frames ---- */
 
 pyccl_gate pyccl_fsm_gate(const pyccl_fsm *fsm, uint64_t epoch_number, uint64_t epoch_tag, int member) {
@@ -668,7 +721,10 @@ static fsm_op *op_for_peer(pyccl_fsm *fsm, const pyccl_message *message, pyccl_s
     fsm_tag *tag = tag_find(fsm, message->space, message->tag, message->rank);
     *rc = PYCCL_OK;
     fsm_op *op = op_find(tag, message->seq);
-    if (op != NULL) return op;
+    if (op != NULL) {
+        op_submitted_by(fsm, op, message->rank);
+        return op;
+    }
     uint64_t next_seq = tag != NULL ? tag->next_seq : 0;
     if (message->seq < next_seq) return NULL;
     if (message->seq - next_seq >= PYCCL_EARLY_MAX || fsm->early[message->rank] >= PYCCL_EARLY_MAX) {
@@ -678,6 +734,7 @@ static fsm_op *op_for_peer(pyccl_fsm *fsm, const pyccl_message *message, pyccl_s
     fsm->early[message->rank]++;
     op = op_new(fsm, tag_get(fsm, message->space, message->tag, message->rank), message->seq, EARLY);
     op->owner_rank = message->rank;
+    op_submitted_by(fsm, op, message->rank);
     return op;
 }
 
@@ -688,6 +745,7 @@ static void settled_below(pyccl_fsm *fsm, uint8_t space, uint32_t tag_number, ui
         next = op->tag_next;
         if (op->seq >= below || op->state == EARLY) continue;
         set_add(&op->settled, rank);
+        op_submitted_by(fsm, op, rank);
         if (op->state == COMMITTED && set_is_full(fsm, tag, &op->settled)) op_drop(fsm, op);
     }
 }
@@ -762,6 +820,7 @@ static int32_t abort_status(uint64_t value) {
     case PYCCL_ERR_ARGUMENT:
     case PYCCL_ERR_DEADLINE:
     case PYCCL_ERR_STALLED:
+    case PYCCL_ERR_MASTER_AWAY:
     case PYCCL_ERR_RESULT_DIFFERS:
     case PYCCL_ERR_MISMATCH:
     case PYCCL_ERR_PEER_LOST: return -(int32_t)value;
@@ -771,7 +830,8 @@ static int32_t abort_status(uint64_t value) {
 
 /* Whom a failure learned from `rank` is blamed on; NULL: `rank` only knows that it failed, not through whom. */
 static const uint8_t *culprit_of(const pyccl_fsm *fsm, int32_t status, uint32_t rank) {
-    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST || status == PYCCL_ERR_ARGUMENT;
+    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ||
+                       status == PYCCL_ERR_ARGUMENT || status == PYCCL_ERR_MASTER_AWAY;
     return nobody ? NULL : fsm->members[rank];
 }
 
@@ -986,6 +1046,28 @@ static void forget_old(pyccl_fsm *fsm) {
     }
 }
 
+/* Ranks will move: who has submitted what stays true. Before adopt. */
+static void submitted_follow(pyccl_fsm *fsm, const pyccl_epoch *epoch) {
+    uint32_t moved[PYCCL_WORLD_MAX];           /* [old rank]; epoch->world: gone */
+    for (uint32_t rank = 0; rank < fsm->world; rank++)
+        for (moved[rank] = 0; moved[rank] < epoch->world; moved[rank]++)
+            if (memcmp(fsm->members[rank], epoch->members + moved[rank] * PYCCL_ID_SIZE, PYCCL_ID_SIZE) == 0) break;
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
+        for (fsm_op *op = tag->ops; op != NULL; op = op->tag_next) {
+            const rank_set old = op->submitted;
+            memset(&op->submitted, 0, sizeof op->submitted);
+            for (uint32_t rank = 0; rank < fsm->world; rank++)
+                if (set_has(&old, rank) && moved[rank] < epoch->world) set_add(&op->submitted, moved[rank]);
+        }
+}
+
+/* After adopt and pairs_follow. */
+static void ahead_count(pyccl_fsm *fsm) {
+    memset(fsm->ahead, 0, sizeof fsm->ahead);
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
+        for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next) ahead_add(fsm, op);
+}
+
 static void adopt(pyccl_fsm *fsm, const pyccl_epoch *epoch) {
     fsm->epoch_number = epoch->number;
     fsm->epoch_tag = 0;
@@ -1054,8 +1136,10 @@ pyccl_status pyccl_fsm_epoch(pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyc
     }
     forget_old(fsm);
     if (epoch->restart) free_tags(fsm);
+    submitted_follow(fsm, epoch);
     adopt(fsm, epoch);
     pairs_follow(fsm, now_ns);
+    ahead_count(fsm);
     for (fsm_op *op = fsm->live_first; op != NULL; op = next) {
         next = op->live_next;
         if (fsm->world == 1) op_fail(fsm, op, PYCCL_ERR_ALONE, gone != NULL ? lost : NULL, now_ns);

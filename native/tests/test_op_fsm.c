@@ -791,6 +791,41 @@ TEST(fsm_ask_is_not_answered_while_unsettled) {
     CHECK_EQ(r->count, 0);
 }
 
+TEST(fsm_gives_up_what_is_old_and_not_prepared) {
+    uint8_t lost[PYCCL_ID_SIZE];
+    memset(lost, 0x12, sizeof lost);           /* member 2 */
+    for (int frozen = 0; frozen < 2; frozen++) {
+        rig *r = prepared();
+        submit_spec(r, 2, spec_of(TAG), FAR);
+        if (frozen) pyccl_fsm_freeze(r->fsm, r->now);
+        submit_spec(r, 3, spec_of(TAG), FAR);  /* frozen: it has no number yet */
+        const int64_t before = r->now + 1;
+        tick(r, before);
+        submit_spec(r, 4, spec_of(TAG), FAR);
+        pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, frozen ? 0 : 1, before, r->now);
+        take(r);
+        CHECK(action(r, PYCCL_ACT_FAIL, 1) == NULL && action(r, PYCCL_ACT_FAIL, 4) == NULL);
+        CHECK(failed_with(r, 2, PYCCL_ERR_MASTER_AWAY, -1) && failed_with(r, 3, PYCCL_ERR_MASTER_AWAY, -1));
+        CHECK_EQ(sends(r, PYCCL_FRAME_ABORT), frozen ? 0 : 4);
+        pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, frozen ? 0 : 1, before, r->now);
+        take(r);
+        CHECK_EQ(r->count, 0);
+        if (!frozen) continue;
+        CHECK(reported_as(r, 0, PYCCL_STATE_PREPARED));
+        CHECK(enter(r, 3, 0, 0, 0, &COMMIT_0, 1) == PYCCL_OK);
+        CHECK(committed(r, 1) && action(r, PYCCL_ACT_START, 4)->seq == 3);  /* both numbers are taken */
+        receive(r, PYCCL_FRAME_OPEN, 1, 1, 0);
+        CHECK_EQ(sent(r, PYCCL_FRAME_ABORT, 1)->value, -PYCCL_ERR_MASTER_AWAY);
+    }
+}
+
+TEST(fsm_learns_from_an_abort_that_the_master_is_away) {
+    rig *r = rig_new(7, 0);
+    submit(r, 1);
+    receive(r, PYCCL_FRAME_ABORT, 1, 0, -PYCCL_ERR_MASTER_AWAY);
+    CHECK(failed_with(r, 1, PYCCL_ERR_MASTER_AWAY, -1));
+}
+
 TEST(fsm_leaves_when_the_outcome_stays_unknown) {
     for (int frozen = 0; frozen < 2; frozen++) {
         rig *r = prepared();
@@ -942,9 +977,50 @@ TEST(fsm_refuses_more_open_operations_than_allowed) {
         CHECK(pyccl_fsm_submit(r->fsm, cookie, &spec, DEADLINE, r->now) == PYCCL_OK);
     }
     CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_ERR_LIMIT);
-    pyccl_fsm_cancel(r->fsm, 1, PYCCL_ERR_CANCELLED, r->now);
-    CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_OK);
+    pyccl_fsm_cancel(r->fsm, PYCCL_OPS_OPEN_MAX, PYCCL_ERR_CANCELLED, r->now);
+    CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_ERR_LIMIT);  /* its number is still owed */
     take(r);
+}
+
+/* Submits that fail at once, until one is refused. */
+static int submits_in_vain(rig *r, pyccl_spec spec) {
+    int count = 0;
+    for (; pyccl_fsm_submit(r->fsm, 1, &spec, DEADLINE, r->now) == PYCCL_OK; count++) {
+        pyccl_fsm_cancel(r->fsm, 1, PYCCL_ERR_CANCELLED, r->now);
+        take(r);
+    }
+    return count;
+}
+
+TEST(fsm_gives_no_number_that_a_participant_would_have_to_refuse) {
+    rig *r = rig_new(7, 0);
+    const pyccl_spec spec = spec_of(TAG);
+    CHECK_EQ(submits_in_vain(r, spec), PYCCL_EARLY_MAX);
+    CHECK_EQ(submits_in_vain(r, spec_of(TAG + 1)), 0);             /* all tags together, as the receiver counts */
+    for (uint32_t rank = 1; rank < 3; rank++)
+        for (uint64_t seq = 0; seq < 3; seq++) receive(r, (pyccl_frame_type[]){PYCCL_FRAME_OPEN, PYCCL_FRAME_ABORT, PYCCL_FRAME_DONE}[seq], rank, seq, 1 * (seq == 1));
+    CHECK_EQ(submits_in_vain(r, spec), 3);
+    receive(r, PYCCL_FRAME_SETTLED, 1, 100, 0);
+    CHECK_EQ(submits_in_vain(r, spec), 0);                         /* member 2 is where it was */
+    CHECK_EQ(submits_in_vain(r, exchange_of(TAG, 0, 1)), 97);      /* which is nothing to member 1 */
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 5, 0, 0, 0, NULL, 0) == PYCCL_OK);              /* member 2 has another rank, and still owes the same */
+    CHECK_EQ(submits_in_vain(r, spec), 0);
+    receive(r, PYCCL_FRAME_SETTLED, 1, 10, 0);
+    CHECK_EQ(submits_in_vain(r, spec), 7);
+    pyccl_fsm_freeze(r->fsm, r->now);
+    int waiting = 0;
+    receive(r, PYCCL_FRAME_SETTLED, 1, 20, 0);                     /* frozen: not heard */
+    for (; pyccl_fsm_submit(r->fsm, 1000u + (unsigned)waiting, &spec, DEADLINE, r->now) == PYCCL_OK; waiting++) {}
+    CHECK_EQ(waiting, 0);
+    CHECK(enter(r, 5, 0, 1, 0, NULL, 0) == PYCCL_OK);              /* numbers restart */
+    pyccl_fsm_freeze(r->fsm, r->now);
+    for (; pyccl_fsm_submit(r->fsm, 1000u + (unsigned)waiting, &spec, DEADLINE, r->now) == PYCCL_OK; waiting++)
+        pyccl_fsm_cancel(r->fsm, 1000u + (unsigned)waiting, PYCCL_ERR_CANCELLED, r->now);
+    take(r);
+    CHECK_EQ(waiting, PYCCL_EARLY_MAX);                            /* each will take a number */
+    CHECK(enter(r, 5, 0, 0, 0, NULL, 0) == PYCCL_OK);
+    CHECK_EQ(submits_in_vain(r, spec), 0);
 }
 
 TEST(fsm_refuses_options_below_zero_and_submits_before_an_epoch) {
@@ -1033,6 +1109,28 @@ TEST(fsm_exchange_asks_and_tells_the_partner_alone) {
     CHECK_EQ(reported(r), 1);
     receive_pair(r, PYCCL_FRAME_SETTLED, 3, 1, 0);
     CHECK_EQ(reported(r), 0);              /* the record is gone: nobody else has to settle it */
+}
+
+TEST(fsm_gives_up_no_exchange_with_a_member_that_is_there) {
+    uint8_t lost[2 * PYCCL_ID_SIZE];
+    memset(lost, 0x77, PYCCL_ID_SIZE);         /* nobody */
+    memset(lost + PYCCL_ID_SIZE, 0x12, PYCCL_ID_SIZE);
+    rig *r = exchange_running();
+    submit_spec(r, 2, exchange_of(TAG, 1, 2), FAR);
+    submit_spec(r, 3, spec_of(TAG), FAR);
+    const int64_t before = r->now + 1;
+    tick(r, before);
+    pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, 1, before, r->now);
+    take(r);
+    CHECK_EQ(r->count, 0);
+    pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, lost, 2, before, r->now);
+    take(r);
+    CHECK(failed_with(r, 2, PYCCL_ERR_MASTER_AWAY, -1) && failed_with(r, 3, PYCCL_ERR_MASTER_AWAY, -1));
+    CHECK(action(r, PYCCL_ACT_FAIL, 1) == NULL);
+    pyccl_fsm_freeze(r->fsm, r->now);          /* a ballot that nobody ends concerns all */
+    pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, NULL, 0, before, r->now);
+    take(r);
+    CHECK(failed_with(r, 1, PYCCL_ERR_MASTER_AWAY, -1));
 }
 
 TEST(fsm_exchange_is_named_by_the_ranks_of_its_pair) {

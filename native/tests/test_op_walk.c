@@ -242,6 +242,7 @@ static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, uint32_t partner) {
     op->opened.word[0] = o->opened;
     op->done.word[0] = o->done;
     op->settled.word[0] = o->settled;
+    op->submitted.word[0] = UINT64_MAX;    /* who is how far ahead binds thousands of operations, none of these */
     op->result = o->result;
     op->asked = o->asked;
     op->leave_ns = o->leave ? AT_LEAVE : 0;
@@ -259,6 +260,7 @@ static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, uint32_t partner) {
 
 static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
     free_tags(fsm);
+    memset(fsm->ahead, 0, sizeof fsm->ahead);
     free_deferred(fsm);
     pyccl_map_clear(&fsm->cookie_map);
     fsm->live_first = fsm->live_last = NULL;

@@ -23,6 +23,8 @@ async def ask_status(host: str, port: int) -> dict[str, Any]:
             answer = await envelope.receive(stream)
     except (OSError, UnicodeError, trio.BrokenResourceError) as e:  # UnicodeError: a name that IDNA refuses
         raise errors.MasterUnavailableError(f"no master answers at {where}: {reason_of(e)}") from e
+    except errors.RemoteProtocolError as e:
+        raise errors.RemoteProtocolError(f"{where} does not speak pyccl: {e}") from e
     if answer is None:
         raise errors.MasterUnavailableError(f"{where} closed the connection without an answer")
     if isinstance(answer, Rejected):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 FIRST_S: Final = 0.05
-MOST_S: Final = 2.0
+MOST_S: Final = 1.0  # so that all are back within 2 s of a master that was restarted
 TIMEOUT_SHARE: Final = 0.25  # of peer_timeout; with the jitter a pause is at most 0.375 of it
 
 

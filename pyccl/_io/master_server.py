@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,10 +17,12 @@ import trio
 
 from pyccl._io import envelope
 from pyccl._io.causes import reason_of
+from pyccl._io.journal import Journal
 from pyccl._io.strangers import Notes, Places
 from pyccl._native.handles import FRAME_BYTES, is_heartbeat_untrusted
 from pyccl._proto import limits, master
 from pyccl._proto.messages import Message, Pulse
+from pyccl._proto.past import Past
 from pyccl.errors import RemoteProtocolError
 
 _TICK_S: Final = 0.1
@@ -28,6 +31,7 @@ _DEAD_MS: Final = 15_000  # unacknowledged data: the host is gone
 CONNECTIONS_MAX: Final = 4096
 _STRANGERS_MAX: Final = 256  # of these, how many that have not said anything
 _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
+_WRITE_AGAIN_S: Final = 0.5  # after the journal could not be written
 # What a connection may end with besides a clean end; the loss is its sender's.
 _SENDERS_LOSS: Final = (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -43,12 +47,29 @@ class _Conn:
 
 
 class MasterServer:
-    """One run's master on one listening socket."""
+    """One run's master on one listening socket.
+
+    past: the run, and this start's term; what an earlier master left of it. It is in the journal already.
+    needs_majority, adopts: see MasterMachine.
+    """
 
     def __init__(
-        self, run: bytes, peer_timeout: float, library: str, connections_max: int = CONNECTIONS_MAX
+        self,
+        past: Past,
+        journal: Journal | None,
+        peer_timeout: float,
+        library: str,
+        *,
+        connections_max: int = CONNECTIONS_MAX,
+        needs_majority: bool = False,
+        adopts: bool = False,
     ) -> None:
-        self._machine = master.MasterMachine(run, 1, peer_timeout, library)
+        self._past, self._journal = past, journal
+        self._needs_majority, self._adopts = needs_majority, adopts
+        self._peer_timeout, self._library = peer_timeout, library
+        self._machine: master.MasterMachine
+        self._to_write: deque[master.Persist] = deque()
+        self._write_wanted = trio.Event()
         self._connections_max = connections_max
         self._strangers = Places(min(_STRANGERS_MAX, connections_max // 2 + 1), limits.GREETING_S)
         self._notes = Notes(log)
@@ -58,14 +79,45 @@ class MasterServer:
 
     async def serve(self, listener: trio.SocketListener) -> None:
         """Until cancelled."""
+        self._machine = master.MasterMachine(
+            self._past.run,
+            self._past.term,
+            self._peer_timeout,
+            self._library,
+            journaled=self._journal is not None,
+            needs_majority=self._needs_majority,
+            adopts=self._adopts,
+            past=self._past,
+            now=trio.current_time(),
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tick)
+            if self._journal is not None:
+                nursery.start_soon(self._keep_journal, self._journal)
             await trio.serve_listeners(self._accept, [listener])
 
     async def _tick(self) -> None:
         while True:
             self._perform(self._machine.tick(trio.current_time()))
             await trio.sleep(_TICK_S)
+
+    async def _keep_journal(self, journal: Journal) -> None:
+        """Write what is decided, all that waits at a time, and tell the machine when it is durable."""
+        while True:
+            await self._write_wanted.wait()
+            self._write_wanted = trio.Event()
+            while self._to_write:
+                batch = tuple(self._to_write)
+                try:
+                    await trio.to_thread.run_sync(journal.append, [persist.record for persist in batch])
+                except OSError as e:
+                    log.error("journal_failed path=%s cause=%s: nothing is decided meanwhile", journal.path, e)
+                    self._perform(self._machine.not_persisted(reason_of(e), trio.current_time()))
+                    await trio.sleep(_WRITE_AGAIN_S)
+                else:
+                    for _ in batch:
+                        self._to_write.popleft()
+                    self._perform(self._machine.persisted(batch[-1].ticket, trio.current_time()))
 
     # -- connections
 
@@ -175,6 +227,10 @@ class MasterServer:
     def _do_stranger_refused(self, effect: master.StrangerRefused) -> None:
         self._notes.tell("connection_refused", effect.reason)
 
+    def _do_persist(self, effect: master.Persist) -> None:
+        self._to_write.append(effect)
+        self._write_wanted.set()
+
     def _do_log(self, effect: master.Log) -> None:
         log.info("%s %s", effect.event, " ".join(f"{key}={value}" for key, value in effect.fields.items()))
 
@@ -182,6 +238,7 @@ class MasterServer:
 _PERFORM: Final[dict[type[master.Effect], Callable[[MasterServer, Any], None]]] = {
     master.Send: MasterServer._do_send,
     master.Close: MasterServer._do_close,
+    master.Persist: MasterServer._do_persist,
     master.Log: MasterServer._do_log,
     master.StrangerRefused: MasterServer._do_stranger_refused,
 }

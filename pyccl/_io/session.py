@@ -48,6 +48,7 @@ from pyccl._proto.messages import (
 )
 
 STALL_S: Final = 30.0
+MASTER_TIMEOUT_S: Final = 20.0  # less than STALL_S, whose error would name the wrong cause
 MISMATCH_GRACE_S: Final = 5.0
 _TICK_S: Final = 0.1
 _SLICE_S: Final = 0.1  # longest wait of a user thread without a look at Python's signal handlers
@@ -67,6 +68,7 @@ class SessionConfig:
     library: str
     mismatch_grace: float = MISMATCH_GRACE_S
     stall_timeout: float = STALL_S
+    master_timeout: float = MASTER_TIMEOUT_S  # an operation that can't go on without an absent master waits so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ class Session:
         self._watch_last, self._watch_lock = 0, threading.Lock()
         self._members: dict[int, tuple[bytes, ...]] = {}
         self._mismatch: tuple[str, tuple[str, ...], tuple[str, ...]] = ("", (), ())
-        self._waiting, self._waiting_lock = 0, threading.Lock()
+        self.blocked: set[object] = set()  # one for each caller that waits in an operation: for mismatch detection
         self._fetches: dict[int, Callable[[int], None]] = {}
         self._fetch_last = 0
         self._fetch_lock = threading.Lock()
@@ -149,7 +151,7 @@ class Session:
         self._performing = False
         self._cut_version, self._cut_number = 0, 0
         self._arrived_at = 0.0
-        self._down_since = 0.0
+        self._down_since = self._needed_since = 0.0
         self._pulse_wanted = trio.Event()
 
     # ---- called by user threads --------------------------------------------------------------------------------------
@@ -206,14 +208,13 @@ class Session:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A user thread is blocked in an operation: what mismatch detection counts."""
-        with self._waiting_lock:
-            self._waiting += 1
+        """A user thread, or task, is blocked in an operation."""
+        token = object()
         try:
+            self.blocked.add(token)
             yield
         finally:
-            with self._waiting_lock:
-                self._waiting -= 1
+            self.blocked.discard(token)
 
     def need_engine(self) -> Engine:
         """The data plane, as long as there is one."""
@@ -688,7 +689,7 @@ class Session:
             await trio.sleep(_TICK_S)
             now = trio.current_time()
             if now - last > limits.PAUSE_S:  # we were stopped ourselves: nobody made us wait meanwhile
-                self._down_since = self._arrived_at = now
+                self._down_since = self._needed_since = self._arrived_at = now
             last = now
             if self._machine is None or self.engine is None:
                 continue
@@ -701,7 +702,7 @@ class Session:
         assert self.engine is not None and self._machine is not None
         grace = self.config.mismatch_grace
         at_safe_point = self._topology is not None and now - self._arrived_at >= grace
-        if not at_safe_point and (self._waiting == 0 or self._topology is not None):
+        if not at_safe_point and (not self.blocked or self._topology is not None):
             self._feed(self._machine.unblocked(now))
             return
         seen = self.engine.blocked()
@@ -712,12 +713,17 @@ class Session:
             self._feed(self._machine.unblocked(now))
 
     def _watch_master(self, now: float) -> None:
-        """A safe point needs the master; it does not wait for one that stays away.
+        """A safe point needs the master, and so does an operation with a lost peer; none waits for one that stays away.
 
         Time counts from the call: how long the master was away before it says nothing of whether it is back by now.
         """
-        assert self._machine is not None
-        if not self._machine.master_is_away(now):
+        assert self._machine is not None and self.engine is not None
+        away = self._machine.master_is_away(now)
+        if not (away and self._machine.needs_master):
+            self._needed_since = now
+        elif now - self._needed_since >= self.config.master_timeout:
+            self.engine.give_up(status.MASTER_AWAY, self._machine.lost, self.config.master_timeout)
+        if not away:
             self._down_since = now
         elif self._topology is not None and now - max(self._down_since, self._arrived_at) >= self._unreachable_timeout:
             waiter = self._topology

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pyccl._native._pyccl import ffi, lib
 from pyccl._native.status import ARGUMENT, CANCELLED, OK, PENDING, check
@@ -23,6 +24,13 @@ WORLD_MAX: Final[int] = lib.PYCCL_WORLD_MAX
 FETCH_BYTES_MAX: Final[int] = lib.PYCCL_PIECE_MAX
 _EVENTS_AT_ONCE: Final = 64
 _SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
+
+
+_NULL: Final = ffi.NULL
+_BYTES: Final = ffi.typeof("uint8_t[]")  # parsed once
+_OP_ARGS: Final = ffi.typeof("pyccl_op_args *")
+_OP_SLOT: Final = ffi.typeof("pyccl_op **")
+_OP_INFO: Final = ffi.typeof("pyccl_op_info *")
 
 
 class Kind:
@@ -63,25 +71,24 @@ class Event:
     theirs: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """pyccl_spec of pyccl.h."""
+class Spec(NamedTuple):
+    """pyccl_spec of pyccl.h, field by field."""
 
     kind: int
     dtype: int
-    count: int
     op: int = 0
-    space: int = lib.PYCCL_SPACE_USER
-    tag: int = 0
-    retry: bool = True
-    root: bytes = bytes(16)
     codec: int = lib.PYCCL_CODEC_NONE
+    algorithm: int = lib.PYCCL_DIRECT
+    retry: bool = True
+    space: int = lib.PYCCL_SPACE_USER
+    reserved: int = 0
+    tag: int = 0
     block: int = 0
-    weight: float = 1.0  # not of the spec: each member has its own
+    elements: int = 0  # count
+    root: bytes = bytes(16)
 
 
-@dataclass(frozen=True, slots=True)
-class OpInfo:
+class OpInfo(NamedTuple):
     """pyccl_op_info of pyccl.h; peer: the culprit's id, empty where none is known."""
 
     status: int
@@ -138,6 +145,7 @@ class Engine:
         self.fd: int = lib.pyccl_engine_fd(self._engine)
         self._ops: set[Op] = set()  # not released: C may write into their arrays, whoever still knows of them
         self._ops_lock = threading.Lock()
+        self._abandoned: deque[Op] = deque()
         self._published: dict[int, object] = {}
         self._fetches: dict[int, object] = {}
 
@@ -254,6 +262,10 @@ class Engine:
     def uncut(self) -> None:
         check(lib.pyccl_engine_cut(self._engine, ffi.NULL, 0, 1, ffi.new("int *")), "uncut")
 
+    def give_up(self, why: int, lost: Sequence[bytes], age_s: float) -> None:
+        """What was submitted so long ago, is not prepared and needs a master to go on fails with this status."""
+        check(lib.pyccl_engine_give_up(self._engine, why, b"".join(lost), len(lost), _ns(age_s)), "give_up")
+
     def blocked(self) -> BlockedView:
         cap = 64
         out, count = ffi.new("pyccl_op_lack[]", cap), ffi.new("size_t *")
@@ -273,6 +285,7 @@ class Engine:
         begun: list[Op],
         put_back: Callable[[], None] | None = None,
         user: int = 0,
+        weight: float = 1.0,
     ) -> Op:
         """Start an operation on C-contiguous buffers; they belong to the engine until the operation has ended.
 
@@ -280,40 +293,38 @@ class Engine:
         `dst` is a copy of the caller's array, `put_back` takes the result there; ``Op.finish`` calls it.
         user: unless 0, an EventType.OP with this value tells of its end.
         """
-        args = ffi.new("pyccl_op_args *")
-        s = args.spec
-        s.kind, s.dtype, s.op, s.algorithm = spec.kind, spec.dtype, spec.op, lib.PYCCL_DIRECT
-        s.retry, s.space, s.tag, s.count = spec.retry, spec.space, spec.tag, spec.count
-        s.codec, s.block = spec.codec, spec.block
-        ffi.memmove(s.root, spec.root, 16)
-        pins: list[Any] = []
-        if src is not None:
-            pins.append(ffi.from_buffer("uint8_t[]", src))
-            args.src = pins[-1]
-        if dst is not None:
-            pins.append(ffi.from_buffer("uint8_t[]", dst, require_writable=True))
-            args.dst, args.dst_bytes = pins[-1], len(pins[-1])
-        args.timeout_ns = max(1, _ns(timeout))
-        args.weight = spec.weight
-        args.user, args.notify = user, user != 0
-        self._release_abandoned()
-        slot = ffi.new("pyccl_op **")
-        op = Op(self, slot, pins, put_back)
-        op.keeps = spec.kind == Kind.ALL_GATHER and dst is None and spec.count > 0
+        to = _NULL if dst is None else ffi.from_buffer(_BYTES, dst, require_writable=True)
+        at = to if src is dst else _NULL if src is None else ffi.from_buffer(_BYTES, src)
+        to_bytes = 0 if dst is None else len(to)
+        args = ffi.new(_OP_ARGS, (spec, at, to, to_bytes, weight, max(1, _ns(timeout)), user, user != 0))
+        if self._abandoned:
+            self._release_abandoned()
+        slot = ffi.new(_OP_SLOT)
+        op = Op(self, slot, (at, to), put_back)
+        op.keeps = dst is None and spec.kind == Kind.ALL_GATHER and spec.elements > 0
         with self._ops_lock:
             self._ops.add(op)
         begun.append(op)
         try:
-            check(lib.pyccl_op_submit(self._engine, args, slot), "submit")
+            status = lib.pyccl_op_submit(self._engine, args, slot)
+            if status < 0:
+                check(status, "submit")
         except BaseException:
-            if slot[0] == ffi.NULL:
+            if slot[0] == _NULL:
                 self.forget(op)
             raise
         return op
 
+    def abandon(self, op: Op) -> None:
+        """Nobody will wait for it: it runs on, and is released some time after its end. No locks: for destructors."""
+        self._abandoned.append(op)
+
     def _release_abandoned(self) -> None:
+        ended: list[Op] = []
         with self._ops_lock:
-            ended = [op for op in self._ops if op.abandoned and op.done()]
+            for _ in range(len(self._abandoned)):
+                op = self._abandoned.popleft()
+                (ended if op.done() else self._abandoned).append(op)
         for op in ended:
             op.release()
 
@@ -370,12 +381,11 @@ class Engine:
 class Op:
     """One operation. Its buffers stay pinned until it has ended; ``release`` gives the handle back."""
 
-    def __init__(self, engine: Engine, slot: Any, pins: list[Any], put_back: Callable[[], None] | None) -> None:
+    def __init__(self, engine: Engine, slot: Any, pins: tuple[Any, ...], put_back: Callable[[], None] | None) -> None:
         self._engine: Engine | None = engine  # kept alive until the release
         self._put_back = put_back
         self._slot, self._pins = slot, pins  # slot: pyccl_op **, filled by the submit
         self._free_lock = threading.RLock()  # who looks at the handle in ``done`` keeps it from being freed meanwhile
-        self.abandoned = False
         self.keeps = False  # an all_gather without dst: its result stays here until ``take``
         self.ended: OpInfo | None = None  # set by ``finish``
 
@@ -386,18 +396,20 @@ class Op:
     def done(self) -> bool:
         with self._free_lock:
             handle = self._handle
-            return handle == ffi.NULL or bool(lib.pyccl_op_done(handle))
+            return handle == _NULL or bool(lib.pyccl_op_done(handle))
 
     def abandon(self) -> None:
         """Nobody will wait for it: it runs on, and the engine releases it some time after its end."""
-        self.abandoned = True
+        engine = self._engine
+        if engine is not None:
+            engine.abandon(self)
 
     def wait(self, timeout: float) -> int:
         """Wait without the GIL, looking at Python's signals ten times a second: status, or PENDING in the end."""
         left = _ns(timeout)
         while True:
             part = min(left, _SLICE_NS)
-            status = int(lib.pyccl_op_wait(self._handle, max(part, 0)))
+            status = int(lib.pyccl_op_wait(self._slot[0], max(part, 0)))
             left -= part
             if status != PENDING or left <= 0:
                 return status
@@ -405,7 +417,7 @@ class Op:
     def cancel(self, why: int = CANCELLED) -> None:
         """Before DONE the operation fails with `why`; after it, it is settled at once. Then ``finish``."""
         with self._free_lock:
-            if self._handle != ffi.NULL:  # its waiter may have released it meanwhile
+            if self._handle != _NULL:  # its waiter may have released it meanwhile
                 lib.pyccl_op_cancel(self._handle, why)
 
     def finish(self) -> OpInfo:
@@ -413,8 +425,9 @@ class Op:
         interrupt: BaseException | None = None
         while self.ended is None:
             try:
-                if self.wait(3600.0) != PENDING:
-                    self.ended = self.info()
+                self.ended = self._info()
+                if self.ended is None:
+                    self.wait(3600.0)
             except BaseException as e:  # noqa: BLE001  Ctrl-C: C may still write into the array, so stay
                 interrupt = e
         if not self.keeps or self.ended.status != OK:
@@ -431,13 +444,17 @@ class Op:
         pin = ffi.from_buffer("uint8_t[]", out, require_writable=True)
         check(lib.pyccl_op_take(self._handle, pin, len(pin)), "take")
 
-    def info(self) -> OpInfo:
-        out = ffi.new("pyccl_op_info *")
-        lib.pyccl_op_info_get(self._handle, out)
-        peer = bytes(ffi.buffer(out.peer))
+    def _info(self) -> OpInfo | None:
+        """None: it has not ended."""
+        out = ffi.new(_OP_INFO)
+        lib.pyccl_op_info_get(self._slot[0], out)
+        status = out.status
+        if status == PENDING:
+            return None
+        peer = b"" if status == OK else bytes(ffi.buffer(out.peer))
         return OpInfo(
-            out.status, out.attempts, out.epoch_number, out.seq, out.tx_bytes, out.rx_bytes,
-            out.elapsed_ns / NS, peer if any(peer) else b"",
+            status, out.attempts, out.epoch_number, out.seq, out.tx_bytes, out.rx_bytes, out.elapsed_ns / NS,
+            peer if any(peer) else b"",
         )  # fmt: skip
 
     def release(self) -> None:
@@ -446,8 +463,8 @@ class Op:
         if engine is None or not engine.forget(self):
             return
         with self._free_lock:
-            handle, self._slot[0] = self._slot[0], ffi.NULL
-            self._pins.clear()
+            handle, self._slot[0] = self._slot[0], _NULL
+            self._pins = ()
             lib.pyccl_op_free(handle)
         self._engine = None
 

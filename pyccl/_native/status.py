@@ -14,12 +14,16 @@ PENDING: Final[int] = lib.PYCCL_PENDING
 CLOSED: Final[int] = lib.PYCCL_ERR_CLOSED
 EVICTED: Final[int] = lib.PYCCL_ERR_EVICTED
 PEER_LOST: Final[int] = lib.PYCCL_ERR_PEER_LOST
+MASTER_AWAY: Final[int] = lib.PYCCL_ERR_MASTER_AWAY
 CANCELLED: Final[int] = lib.PYCCL_ERR_CANCELLED
 ARGUMENT: Final[int] = lib.PYCCL_ERR_ARGUMENT
 
 _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
     lib.PYCCL_ERR_ARGUMENT: (errors.UsageError, "refused by the engine (an avg whose weights add up to 0, for one)"),
-    lib.PYCCL_ERR_LIMIT: (errors.UsageError, "too many operations or tags are open at a time"),
+    lib.PYCCL_ERR_LIMIT: (
+        errors.UsageError,
+        "too many operations or tags are open at a time, or too many (failed ones too) that others have not called",
+    ),
     lib.PYCCL_ERR_CLOSED: (errors.UsageError, "the communicator is closed or not connected"),
     lib.PYCCL_ERR_PEER_LOST: (errors.PeerLostError, "a participant was lost"),
     lib.PYCCL_ERR_ALONE: (errors.AloneError, "nobody else is left in the group"),
@@ -31,6 +35,7 @@ _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
         errors.OutcomeUnknownError,
         "the result was complete here, but whether the others committed it can't be learned",
     ),
+    lib.PYCCL_ERR_MASTER_AWAY: (errors.MasterUnavailableError, "a peer is lost, and no master to settle it"),
     lib.PYCCL_ERR_MISMATCH: (errors.MismatchError, "the members called different operations"),
     lib.PYCCL_ERR_RESULT_DIFFERS: (errors.MismatchError, "the members hold different result bits"),
     lib.PYCCL_ERR_FRAME: (errors.RemoteProtocolError, "a peer broke the protocol"),

@@ -15,6 +15,10 @@ complaints are counted from these records and kept nowhere else. Every input cha
 
 Invariants: numbers rise, and one (group, number) has one id and one member list; an epoch's members are all in its
 predecessor (or newcomers that said Ready); an evicted incarnation is in no later epoch; no ballot ends but in an epoch.
+
+With a journal an epoch is decided (`_decide`), made durable by the shell, and then committed; nothing that depends on
+it leaves before. What is decided stays decided: a record that failed to be written may be found by the next master all
+the same. Until it is durable the group decides nothing more; what its peers say is heard and waits.
 """
 
 from __future__ import annotations
@@ -56,20 +60,39 @@ from pyccl._proto.messages import (
     OpVerdict,
     Pending,
     Ready,
+    Recall,
     Rejected,
     Report,
+    Resume,
     Settle,
     Status,
     StatusAsk,
     Suspect,
     Trust,
     Unblocked,
+    Undecided,
+    Unknown,
     Unreachable,
     Welcome,
     Withdraw,
     clip,
 )
 from pyccl._proto.mismatch import blocked_detail, differs_detail, make_detail, short
+from pyccl._proto.past import (
+    NONCE_BITS,
+    START_MAX,
+    Adopted,
+    Began,
+    Committed,
+    Dissolved,
+    Fenced,
+    Forgotten,
+    Past,
+    Record,
+    fence,
+    make_term,
+    start_of,
+)
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
 from pyccl.errors import RemoteProtocolError
 
@@ -112,23 +135,33 @@ class StrangerRefused(Effect):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Persist(Effect):
+    """Write the record behind all before it, then ``persisted(ticket)``. Again and again until it is durable; and
+    ``not_persisted`` as often as it fails."""
+
+    ticket: int
+    record: Record
+
+
 # ---- records --------------------------------------------------------------------------------------------------------
 
 
 class Standing(enum.Enum):
     PENDING = "a newcomer that waits for a safe point"
+    ENTERING = "a newcomer in an epoch that is decided and not yet durable"
     MEMBER = "in the current epoch of its group"
 
 
-_BOTH: Final = frozenset(Standing)
+_ALL: Final = frozenset(Standing)
 _MEMBER: Final = frozenset({Standing.MEMBER})
 
 # Who may send what once greeted; a missing row is a protocol error.
 LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
-    Heartbeat: _BOTH,
-    Leave: _BOTH,
-    Ready: _BOTH,
-    Unreachable: _BOTH,
+    Heartbeat: _ALL,
+    Leave: _ALL,
+    Ready: _ALL,
+    Unreachable: _ALL,
     Arrive: _MEMBER,
     Withdraw: _MEMBER,
     Behind: _MEMBER,
@@ -175,6 +208,7 @@ class _Peer:
     lost: str = ""  # why it is left out of the ballot; "": it is not
     lost_at: float = 0.0
     lost_for_good: bool = False  # it left, or does not answer: being heard does not take it back
+    left: bool = False  # by its own word
     told_pending: int = -1  # -1: nothing yet on this connection
 
     @property
@@ -204,6 +238,7 @@ class _Ballot:
     members: tuple[PeerKey, ...]
     since: float
     blocked: bool = False  # a mismatch seen in what Blocked says
+    undecided: str = ""  # why all reports are not enough
 
 
 @dataclass(slots=True)
@@ -216,6 +251,7 @@ class _Group:
     ballot_number: int = 0  # of the newest ballot
     proposal: _Proposal | None = None
     ballot: _Ballot | None = None
+    deciding: EpochCommit | None = None  # on its way to the journal; proposal or ballot stay open until it is there
 
     @property
     def epoch(self) -> Epoch | None:
@@ -226,14 +262,42 @@ class _Group:
 class _Conn:
     since: float
     peer: _Peer | None = None  # None until its Hello
+    greeted: bool = False  # with a Hello; the answer may have to wait
+    asked: Hello | None = None  # which was answered with Unknown
 
 
 class MasterMachine:
-    """Inputs: connected, receive, disconnected, heard, tick. Each takes `now` and returns effects; none raises."""
+    """Inputs: connected, receive, disconnected, heard, persisted, not_persisted, tick. Each takes `now` and returns
+    effects; none raises.
 
-    def __init__(self, run: bytes, term: int, peer_timeout: float, library: str = "") -> None:
-        self.run: Final = run
-        self.term: Final = term
+    past: what an earlier master of this run left behind. Silence then counts from `now`, when its members have had
+    their time to come back.
+
+    needs_majority: it has no journal and another such master may be started for its run, so it leaves members out only
+    with more than half of the epoch they were in.  adopts: it takes over the run of members that it does not know; with
+    a journal it founds none before, without one theirs goes before the one it has founded.
+    """
+
+    def __init__(
+        self,
+        run: bytes,
+        term: int,
+        peer_timeout: float,
+        library: str = "",
+        *,
+        journaled: bool,
+        needs_majority: bool = False,
+        adopts: bool = False,
+        past: Past | None = None,
+        now: float = 0.0,
+    ) -> None:
+        self.run = run
+        self.journaled: Final = journaled
+        self.needs_majority: Final = needs_majority
+        self.adopts: Final = adopts
+        self._adopted: set[int] | None = None  # groups whose epoch is their members' word; None: the run is our own
+        self._held: deque[tuple[int, int, Hello]] = deque()  # (ticket, connection, what it waits to be answered)
+        self.term = term
         self.peer_timeout: Final = peer_timeout
         self.library: Final = library
         self._groups: dict[int, _Group] = {}
@@ -245,7 +309,35 @@ class MasterMachine:
         self._now = 0.0
         self._ticked_at: float | None = None
         self._line_at = self._line_since = 0.0  # when somebody was heard; since when without a long gap
+        self._grace_until = 0.0
+        self._ticket_last = 0
+        self._writing: deque[tuple[int, _Group | None]] = deque()
+        self._term_ticket = 0  # of the record of a later start, heard of from members
+        self._journal_error = ""
         self._out: list[Effect] = []
+        if past is not None:
+            self._restore(past, now)
+
+    def _restore(self, past: Past, now: float) -> None:
+        """The groups as they stood. Nobody is connected; what was proposed or asked is owed again."""
+        self._now, self._grace_until = now, now + limits.RECONNECT_S
+        self._gone = past.gone.copy()
+        for number, known in sorted(past.groups.items()):
+            group = self._groups[number] = self._new_group(number)
+            group.commit, group.last_number, group.last_id = known.commit, known.number, known.id
+            for member in known.commit.epoch.members if known.commit is not None else ():
+                self._restore_member(group, member)
+
+    def _restore_member(self, group: _Group, member: Member) -> None:
+        key = member.peer, member.incarnation
+        if key not in self._peers:
+            self._peers[key] = _Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
+        self._peers[key].standing, self._peers[key].said = Standing.MEMBER, _Said()
+
+    def _new_group(self, number: int) -> _Group:
+        """Ballots and proposals are numbered from this start on: within an epoch none comes twice, in any term."""
+        base = start_of(self.term) << NONCE_BITS
+        return _Group(number, version=base, ballot_number=base)
 
     # ---- inputs
 
@@ -286,6 +378,31 @@ class MasterMachine:
                 self._advance(self._groups[record.group])
         return self._taken()
 
+    def persisted(self, ticket: int, now: float) -> list[Effect]:
+        """All records up to this one are durable."""
+        self._now = now
+        self._journal_error = ""
+        while self._writing and self._writing[0][0] <= ticket:
+            written, group = self._writing.popleft()
+            if written == self._term_ticket:
+                self._ask_again()
+            if group is not None:
+                self._commit_epoch(group)
+                self._advance(group)
+        while self._held and self._held[0][0] <= ticket:
+            _, conn, hello = self._held.popleft()
+            if conn in self._conns:
+                self._on_hello(conn, hello)
+        return self._taken()
+
+    def not_persisted(self, reason: str, now: float) -> list[Effect]:
+        """Nothing that waits for it is decided. What needs no decision goes on."""
+        self._now = now
+        if reason != self._journal_error:
+            self._journal_error = reason
+            self._log("journal_failed", reason=reason, waiting=len(self._writing))
+        return self._taken()
+
     def knows(self, peer: bytes, incarnation: bytes) -> bool:
         """Whether a pulse connection of that incarnation is worth keeping."""
         return (peer, incarnation) in self._peers
@@ -293,8 +410,11 @@ class MasterMachine:
     def body_bytes_max(self, conn: int) -> int:
         """How long a message of this connection may be."""
         entry = self._conns.get(conn)
-        is_member = entry is not None and entry.peer is not None and entry.peer.standing is Standing.MEMBER
-        return limits.BODY_MAX_BYTES if is_member else limits.BODY_NEWCOMER_MAX_BYTES
+        if entry is None:
+            return limits.BODY_NEWCOMER_MAX_BYTES
+        is_member = entry.peer is not None and entry.peer.standing is Standing.MEMBER
+        recalls = entry.asked is not None
+        return limits.BODY_MAX_BYTES if is_member or recalls else limits.BODY_NEWCOMER_MAX_BYTES
 
     def tick(self, now: float) -> list[Effect]:
         """About every 0.1 s: all timers."""
@@ -320,7 +440,15 @@ class MasterMachine:
             self._send(conn, Status(_status_json(self.status())))
             self._close(conn, "status told")
         elif isinstance(message, Hello):
-            self._on_hello(conn, message)
+            if self._conns[conn].greeted:
+                raise RemoteProtocolError("a second Hello")
+            self._conns[conn].greeted = True
+            if self._held:
+                self._held.append((self._ticket_last, conn, message))  # behind the run that is being taken over
+            else:
+                self._on_hello(conn, message)
+        elif isinstance(message, Recall):
+            self._on_recall(conn, message)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} before Hello")
 
@@ -332,8 +460,12 @@ class MasterMachine:
             self._log("peer_rejected", peer=short(hello.peer), group=hello.group, reason=reason)
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
+        elif hello.resume is not None and self._is_unknown(hello, hello.resume):
+            self._ask(conn, hello, hello.resume)
         elif record is None and (hello.resume is not None or key in self._gone):
             self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
+        elif record is None and self.adopts and self.journaled and self._adopted is None:
+            self._close(conn, "the members of the run that this master is to take over come first")  # it tries again
         elif record is None:
             self._on_newcomer(conn, hello)
         elif record.standing is Standing.PENDING:
@@ -347,11 +479,9 @@ class MasterMachine:
         """Why this Hello can't be served; "": it can."""
         if hello.version != limits.PROTOCOL_VERSION:
             return f"the peer speaks protocol {hello.version}, this master {limits.PROTOCOL_VERSION}"
-        if hello.resume is not None and hello.resume.run != self.run:
-            return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}"
         if record is not None and record.group != hello.group:
             return f"this incarnation belongs to group {record.group}"
-        if record is not None and record.standing is Standing.PENDING and hello.resume is not None:
+        if record is not None and record.standing is not Standing.MEMBER and hello.resume is not None:
             return "this incarnation was not admitted yet, there is nothing to resume"
         if record is None and hello.group not in self._groups and not self._make_room_for_a_group():
             return f"this master keeps at most {limits.GROUPS_MAX} groups"
@@ -372,10 +502,128 @@ class MasterMachine:
         empty = next((number for number in self._groups if number not in inhabited), None)
         if empty is not None:
             del self._groups[empty]
+            self._persist(Forgotten(empty), None)
         return empty is not None
 
+    # ---- members of a run that this master does not know
+
+    def _is_unknown(self, hello: Hello, resume: Resume) -> bool:
+        """Or known too well: another master has kept the run since what we know of it."""
+        later = resume.term != self.term and start_of(resume.term) >= start_of(self.term)
+        if resume.run != self.run or later:
+            return True
+        if self._adopted is None or (hello.peer, hello.incarnation) in self._gone:
+            return False
+        group = self._groups.get(hello.group)
+        if group is None or group.last_number == 0:
+            return True
+        # it had the last commit, who came before it had not
+        return hello.group in self._adopted and resume.number == group.last_number + 1
+
+    def _may_adopt(self, run: bytes) -> bool:
+        if self._adopted is not None:
+            return run == self.run
+        return self.adopts and (not self.journaled or not any(g.last_number for g in self._groups.values()))
+
+    def _ask(self, conn: int, hello: Hello, resume: Resume) -> None:
+        asks = self._may_adopt(resume.run)
+        self._send(conn, Unknown(self.run, asks))
+        if asks:
+            self._conns[conn].asked = hello
+            return
+        reason = f"this master does not know run {resume.run.hex()}, it keeps {self.run.hex()}"
+        if resume.run == self.run:
+            reason = f"another master has kept this run since: start {start_of(resume.term)}"
+        self._log("run_unknown", peer=short(hello.peer), group=hello.group, reason=reason)
+        self._close(conn, reason)
+
+    def _on_recall(self, conn: int, recall: Recall) -> None:
+        hello, self._conns[conn].asked = self._conns[conn].asked, None
+        epoch = recall.epoch
+        if hello is None or hello.resume is None:
+            raise RemoteProtocolError("a Recall that nobody asked for")
+        if hello.resume[:3] != (recall.run, epoch.number, epoch.id) or not epoch.has(hello.peer, hello.incarnation):
+            raise RemoteProtocolError("a Recall of another epoch than its Hello's")
+        if start_of(recall.term) >= START_MAX or epoch.number > limits.U64_MAX >> 1:
+            raise RemoteProtocolError("a Recall that leaves no numbers to go on with")
+        if not self._may_adopt(recall.run):
+            self._close(conn, "another run was taken over meanwhile")
+            return
+        if self._adopted is None:
+            self._adopt_run(recall)
+        elif any(self._group_of(member) not in (None, hello.group) for member in epoch.members):
+            raise RemoteProtocolError("a Recall that names members of another group")
+        elif start_of(recall.term) >= start_of(self.term):
+            self._rise_above(recall.term)
+            self._persist(Began(self.term), None)
+            self._term_ticket = self._ticket_last
+            if not self.journaled:
+                self._ask_again()
+        group = self._groups.get(hello.group) or self._new_group(hello.group)
+        ahead = (epoch.number, epoch.previous) == (group.last_number + 1, group.last_id)
+        adoptable = group.last_number == 0 or (group.group in (self._adopted or ()) and ahead)
+        if group.deciding is None and adoptable:  # else it is on its way already, or what we have decided stands
+            self._adopt_epoch(group, recall)
+        if self.journaled:
+            self._held.append((self._ticket_last, conn, hello))
+        else:
+            self._on_hello(conn, hello)
+
+    def _group_of(self, member: Member) -> int | None:
+        record = self._peers.get((member.peer, member.incarnation))
+        return None if record is None else record.group
+
+    def _adopt_run(self, recall: Recall) -> None:
+        """What this master has founded before has to go."""
+        self._adopted = set()
+        for record in list(self._peers.values()):
+            record.lost = "another run, older than this one, has come back: connect again"
+            self._evict(record)
+        self._groups.clear()
+        self.run = recall.run
+        self._rise_above(recall.term)
+        self._grace_until = self._now + limits.RECONNECT_S
+        self._log("run_adopted", run=self.run.hex(), start=start_of(self.term))
+        self._persist(Adopted(self.run, self.term), None)
+
+    def _rise_above(self, term: int) -> None:
+        """Members have seen this term: ours is a later one."""
+        start = max(start_of(self.term), start_of(term)) + 1
+        self.term = make_term(start, self.term & ((1 << NONCE_BITS) - 1))
+
+    def _ask_again(self) -> None:
+        """The later term is durable: what is asked from here on, and what is open, has numbers that nobody has seen."""
+        base = start_of(self.term) << NONCE_BITS
+        for group in self._groups.values():
+            group.version = max(group.version, base)
+            group.ballot_number = max(group.ballot_number, base)
+            ballot = group.ballot
+            if ballot is not None and group.deciding is None:
+                self._open_ballot(group, ballot.kind, ballot.detail, blocked=ballot.blocked)
+            elif group.proposal is not None:
+                group.proposal.stale = True
+            self._advance(group)
+
+    def _adopt_epoch(self, group: _Group, recall: Recall) -> None:
+        """By the word of one member. Another may come who is one commit ahead of it; none can be further."""
+        assert self._adopted is not None
+        self._adopted.add(group.group)
+        self._groups[group.group] = group
+        told = (recall.verdicts, recall.detail, recall.world_size, recall.journaled)
+        group.deciding = EpochCommit(recall.epoch, recall.kind, *told)
+        for record in self._members(group):
+            if not recall.epoch.has(*record.key):
+                record.lost = "it was left out of an epoch that it has not heard of"
+        for member in recall.epoch.members:
+            self._restore_member(group, member)
+        self._log("epoch_adopted", group=group.group, epoch=recall.epoch.number, members=len(recall.epoch.members))
+        out = (record for record in self._members(group) if record.lost)
+        self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+
     def _on_newcomer(self, conn: int, hello: Hello) -> None:
-        group = self._groups.setdefault(hello.group, _Group(hello.group))
+        group = self._groups.get(hello.group)
+        if group is None:
+            group = self._groups[hello.group] = self._new_group(hello.group)
         for other in self._pending(group):
             if other.peer == hello.peer:
                 self._drop_newcomer(other, "a newer incarnation of this peer has come")
@@ -403,6 +651,9 @@ class MasterMachine:
         """A living member's control connection came back. Tell it what it may have missed; it tells us the same."""
         group = self._groups[record.group]
         epoch = group.epoch
+        if record.standing is Standing.ENTERING:
+            self._on_entering_again(conn, hello, record)
+            return
         assert epoch is not None and group.commit is not None, record  # only members are kept without a connection
         resume = hello.resume
         if resume is not None and (resume.number, resume.id) not in _stands(epoch):
@@ -411,23 +662,34 @@ class MasterMachine:
             self._lose(record, reason, for_good=True)
             self._advance(group)
             return
-        if record.conn is not None:
+        if record.conn is not None:  # we have not seen its end: what was said on it holds no longer than behind one
             self._close(record.conn, "the same incarnation has come on a newer connection")
+            record.said.blocked = None
+            record.complaints.clear()
         record.heard_at = self._now
-        record.addresses = hello.addresses
+        record.addresses, record.library = hello.addresses, hello.library
         self._attach(conn, record, resumed=True)
         self._log("peer_resumed", peer=short(record.peer), group=group.group, epoch=epoch.number)
         if resume is None or resume.number != epoch.number:
             self._tell(record, group.commit)
         if group.ballot is not None and record.key in group.ballot.members:
             self._tell(record, self._flush(group, group.ballot))
+            if group.ballot.undecided:
+                self._tell(record, Undecided(group.ballot.number, group.ballot.undecided))
         elif group.proposal is not None:
             self._tell(record, _propose_message(group.proposal, record))
         elif group.version:
             self._tell(record, Cancelled(group.version))
-        if resume is not None and resume.frozen and resume.number == epoch.number and group.ballot is None:
-            self._open_ballot(group, KIND_SETTLE, "")  # a ballot that was cut off stays owed
+        if resume is not None and resume.frozen and resume.number == epoch.number:
+            self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
         self._advance(group)
+
+    def _on_entering_again(self, conn: int, hello: Hello, record: _Peer) -> None:
+        """It is to be told of its first epoch where it can hear it."""
+        if record.conn is not None:
+            self._close(record.conn, "the same incarnation has come on a newer connection")
+        record.heard_at, record.addresses = self._now, hello.addresses
+        self._attach(conn, record, resumed=False)
 
     def _attach(self, conn: int, record: _Peer, *, resumed: bool) -> None:
         self._line_works()
@@ -472,6 +734,7 @@ class MasterMachine:
         if record.standing is Standing.PENDING:
             self._forget_newcomer(record, "left")
         else:
+            record.left = True
             self._lose(record, "left", for_good=True)
         self._close(conn, "left")
 
@@ -555,8 +818,8 @@ class MasterMachine:
             record.said.report = message
 
     def _on_settle(self, group: _Group, record: _Peer, message: Settle) -> None:
-        if self._is_current(group, message.epoch) and group.ballot is None:
-            self._open_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
+        if self._is_current(group, message.epoch):
+            self._owe_ballot(group, KIND_SETTLE, f"asked for by {short(record.peer)}")
 
     def _on_blocked(self, group: _Group, record: _Peer, message: Blocked) -> None:
         if self._is_current(group, message.epoch):
@@ -568,13 +831,13 @@ class MasterMachine:
             record.said.blocked = None
 
     def _on_differs(self, group: _Group, record: _Peer, message: Differs) -> None:
-        if not self._is_current(group, message.epoch) or group.ballot is not None:
-            return  # a ballot is open: whoever retries the operation will find the difference again
+        if not self._is_current(group, message.epoch):
+            return
         detail = differs_detail(record.peer, message, self._ranks(group))
         concerned = participants(message.key.space, message.key.tag, self._ranks(group))
         if detail is None or not {record.peer, message.peer} <= set(concerned):
             raise RemoteProtocolError("Differs names no difference between two participants")
-        self._open_ballot(group, KIND_MISMATCH, detail)
+        self._owe_ballot(group, KIND_MISMATCH, detail)
 
     def _on_entered(self, group: _Group, record: _Peer, message: Entered) -> None:
         if self._is_current(group, message.epoch):
@@ -592,7 +855,7 @@ class MasterMachine:
         if version > group.version:
             raise RemoteProtocolError(f"proposal {version} was never made")
         proposal = group.proposal
-        if proposal is None or proposal.version != version:
+        if proposal is None or proposal.version != version or group.deciding is not None:
             return None
         if number != proposal.epoch.number:
             raise RemoteProtocolError(f"proposal {version} is of epoch {proposal.epoch.number}, not {number}")
@@ -604,7 +867,7 @@ class MasterMachine:
 
     def _advance(self, group: _Group) -> None:
         """Take every step that the records now allow, in order of precedence, until none is left."""
-        while any(step(self, group) for step in _STEPS):
+        while group.deciding is None and any(step(self, group) for step in _STEPS):
             pass
         self._tell_pending(group)
 
@@ -637,8 +900,10 @@ class MasterMachine:
             return False
         group.commit = group.ballot = group.proposal = None
         self._log("group_dissolved", group=group.group, epoch=group.last_number)
+        fenced = tuple(Fenced(*record.key, record.lost) for record in members)
         for record in members:
             self._evict(record)
+        self._persist(Dissolved(group.group, fenced), None)  # nothing waits for it: until it is there they are silent
         return True
 
     def _step_found(self, group: _Group) -> bool:
@@ -646,7 +911,7 @@ class MasterMachine:
         if group.epoch is not None or first is None:
             return False
         epoch = make_epoch(group.last_number + 1, group.last_id, self.term, (first.member,))
-        self._commit_epoch(group, epoch, KIND_FOUND)
+        self._decide(group, epoch, KIND_FOUND)
         return True
 
     def _step_ballot(self, group: _Group) -> bool:
@@ -676,10 +941,30 @@ class MasterMachine:
             longest = max(staying, key=lambda r: len(r.said.report.ops) if r.said.report is not None else 0)
             self._lose(longest, "it reports more operations than a verdict can hold", for_good=True)
             return True
+        if not self._may_decide(group, staying):
+            self._leave_undecided(group, ballot, staying)
+            return False
         members = tuple(record.member for record in staying)
         epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, group.epoch.plan)
-        self._commit_epoch(group, epoch, *self._judged(group, ballot, staying), verdicts)
+        self._decide(group, epoch, *self._judged(group, ballot, staying), verdicts)
         return True
+
+    def _may_decide(self, group: _Group, staying: list[_Peer]) -> bool:
+        """Without a journal another master may speak for those who are lost: not for more than half, nor for the half
+        with the lowest id. Who left by its own word is spoken for by nobody."""
+        if not self.needs_majority:
+            return True
+        voters = [record for record in self._members(group) if not record.left]
+        missing = len(voters) - len(staying)
+        return missing == 0 or len(staying) > missing or (len(staying) == missing and voters[0] in staying)
+
+    def _leave_undecided(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> None:
+        if ballot.undecided:
+            return
+        ballot.undecided = f"{len(staying)} of {len(self._members(group))} members, and no journal: too few to go on"
+        self._log("ballot_undecided", group=group.group, ballot=ballot.number, reason=ballot.undecided)
+        for record in staying:
+            self._tell(record, Undecided(ballot.number, ballot.undecided))
 
     def _judged(self, group: _Group, ballot: _Ballot, staying: list[_Peer]) -> tuple[str, str]:
         """(kind, detail). What Blocked said is judged again: an Unblocked may have been on its way behind it, and a
@@ -735,7 +1020,7 @@ class MasterMachine:
             for member in proposal.epoch.members
         ):
             return False
-        self._commit_epoch(group, proposal.epoch, KIND_JOIN)
+        self._decide(group, proposal.epoch, KIND_JOIN)
         return True
 
     # ---- safe points
@@ -786,6 +1071,11 @@ class MasterMachine:
 
     # ---- ballots
 
+    def _owe_ballot(self, group: _Group, kind: str, detail: str) -> None:
+        """Open one, unless what is open or decided leads to a new epoch anyway: who still needs it then asks again."""
+        if group.ballot is None and group.deciding is None:
+            self._open_ballot(group, kind, detail)
+
     def _open_ballot(self, group: _Group, kind: str, detail: str, *, blocked: bool = False) -> None:
         group.proposal = None  # the safe point starts over in the epoch this leads to
         group.ballot_number += 1
@@ -817,16 +1107,41 @@ class MasterMachine:
 
     # ---- epochs
 
-    def _commit_epoch(
+    def _decide(
         self, group: _Group, epoch: Epoch, kind: str, detail: str = "", verdicts: tuple[OpVerdict, ...] = ()
     ) -> None:
-        """The one place where an epoch becomes the current one: what a journal must hold is decided here."""
-        before = self._members(group)
+        """The one place where it is decided which epoch comes next. With a journal it waits there to be durable."""
         sizes = (len(g.epoch.members) for g in self._groups.values() if g.epoch is not None and g is not group)
-        world_size = sum(sizes) + len(epoch.members)
-        group.commit = EpochCommit(epoch, kind, verdicts, detail, world_size)
+        group.deciding = EpochCommit(
+            epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members), not self.needs_majority
+        )
+        if self._adopted is not None:
+            self._adopted.discard(group.group)  # from here on it is our word
+        for member in epoch.members:
+            record = self._peers[member.peer, member.incarnation]
+            assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
+            if record.standing is Standing.PENDING:
+                record.standing = Standing.ENTERING
+        out = (record for record in self._members(group) if not epoch.has(*record.key))
+        self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+
+    def _persist(self, record: Record, group: _Group | None) -> None:
+        """`group` waits for it."""
+        if self.journaled:
+            self._ticket_last += 1
+            self._writing.append((self._ticket_last, group))
+            self._out.append(Persist(self._ticket_last, record))
+        elif group is not None:
+            self._commit_epoch(group)
+
+    def _commit_epoch(self, group: _Group) -> None:
+        """The one place where an epoch becomes the current one."""
+        before, commit = self._members(group), group.deciding
+        assert commit is not None
+        epoch, kind, detail, verdicts = commit.epoch, commit.kind, commit.detail, commit.verdicts
+        group.commit = commit
         group.last_number, group.last_id = epoch.number, epoch.id
-        group.proposal = group.ballot = None
+        group.proposal = group.ballot = group.deciding = None
         self._log(
             "epoch_committed",
             group=group.group,
@@ -841,20 +1156,18 @@ class MasterMachine:
             if not epoch.has(*record.key):
                 self._evict(record)
         for record in self._members(group):
-            record.standing, record.said, record.lost = Standing.MEMBER, _Said(), ""
+            record.standing, record.said = Standing.MEMBER, _Said()
             for peer, complaint in list(record.complaints.items()):
                 if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
         self._tell_pending(group)  # first: who enters the epoch must not take for pending who enters it too
         for record in self._members(group):
-            self._tell(record, group.commit)
+            self._tell(record, commit)
 
     def _evict(self, record: _Peer) -> None:
         """Out of the run: whatever this incarnation says from now on is answered with the reason."""
         del self._peers[record.key]
-        self._gone[record.key] = record.lost
-        while len(self._gone) > limits.GONE_MAX:
-            self._gone.popitem(last=False)
+        fence(self._gone, (Fenced(*record.key, record.lost),))
         self._log("peer_evicted", peer=short(record.peer), group=record.group, reason=record.lost)
         if record.conn is not None:
             self._send_evicted(record.conn, record.lost)
@@ -948,7 +1261,7 @@ class MasterMachine:
     def _silent_since(self) -> float:
         """Silence before this says nothing of the silent."""
         quiet = self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS
-        return self._now if quiet else self._line_since
+        return max(self._now if quiet else self._line_since, self._grace_until)
 
     def _seen(self, group: _Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""
@@ -1049,6 +1362,7 @@ class MasterMachine:
             "term": self.term,
             "library": self.library,
             "peer_timeout_s": self.peer_timeout,
+            "journal": {"kept": self.journaled, "waiting": len(self._writing), "error": self._journal_error},
             "groups": [self._group_status(group) for _, group in sorted(self._groups.items())],
             "gone": {f"{short(peer)}/{short(inc)}": why for (peer, inc), why in list(self._gone.items())[-50:]},
             "events": [
@@ -1065,11 +1379,13 @@ class MasterMachine:
             "members": [self._peer_status(record) for record in self._members(group)],
             "pending": [self._peer_status(record) for record in self._pending(group)],
             "founded": epoch is not None,
+            "deciding": group.deciding is not None,
             "ballot": None
             if ballot is None
             else {
                 "number": ballot.number,
                 "kind": ballot.kind,
+                "undecided": ballot.undecided,
                 "waits_for": [short(k[0]) for k in ballot.members if not _has_reported(self._peers[k], ballot)],
             },
             "proposal": None

@@ -50,6 +50,7 @@ from pyccl._proto.messages import (
     OpVerdict,
     Pending,
     Ready,
+    Recall,
     Rejected,
     Report,
     Resume,
@@ -57,6 +58,8 @@ from pyccl._proto.messages import (
     Suspect,
     Trust,
     Unblocked,
+    Undecided,
+    Unknown,
     Unreachable,
     Welcome,
     Withdraw,
@@ -223,12 +226,14 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.MEMBER, EpochCommit): State.MEMBER,
     (State.MEMBER, Cancelled): State.MEMBER,
     (State.MEMBER, Flush): State.MEMBER,
+    (State.MEMBER, Undecided): State.MEMBER,
+    (State.MEMBER, Unknown): State.MEMBER,  # a master that lost its journal, or another run's
     (State.MEMBER, Rejected): State.ENDED,  # a resume that the master refuses
     (State.MEMBER, Evicted): State.ENDED,
 }
 
 # Before its Welcome a master may only greet or refuse.
-GREETINGS: Final = (Welcome, Rejected, Evicted)
+GREETINGS: Final = (Welcome, Rejected, Evicted, Unknown)
 
 
 @dataclass(slots=True)
@@ -249,6 +254,7 @@ class _Standing:
     proposal: _Proposal | None = None
     ballot: int = 0  # 0: not frozen
     report: Report | None = None
+    undecided: bool = False
     settle: bool = False
     differs: Differs | None = None
     blocked: Blocked | None = None
@@ -283,7 +289,7 @@ class MemberMachine:
         self.library: Final = library
         self.state = State.GREETING
         self.link = Link.DOWN
-        self.epoch: Epoch | None = None
+        self._commit: EpochCommit | None = None
         self.run: bytes | None = None
         self.term = 0
         self.peer_timeout = 0.0  # the master's word, from Welcome
@@ -294,6 +300,11 @@ class MemberMachine:
         self._complaints: dict[bytes, _Complaint] = {}
         self._beat_at = 0.0
         self._heard_at = 0.0
+        self._trusted_at = float("-inf")
+
+    @property
+    def epoch(self) -> Epoch | None:
+        return self._commit.epoch if self._commit is not None else None
 
     # ---- the control connection
 
@@ -303,7 +314,7 @@ class MemberMachine:
         self.link = Link.GREETED
         resume = None
         if self.epoch is not None and self.run is not None:
-            resume = Resume(self.run, self.epoch.number, self.epoch.id, self._standing.ballot > 0)
+            resume = Resume(self.run, self.epoch.number, self.epoch.id, self._standing.ballot > 0, self.term)
         hello = Hello(
             limits.PROTOCOL_VERSION, self.library, self.group, self.peer, self.incarnation, self.addresses, resume
         )
@@ -326,7 +337,7 @@ class MemberMachine:
         if (
             state_next is None
             or (self.link is Link.GREETED and not greeting)
-            or (self.link is Link.UP and isinstance(message, Welcome))
+            or (self.link is Link.UP and isinstance(message, Welcome | Unknown))
         ):
             raise RemoteProtocolError(
                 f"{type(message).__name__} is not legal in {self.state.name} with the link {self.link.name}"
@@ -337,8 +348,20 @@ class MemberMachine:
         return effects
 
     def master_is_away(self, now: float) -> bool:
-        """No control connection, or one on which nothing came for peer_timeout although every heartbeat is answered."""
-        return self.link is not Link.UP or now - self._heard_at >= self.peer_timeout
+        """No control connection; one on which nothing came for peer_timeout although every heartbeat is answered; or a
+        master that may not decide what we wait for."""
+        return self.link is not Link.UP or self._standing.undecided or now - self._heard_at >= self.peer_timeout
+
+    @property
+    def lost(self) -> tuple[bytes, ...]:
+        """Members that we complain of: what concerns them needs the master."""
+        return tuple(sorted(self._complaints))
+
+    @property
+    def needs_master(self) -> bool:
+        """Operations may wait here for what only a master can give: a verdict, or the end of a cut."""
+        standing = self._standing
+        return self.state is State.MEMBER and bool(self._complaints or standing.ballot or standing.proposal)
 
     # ---- answers of the shell and the engine
 
@@ -401,7 +424,8 @@ class MemberMachine:
     def trust(self, peer: bytes, now: float) -> list[Effect]:
         if self._complaints.pop(peer, None) is None or self.state is not State.MEMBER:
             return []
-        return self.unblocked(now) + self._send(Trust(peer), now)  # what we missed may be on its way over that link
+        self._trusted_at = now
+        return self.unblocked(now) + self._send(Trust(peer), now)
 
     def settle(self, now: float) -> list[Effect]:
         """An operation here is prepared and past its deadline: only a ballot can tell what became of it."""
@@ -420,6 +444,8 @@ class MemberMachine:
         """Every thread here waits and nothing was submitted for mismatch_grace; `lacking`: open here, not elsewhere."""
         if self.state is not State.MEMBER:
             return []
+        if now - self._trusted_at < self.peer_timeout:
+            return self.unblocked(now)  # a link has come back, and what we lack may be on its way over it
         blocked = Blocked(self._number, tuple(lacking[: limits.LACKING_MAX]), self._arrived is not None, below_cut)
         if self._standing.blocked == blocked:
             return []
@@ -488,6 +514,22 @@ class MemberMachine:
         self.run, self.term, self.peer_timeout = message.run, message.term, message.peer_timeout_ms / 1000
         return self._tell_again(now) if self.state is State.MEMBER else []
 
+    def _on_unknown(self, message: Unknown, now: float) -> list[Effect]:
+        commit, run = self._commit, self.run
+        assert commit is not None and run is not None  # a member
+        if not message.asks:
+            return []  # it hangs up, and we try again: perhaps it is not the master of this run
+        recall = Recall(
+            *(run, self.term, commit.epoch, commit.kind, commit.verdicts, commit.detail),
+            *(commit.world_size, commit.journaled),
+        )
+        return [Send(recall)]
+
+    def _on_undecided(self, message: Undecided, now: float) -> list[Effect]:
+        if message.ballot == self._standing.ballot:
+            self._standing.undecided = True
+        return []
+
     def _on_rejected(self, message: Rejected, now: float) -> list[Effect]:
         return self._end("rejected", message.reason)
 
@@ -541,7 +583,7 @@ class MemberMachine:
         standing = self._standing
         if message.ballot == standing.ballot:  # repeated after a resume
             return self._send(standing.report, now) if standing.report is not None else []
-        standing.ballot, standing.report = message.ballot, None
+        standing.ballot, standing.report, standing.undecided = message.ballot, None, False
         standing.proposal = None  # the cut ends with the Enter that every ballot leads to
         return [Freeze(message.ballot)]
 
@@ -557,7 +599,7 @@ class MemberMachine:
         restart = newcomer or message.kind in (KIND_FOUND, KIND_JOIN, KIND_MISMATCH)
         rank = epoch.rank_of(self.peer)
         assert rank is not None  # _check_epoch
-        self.epoch, self.world_size, self._standing = epoch, message.world_size, _Standing()
+        self._commit, self.world_size, self._standing = message, message.world_size, _Standing()
         others = tuple(peer for peer in epoch.peers if peer != self.peer)
         self._complaints = {peer: self._complaints[peer] for peer in others if peer in self._complaints}
         effects: list[Effect] = []
@@ -668,4 +710,6 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MemberMachine, Any, float], li
     EpochCommit: MemberMachine._on_commit,
     Cancelled: MemberMachine._on_cancelled,
     Flush: MemberMachine._on_flush,
+    Unknown: MemberMachine._on_unknown,
+    Undecided: MemberMachine._on_undecided,
 }

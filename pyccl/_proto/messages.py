@@ -68,6 +68,7 @@ class Resume(NamedTuple):
     number: int
     id: bytes
     frozen: bool
+    term: int = 0  # of the last master it was welcome to
 
 
 class OpState:
@@ -231,12 +232,15 @@ _REPORTS: Final = _Array(
 _VERDICTS: Final = _Array(
     _Record(OpVerdict, _SPACE, _U64, _U64, _UInt(2, low=1), check=channel.check_untrusted), limits.KEYS_MAX
 )
-_RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL))
+_RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
 _MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
 _EPOCH: Final = _Record(
     Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
 )
+
+
+_COMMIT: Final = (_Str(8, one_of=EPOCH_KINDS), _VERDICTS, _Str(limits.DETAIL_CHARS_MAX), _U32, _BOOL)
 
 
 # ---- messages: fields in the order of wire.md, KINDS beside them ----------------------------------------------------
@@ -305,7 +309,7 @@ class Withdraw(Message):
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
     TYPE = 7
-    KINDS = (_U64, _U32)
+    KINDS = (_U64, _U64)
     number: int  # of the proposed epoch
     version: int
 
@@ -313,7 +317,7 @@ class Ready(Message):
 @dataclass(frozen=True, slots=True)
 class Behind(Message):
     TYPE = 8
-    KINDS = (_U64, _U32, _COUNTS)
+    KINDS = (_U64, _U64, _COUNTS)
     number: int
     version: int
     counts: tuple[Count, ...]
@@ -322,7 +326,7 @@ class Behind(Message):
 @dataclass(frozen=True, slots=True)
 class Unreachable(Message):
     TYPE = 9
-    KINDS = (_U64, _U32, _PEERS, _REASON)
+    KINDS = (_U64, _U64, _PEERS, _REASON)
     number: int
     version: int
     peers: tuple[bytes, ...]
@@ -403,6 +407,22 @@ class StatusAsk(Message):
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Recall(Message):
+    """The answer to Unknown: where the run stands, from a member. The fields behind `term` are its last EpochCommit."""
+
+    TYPE = 19
+    KINDS = (_ID, _U64, _EPOCH, *_COMMIT)
+    run: bytes
+    term: int
+    epoch: Epoch
+    kind: str
+    verdicts: tuple[OpVerdict, ...]
+    detail: str
+    world_size: int
+    journaled: bool
+
+
 # -- master to peer
 
 
@@ -428,7 +448,7 @@ class Rejected(Message):
 @dataclass(frozen=True, slots=True)
 class EpochPropose(Message):
     TYPE = 34
-    KINDS = (_U32, _EPOCH, _COUNTS)
+    KINDS = (_U64, _EPOCH, _COUNTS)
     version: int
     epoch: Epoch
     cut: tuple[Count, ...] = ()
@@ -437,12 +457,13 @@ class EpochPropose(Message):
 @dataclass(frozen=True, slots=True)
 class EpochCommit(Message):
     TYPE = 35
-    KINDS = (_EPOCH, _Str(8, one_of=EPOCH_KINDS), _VERDICTS, _Str(limits.DETAIL_CHARS_MAX), _U32)
+    KINDS = (_EPOCH, *_COMMIT)
     epoch: Epoch
     kind: str
     verdicts: tuple[OpVerdict, ...] = ()
     detail: str = ""
     world_size: int = 0  # members of all groups
+    journaled: bool = True  # no: it rests on a majority of the epoch before, where members were lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,7 +502,7 @@ class Cancelled(Message):
     """Proposals up to this version are void: a member went back from the safe point. The others' cut is open again."""
 
     TYPE = 40
-    KINDS = (_U32,)
+    KINDS = (_U64,)
     version: int
 
 
@@ -491,6 +512,27 @@ class Alive(Message):
 
     TYPE = 41
     KINDS = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown(Message):
+    """The master knows nothing of the peer's epoch. asks: tell it with Recall. Else the connection ends, not the peer:
+    the master that knows it may come back."""
+
+    TYPE = 42
+    KINDS = (_ID, _BOOL)
+    run: bytes  # the master's
+    asks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided(Message):
+    """All of the ballot's members have reported, and they are too few to decide without a journal."""
+
+    TYPE = 43
+    KINDS = (_U64, _REASON)
+    ballot: int
+    reason: str
 
 
 # -- peer to peer, the handshake of data connections
@@ -526,8 +568,9 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
     cls.TYPE: cls
     for cls in (
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
-        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk),
+        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
+        *(Unknown, Undecided),
         *(PeerHello, PeerWelcome, PeerRefused),
     )
 }

@@ -1,7 +1,8 @@
 """``pyccl bench all-reduce``: the time of an all-reduce on loopback, alternating with torch's Gloo where asked.
 
-The time of an iteration is that of the slowest rank: from the first rank's start, after a barrier, to the last rank's
-return. Bytes on the wire are the kernel's counts on the sockets of each system (barriers of pyccl's are among its own).
+The time of an iteration is that of the slowest rank: from the first rank's start, at a moment that all agreed on, to
+the last rank's return. Bytes on the wire are the kernel's counts on the sockets of each system (what pyccl's ranks send
+to agree and to meet is among its own).
 """
 
 from __future__ import annotations

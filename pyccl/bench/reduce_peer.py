@@ -1,7 +1,7 @@
 """One rank of ``pyccl bench all-reduce``.
 
-An iteration of a system: fill the input, meet in a barrier, all-reduce, meet again (so that nobody's next filling
-takes the processor from a rank that still reduces). pyccl's barrier is used before both systems, so both start alike.
+An iteration of a system: fill the input, agree on a moment, sleep until then, all-reduce, meet in a barrier (so that
+nobody's next filling takes the processor from a rank that still reduces). pyccl is asked for both systems' moments.
 Times are this rank's own start and return on the machine's monotonic clock; `all_reduce` makes durations of them.
 """
 
@@ -26,6 +26,8 @@ from pyccl.bench.gloo import Gloo, load
 CONNECT_TIMEOUT_S: Final = 60.0
 OPERATION_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
+AHEAD_NS: Final = 1_000_000
+NS: Final = 1e9
 PERIOD: Final = 65_521  # elements after which an input repeats; prime, so that pieces and blocks do not line up with it
 WIRE_SHARE_MIN: Final = 0.9  # of what an all-reduce must send: less was not carried by the sockets that we watch
 
@@ -186,6 +188,14 @@ def check(result: Array, settings: Settings, quantized: bool) -> float:
     return worst
 
 
+def start_together(comm: pyccl.Communicator) -> None:
+    """Until a moment that all agree on, on the machine's clock: a barrier's ranks return one after the other."""
+    moment_ns = np.array([time.monotonic_ns() + AHEAD_NS], np.int64)
+    comm.all_reduce(moment_ns, op="max", timeout=OPERATION_TIMEOUT_S)
+    while (left_ns := int(moment_ns[0]) - time.monotonic_ns()) > 0:
+        time.sleep(left_ns / NS)
+
+
 def run(settings: Settings, control: Control) -> None:
     """Join the others, measure, report."""
     if settings.gloo:
@@ -231,7 +241,7 @@ def _measure(
             beat_s = time.monotonic()
             control.say("beat")
         system.fill()
-        comm.barrier(timeout=OPERATION_TIMEOUT_S)
+        start_together(comm)
         before = resource.getrusage(resource.RUSAGE_SELF)
         start_ns = time.monotonic_ns()
         system.run()

@@ -6,22 +6,27 @@ import errno
 import importlib.metadata
 import ipaddress
 import logging
+import os
 import resource
 import secrets
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Final
 
 import click
 import trio
 
+from pyccl._io.journal import Journal, JournalError
 from pyccl._io.master_server import CONNECTIONS_MAX, MasterServer
 from pyccl._proto import limits
+from pyccl._proto.past import NONCE_BITS, Began, Past, make_term, start_of
 from pyccl.cli import log as logs
 
 EXIT_ARGUMENTS: Final = 2
 EXIT_ADDRESS: Final = 3
+EXIT_JOURNAL: Final = 4
 _OTHER_FILES: Final = 64  # descriptors that are no connections
 
 log = logging.getLogger("pyccl.master")
@@ -32,6 +37,13 @@ Exit status:
   0  stopped by SIGTERM or Ctrl-C
   2  bad arguments
   3  the address is in use or can't be bound
+  4  the journal can't be used: another master has it, it is damaged, or it can't be written
+\b
+The journal is what lets a new master continue the run of one that died: the same command again, on the same
+machine. Without --journal it is $XDG_STATE_HOME/pyccl/master-HOST-PORT.journal (~/.local/state by default), and
+none for port 0, to which nobody can come back. With --no-journal a master goes on after a loss only with more than
+half of the members (of two halves: the one with the lowest peer id), and one that starts anew takes over the run of
+the members that connect, on the same terms.
 \b
 Example: pyccl-master --listen 127.0.0.1:48148
 """
@@ -82,12 +94,44 @@ def _connections_max() -> int:
     return CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS_MAX, soft - _OTHER_FILES))
 
 
-async def _serve(family: int, address: tuple[str, int], peer_timeout: float) -> None:
+def _default_journal(host: str, port: int) -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in host)
+    return state / "pyccl" / f"master-{name}-{port}.journal"
+
+
+def _open_journal(path: Path, new_run: bool, adopt_run: bool) -> tuple[Past, Journal]:
+    """The run it holds, or a new one; this start is in it when this returns."""
+    try:
+        journal = Journal.open(path, forget=new_run)
+        if adopt_run and journal.past is not None and journal.past.groups:
+            raise JournalError(f"{path}: it holds run {journal.past.run.hex()}; --adopt-run needs a new journal")
+        if journal.past is None:
+            journal.begin(_new_past())
+        else:
+            journal.append([Began(_next_term(journal.past.term))])
+    except (JournalError, OSError) as e:
+        _fail(EXIT_JOURNAL, str(e) if isinstance(e, JournalError) else f"--journal {path}: {e.strerror}")
+        raise AssertionError from e  # _fail does not return
+    past = journal.past
+    assert past is not None
+    members = sum(len(g.commit.epoch.members) for g in past.groups.values() if g.commit is not None)
+    log.info("journal path=%s run=%s start=%d members=%d", path, past.run.hex(), start_of(past.term), members)
+    return past, journal
+
+
+def _new_past() -> Past:
+    return Past(secrets.token_bytes(limits.ID_BYTES), _next_term(0))
+
+
+def _next_term(term: int) -> int:
+    return make_term(start_of(term) + 1, secrets.randbits(NONCE_BITS))
+
+
+async def _serve(family: int, address: tuple[str, int], server: MasterServer) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         listener = await _listen(family, address)
         host, port = listener.socket.getsockname()[:2]
-        version = importlib.metadata.version("pyccl-p2p")
-        server = MasterServer(secrets.token_bytes(16), peer_timeout, version, _connections_max())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
             click.echo(f"listening on {f'[{host}]' if ':' in host else host}:{port}")
@@ -107,13 +151,36 @@ async def _serve(family: int, address: tuple[str, int], peer_timeout: float) -> 
     "--peer-timeout", type=click.FloatRange(0.5, 300), default=5.0, show_default=True, metavar="SECONDS",
     help="Silence after which a peer counts as dead, 0.5 to 300.",
 )  # fmt: skip
+@click.option(
+    "--journal", "journal_path", type=click.Path(dir_okay=False, path_type=Path), metavar="PATH",
+    help="File that keeps what must outlive this process; made if it does not exist. Default: see below.",
+)  # fmt: skip
+@click.option("--no-journal", is_flag=True, help="Keep none: see below what that costs.")
+@click.option(
+    "--new-run", is_flag=True,
+    help="Forget the run in the journal and start another. Peers that are still in it must connect anew.",
+)  # fmt: skip
+@click.option(
+    "--adopt-run", is_flag=True,
+    help="The journal is lost: take over the run of the members that connect, and found none before. Only when no "
+    "other master keeps that run: two of them would split it.",
+)  # fmt: skip
 @click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @click.option(
     "--insecure", is_flag=True,
     help="Listen on an address that is not loopback: nothing is encrypted or authenticated in this version.",
 )  # fmt: skip
 @click.version_option(package_name="pyccl-p2p", prog_name="pyccl-master")
-def main(listen: str, peer_timeout: float, log_level: str, insecure: bool) -> None:
+def main(
+    listen: str,
+    peer_timeout: float,
+    journal_path: Path | None,
+    no_journal: bool,
+    new_run: bool,
+    adopt_run: bool,
+    log_level: str,
+    insecure: bool,
+) -> None:
     """Keep the member list of one run; open its epochs and settle what a lost peer left open.
 
     Carries no tensor data. Peers connect with pyccl.connect("HOST:PORT").
@@ -129,7 +196,30 @@ def main(listen: str, peer_timeout: float, log_level: str, insecure: bool) -> No
                 "--insecure listens there all the same",
             )
         log.warning("insecure listen=%s: anybody who can reach this address can join the run and read its data", listen)
-    trio.run(_serve, family, address, peer_timeout)
+    if no_journal and journal_path is not None:
+        _fail(EXIT_ARGUMENTS, "--journal and --no-journal exclude each other")
+    if adopt_run and new_run:
+        _fail(EXIT_ARGUMENTS, "--adopt-run and --new-run exclude each other")
+    past, journal = _new_past(), None
+    if journal_path is not None or (port and not no_journal):
+        past, journal = _open_journal(journal_path or _default_journal(host, port), new_run, adopt_run)
+    elif no_journal:
+        log.warning(
+            "no_journal: this master goes on after a loss only with more than half of the members, and one that is "
+            "started after it knows nothing but what they tell"
+        )
+    else:
+        log.info("no_journal: nobody can come back to port 0; give --journal to keep the run when this process ends")
+    server = MasterServer(
+        past,
+        journal,
+        peer_timeout,
+        importlib.metadata.version("pyccl-p2p"),
+        connections_max=_connections_max(),
+        needs_majority=no_journal,
+        adopts=adopt_run or no_journal,
+    )
+    trio.run(_serve, family, address, server)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def status(master: str, as_json: bool, timeout: float) -> None:
 def describe(told: dict[str, Any]) -> list[str]:
     """The status as lines for a person."""
     lines = [f"run {told['run'][:8]}  library {told['library']}  peer timeout {told['peer_timeout_s']:g} s"]
+    journal = told["journal"]
+    if not journal["kept"]:
+        lines.append("no journal: the run ends with this master")
+    elif journal["error"]:
+        lines.append(f"the journal can't be written, {journal['waiting']} decisions wait: {journal['error']}")
     if not told["groups"]:
         lines.append("no peer has joined yet")
     for group in told["groups"]:
@@ -72,6 +77,10 @@ def describe(told: dict[str, Any]) -> list[str]:
         )
         lines += [f"  member   {_peer(peer)}" for peer in group["members"]]
         lines += [f"  pending  {_peer(peer)}" for peer in group["pending"]]
+        if group["deciding"]:
+            lines.append("  its next epoch is decided and waits for the journal")
+        if group["ballot"] is not None and group["ballot"]["undecided"]:
+            lines.append(f"  can't decide: {group['ballot']['undecided']}")
         for what in ("ballot", "proposal"):
             if group[what] is not None:
                 lines.append(f"  {what} waits for {', '.join(group[what]['waits_for']) or 'nobody'}")

@@ -33,7 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import ml_dtypes
 import numpy as np
 from cases import run_cases
-from hooks import Hook, install
+from hooks import Hook, install, serve_master_traps
 from oracle import draw, sha
 from zygote import serve
 
@@ -168,6 +168,7 @@ class Agent:
         connections: int | str = "auto",
         mismatch_grace: float | None = None,
         stall_timeout: float | None = None,
+        master_timeout: float | None = None,
         reach_timeout: float | None = None,
     ) -> str:
         """A communicator with a given peer id; times that would make tests long are shortened here."""
@@ -175,7 +176,11 @@ class Agent:
         self.comm = pyccl.Communicator(address, group=group, connections=connections)
         self.comm._id = bytes.fromhex(peer)
         self.index, self.address = index, address
-        given = {"mismatch_grace": mismatch_grace, "stall_timeout": stall_timeout}
+        given = {
+            "mismatch_grace": mismatch_grace,
+            "stall_timeout": stall_timeout,
+            "master_timeout": master_timeout,
+        }
         self.comm._config = replace(self.comm._config, **{k: v for k, v in given.items() if v is not None})
         if reach_timeout is not None:
             communicator.REACH_TIMEOUT_S = reach_timeout  # type: ignore[misc]  of update_topology
@@ -211,7 +216,7 @@ class Agent:
     def do_wait_blocked(self) -> None:
         """Until a thread here waits for an operation."""
         until = time.monotonic() + DEADLINE_S
-        while self.session()._waiting == 0:
+        while not self.session().blocked:
             assert time.monotonic() < until, "no thread waits"
             time.sleep(0.005)
 
@@ -299,9 +304,9 @@ class Agent:
             for sock in self.connections(what):
                 ends = sock.getsockname(), sock.getpeername()
                 if ends not in seen:
-                    seen.add(ends)
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # full, too: then with the next round
                         sock.send(bytes.fromhex(data), socket.MSG_DONTWAIT)
+                        seen.add(ends)
             if not forever or self.session().error is not None:
                 return len(seen)
             time.sleep(0.005)
@@ -633,6 +638,7 @@ def main() -> None:
     arguments = serve(int(sys.argv[2])) if sys.argv[1:2] == ["--zygote"] else ["agent"]
     if arguments[0] == "master":
         sys.argv = arguments
+        serve_master_traps()
         master.main()
     logging.basicConfig(
         level=logging.DEBUG, stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",

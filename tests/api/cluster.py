@@ -19,16 +19,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
+import trio
 from oracle import draw, sha
 from zygote import DEADLINE_S, Zygote
 
 import pyccl
+from pyccl._io.address import parse_address
+from pyccl._io.ask import ask_status
 
 PEER_TIMEOUT_S: Final = 2.0
 LISTENING: Final = "listening on "
@@ -230,8 +233,8 @@ class Peer(Process):
 
 
 class Master(Process):
-    def __init__(self, zygote: Zygote, peer_timeout: float) -> None:
-        options = ["--listen", "127.0.0.1:0", "--peer-timeout", str(peer_timeout)]
+    def __init__(self, zygote: Zygote, peer_timeout: float, *journal: str, listen: str = "127.0.0.1:0") -> None:
+        options = ["--listen", listen, "--peer-timeout", str(peer_timeout), *journal]
         super().__init__(zygote, "master", ["master", *options])
         self.address = ""
 
@@ -241,6 +244,29 @@ class Master(Process):
         self.address = line.removeprefix(LISTENING).strip()
         return self.address
 
+    def hook(self, phase: str, when: str = "before", action: str = "kill", nth: int = 1) -> None:
+        """See hooks.py."""
+        self._set(phase=phase, when=when, action=action, nth=nth)
+
+    def file_bytes_max(self, most: int | None) -> None:
+        """No file grows beyond it."""
+        self._set(file_bytes_max=most)
+
+    def _set(self, **wanted: Any) -> None:
+        self.write_line(json.dumps(wanted).encode())
+        assert self.read_line() == b"done"
+
+    def status(self) -> dict[str, Any]:
+        host, port = parse_address(self.address)
+        return trio.run(ask_status, host, port)
+
+    def wait_status(self, found: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        until = time.monotonic() + DEADLINE_S
+        while not found(told := self.status()):
+            assert time.monotonic() < until, told
+            time.sleep(0.01)
+        return told
+
 
 @dataclass
 class Cluster:
@@ -249,15 +275,20 @@ class Cluster:
     zygote: Zygote
     seed: int
     peer_timeout: float = PEER_TIMEOUT_S
+    journaled: bool = True
     settings: dict[str, Any] = field(default_factory=dict)  # of every communicator: see Agent.do_make
     processes: list[Process] = field(default_factory=list)
     peers: list[Peer] = field(default_factory=list)
     master: Master = field(init=False)
+    journal: Path = field(init=False)
 
     def __enter__(self) -> Self:
         self.rng = random.Random(self.seed)
+        self._state = tempfile.TemporaryDirectory()
+        self.journal = Path(self._state.name) / "master.journal"
         try:
-            self.master = Master(self.zygote, self.peer_timeout)
+            options = ("--journal", str(self.journal)) if self.journaled else ("--no-journal",)
+            self.master = Master(self.zygote, self.peer_timeout, *options)
             self.processes.append(self.master)
         except BaseException:
             self.end()
@@ -280,7 +311,16 @@ class Cluster:
             sys.stdout.write(f"---- {process.name}, pid {process.pid}\n" + "".join(log[-_TAIL_LINES:]))
             crashed += [process.name for line in log if line.startswith("Traceback") or "session_failed" in line]
             process.end()
+        self._state.cleanup()
         assert not crashed, f"an exception that nobody caught in {', '.join(crashed)}: see the logs"
+
+    def restart_master(self, *options: str) -> None:
+        """A new process in the place of one that is dead. options: of the journal, where they are others now."""
+        assert self.master.code is not None
+        options = options or (("--journal", str(self.journal)) if self.journaled else ("--no-journal",))
+        self.master = Master(self.zygote, self.peer_timeout, *options, listen=self.master.address)
+        self.processes.append(self.master)
+        self.master.listening()
 
     # ---- peers
 

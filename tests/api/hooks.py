@@ -1,4 +1,4 @@
-"""Traps inside a peer: at a named phase of the protocol the process kills itself, stops, waits or tells.
+"""Traps inside a peer or the master: at a named phase of the protocol the process kills itself, stops, waits or tells.
 
 Phases
     submit, commit            an operation is handed to the engine; its end is taken from it
@@ -9,13 +9,19 @@ Phases
     adopt                     a data connection stands
     sync.records, sync.table, sync.fetch, sync.commit, sync.adopt, sync.replace   stages of sync_shared_state
     sync.chunk                a chunk that was fetched and checked goes into staging
+Of the master
+    append, fsync             of the journal: before the record is written, before it is durable, and after
+    send:NAME                 as above
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +29,7 @@ from typing import Any
 
 import trio
 
-from pyccl._io import envelope, session, staging, statesync
+from pyccl._io import envelope, journal, session, staging, statesync
 from pyccl._io.links import Links
 from pyccl._io.session import Session
 from pyccl._native import handles
@@ -91,6 +97,31 @@ def install(hook: Hook, when: str, current: Callable[[], Session | None]) -> Non
         _send(hook, phase.removeprefix("send:"), when)
     else:
         _effect(hook, when)
+
+
+def serve_master_traps() -> None:
+    """In the master's process: each line of stdin sets a trap or a limit, each is answered by a line on stdout."""
+
+    def serve() -> None:
+        for line in sys.stdin:
+            wanted = json.loads(line)
+            if "file_bytes_max" in wanted:  # a disk that is full (Python ignores SIGXFSZ)
+                most = wanted["file_bytes_max"]
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY if most is None else most, resource.RLIM_INFINITY)
+                )
+            else:
+                when = wanted.pop("when")
+                hook = Hook(tell=lambda phase: None, **wanted)
+                if hook.phase == "append":
+                    _around(journal.Journal, "append", hook, when)
+                elif hook.phase == "fsync":
+                    _around(os, "fsync", hook, when)
+                else:
+                    _send(hook, hook.phase.removeprefix("send:"), when)
+            print("done", flush=True)
+
+    threading.Thread(target=serve, daemon=True).start()
 
 
 def _around(owner: Any, name: str, hook: Hook, when: str) -> None:

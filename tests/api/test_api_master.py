@@ -67,13 +67,28 @@ def test_collectives_go_on_after_the_master_was_killed(cluster: Cluster) -> None
     for peer in peers:
         peer.ask("state", arrays={"w": {"seed": peer.index, "count": 100, "dtype": "float32"}}, revision=1)
     assert len({call.value()["state"]["digest"] for call in [peer.call("sync") for peer in peers]}) == 1
-    # nobody can settle a loss now: the operation ends with its own deadline, on all
+    # nobody can settle a loss now: an operation that waits for no master ends with its own deadline, on all
     *rest, victim = peers
     victim.kill()
     for call in [peer.call("all_reduce", seed=1, count=100, timeout=1.0) for peer in rest]:
         assert call.error("DeadlineError")["restored"]
     for peer in rest:
         peer.ask("close")
+
+
+def test_an_operation_with_a_lost_peer_waits_for_an_absent_master_no_longer_than_master_timeout(
+    cluster: Cluster,
+) -> None:
+    peers = cluster.members(3, master_timeout=1.0)
+    cluster.master.kill()
+    *rest, victim = peers
+    victim.kill()
+    for _ in range(2):  # the second waits anew
+        for call in [peer.call("all_reduce", seed=1, count=100) for peer in rest]:
+            assert call.error("MasterUnavailableError")["restored"]
+    cluster.restart_master()
+    cluster.master.wait_status(lambda told: len(told["groups"][0]["members"]) == 2)  # now it is not away any more
+    assert cluster.reduce(rest)["members"] == sorted(peer.id for peer in rest)
 
 
 def test_the_master_ends_cleanly_on_sigterm_with_members_connected(cluster: Cluster) -> None:

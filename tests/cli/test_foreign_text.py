@@ -92,6 +92,7 @@ def test_status_of_another_service_is_an_error_and_no_traceback(hello: bytes) ->
     with server(lambda conn: conn.sendall(hello)) as address:
         result = ask(address)
     assert result.exit_code == 3 and "Error" not in result.output, result.output
+    assert f"{address} does not speak pyccl" in result.output
 
 
 def test_status_of_a_silent_a_closed_and_an_unknown_address() -> None:
@@ -107,10 +108,17 @@ def test_status_shows_foreign_text_on_its_own_line() -> None:
         "peer": "ab" * 16, "addresses": [EVIL], "library": EVIL, "connected": True, "heard_ago_s": 0.0,
         "at_safe_point": False, "blocked": False, "lost": EVIL, "complaints": {},
     }
-    group = {"group": 0, "epoch": 1, "members": [peer], "pending": [], "ballot": None, "proposal": None}
+    ballot = {"undecided": EVIL, "waits_for": []}
+    group = {
+        "group": 0, "epoch": 1, "members": [peer], "pending": [], "deciding": True, "ballot": ballot, "proposal": None,
+    }
+    journal = {"kept": True, "waiting": 1, "error": EVIL}
     event = {"event": "x", "ago_s": 1.0, "reason": EVIL}
-    told = {"run": "r", "library": EVIL, "peer_timeout_s": 5.0, "groups": [group], "gone": {}, "events": [event]}
+    told = {
+        "run": "r", "library": EVIL, "peer_timeout_s": 5.0, "journal": journal, "groups": [group], "gone": {},
+        "events": [event],
+    }
     with server(answers(Status(json.dumps(told)))) as address:
         result = ask(address)
     assert result.exit_code == 0 and "\x1b" not in result.output
-    assert len(result.output.splitlines()) == 4
+    assert len(result.output.splitlines()) == 8

@@ -59,7 +59,7 @@ class Cluster:
         self.rng = random.Random(seed)
         self.seed = seed
         self.now = 0.0
-        self.master = master.MasterMachine(b"R" * 16, 1, PEER_TIMEOUT_S, "test")
+        self.master = master.MasterMachine(b"R" * 16, 1, PEER_TIMEOUT_S, "test", journaled=False)
         self.nodes: list[Node] = []
         self.pipes: dict[int, Pipe] = {}
         self.conns = 0

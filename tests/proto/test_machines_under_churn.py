@@ -72,7 +72,7 @@ class MasterUnderChurn(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.master = MasterMachine(RUN, 1, 5.0, "test")
+        self.master = MasterMachine(RUN, 1, 5.0, "test", journaled=False)
         self.conns: dict[int, tuple[bytes, bytes]] = {}
         self.last_conn = 0
         self.epochs: dict[tuple[int, int], Epoch] = {}

@@ -42,6 +42,7 @@ from pyccl._proto.messages import (
     Suspect,
     Trust,
     Unblocked,
+    Unknown,
     Unreachable,
     Verdict,
     Welcome,
@@ -69,10 +70,13 @@ class World:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.master = MasterMachine(RUN, 1, TIMEOUT_S, "test")
+        self.master = self.make_master()
         self.inbox: dict[int, list[Message]] = {}
         self.closed: dict[int, str] = {}
         self.logs: list[tuple[str, dict[str, Any]]] = []
+
+    def make_master(self) -> MasterMachine:
+        return MasterMachine(RUN, 1, TIMEOUT_S, "test", journaled=False)
 
     def do(self, effects: list[mm.Effect]) -> None:
         for effect in effects:
@@ -164,6 +168,15 @@ def test_newer_connection_of_a_connected_incarnation_takes_the_place_of_the_olde
     assert world.last(20, Welcome).resumed
     assert world.last(20, EpochCommit).epoch == world.epoch(1)
     assert 2 in world.closed and 20 not in world.closed
+
+
+def test_a_complaint_withdrawn_on_a_connection_that_broke_unseen_is_not_held_against_anybody() -> None:
+    """The Trust was lost with the old connection; what still holds is told again on the new one."""
+    world = group_of(3)
+    world.say(2, Suspect(peer_id(3), "silent"))
+    world.hello(2, conn=20, resume=resume_of(world))
+    world.pass_time(4 * TIMEOUT_S, beating=(1, 3, 20))
+    assert not [fields for event, fields in world.logs if event == "peer_lost"]
 
 
 def test_newcomer_that_comes_again_starts_over_while_its_old_connection_is_half_open() -> None:
@@ -307,7 +320,8 @@ def test_a_newcomer_may_not_make_the_master_hold_as_much_as_a_member() -> None:
     world.hello(2)
     assert world.master.body_bytes_max(1) == limits.BODY_MAX_BYTES
     assert world.master.body_bytes_max(2) == world.master.body_bytes_max(77) == limits.BODY_NEWCOMER_MAX_BYTES
-    longest = Unreachable(2, limits.U32_MAX, (b"x" * 16,) * limits.MEMBERS_MAX, "\u20ac" * limits.REASON_CHARS_MAX)
+    reason = "\u20ac" * limits.REASON_CHARS_MAX
+    longest = Unreachable(limits.U64_MAX, limits.U64_MAX, (b"x" * 16,) * limits.MEMBERS_MAX, reason)
     assert len(pack(longest)) - 4 <= limits.BODY_NEWCOMER_MAX_BYTES
     world.say(1, Arrive(1))
     world.ready(1, 2)
@@ -319,7 +333,8 @@ def test_a_newcomer_may_not_make_the_master_hold_as_much_as_a_member() -> None:
 
 def resume_of(world: World, *, number: int | None = None, ident: bytes | None = None, frozen: bool = False) -> Resume:
     epoch = world.epoch()
-    return Resume(RUN, epoch.number if number is None else number, epoch.id if ident is None else ident, frozen)
+    numbers = epoch.number if number is None else number, epoch.id if ident is None else ident
+    return Resume(RUN, *numbers, frozen, world.master.term)
 
 
 def test_member_that_missed_a_commit_gets_it_when_it_comes_back() -> None:
@@ -329,7 +344,7 @@ def test_member_that_missed_a_commit_gets_it_when_it_comes_back() -> None:
     world.say(2, Arrive(2))
     world.ready(1, 2)
     world.drop(2)
-    world.hello(2, conn=20, resume=Resume(RUN, before.number, before.id, False))
+    world.hello(2, conn=20, resume=Resume(RUN, before.number, before.id, False, world.master.term))
     assert [type(m) for m in world.inbox[20]] == [Welcome, EpochCommit, Cancelled, Pending]
     assert world.last(20, Welcome).resumed
     assert world.last(20, EpochCommit).epoch == world.epoch()
@@ -373,10 +388,10 @@ def test_newcomer_whose_commit_was_lost_with_its_connection_is_a_member_when_it_
     assert world.last(20, EpochCommit).epoch == world.epoch()
 
 
-def test_unknown_run_is_rejected_and_unknown_incarnation_is_evicted() -> None:
+def test_unknown_run_is_told_so_and_unknown_incarnation_is_evicted() -> None:
     world = group_of(2)
     world.hello(3, resume=Resume(b"?" * 16, 2, bytes(16), False))
-    assert "does not know run" in world.last(3, Rejected).reason
+    assert world.last(3, Unknown) == Unknown(RUN, asks=False) and "does not know run" in world.closed[3]
     world.hello(4, resume=resume_of(world))
     assert "not a member" in world.last(4, Evicted).reason
 

@@ -29,6 +29,7 @@ from pyccl._proto.messages import (
     OpVerdict,
     Pending,
     Ready,
+    Recall,
     Rejected,
     Report,
     Resume,
@@ -36,6 +37,8 @@ from pyccl._proto.messages import (
     Suspect,
     Trust,
     Unblocked,
+    Undecided,
+    Unknown,
     Unreachable,
     Welcome,
     Withdraw,
@@ -355,7 +358,7 @@ def test_returning_member_says_where_it_stands_and_tells_again_what_holds() -> N
     machine.disconnected(2.0)
     (hello,) = sent(machine.connected(2.0))
     assert isinstance(hello, Hello)
-    assert hello.resume == Resume(RUN, 4, epoch.id, False)
+    assert hello.resume == Resume(RUN, 4, epoch.id, False, 1)
 
 
 def test_frozen_member_says_so_and_answers_the_repeated_flush_with_the_same_report() -> None:
@@ -443,3 +446,59 @@ def test_master_that_answers_no_heartbeat_is_away_until_it_does() -> None:
     assert not machine.master_is_away(timeout)
     machine.disconnected(timeout)
     assert machine.master_is_away(timeout)
+
+
+# ---- a master that does not know the run, or may not decide
+
+
+def test_a_member_tells_a_master_that_asks_where_the_run_stands() -> None:
+    machine, epoch = in_epoch()
+    machine.disconnected(1.0)
+    machine.connected(1.0)
+    recall = Recall(RUN, 1, epoch, "join", (), "", 3, journaled=True)
+    assert sent(machine.receive(Unknown(b"N" * 16, asks=True), 1.0)) == [recall]
+    machine.receive(Welcome(1, "test", RUN, 2, 5000, True), 1.0)
+    assert machine.term == 2 and machine.epoch == epoch
+
+
+def test_a_member_stays_one_where_a_master_does_not_know_its_run() -> None:
+    machine, epoch = in_epoch()
+    machine.disconnected(1.0)
+    machine.connected(1.0)
+    assert machine.receive(Unknown(b"N" * 16, asks=False), 1.0) == []
+    machine.disconnected(1.0)
+    assert machine.state is State.MEMBER and machine.epoch == epoch and machine.run == RUN
+    machine.connected(2.0)
+    machine.receive(RESUMED, 2.0)
+    with pytest.raises(RemoteProtocolError, match="Unknown is not legal"):
+        machine.receive(Unknown(b"N" * 16, asks=True), 2.0)
+
+
+def test_a_master_that_may_not_decide_is_away_until_it_asks_again() -> None:
+    machine, _ = in_epoch()
+    members = (LOW.peer, ME.peer, HIGH.peer)
+    assert not machine.needs_master
+    machine.receive(Flush(9, 4, 5, members[:2]), 1.0)
+    assert machine.needs_master and not machine.master_is_away(1.0)
+    machine.receive(Undecided(8, "of another ballot"), 1.0)
+    assert not machine.master_is_away(1.0)
+    machine.receive(Undecided(9, "too few"), 1.0)
+    assert machine.master_is_away(1.0)
+    machine.receive(Flush(10, 4, 5, members), 1.0)
+    assert not machine.master_is_away(1.0)
+
+
+def test_operations_need_a_master_once_a_member_is_complained_of() -> None:
+    machine, _ = in_epoch()
+    machine.suspect(LOW.peer, "silent", "", 1.0)
+    assert machine.needs_master
+    machine.trust(LOW.peer, 2.0)
+    assert not machine.needs_master
+
+
+def test_after_a_link_has_come_back_what_is_lacking_may_still_be_on_its_way() -> None:
+    machine, _ = in_epoch()
+    machine.suspect(LOW.peer, "silent", "", 1.0)
+    machine.trust(LOW.peer, 10.0)
+    assert machine.blocked((Key(0, 1, 2),), False, 10.1) == []
+    assert sent(machine.blocked((Key(0, 1, 2),), False, 15.1)) == [Blocked(4, (Key(0, 1, 2),), False, False)]

@@ -45,7 +45,7 @@ class Checks:
     def __init__(self, cluster: SimCluster) -> None:
         self.cluster, self.world = cluster, cluster.world
         self.fates: dict[OpName, Fate] = {}
-        self.epochs: dict[tuple[int, int], tuple[bytes, tuple[Any, ...]]] = {}
+        self.epochs: dict[tuple[bytes | None, int, int], tuple[bytes, tuple[Any, ...]]] = {}  # run, group, number
         self.gone: dict[tuple[bytes, bytes], int] = {}  # incarnation -> first epoch without it
         self.last_members: dict[int, Epoch] = {}
         self.cut_counts: dict[bytes, tuple[str, list[tuple[int, int, int]]]] = {}
@@ -86,7 +86,7 @@ class Checks:
             )
         fate.epoch, fate.result = attempt.epoch, attempt.result
         assert peer.engine is not None
-        members = self.epochs[peer.group, peer.engine.number][1]
+        members = self.epochs[peer.machine.run, peer.group, peer.engine.number][1]
         # by DONE from all; by verdict: all survivors
         fate.bound.update(key for key in members if key[0] in attempt.members)
         self.swaps += bool(op.partner)
@@ -146,7 +146,7 @@ class Checks:
         epoch = effect.epoch
         members = tuple((m.peer, m.incarnation) for m in epoch.members)
         self.world.note("%s enters epoch %d %s", peer.name, epoch.number, [p.hex()[:8] for p in epoch.peers])
-        known = self.epochs.setdefault((peer.group, epoch.number), (epoch.id, members))
+        known = self.epochs.setdefault((peer.machine.run, peer.group, epoch.number), (epoch.id, members))
         if known != (epoch.id, members):
             self.fail(f"two epochs {epoch.number} in group {peer.group}")
         for key in members:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sim_checks import Checks
-from sim_master import SimMaster
+from sim_master import Disk, SimMaster
 from sim_peer import SimPeer
 from sim_program import Background, Gossip, Program, Thread
 from sim_world import S, SimError, World
@@ -22,7 +22,7 @@ HEAL_S: Final = 150.0  # bound on the way back to rest; the longest timers of th
 ROUNDS_AFTER: Final = 3
 FAULT_KINDS: Final = (
     *("crash", "leave", "stop", "hold", "silence", "pair", "uplink", "reset_data", "reset_control"),
-    *("master_stop", "master_cut", "join", "restart", "tangle"),
+    *("master_stop", "master_cut", "master_crash", "disk_full", "join", "restart", "tangle"),
 )
 
 
@@ -31,10 +31,13 @@ class Options:
     peers: int = 4
     groups: int = 1
     connections: int = 2
+    journaled: bool = True
+    sync_s: float = 0.01  # at most, for a write to be durable
     peer_timeout: float = 1.0
     mismatch_grace: float = 1.0  # as peer_timeout: what a link does not bring for that long is reported as silence
     stall_s: float = 30.0
     unreachable_s: float = 60.0
+    master_timeout_s: float = 20.0
     delay_s: float = 0.004
     spike_rate: float = 0.0
     spike_s: float = 0.3
@@ -63,10 +66,12 @@ def draw_options(seed: int) -> Options:
         peers=rng.randint(2, 6),
         groups=rng.choice((1, 1, 1, 2)),
         connections=rng.randint(1, 3),
+        sync_s=rng.choice((0.001, 0.02, 0.5)),
         peer_timeout=peer_timeout,
         mismatch_grace=peer_timeout,
         stall_s=rng.choice((30.0, 30.0, 4.0)),
         unreachable_s=60.0 if strict else rng.choice((60.0, 3.0)),
+        master_timeout_s=rng.choice((20.0, 1.0)),
         delay_s=rng.choice((0.001, 0.004, 0.03)),
         spike_rate=rng.choice((0.0, 0.01, 0.05)),
         spike_s=rng.choice((0.1, 0.4)),
@@ -98,7 +103,8 @@ class SimCluster:
         self.threads: dict[int, list[Thread]] = {}
         self._by_address: dict[Address, SimPeer] = {}
         self.checks = Checks(self)
-        self.master = SimMaster(self)
+        self.disk = Disk(self.world)
+        self.master = SimMaster(self, self.disk)
         for _ in range(options.peers):
             self.world.at(self.rng.random() * 0.5, self.add)
         if options.faults:
@@ -192,6 +198,13 @@ class SimCluster:
                 self.world.at(length_s, self.master.resume)
             case "master_cut":
                 self.world.cut(self.master, None, length_s)
+            case "master_crash" if rng.random() < 0.5:
+                self.crash_master(length_s)
+            case "master_crash":  # in the middle of a decision
+                self.disk.doom_s = length_s
+            case "disk_full":
+                self.disk.full = True
+                self.world.at(length_s, setattr, self.disk, "full", False)
             case "join":
                 if len(self.living()) < self.options.peers_max:
                     self.add()
@@ -199,6 +212,16 @@ class SimCluster:
                 for other in self.living():
                     if rng.random() < 0.4:
                         self.do_fault(rng.choice(("crash", "reset_data", "stop", "silence", "reset_control")), other)
+
+    def crash_master(self, for_s: float) -> None:
+        """It is away, and another starts from the same journal."""
+        if self.master.alive:
+            self.master.crash()
+            self.world.at(for_s, self._start_master)
+
+    def _start_master(self) -> None:
+        self.world.note("a master starts")
+        self.master = SimMaster(self, self.disk)
 
     # ---- the whole run
 

@@ -9,7 +9,7 @@ operation, cut or epoch, not from the last submit alone; or late messages look l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -224,6 +224,11 @@ class SimEngine:
         if op.status is None:
             lib.pyccl_fsm_cancel(self.fsm.handle, op.cookie, lib.PYCCL_ERR_CANCELLED, self.world.now)
             self._after()
+
+    def give_up(self, lost: Sequence[bytes], age_s: float) -> None:
+        now, why = self.world.now, lib.PYCCL_ERR_MASTER_AWAY
+        lib.pyccl_fsm_give_up(self.fsm.handle, why, b"".join(lost), len(lost), now - int(age_s * S), now)
+        self._after()
 
     def stop(self, why: int) -> None:
         """The process ends well: open operations fail, connections close."""

@@ -1,27 +1,82 @@
-"""The simulated master process: the real MasterMachine, and what _io/master_server.py does around it."""
+"""The simulated master process: the real MasterMachine, and what _io/master_server.py does around it.
+
+Its journal is a `Disk`, which outlives it. What was written and is not durable yet may be there after a crash, or not.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-from sim_world import CLOSE, Conn, Process
+from sim_world import CLOSE, Conn, Process, World
 
 from pyccl._proto import master
+from pyccl._proto.past import (
+    NONCE_BITS,
+    Began,
+    Past,
+    Record,
+    make_term,
+    record_from_plain,
+    record_to_plain,
+    start_of,
+)
 
 if TYPE_CHECKING:
     from sim_cluster import SimCluster
     from sim_peer import SimPeer
 
 TICK_S: Final = 0.1
+WRITE_AGAIN_S: Final = 0.5
+
+
+class Disk:
+    """The journal's file: the records that are durable, and those a crash may lose."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.past = Past(b"R" * 16)
+        self.written: list[Record] = []
+        self.full = False
+        self.doom_s: float | None = None  # the next write ends in a crash, for so long
+
+    def crashed(self) -> None:
+        """Of what was written and not synced a part is there, from the front."""
+        kept = self.world.rng.randint(0, len(self.written))
+        for record in self.written[:kept]:
+            self.past.apply(record)
+        self.written = []
+
+    def sync(self, count: int) -> None:
+        for record in self.written[:count]:
+            self.past.apply(record_from_plain(record_to_plain(record)))
+        del self.written[:count]
 
 
 class SimMaster(Process):
-    def __init__(self, cluster: SimCluster) -> None:
-        super().__init__(cluster.world, "master")
-        self.cluster = cluster
-        self.machine = master.MasterMachine(b"R" * 16, 1, cluster.options.peer_timeout, "sim")
+    def __init__(self, cluster: SimCluster, disk: Disk) -> None:
+        super().__init__(cluster.world, "master", 0)
+        self.cluster, self.disk = cluster, disk
+        journaled, rng = cluster.options.journaled, self.world.rng
+        if not journaled:  # it knows nothing of those before it
+            disk.past = Past(rng.randbytes(16))
+        disk.past.apply(Began(make_term(start_of(disk.past.term) + 1, rng.getrandbits(NONCE_BITS))))
+        self.machine = master.MasterMachine(
+            disk.past.run,
+            disk.past.term,
+            cluster.options.peer_timeout,
+            "sim",
+            journaled=journaled,
+            needs_majority=not journaled,
+            adopts=not journaled,
+            past=Past(disk.past.run, disk.past.term) if cluster.bug == "forget_journal" else disk.past,
+            now=self.world.now_s,
+        )
+        self._to_write: deque[master.Persist] = deque()
+        self._is_writing = False
         if cluster.bug == "blames_others":
             self.machine._silent_since = lambda: 0.0  # type: ignore[method-assign]
+        self.accepted: list[Conn] = []
         self._numbers: dict[Conn, int] = {}
         self._conns: dict[int, Conn] = {}
         self._last = 0
@@ -51,6 +106,41 @@ class SimMaster(Process):
         if self.machine.knows(peer.peer, peer.incarnation):
             self._perform(self.machine.heard(peer.peer, peer.incarnation, self.world.now_s))
 
+    def crash(self) -> None:
+        """kill -9: the kernel closes everything, unsent messages are lost in part."""
+        self.world.note("the master crashes")
+        self.alive = False
+        for conn in self.accepted:
+            if not conn.closed[conn.end_of(self)]:
+                conn.close(self, lossy=True)
+        self.disk.crashed()
+
+    # ---- the journal: as _keep_journal of master_server.py
+
+    def _write(self) -> None:
+        """The write leaves at once; that it is durable is known later, in a thread's time."""
+        if self._is_writing or not self._to_write:
+            return
+        batch = tuple(self._to_write)
+        if self.disk.full:
+            self._perform(self.machine.not_persisted("no space left", self.world.now_s))
+            self.soon(WRITE_AGAIN_S, self._write)
+            return
+        self._is_writing = True
+        self.disk.written += [persist.record for persist in batch]
+        doom_s, self.disk.doom_s = self.disk.doom_s, None
+        if doom_s is not None:
+            self.soon(self.world.rng.random() * self.cluster.options.sync_s, self.cluster.crash_master, doom_s)
+        self.soon(self.world.rng.random() * self.cluster.options.sync_s, self._synced, batch, engine=True)
+
+    def _synced(self, batch: tuple[master.Persist, ...]) -> None:
+        self._is_writing = False
+        self.disk.sync(len(batch))
+        for _ in batch:
+            self._to_write.popleft()
+        self._perform(self.machine.persisted(batch[-1].ticket, self.world.now_s))
+        self._write()
+
     def _tick(self) -> None:
         self.soon(TICK_S, self._tick)
         self._perform(self.machine.tick(self.world.now_s))
@@ -67,6 +157,11 @@ class SimMaster(Process):
                     if conn is not None:
                         conn.close(self, lossy=False)
                         self._perform(self.machine.disconnected(number, self.world.now_s))
+                case master.Persist(ticket):
+                    self._to_write.append(effect)
+                    if self.cluster.bug == "send_before_sync":
+                        self._perform(self.machine.persisted(ticket, self.world.now_s))
+                    self._write()
                 case master.Log(event, fields):
                     self.world.note("master: %s %s", event, fields)
                     self.cluster.checks.master_log(event, fields)

@@ -44,7 +44,7 @@ LINKS_TIMEOUT_S: Final = 10.0
 GREET_S: Final = 10.0
 DIAL_S: Final = 5.0
 LEAVE_S: Final = 2.0
-CONTROL_BACKOFF_S: Final = (0.05, 2.0)
+CONTROL_BACKOFF_S: Final = (0.05, 1.0)
 DIAL_BACKOFF_S: Final = (0.05, 1.0)
 
 
@@ -83,7 +83,7 @@ class SimPeer(Process):
         self.topology: Callable[[str], None] | None = None
         self.on_joined: Callable[[], object] | None = None
         self.messages_out = 0  # to the master, but heartbeats
-        self._arrived_at = self._down_since = self._ticked_at = 0.0
+        self._arrived_at = self._down_since = self._needed_since = self._ticked_at = 0.0
         self._effects: deque[member.Effect] = deque()
         self._performing = False
         self._events: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -153,10 +153,11 @@ class SimPeer(Process):
         master = self.cluster.master
         if self.over or self.machine.state is State.ENDED or self.control is not None:
             return
-        if self.world.blocked(self, master):
+        if not master.alive or self.world.blocked(self, master):
             self._dial_master_again()
             return
         self.control = Conn(self.world, (self, master), (self._from_master, master.deliver), engine=False)
+        master.accepted.append(self.control)
         self._down_since = self.world.now_s
         self.feed(self.machine.connected(self.world.now_s))
 
@@ -342,7 +343,7 @@ class SimPeer(Process):
         self.soon(TICK_S, self._tick)
         now = self.world.now_s
         if now - self._ticked_at > PAUSE_S:  # we were stopped ourselves: nobody made us wait meanwhile
-            self._down_since = self._arrived_at = now
+            self._down_since = self._needed_since = self._arrived_at = now
         self._ticked_at = now
         if self.engine is None or self.machine.state is State.ENDED:
             return
@@ -364,7 +365,13 @@ class SimPeer(Process):
             self.feed(self.machine.unblocked(now))
 
     def _watch_master(self, now: float) -> None:
-        if not self.machine.master_is_away(now):
+        assert self.engine is not None
+        away = self.machine.master_is_away(now)
+        if not (away and self.machine.needs_master):
+            self._needed_since = now
+        elif now - self._needed_since >= self.options.master_timeout_s:
+            self.engine.give_up(self.machine.lost, self.options.master_timeout_s)
+        if not away:
             self._down_since = now
         elif self.topology is not None and now - self._down_since >= self.options.unreachable_s:
             self.withdraw(self.topology, "the master is away")

@@ -25,10 +25,11 @@ class SimError(AssertionError):
 class Process:
     """What the path and the pipes know of a process. ``stopped``: SIGSTOP; ``held``: its control thread hangs."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, index: int | None = None) -> None:
+        """index: of the process whose place it takes."""
         self.world, self.name = world, name
-        self.index = world.process_count
-        world.process_count += 1
+        self.index = world.process_count if index is None else index
+        world.process_count += index is None
         self.alive, self.stopped, self.held = True, False, False
         self.backlog: list[tuple[Callable[..., Any], tuple[Any, ...], bool]] = []
 
@@ -65,7 +66,7 @@ class World:
         self.seed = seed
         self.rng = random.Random(seed)
         self.now = 0
-        self.process_count = 0
+        self.process_count = 1  # 0 is the master
         self.trace: deque[tuple[int, str, tuple[Any, ...]]] = deque(maxlen=trace_max)
         self.events = 0
         self._queue: list[tuple[int, int, Callable[..., Any], tuple[Any, ...]]] = []

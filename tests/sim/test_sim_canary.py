@@ -18,6 +18,8 @@ BUGS = {
     "deaf_to_abort": "ABORT is not heard",
     "blames_others": "the master takes a failure of its own line for the silence of all members",
     "mixes_pairs": "early bytes of one partner are taken for those of another with the same tag and number",
+    "forget_journal": "a master that starts again knows the run and none of its epochs",
+    "send_before_sync": "an epoch is committed before its record is durable",
     "early_drained": "a member is ready for the next epoch before its operations have ended",
 }
 SEEDS = 60

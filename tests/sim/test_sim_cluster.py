@@ -11,6 +11,10 @@ from dataclasses import replace
 import pytest
 from sim_checks import Checks
 from sim_cluster import FAULT_KINDS, Options, SimCluster, draw_options, simulate
+from sim_program import LONG_S
+from sim_world import S
+
+from pyccl._proto.messages import OpState
 
 
 @pytest.mark.seeded
@@ -133,3 +137,125 @@ def test_program_that_skips_a_call_gets_a_mismatch_and_all_go_on(seed: int) -> N
     cluster = SimCluster(seed, options).run()
     assert cluster.checks.kinds["mismatch"] > 0
     assert cluster.checks.evictions == 0
+
+
+# ---- the master dies
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nobody_is_evicted_when_the_master_was_killed_and_started_again(seed: int) -> None:
+    """Also in the middle of safe points, ballots and joins, and of what it was writing."""
+    cluster = _at_work(seed, Options(faults=(), peers=3, think_s=0.2, chaos_s=1e6, deadline_rate=0.1, sync_s=0.05))
+    for _ in range(6):
+        cluster.do_fault("master_crash", cluster.peers[0], for_s=cluster.rng.random() * 8)
+        if cluster.rng.random() < 0.5:
+            cluster.add()
+        cluster.world.run(cluster.world.now_s + 15)
+    assert cluster.converge(60.0), cluster.replay_line()
+    assert cluster.checks.evictions == 0
+    assert not any(peer.over for peer in cluster.peers), [peer.over for peer in cluster.peers]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_newcomer_is_in_within_two_seconds_of_the_masters_return(seed: int) -> None:
+    cluster = _at_work(seed, replace(QUIET, peer_timeout=5.0, mismatch_grace=5.0))
+    away_s = 3 + 20 * cluster.rng.random()  # long enough for every back-off to be at its longest
+    cluster.crash_master(away_s)
+    newcomer = cluster.add()
+    cluster.world.run(cluster.world.now_s + away_s)
+    assert cluster.master.alive
+    assert cluster.world.run(cluster.world.now_s + 2.0, lambda: newcomer.number > 0), cluster.replay_line()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_peer_lost_while_the_master_is_down_is_out_soon_after_its_return(seed: int) -> None:
+    cluster = _at_work(seed, replace(QUIET, peer_timeout=5.0, mismatch_grace=5.0))
+    cluster.crash_master(10.0)
+    cluster.world.run(cluster.world.now_s + 1.0)
+    lost = cluster.peers[seed % 4]
+    cluster.do_fault("crash", lost)
+    cluster.world.run(cluster.world.now_s + 9.0)
+    others = [peer for peer in cluster.peers if peer is not lost]
+
+    def gone_on() -> bool:
+        return all(p.machine.epoch is not None and lost.peer not in p.machine.epoch.peers for p in others)
+
+    assert cluster.world.run(cluster.world.now_s + 2.5, gone_on), cluster.replay_line()
+    assert cluster.converge(10.0), cluster.replay_line()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_full_disk_nothing_is_decided_and_operations_go_on(seed: int) -> None:
+    cluster = _at_work(seed, QUIET)
+    cluster.disk.full = True
+    epochs = [peer.number for peer in cluster.peers]
+    cluster.world.run(cluster.world.now_s + 0.5)
+    newcomer = cluster.add()
+    cluster.world.run(cluster.world.now_s + 10)
+    assert [peer.number for peer in cluster.peers] == [*epochs, 0]
+    status = cluster.master.machine.status()
+    assert status["journal"] == {"kept": True, "waiting": 1, "error": "no space left"}
+    assert status["groups"][0]["deciding"]
+    cluster.disk.full = False
+    assert cluster.world.run(cluster.world.now_s + 2, lambda: newcomer.number > 0), cluster.replay_line()
+    assert cluster.converge(30.0), cluster.replay_line()
+    assert cluster.checks.evictions == 0
+
+
+@pytest.mark.parametrize("fault", ["master_stop", "master_cut", "master_crash"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_master_that_is_away_for_thirty_seconds_evicts_nobody(seed: int, fault: str) -> None:
+    cluster = _at_work(seed, replace(QUIET, peer_timeout=5.0, mismatch_grace=5.0, deadline_rate=0.05))
+    for _ in range(3):
+        cluster.do_fault(fault, cluster.peers[0], for_s=30.0)
+        cluster.world.run(cluster.world.now_s + 45.0)
+    assert cluster.converge(30.0), cluster.replay_line()
+    assert cluster.checks.evictions == 0 and not any(peer.over for peer in cluster.peers)
+
+
+def test_operations_with_a_lost_peer_end_while_the_master_is_away_unless_they_are_prepared() -> None:
+    """All go on with the next master."""
+    ended = kept = 0
+    for seed in range(6):
+        cluster = _at_work(seed, replace(QUIET, master_timeout_s=4.0))
+        for program in cluster.programs.values():
+            program.options = NO_SAFE_POINTS
+        cluster.world.run(cluster.world.now_s + 3)
+        cluster.crash_master(30.0)
+        lost = cluster.peers[seed % 4]
+        cluster.do_fault("crash", lost)
+        cluster.world.run(cluster.world.now_s + 29)
+        waiting = {
+            (peer.index, op.space, op.tag, op.seq)
+            for peer in cluster.living()
+            for op in cluster.programs[peer.index].open
+            if op.status is None and op.deadline < cluster.world.now + int((LONG_S - 6) * S)  # called 6 s ago
+        }
+        prepared = {
+            (peer.index, space, tag, seq)
+            for peer in cluster.living()
+            if peer.engine is not None
+            for space, tag, seq, state, _ in peer.engine.fsm.report()
+            if state == OpState.PREPARED
+        }
+        assert waiting <= prepared, cluster.replay_line()
+        ended += cluster.checks.statuses.get("MASTER_AWAY", 0)
+        kept += len(waiting)
+        assert cluster.converge(30.0), cluster.replay_line()
+    assert ended > 0 and kept > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masters_without_a_journal_take_over_the_run_one_after_the_other(seed: int) -> None:
+    faults = ("master_crash", "master_stop", "master_cut", "reset_data", "reset_control", "stop", "join")
+    options = Options(faults=faults, peers=5, journaled=False, think_s=0.05, deadline_rate=0.05, chaos_s=20.0)
+    cluster = SimCluster(seed, replace(options, fault_rate=1.0))
+    cluster.run()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_without_a_journal_it_stays_safe_whatever_is_lost(seed: int) -> None:
+    """It need not come to rest: too few may be left to decide."""
+    cluster = SimCluster(seed, replace(draw_options(seed), journaled=False, faults=FAULT_KINDS, fault_rate=1.0))
+    cluster.world.run(40.0)
+    assert cluster.checks.commits > 0

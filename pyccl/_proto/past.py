@@ -1,0 +1,229 @@
+"""What a master must still know after it has died: its records, and the state they add up to. Pure values.
+
+A journal is a `Past` and the records that came after it. A record is durable before anything that depends on it is
+sent, and nothing else is: proposals, ballots and what peers said are made or told again after a restart.
+Spec: proto/wire.md 5.12; the file: _io/journal.py.
+
+Invariant: applying the records in order gives the same Past as the machine that wrote them would restore.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple
+
+from pyccl._proto import limits
+from pyccl._proto.epoch import NO_ID
+from pyccl._proto.messages import EpochCommit, from_wire_untrusted, to_wire
+from pyccl.errors import RemoteProtocolError
+
+NONCE_BITS: Final = 32
+START_MAX: Final = 1 << 31  # no master is started that often: who tells of one does not tell the truth
+
+
+class Fenced(NamedTuple):
+    """An incarnation that is out of the run, and what it is told if it comes back."""
+
+    peer: bytes
+    incarnation: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry behind the Past that a journal begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Began(Record):
+    """A master has started, with this term."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted(Record):
+    """A master that knew nothing has taken over this run from its members; what it held before is void."""
+
+    run: bytes
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed(Record):
+    """The epoch of a group has changed: members, verdicts, kind. ``fenced``: who is out since the one before."""
+
+    group: int
+    commit: EpochCommit
+    fenced: tuple[Fenced, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dissolved(Record):
+    """All members of the group are out: whoever comes next founds it anew."""
+
+    group: int
+    fenced: tuple[Fenced, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten(Record):
+    """The group had nobody, and its place was needed: not even its numbers are kept."""
+
+    group: int
+
+
+@dataclass(slots=True)
+class PastGroup:
+    """`number` and `id` outlive an epoch that lost all its members."""
+
+    number: int = 0
+    id: bytes = NO_ID
+    commit: EpochCommit | None = None
+
+
+@dataclass(slots=True)
+class Past:
+    run: bytes
+    term: int = 0
+    groups: dict[int, PastGroup] = field(default_factory=dict)
+    gone: OrderedDict[tuple[bytes, bytes], str] = field(default_factory=OrderedDict)
+
+    def apply(self, record: Record) -> None:
+        if isinstance(record, Began):
+            self.term = record.term
+            return
+        if isinstance(record, Adopted):
+            self.run, self.term = record.run, record.term
+            self.groups.clear()
+            self.gone.clear()
+            return
+        if isinstance(record, Forgotten):
+            self.groups.pop(record.group, None)
+            return
+        assert isinstance(record, Committed | Dissolved), record
+        group = self.groups.setdefault(record.group, PastGroup())
+        if isinstance(record, Committed):
+            group.commit = record.commit
+            group.number, group.id = record.commit.epoch.number, record.commit.epoch.id
+        else:
+            group.commit = None
+        fence(self.gone, record.fenced)
+
+    def copy(self) -> Past:
+        groups = {number: replace(group) for number, group in self.groups.items()}
+        return Past(self.run, self.term, groups, self.gone.copy())
+
+    def to_plain(self) -> list[Any]:
+        groups = [
+            [number, group.number, group.id, None if group.commit is None else to_wire(group.commit)]
+            for number, group in sorted(self.groups.items())
+        ]
+        return [self.run, self.term, groups, [[*key, reason] for key, reason in self.gone.items()]]
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Past:
+        """ValueError: it is none."""
+        try:
+            run, term, groups, gone = plain
+            past = cls(_bytes(run), _int(term))
+            for number, last, last_id, commit in groups:
+                past.groups[_int(number)] = PastGroup(
+                    _int(last), _bytes(last_id), None if commit is None else _commit(commit)
+                )
+            fence(past.gone, _fenced(gone))
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"not the state of a run: {e}") from e
+        return past
+
+
+def make_term(start: int, nonce: int) -> int:
+    """The number of the start above, a random nonce below: no two masters ever mean different things by one term."""
+    assert 0 <= nonce < 1 << NONCE_BITS, nonce
+    return start << NONCE_BITS | nonce
+
+
+def start_of(term: int) -> int:
+    return term >> NONCE_BITS
+
+
+def fence(gone: OrderedDict[tuple[bytes, bytes], str], fenced: Iterable[Fenced]) -> None:
+    """Remember these, and forget the oldest beyond what is kept."""
+    for peer, incarnation, reason in fenced:
+        gone[peer, incarnation] = reason
+    while len(gone) > limits.GONE_MAX:
+        gone.popitem(last=False)
+
+
+# ---- records as plain values: lists, ints, bytes, str, None
+
+_BEGAN: Final = 1
+_COMMITTED: Final = 2
+_DISSOLVED: Final = 3
+_ADOPTED: Final = 4
+_FORGOTTEN: Final = 5
+
+
+def record_to_plain(record: Record) -> list[Any]:
+    if isinstance(record, Began):
+        return [_BEGAN, record.term]
+    if isinstance(record, Adopted):
+        return [_ADOPTED, record.run, record.term]
+    if isinstance(record, Committed):
+        return [_COMMITTED, record.group, to_wire(record.commit), [list(f) for f in record.fenced]]
+    if isinstance(record, Forgotten):
+        return [_FORGOTTEN, record.group]
+    assert isinstance(record, Dissolved), record
+    return [_DISSOLVED, record.group, [list(f) for f in record.fenced]]
+
+
+def record_from_plain(plain: Any) -> Record:
+    """ValueError: it is none."""
+    try:
+        kind, *rest = plain
+        if kind == _BEGAN:
+            (term,) = rest
+            return Began(_int(term))
+        if kind == _ADOPTED:
+            run, term = rest
+            return Adopted(_bytes(run), _int(term))
+        if kind == _COMMITTED:
+            group, commit, fenced = rest
+            return Committed(_int(group), _commit(commit), _fenced(fenced))
+        if kind == _FORGOTTEN:
+            (group,) = rest
+            return Forgotten(_int(group))
+        if kind == _DISSOLVED:
+            group, fenced = rest
+            return Dissolved(_int(group), _fenced(fenced))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"not a record: {e}") from e
+    raise ValueError(f"no record is of kind {kind!r}")
+
+
+def _commit(plain: Any) -> EpochCommit:
+    try:
+        commit = from_wire_untrusted(plain)
+    except RemoteProtocolError as e:
+        raise ValueError(str(e)) from e
+    if not isinstance(commit, EpochCommit):
+        raise ValueError(f"{type(commit).__name__} is no EpochCommit")
+    return commit
+
+
+def _fenced(plain: Any) -> tuple[Fenced, ...]:
+    return tuple(Fenced(_bytes(peer), _bytes(incarnation), str(reason)) for peer, incarnation, reason in plain)
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= limits.U64_MAX:
+        raise ValueError(f"{value!r} is not an unsigned integer of 64 bits")
+    return value
+
+
+def _bytes(value: Any) -> bytes:
+    if type(value) is not bytes or len(value) != limits.ID_BYTES:
+        raise ValueError("an id has 16 bytes")
+    return value
