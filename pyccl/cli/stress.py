@@ -17,8 +17,10 @@ from pyccl.bench import machine
 from pyccl.processes.children import Children, Interrupted
 from pyccl.stress import report
 from pyccl.stress.conductor import HANG_TIMEOUTS_MIN, TRACE_LINES, Conductor, Plan
+from pyccl.stress.directory import own_directory
 from pyccl.stress.faults import HEALTHY_LEFT, KINDS, Fault, FaultsError, choose
-from pyccl.stress.network import Loopback, Network
+from pyccl.stress.namespaces import Namespaces
+from pyccl.stress.network import Loopback, Network, NetworkError
 from pyccl.stress.peer import CANARIES
 from pyccl.stress.show import open_screen
 
@@ -103,11 +105,8 @@ def stress(
     A master and peers as processes of this machine reduce, exchange and advance a shared state, while faults drawn from
     the seed hit them. Every result is compared with the reference, every digest with the one that must come out.
     """
-    if not no_netns:
-        raise click.UsageError("this version runs on plain loopback only: give --no-netns")
-    network = Loopback()
     try:
-        kinds = choose(faults, links=network.links)
+        kinds = choose(faults, links=not no_netns)
     except FaultsError as error:
         raise click.UsageError(f"--faults: {error}") from error
     save = None if report_path is None else _saver(report_path)
@@ -115,7 +114,11 @@ def stress(
         peers=peers, minutes=minutes, fault_every_s=fault_every, seed=seed, peer_timeout_s=peer_timeout, calm_s=calm,
         hang_s=max(hang, HANG_TIMEOUTS_MIN * peer_timeout), canary=canary or "",
     )  # fmt: skip
-    conductor = _conduct(plan, kinds, network, as_json)
+    network = _open_network(no_netns)
+    try:
+        conductor = _conduct(plan, kinds, network, as_json)
+    finally:
+        network.close()
     record, oracle = conductor.record, conductor.oracle
     for line in report.lines(record, oracle, seed):
         click.echo(line, err=as_json)
@@ -129,6 +132,15 @@ def stress(
     if save is not None:
         save(conductor, told)
     sys.exit(int(_status(conductor)))
+
+
+def _open_network(no_netns: bool) -> Network:
+    if no_netns:
+        return Loopback()
+    try:
+        return Namespaces()
+    except NetworkError as error:
+        raise click.UsageError(f"{error}: namespaces need root; --no-netns runs on plain loopback") from error
 
 
 def _status(conductor: Conductor) -> ExitStatus:
@@ -163,8 +175,12 @@ def _saver(path: Path) -> Callable[[Conductor, dict[str, Any]], None]:
 def _conduct(plan: Plan, kinds: list[type[Fault]], network: Network, as_json: bool) -> Conductor:
     stream = sys.stderr if as_json else sys.stdout
     try:
-        with open_screen(stream) as screen, Children(TRACE_LINES) as children:
-            conductor = Conductor(plan, kinds, network, screen, children)
+        with (
+            own_directory() as directory,
+            open_screen(stream) as screen,
+            Children(TRACE_LINES) as children,
+        ):
+            conductor = Conductor(plan, kinds, network, screen, children, directory)
             conductor.execute()
     except FaultsError as error:
         click.echo(f"pyccl stress: {error}", err=True)

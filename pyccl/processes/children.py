@@ -149,6 +149,10 @@ class Children:
         """Send a signal; nothing happens to a child that is gone already."""
         self._processes[name].send_signal(number)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it was started and not yet forgotten."""
+        return name in self._processes
+
     def forget(self, name: str) -> None:
         """Release what a child left behind whose ``Exited`` was taken: pipes, threads, lines of stderr."""
         _close_pipes(self._processes.pop(name), self._threads.pop(name))

@@ -11,23 +11,30 @@ import itertools
 import json
 import math
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
+from pyccl._io import journal
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 from pyccl.stress.faults import Drawer, Fault
+from pyccl.stress.network import Line as NetworkLine
 from pyccl.stress.network import Network
 from pyccl.stress.oracle import Oracle, Violation
 from pyccl.stress.peer import CANARIES_OF_ALL
 from pyccl.stress.report import Memory, Phase, Record
 
 MASTER: Final = "master"
+GROUP: Final = 0  # of all peers
+EXIT_ADDRESS: Final = 3  # of pyccl-master: somebody else took the port meanwhile
 LISTENING: Final = "listening on "
 START_TIMEOUT_S: Final = 60.0
 AFTERMATH_S: Final = 1.5  # after a violation, for others to tell theirs
+REFUSED_S: Final = 30.0  # a host outlives its process, and refuses connections to it
 RETRY_S: Final = 0.2  # after no fault was possible
 TICK_S: Final = 0.1
 PAUSE_S: Final = 2.0
@@ -70,8 +77,15 @@ class Conductor:
     """One run. It is the `faults.Lab` too."""
 
     def __init__(
-        self, plan: Plan, kinds: Sequence[type[Fault]], network: Network, screen: Screen, children: Children
+        self,
+        plan: Plan,
+        kinds: Sequence[type[Fault]],
+        network: Network,
+        screen: Screen,
+        children: Children,
+        directory: Path,
     ) -> None:
+        """directory: for the journal; empty, and ours alone."""
         self.plan, self._network, self._screen, self._children = plan, network, screen, children
         self.peer_timeout_s = plan.peer_timeout_s
         self.master_address = ""
@@ -89,7 +103,12 @@ class Conductor:
         self._active: dict[int, Fault] = {}  # by number of the fault
         self._joining: list[tuple[set[int], list[int], Callable[[list[int]], None]]] = []
         self._stopped_at_s: dict[int, float] = {}
-        self._master_stops = 0
+        self._lines: dict[int, NetworkLine] = {}  # of ended ones too: faults may still hold them
+        self._journal = directory / "master.journal"
+        self._journaled = 0  # newest epoch that was seen in it
+        self._master_up = False
+        self._master_killed = False
+        self._master_hindered = False  # by a fault
         self._still_until_s = self.start_s  # nobody could make progress before it
         self._faults_until_s = 0.0
 
@@ -101,6 +120,7 @@ class Conductor:
         """
         try:
             self._start_master()
+            self._until(lambda: self._master_up, "the master starts")
             self.join(self.plan.peers)
             self._until(self._all_in_step, "the peers join")
             self._calm()
@@ -117,10 +137,12 @@ class Conductor:
     # ---- phases
 
     def _start_master(self) -> None:
-        options = [*self._network.master_options(), "--peer-timeout", str(self.peer_timeout_s)]
-        before = self._network.command_of(MASTER)
+        """Again, too: where it listened before, with the journal of the one before."""
+        again = ["--listen", self.master_address, "--insecure"]
+        where = again if self.master_address else self._network.master_options()
+        options = [*where, "--peer-timeout", str(self.peer_timeout_s), "--journal", str(self._journal)]
+        before = self._network.place(MASTER)
         self._children.start(MASTER, "pyccl.processes.leash", ["pyccl.cli.master", *options], before=before)
-        self._until(lambda: self.master_address != "", "the master starts")
 
     def _calm(self) -> None:
         """Without faults, to compare with."""
@@ -139,7 +161,7 @@ class Conductor:
     def _recover(self) -> None:
         """Faults end; all that live must be members in step again."""
         phase = self._begin("recovery")
-        self._until(lambda: not self._active and not self._joining, "the faults end")
+        self._until(lambda: not self._active and not self._joining and self._master_up, "the faults end")
         since_s = self._now()
         self._until(lambda: self._all_in_step(since_s), "all are in step again")
         self._end(phase)
@@ -210,7 +232,7 @@ class Conductor:
             raise _OverError
 
     def _watch(self) -> None:
-        if self._master_stops:
+        if not self.master_is_well():
             self._still_until_s = self._now()
         self.oracle.watch(self._now(), self._still_until_s)
 
@@ -239,8 +261,18 @@ class Conductor:
     def _take_master(self, event: Event) -> None:
         if isinstance(event, Line) and event.text.startswith(LISTENING):
             self.master_address = event.text.removeprefix(LISTENING).strip()
+            self._master_up = True
         elif isinstance(event, Exited):
-            self._violate("crash", f"the master ended: {event.returncode}")
+            tail = self._children.stderr_tail(MASTER)
+            self._children.forget(MASTER)
+            if self._master_killed and event.returncode == -signal.SIGKILL:
+                if not self._master_hindered:
+                    self._restart_now()
+            elif not self._master_up and self.master_address and event.returncode == EXIT_ADDRESS:
+                self.after(RETRY_S, self._start_master)
+            else:
+                self.record.traces[MASTER] = tail
+                self._violate("crash", f"the master ended with {event.returncode}: {' | '.join(tail[-3:])}")
 
     def _take_exit(self, number: int, event: Exited) -> None:
         expected = (number in self._doomed and event.returncode == -signal.SIGKILL) or (
@@ -253,10 +285,13 @@ class Conductor:
         self.oracle.ended(number, expected, how, self._now())
         self._alive.discard(number)
         self._children.forget(event.child)
+        self.after(REFUSED_S, lambda: self._network.release(event.child))
 
     def _note(self, number: int, report: dict[str, Any]) -> None:
         """What the record wants to know, and who waits for it."""
         self.record.lag_s = max(self.record.lag_s, self._now() - report["t"])
+        epochs = [epoch for epoch, _ in report["rosters"]] if report["event"] == "round" else [report.get("epoch", 0)]
+        self._check_journal(number, max(epochs, default=0))
         if report["event"] == "round":
             self.record.round(report["t"], report["moved_bytes"], report["retries"], len(report["ops"]))
         elif report["event"] == "ready":
@@ -266,6 +301,15 @@ class Conductor:
                 if not waiting:
                     self._joining.remove(group)
                     self._let_go(members, then)
+
+    def _check_journal(self, number: int, epoch: int) -> None:
+        """Nobody is in an epoch that the master could forget."""
+        if epoch <= self._journaled:
+            return
+        self._journaled = journal.read_past(self._journal).groups[GROUP].number
+        if epoch > self._journaled:
+            text = f"is in epoch {epoch}, and the journal knows {self._journaled} only"
+            self.oracle.violations.append(Violation("journal", number, self._now(), text))
 
     def _let_go(self, numbers: list[int], then: Callable[[list[int]], None]) -> None:
         there = [number for number in numbers if number in self._alive]
@@ -281,7 +325,7 @@ class Conductor:
     def _fault(self) -> None:
         if self._now() >= self._faults_until_s:
             return
-        touched = {fault.victim for fault in self._active.values() if fault.needs_victim}
+        touched = {victim for fault in self._active.values() for victim in fault.victims}
         in_step = [number for number in self.oracle.in_step() if number not in touched | self._leaving | self._doomed]
         stalling = sum(fault.stalls for fault in self._active.values())
         fault = self._drawer.draw(self, in_step, stalling)
@@ -292,7 +336,7 @@ class Conductor:
         self._plan_fault()
         at_s = self._now()
         seconds = fault.apply()
-        victim = fault.victim if fault.needs_victim else None
+        victim = fault.victim if fault.victims else None
         mark = self.record.fault(fault.name, victim, at_s, at_s + seconds)
         self._active[mark.number] = fault
 
@@ -352,15 +396,73 @@ class Conductor:
         self._children.signal(_name(peer), signal.SIGCONT)
         self.oracle.resume(peer, self._now())
 
+    def master_is_well(self) -> bool:
+        return self._master_up and not self._master_hindered
+
+    def _hinder_master(self) -> None:
+        self._master_hindered = True
+        self.oracle.master_away()
+
+    def _master_free(self) -> None:
+        self._master_hindered = False
+        self._still_until_s = self._now()
+        self.oracle.master_back(self._now())
+
     def stop_master(self) -> None:
-        self._master_stops += 1
+        self._hinder_master()
         self._children.signal(MASTER, signal.SIGSTOP)
 
     def resume_master(self) -> None:
-        self._master_stops -= 1
-        self._still_until_s = self._now()
-        if not self._master_stops:
-            self._children.signal(MASTER, signal.SIGCONT)
+        self._children.signal(MASTER, signal.SIGCONT)
+        self._master_free()
+
+    def kill_master(self) -> None:
+        self._hinder_master()
+        self._master_killed, self._master_up = True, False
+        self._children.kill(MASTER)
+
+    def restart_master(self) -> None:
+        self._master_free()
+        if MASTER not in self._children:
+            self._restart_now()
+
+    def _restart_now(self) -> None:
+        self._master_killed = False
+        self._start_master()
+
+    def cut_master(self) -> None:
+        self._hinder_master()
+        self.master_line().cut()
+
+    def mend_master(self) -> None:
+        self.master_line().mend()
+        self._master_free()
+
+    def fill_journal(self) -> None:
+        """No file of the master may grow or be written beyond its first byte (EFBIG): a full disk, for this process."""
+        self._hinder_master()
+        self._limit_files(1)
+
+    def empty_journal(self) -> None:
+        self._limit_files(resource.RLIM_INFINITY)
+        self._master_free()
+
+    def _limit_files(self, size_bytes: int) -> None:
+        _, hard = resource.prlimit(self.master_pid(), resource.RLIMIT_FSIZE)
+        soft = size_bytes if hard == resource.RLIM_INFINITY or size_bytes != resource.RLIM_INFINITY else hard
+        resource.prlimit(self.master_pid(), resource.RLIMIT_FSIZE, (soft, hard))
+
+    def line(self, peer: int) -> NetworkLine:
+        return self._lines[peer]
+
+    def master_line(self) -> NetworkLine:
+        return self._network.line(MASTER)
+
+    def enter_network(self) -> None:
+        self._network.enter()
+
+    def evictions(self, peer: int) -> int:
+        return self.oracle.processes[peer].evictions
 
     def leave(self, peer: int) -> None:
         self._leaving.add(peer)
@@ -379,7 +481,9 @@ class Conductor:
             self._alive.add(number)
             self.oracle.started(number, self._now())
             name = _name(number)
-            before = self._network.command_of(name)
+            before = self._network.place(name)
+            if self._network.links:
+                self._lines[number] = self._network.line(name)
             self._children.start(name, "pyccl.stress.peer", [json.dumps(settings)], ONE_THREAD, before)
         self._joining.append((set(numbers), numbers, then))
 
@@ -396,8 +500,8 @@ class Conductor:
     def excuse_ends(self, peer: int, after_s: float) -> None:
         self.oracle.excuse_ends(peer, self._now() + after_s)
 
-    def complain(self, text: str) -> None:
-        self.oracle.violations.append(Violation("garbage", None, self._now(), text))
+    def complain(self, kind: str, text: str) -> None:
+        self.oracle.violations.append(Violation(kind, None, self._now(), text))
 
 
 def _name(number: int) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Final, Protocol
 
 from pyccl.stress.garbage import Sender
+from pyccl.stress.network import Bend, Line
 from pyccl.stress.sockets import Connection, connections
 
 HEALTHY_LEFT: Final = 2  # members that no fault touches, so that the state survives
@@ -40,8 +41,27 @@ class Lab(Protocol):
 
     def stop(self, peer: int) -> None: ...
     def resume(self, peer: int) -> None: ...
+    def master_is_well(self) -> bool:
+        """It runs, and no fault touches it."""
+
     def stop_master(self) -> None: ...
     def resume_master(self) -> None: ...
+    def kill_master(self) -> None: ...
+    def restart_master(self) -> None:
+        """With the same journal, on the same address, as soon as the old one is gone."""
+
+    def cut_master(self) -> None: ...
+    def mend_master(self) -> None: ...
+    def fill_journal(self) -> None:
+        """Every write to the journal fails until `empty_journal`."""
+
+    def empty_journal(self) -> None: ...
+    def line(self, peer: int) -> Line: ...
+    def master_line(self) -> Line: ...
+    def enter_network(self) -> None: ...
+    def evictions(self, peer: int) -> int:
+        """How often it was told to be out of the run."""
+
     def leave(self, peer: int) -> None:
         """As ``kill``."""
 
@@ -51,7 +71,7 @@ class Lab(Protocol):
 
     def excuse(self, peer: int, why: str) -> None: ...
     def excuse_ends(self, peer: int, after_s: float) -> None: ...
-    def complain(self, text: str) -> None: ...
+    def complain(self, kind: str, text: str) -> None: ...
 
 
 class Fault(abc.ABC):
@@ -59,19 +79,18 @@ class Fault(abc.ABC):
 
     name: ClassVar[str]
     weight: ClassVar[float] = 1.0
-    needs_victim: ClassVar[bool] = True
+    victims_needed: ClassVar[int] = 1
+    needs_master: ClassVar[bool] = False  # it is the victim
     needs_links: ClassVar[bool] = False
     stalls: ClassVar[bool] = False  # the group may stand still while it lasts
 
-    def __init__(self, lab: Lab, rng: random.Random, victim: int | None) -> None:
-        self.lab, self.rng = lab, rng
-        self._victim = victim
+    def __init__(self, lab: Lab, rng: random.Random, victims: Sequence[int]) -> None:
+        self.lab, self.rng, self.victims = lab, rng, victims
         self.detail = ""  # for the report
 
     @property
     def victim(self) -> int:
-        assert self._victim is not None
-        return self._victim
+        return self.victims[0]
 
     @abc.abstractmethod
     def apply(self) -> float:
@@ -83,7 +102,7 @@ class Fault(abc.ABC):
     @classmethod
     def possible(cls, lab: Lab) -> bool:
         """Whether it makes sense now."""
-        return True
+        return not cls.needs_master or lab.master_is_well()
 
 
 class Kill(Fault):
@@ -94,6 +113,17 @@ class Kill(Fault):
     def apply(self) -> float:
         self.lab.kill(self.victim)
         return 0.0
+
+
+class HostDies(Fault):
+    """Its line is cut and it is killed: nobody hears a word of its end."""
+
+    name, needs_links, stalls = "host-dies", True, True
+
+    def apply(self) -> float:
+        self.lab.line(self.victim).cut()
+        self.lab.kill(self.victim)
+        return self.lab.peer_timeout_s  # others are touched after it
 
 
 class Leave(Fault):
@@ -221,25 +251,228 @@ class ResetControl(_Reset):
         return self.rng.sample(control, self.rng.randint(min(1, len(control)), len(control)))
 
 
-class StopMaster(Fault):
-    """SIGSTOP of the master, up to twice the time-out: nobody who is healthy may be evicted."""
+class _OfMaster(Fault):
+    """For up to twice the time-out, and nobody who is healthy may be evicted."""
 
-    name, needs_victim, stalls = "stop-master", False, True
+    victims_needed, needs_master, stalls = 0, True, True
 
     def apply(self) -> float:
-        self.lab.stop_master()
+        self.begin()
         seconds = self.lab.peer_timeout_s * self.rng.choice([self.rng.uniform(0.05, 0.5), self.rng.uniform(1.0, 2.0)])
         self.detail = f"{seconds:.1f} s"
         return seconds
+
+    @abc.abstractmethod
+    def begin(self) -> None: ...
+
+
+class StopMaster(_OfMaster):
+    """SIGSTOP, later SIGCONT."""
+
+    name = "stop-master"
+
+    def begin(self) -> None:
+        self.lab.stop_master()
 
     def heal(self) -> None:
         self.lab.resume_master()
 
 
+class KillMaster(_OfMaster):
+    """SIGKILL; another one continues the run from the journal."""
+
+    name, weight = "kill-master", 2.0
+
+    def begin(self) -> None:
+        self.lab.kill_master()
+
+    def heal(self) -> None:
+        self.lab.restart_master()
+
+
+class DiskFull(_OfMaster):
+    """The system refuses to write the journal: nothing is decided meanwhile, and nothing is lost."""
+
+    name = "disk-full"
+
+    def begin(self) -> None:
+        self.lab.fill_journal()
+
+    def heal(self) -> None:
+        self.lab.empty_journal()
+
+
+class SilenceMaster(_OfMaster):
+    """The master's line is cut: no peer hears it, and it hears none."""
+
+    name, needs_links = "silence-master", True
+
+    def begin(self) -> None:
+        self.lab.cut_master()
+
+    def heal(self) -> None:
+        self.lab.mend_master()
+
+
+class _Silence(Fault):
+    """A peer's line is cut, later mended."""
+
+    needs_links, stalls = True, True
+
+    def apply(self) -> float:
+        self.lab.line(self.victim).cut()
+        seconds = self.lab.peer_timeout_s * self.timeouts()
+        self.detail = f"{seconds:.1f} s"
+        return seconds
+
+    @abc.abstractmethod
+    def timeouts(self) -> float: ...
+
+    def heal(self) -> None:
+        self.lab.line(self.victim).mend()
+
+
+class SilenceShort(_Silence):
+    """For less than the time-out: nobody may be evicted."""
+
+    name = "silence-short"
+
+    def timeouts(self) -> float:
+        return self.rng.uniform(0.05, 0.4)
+
+
+class SilenceLong(_Silence):
+    """For longer: it is evicted and comes back."""
+
+    name = "silence-long"
+
+    def apply(self) -> float:
+        self.lab.excuse(self.victim, self.name)
+        return super().apply()
+
+    def timeouts(self) -> float:
+        return self.rng.uniform(1.3, 2.0)
+
+    def heal(self) -> None:
+        super().heal()
+        self.lab.excuse_ends(self.victim, 2 * self.lab.peer_timeout_s)
+
+
+class Partition(Fault):
+    """What one peer sends to another one is lost, at times the other way as well; both reach the master and the rest.
+
+    One of the two may be evicted when it lasts, never both.
+    """
+
+    name, victims_needed, needs_links, stalls = "partition", 2, True, True
+    SETTLED_TIMEOUTS: ClassVar[float] = 3.0
+
+    def apply(self) -> float:
+        a, b = self.victims
+        for peer in self.victims:
+            self.lab.excuse(peer, self.name)
+        self._evictions = {peer: self.lab.evictions(peer) for peer in self.victims}
+        self._both = self.rng.random() < 0.3
+        self.lab.line(a).block(self.lab.line(b))
+        if self._both:
+            self.lab.line(b).block(self.lab.line(a))
+        timeouts = self.rng.choice([self.rng.uniform(0.1, 1.0), self.rng.uniform(1.5, 3.0)])
+        seconds = self.lab.peer_timeout_s * timeouts
+        self.detail = f"{'both ways' if self._both else 'one way'} to peer {b}, {seconds:.1f} s"
+        return seconds
+
+    def heal(self) -> None:
+        a, b = self.victims
+        self.lab.line(a).unblock(self.lab.line(b))
+        if self._both:
+            self.lab.line(b).unblock(self.lab.line(a))
+        settled_s = self.SETTLED_TIMEOUTS * self.lab.peer_timeout_s
+        for peer in self.victims:
+            self.lab.excuse_ends(peer, settled_s)
+        self.lab.after(settled_s, self._check)
+
+    def _check(self) -> None:
+        if all(self.lab.evictions(peer) > before for peer, before in self._evictions.items()):
+            self.lab.complain("partition", f"both sides of a partition were evicted: peers {list(self.victims)}")
+
+
+class PartitionMaster(Fault):
+    """What a peer sends to the master is lost, or what the master sends to it. The others hear it all the while."""
+
+    name, needs_links, stalls = "partition-master", True, True
+
+    def apply(self) -> float:
+        self.lab.excuse(self.victim, self.name)
+        self._up = self.rng.random() < 0.5
+        ends = self._ends()
+        ends[0].block(ends[1])
+        seconds = self.lab.peer_timeout_s * self.rng.uniform(0.1, 2.0)
+        self.detail = f"{'to' if self._up else 'from'} the master, {seconds:.1f} s"
+        return seconds
+
+    def _ends(self) -> tuple[Line, Line]:
+        peer, master = self.lab.line(self.victim), self.lab.master_line()
+        return (peer, master) if self._up else (master, peer)
+
+    def heal(self) -> None:
+        ends = self._ends()
+        ends[0].unblock(ends[1])
+        self.lab.excuse_ends(self.victim, 2 * self.lab.peer_timeout_s)
+
+
+class _Bent(Fault):
+    """A peer's line is bent for a while. Nobody may be evicted."""
+
+    needs_links, stalls = True, True
+
+    def apply(self) -> float:
+        bend, told = self.draw()
+        self.lab.line(self.victim).bend(bend, self.rng.getrandbits(32))
+        seconds = self.rng.uniform(2.0, 6.0)
+        self.detail = f"{told}, {seconds:.1f} s"
+        return seconds
+
+    @abc.abstractmethod
+    def draw(self) -> tuple[Bend, str]: ...
+
+    def heal(self) -> None:
+        self.lab.line(self.victim).straighten()
+
+
+class Loss(_Bent):
+    """Frames are lost at random, both ways."""
+
+    name = "loss"
+
+    def draw(self) -> tuple[Bend, str]:
+        share = 10 ** self.rng.uniform(-3, -1.5)
+        return Bend(loss=share), f"{share:.2%}"
+
+
+class Delay(_Bent):
+    """Both ways later."""
+
+    name = "delay"
+
+    def draw(self) -> tuple[Bend, str]:
+        delay_s = self.rng.uniform(0.01, 0.15)
+        return Bend(delay_s=delay_s), f"{delay_s * 1000:.0f} ms each way"
+
+
+class Narrow(_Bent):
+    """A home's uplink."""
+
+    name = "narrow"
+
+    def draw(self) -> tuple[Bend, str]:
+        mbit_per_s = 10 * 10 ** self.rng.random()
+        return Bend(bits_per_s=mbit_per_s * 1e6), f"{mbit_per_s:.0f} Mbit/s"
+
+
 class JoinMany(Fault):
     """Two to four processes connect at once, beyond those there are."""
 
-    name, needs_victim = "join-many", False
+    name, victims_needed = "join-many", 0
 
     def apply(self) -> float:
         count = self.rng.randint(2, 4)
@@ -255,7 +488,7 @@ class JoinMany(Fault):
 class JoinerDies(Fault):
     """A process is killed some moments after it began to connect."""
 
-    name, needs_victim = "joiner-dies", False
+    name, victims_needed = "joiner-dies", 0
 
     def apply(self) -> float:
         delay_s = 0.001 * 600 ** self.rng.random()
@@ -272,11 +505,11 @@ class JoinerDies(Fault):
 class Garbage(Fault):
     """Somebody sends noise and spoilt messages to the master and to every peer."""
 
-    name, needs_victim = "garbage", False
+    name, victims_needed = "garbage", 0
     SECONDS, POLL_S = 3.0, 0.1
 
     def apply(self) -> float:
-        self._sender = Sender(self.lab.master_address, self.rng.getrandbits(32))
+        self._sender = Sender(self.lab.master_address, self.rng.getrandbits(32), self.lab.enter_network)
         self._sender.start()
         return self.SECONDS
 
@@ -286,17 +519,17 @@ class Garbage(Fault):
             return
         self.detail = f"{self._sender.sent} shots at {self._sender.ports} ports"
         for what in self._sender.not_cut_off:
-            self.lab.complain(f"garbage was not cut off: {what}")
+            self.lab.complain("garbage", f"garbage was not cut off: {what}")
 
 
 KINDS: Final[dict[str, type[Fault]]] = {
     kind.name: kind
     for kind in (
-        Kill, StopShort, StopLong, Slow, ResetData, ResetControl, StopMaster, JoinMany, JoinerDies, Garbage, Leave,
+        Kill, StopShort, StopLong, Slow, ResetData, ResetControl, KillMaster, StopMaster, DiskFull, JoinMany,
+        JoinerDies, Garbage, Leave,
+        HostDies, SilenceShort, SilenceLong, SilenceMaster, Partition, PartitionMaster, Loss, Delay, Narrow,
     )
 }  # fmt: skip
-# What the contract names and processes on one loopback can't show: each pair needs a line of its own.
-OF_LINKS: Final = ("silence", "partition", "loss", "delay")
 
 
 def choose(names: Sequence[str], *, links: bool) -> list[type[Fault]]:
@@ -309,13 +542,13 @@ def choose(names: Sequence[str], *, links: bool) -> list[type[Fault]]:
         return [kind for kind in KINDS.values() if links or not kind.needs_links]
     for name in names:
         known = KINDS.get(name)
-        if (name in OF_LINKS or (known is not None and known.needs_links)) and not links:
+        if known is None:
+            raise FaultsError(f"there is no fault {name!r}; known are {', '.join(KINDS)}")
+        if known.needs_links and not links:
             raise FaultsError(
                 f"{name!r} cuts or bends lines between processes: it needs network namespaces, and on plain loopback "
                 "there are none"
             )
-        if known is None:
-            raise FaultsError(f"there is no fault {name!r}; known are {', '.join(KINDS)}")
     return [KINDS[name] for name in dict.fromkeys(names)]
 
 
@@ -327,16 +560,16 @@ class Drawer:
 
     def draw(self, lab: Lab, in_step: Sequence[int], stalling: int) -> Fault | None:
         """in_step: members that no fault touches. stalling: faults under way under which the group may stand still."""
-        able = len(in_step) > HEALTHY_LEFT
+        able = len(in_step) - HEALTHY_LEFT
         kinds = [
             kind
             for kind in self._kinds
-            if (able or not kind.needs_victim)
+            if (not kind.victims_needed or kind.victims_needed <= able)
             and (stalling < STALLS_AT_ONCE or not kind.stalls)
             and kind.possible(lab)
         ]
         if not kinds:
             return None
         kind = self._rng.choices(kinds, [kind.weight for kind in kinds])[0]
-        victim = self._rng.choice(sorted(in_step)) if kind.needs_victim else None
-        return kind(lab, random.Random(self._rng.getrandbits(64)), victim)
+        victims = self._rng.sample(sorted(in_step), kind.victims_needed)
+        return kind(lab, random.Random(self._rng.getrandbits(64)), victims)

@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -53,8 +54,8 @@ def shot(rng: random.Random, run: bytes) -> bytes:
 class Sender:
     """Fires from a thread of its own, so that nobody waits for it."""
 
-    def __init__(self, master: str, seed: int) -> None:
-        self._master, self._rng = master, random.Random(seed)
+    def __init__(self, master: str, seed: int, enter_network: Callable[[], None]) -> None:
+        self._master, self._rng, self._enter_network = master, random.Random(seed), enter_network
         self._stopping = threading.Event()
         self._error: BaseException | None = None
         self.sent = 0
@@ -76,6 +77,7 @@ class Sender:
 
     def _main(self) -> None:
         try:
+            self._enter_network()
             self._fire()
         except BaseException as error:  # noqa: BLE001  it is raised where stop() is called
             self._error = error

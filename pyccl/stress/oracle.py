@@ -21,6 +21,7 @@ from pyccl.stress import workload
 from pyccl.stress.workload import Outcome
 
 KEPT_REVISIONS: Final = 5_000  # a peer that reports later than so many rounds was out long ago
+MASTER_GRACE_S: Final = 3.0
 OUT_OF_RUN: Final = ("EvictedError", "OutcomeUnknownError")
 Roster = tuple[int, tuple[str, ...]]  # epoch, members
 
@@ -63,6 +64,7 @@ class Process:
     excused_until_s: float = math.inf
     stopped: bool = False
     ended: bool = False
+    evictions: int = 0
 
 
 class Oracle:
@@ -84,6 +86,7 @@ class Oracle:
         self._reached: dict[int, int] = {}  # epoch -> highest revision of a member that was in it
         self._synced_at: dict[int, int] = {}  # epoch -> lowest revision synced in it
         self._advanced_s = 0.0
+        self._master_away_until_s = -math.inf
 
     # ---- facts
 
@@ -118,6 +121,14 @@ class Oracle:
         if not expected:
             self._violate("crash", number, now_s, how)
 
+    def master_away(self) -> None:
+        """No peer may reach it, or it may decide nothing."""
+        self._master_away_until_s = math.inf
+
+    def master_back(self, now_s: float) -> None:
+        """Calls that waited for it too long by then may tell so a little later."""
+        self._master_away_until_s = now_s + MASTER_GRACE_S
+
     def in_step(self) -> list[int]:
         """Processes that are members, hold the state and are under no fault."""
         return [p.number for p in self.processes.values() if self._is_in_step(p)]
@@ -145,7 +156,7 @@ class Oracle:
             case "failed":
                 self._take_error(process, report, report["t"])
             case "refused":
-                self.errors[f"connect: {report['class']}"] += 1
+                self._take_refusal(process, report)
             case "leaving":
                 process.member, process.rounds = False, 0
             case other:
@@ -321,9 +332,20 @@ class Oracle:
         if kind in OUT_OF_RUN and process.excuse:
             self.errors[f"{kind} after {process.excuse}"] += 1
             process.member, process.rounds, process.synced = False, 0, False
+            process.evictions += kind == "EvictedError"
+            return
+        if kind == "MasterUnavailableError" and (process.excuse or now_s <= self._master_away_until_s):
+            self.errors[kind] += 1
             return
         if kind:
             self._violate("error", process.number, now_s, f"{kind}: {error['text']}")
+
+    def _take_refusal(self, process: Process, report: Mapping[str, Any]) -> None:
+        kind, now_s = report["class"], report["t"]
+        if kind == "MasterUnavailableError" and not process.excuse and now_s > self._master_away_until_s:
+            self._violate("error", process.number, now_s, f"{kind}: {report['text']}")
+            return
+        self.errors[f"connect: {kind}"] += 1
 
     def _check_restored(self, process: Process, error: Mapping[str, Any], now_s: float) -> None:
         if "restored" not in error:

@@ -61,7 +61,7 @@ class Peer:
         while not self._leaving.is_set():
             try:
                 self._comm.connect(timeout=CALL_TIMEOUT_S)
-            except (pyccl.RejectedError, pyccl.EvictedError) as error:
+            except (pyccl.RejectedError, pyccl.EvictedError, pyccl.MasterUnavailableError) as error:
                 say("refused", **told(error))
                 continue
             say("member", epoch=self._comm.epoch, members=self._comm.members)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pyccl.stress import workload
-from pyccl.stress.faults import HEALTHY_LEFT, KINDS, OF_LINKS, STALLS_AT_ONCE, Drawer, FaultsError, Slow, choose
+from pyccl.stress.faults import HEALTHY_LEFT, KINDS, STALLS_AT_ONCE, Drawer, FaultsError, Slow, choose
 from pyccl.stress.report import Record, longest_gap
 from pyccl.stress.sockets import connections
 
@@ -22,7 +22,8 @@ class FakeLab:
 
     peer_timeout_s, master_address = 5.0, "127.0.0.1:1"
 
-    def __init__(self) -> None:
+    def __init__(self, *, master_well: bool = True) -> None:
+        self.master_well = master_well
         self.done: list[tuple[str, Any]] = []
         self.timers: list[tuple[float, Callable[[], None]]] = []
 
@@ -32,26 +33,43 @@ class FakeLab:
     def surplus(self) -> int:
         return 0
 
+    def master_is_well(self) -> bool:
+        return self.master_well
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments: self.done.append((name, arguments))
 
 
-def drawn(seed: int, count: int) -> list[tuple[str, int | None]]:
-    drawer = Drawer(choose((), links=False), random.Random(seed))
+def drawn(seed: int, count: int) -> list[tuple[str, tuple[int, ...]]]:
+    drawer = Drawer(choose((), links=True), random.Random(seed))
     faults = [drawer.draw(FakeLab(), range(5), 0) for _ in range(count)]
-    return [(fault.name, fault.victim if fault.needs_victim else None) for fault in faults if fault is not None]
+    return [(fault.name, tuple(fault.victims)) for fault in faults if fault is not None]
 
 
 def test_the_seed_decides_kinds_and_victims_and_every_kind_comes() -> None:
     assert drawn(3, 200) == drawn(3, 200) != drawn(4, 200)
-    assert {name for name, _ in drawn(3, 200)} == set(KINDS)
+    assert {name for name, _ in drawn(3, 400)} == set(KINDS)
+
+
+def test_the_master_has_one_fault_at_a_time() -> None:
+    drawer = Drawer(choose((), links=True), random.Random(1))
+    faults = [drawer.draw(FakeLab(master_well=False), range(8), 0) for _ in range(400)]
+    assert all(fault is not None and not fault.needs_master for fault in faults)
+    assert Drawer(choose(("kill-master",), links=True), random.Random(1)).draw(FakeLab(), range(8), 0) is not None
+
+
+def test_a_fault_of_a_pair_leaves_as_many_members_untouched() -> None:
+    drawer = Drawer(choose(("partition",), links=True), random.Random(1))
+    assert drawer.draw(FakeLab(), range(HEALTHY_LEFT + 1), 0) is None
+    fault = drawer.draw(FakeLab(), range(HEALTHY_LEFT + 2), 0)
+    assert fault is not None and len(set(fault.victims)) == 2
 
 
 def test_members_that_no_fault_touches_are_left() -> None:
     drawer = Drawer(choose((), links=False), random.Random(1))
     for _ in range(200):
         fault = drawer.draw(FakeLab(), range(HEALTHY_LEFT), 0)
-        assert fault is not None and not fault.needs_victim
+        assert fault is not None and not fault.victims
     assert Drawer(choose(("kill",), links=False), random.Random(1)).draw(FakeLab(), range(HEALTHY_LEFT), 0) is None
 
 
@@ -61,7 +79,7 @@ def test_faults_under_which_the_group_stands_still_are_few_at_a_time() -> None:
     assert all(fault is not None and not fault.stalls for fault in faults)
 
 
-@pytest.mark.parametrize("name", OF_LINKS)
+@pytest.mark.parametrize("name", [kind.name for kind in KINDS.values() if kind.needs_links])
 def test_a_fault_of_links_is_refused_on_loopback_with_the_reason(name: str) -> None:
     with pytest.raises(FaultsError, match="network namespaces"):
         choose(("kill", name), links=False)
@@ -74,7 +92,7 @@ def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
 
 def test_a_slow_peer_runs_again_when_the_fault_is_healed_whatever_timer_comes_later() -> None:
     lab = FakeLab()
-    fault = Slow(lab, random.Random(1), 7)
+    fault = Slow(lab, random.Random(1), [7])
     assert fault.apply() > 0
     for _ in range(5):
         lab.timers.pop()[1]()
