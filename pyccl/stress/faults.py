@@ -18,6 +18,7 @@ from pyccl.stress.sockets import Connection, connections
 
 HEALTHY_LEFT: Final = 2  # members that no fault touches, so that the state survives
 STALLS_AT_ONCE: Final = 2  # so that the group gets on between them
+LONG_WEIGHT: Final = 0.5  # of faults that stop the group for about a time-out: a run is to work, too
 
 
 class FaultsError(ValueError):
@@ -118,7 +119,7 @@ class Kill(Fault):
 class HostDies(Fault):
     """Its line is cut and it is killed: nobody hears a word of its end."""
 
-    name, needs_links, stalls = "host-dies", True, True
+    name, weight, needs_links, stalls = "host-dies", LONG_WEIGHT, True, True
 
     def apply(self) -> float:
         self.lab.line(self.victim).cut()
@@ -167,7 +168,7 @@ class StopShort(_Stop):
 class StopLong(_Stop):
     """For longer than the time-out: it is evicted, is told so when it wakes up, and comes back."""
 
-    name = "stop-long"
+    name, weight = "stop-long", LONG_WEIGHT
 
     def apply(self) -> float:
         self.lab.excuse(self.victim, self.name)
@@ -269,7 +270,7 @@ class _OfMaster(Fault):
 class StopMaster(_OfMaster):
     """SIGSTOP, later SIGCONT."""
 
-    name = "stop-master"
+    name, weight = "stop-master", LONG_WEIGHT
 
     def begin(self) -> None:
         self.lab.stop_master()
@@ -281,7 +282,7 @@ class StopMaster(_OfMaster):
 class KillMaster(_OfMaster):
     """SIGKILL; another one continues the run from the journal."""
 
-    name, weight = "kill-master", 2.0
+    name = "kill-master"
 
     def begin(self) -> None:
         self.lab.kill_master()
@@ -293,7 +294,7 @@ class KillMaster(_OfMaster):
 class DiskFull(_OfMaster):
     """The system refuses to write the journal: nothing is decided meanwhile, and nothing is lost."""
 
-    name = "disk-full"
+    name, weight = "disk-full", LONG_WEIGHT
 
     def begin(self) -> None:
         self.lab.fill_journal()
@@ -305,7 +306,7 @@ class DiskFull(_OfMaster):
 class SilenceMaster(_OfMaster):
     """The master's line is cut: no peer hears it, and it hears none."""
 
-    name, needs_links = "silence-master", True
+    name, weight, needs_links = "silence-master", LONG_WEIGHT, True
 
     def begin(self) -> None:
         self.lab.cut_master()
@@ -344,7 +345,7 @@ class SilenceShort(_Silence):
 class SilenceLong(_Silence):
     """For longer: it is evicted and comes back."""
 
-    name = "silence-long"
+    name, weight = "silence-long", LONG_WEIGHT
 
     def apply(self) -> float:
         self.lab.excuse(self.victim, self.name)
@@ -364,7 +365,8 @@ class Partition(Fault):
     One of the two may be evicted when it lasts, never both.
     """
 
-    name, victims_needed, needs_links, stalls = "partition", 2, True, True
+    name, weight, victims_needed = "partition", LONG_WEIGHT, 2
+    needs_links, stalls = True, True
     SETTLED_TIMEOUTS: ClassVar[float] = 3.0
 
     def apply(self) -> float:
@@ -399,7 +401,7 @@ class Partition(Fault):
 class PartitionMaster(Fault):
     """What a peer sends to the master is lost, or what the master sends to it. The others hear it all the while."""
 
-    name, needs_links, stalls = "partition-master", True, True
+    name, weight, needs_links, stalls = "partition-master", LONG_WEIGHT, True, True
 
     def apply(self) -> float:
         self.lab.excuse(self.victim, self.name)

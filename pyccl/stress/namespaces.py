@@ -83,7 +83,7 @@ class NamespaceLine(Line):
         self._hub, self._number = hub, number
         self._closed = False
         self._relay: subprocess.Popen[str] | None = None
-        self._handover: threading.Thread | None = None
+        self.handover: threading.Thread | None = None
         self.inside = Namespace()
         hub.ip(
             f"link add name v{number} type veth peer name eth0 netns {self.inside.path}",
@@ -123,8 +123,8 @@ class NamespaceLine(Line):
             [*self._hub.command(), sys.executable, "-P", "-m", "pyccl.stress.bend", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
-        self._handover = threading.Thread(target=self._hand_over, args=(self._relay,))
-        self._handover.start()
+        self.handover = threading.Thread(target=self._hand_over, args=(self._relay,))
+        self.handover.start()
 
     def _hand_over(self, relay: subprocess.Popen[str]) -> None:
         """The straight way goes on until the relay is there, and nobody waits for a process to start."""
@@ -134,13 +134,13 @@ class NamespaceLine(Line):
 
     def straighten(self) -> None:
         """NetworkError: the relay ended by itself."""
-        if self._relay is None or self._handover is None:
+        if self._relay is None or self.handover is None:
             return
         ended = self._relay.poll()
         self._relay.kill()
-        self._handover.join()
+        self.handover.join()
         self._relay.communicate()
-        self._relay = self._handover = None
+        self._relay = self.handover = None
         self._hub.ip(f"link del b{self._number}", f"link set v{self._number} master hub")
         if ended is not None:
             raise NetworkError(f"the relay of a bent line ended with {ended}")

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -28,9 +28,13 @@ from pyccl.stress.workload import Array, Op, Outcome
 CALL_TIMEOUT_S: Final = 600.0  # the conductor's watchdog comes first
 UNCONDITIONAL_EVERY: Final = 9  # rounds between safe points that nobody waits for
 # What is planted, to see that it is found: by one peer, or by all (the others would mend it, it is rare).
-CANARIES: Final = ("wrong-value", "lost-revision", "repeated-revision", "forked-state", "unrestored-input", "hang")
+CANARIES: Final = (
+    "wrong-value", "lost-revision", "repeated-revision", "forked-state", "unrestored-input", "unknown-epoch",
+    "hang",
+)
 CANARIES_OF_ALL: Final = ("lost-revision", "repeated-revision", "unrestored-input")
 CANARY_REVISION: Final = 25
+UNKNOWN_EPOCHS: Final = 1_000_000  # beyond any that the master decides on
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ class Peer:
                 workload.advance(self._state, outcomes)
             if self._is_canary("forked-state", revision):
                 self._state.arrays["weights"][0] ^= 1
+        if self._is_canary("unknown-epoch", revision):
+            outcomes = [replace(outcome, epoch=outcome.epoch + UNKNOWN_EPOCHS) for outcome in outcomes]
         rosters = list(dict.fromkeys((outcome.epoch, outcome.members) for outcome in outcomes))
         say(
             "round", revision=revision, done=done, seconds=time.monotonic() - started, rosters=rosters,

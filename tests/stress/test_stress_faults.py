@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 
 from pyccl.stress import workload
-from pyccl.stress.faults import HEALTHY_LEFT, KINDS, STALLS_AT_ONCE, Drawer, FaultsError, Slow, choose
+from pyccl.stress.faults import HEALTHY_LEFT, KINDS, STALLS_AT_ONCE, Drawer, FaultsError, Partition, Slow, choose
 from pyccl.stress.report import Record, longest_gap
 from pyccl.stress.sockets import connections
+
+
+class FakeLine:
+    """Takes everything."""
+
+    def block(self, other: FakeLine) -> None: ...
+    def unblock(self, other: FakeLine) -> None: ...
 
 
 class FakeLab:
@@ -29,6 +36,9 @@ class FakeLab:
 
     def after(self, delay_s: float, call: Callable[[], None]) -> None:
         self.timers.append((delay_s, call))
+
+    def line(self, peer: int) -> FakeLine:
+        return FakeLine()
 
     def surplus(self) -> int:
         return 0
@@ -120,6 +130,34 @@ def test_a_connection_of_a_child_is_reset_at_both_ends() -> None:
             _, errors = child.communicate(timeout=60)
     assert child.returncode != 0
     assert "Error: [Errno" in errors.splitlines()[-1]
+
+
+def partitioned(evictions: dict[int, int]) -> FakeLab:
+    """After a partition of peers 1 and 2, in which each was evicted so often."""
+    lab, told = FakeLab(), dict.fromkeys((1, 2), 5)
+    lab.evictions = told.__getitem__
+    fault = Partition(lab, random.Random(3), [1, 2])
+    fault.apply()
+    fault.heal()
+    for peer, count in evictions.items():
+        told[peer] += count
+    while lab.timers:
+        lab.timers.pop()[1]()
+    return lab
+
+
+def test_a_partition_blocks_and_frees_the_same_ways_and_may_cost_one_side() -> None:
+    lab = partitioned({1: 1, 2: 0})
+    calls = [name for name, _ in lab.done]
+    assert "complain" not in calls
+    for peer in (1, 2):
+        assert ("excuse", (peer, "partition")) in lab.done
+        assert ("excuse_ends", (peer, Partition.SETTLED_TIMEOUTS * lab.peer_timeout_s)) in lab.done
+
+
+def test_a_partition_that_costs_both_sides_is_a_violation() -> None:
+    (complaint,) = [arguments for name, arguments in partitioned({1: 1, 2: 1}).done if name == "complain"]
+    assert complaint[0] == "partition" and "[1, 2]" in complaint[1]
 
 
 # ---- workload and figures

@@ -8,6 +8,7 @@ import pytest
 from stress_reports import HANG_S, PEERS, SEED, Report, exchange_of, judged, kinds, reports, spoilt
 
 from pyccl.stress import workload
+from pyccl.stress.oracle import MASTER_GRACE_S
 
 
 def test_a_right_run_has_no_violations_and_everything_is_compared() -> None:
@@ -134,6 +135,22 @@ def test_an_eviction_is_explained_by_a_fault_only() -> None:
     assert oracle.in_step() == [0, 2]
     oracle.take(2, evicted)
     assert kinds(oracle) == ["error"]
+
+
+def test_a_master_that_is_away_explains_calls_that_need_it_and_nothing_else_does() -> None:
+    failed: Report = {"event": "failed", "t": 50.0, "class": "MasterUnavailableError", "text": "away for 20 s"}
+    refused = {**failed, "event": "refused"}
+    oracle = judged(reports(1))
+    oracle.master_away()
+    oracle.take(1, failed)
+    oracle.take(2, refused)
+    oracle.master_back(49.0)
+    oracle.take(1, failed)
+    assert oracle.violations == [] and oracle.in_step() == [0, 1, 2]
+    later = 49.0 + MASTER_GRACE_S + 1
+    oracle.take(1, {**failed, "t": later})
+    oracle.take(2, {**refused, "t": later})
+    assert kinds(oracle) == ["error", "error"]
 
 
 def test_an_excuse_ends_when_the_peer_goes_on_without_having_been_evicted() -> None:

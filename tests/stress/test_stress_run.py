@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 from pyccl.stress.peer import CANARY_REVISION
 
 TIMEOUT_S = 400
-STRESS = [sys.executable, "-P", "-m", "pyccl.cli.main", "stress", "--no-netns"]
+# Namespaces where they can be had, so that this is a test of as much as there is.
+NETWORK, OPTIONS = ("namespaces", []) if os.geteuid() == 0 else ("loopback", ["--no-netns"])
+STRESS = [sys.executable, "-P", "-m", "pyccl.cli.main", "stress", *OPTIONS]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -52,7 +55,7 @@ def test_short_run_under_all_faults_has_no_violation_and_no_hang(seed: int, tmp_
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["ok"] is True and told["violations"] == [] and told["hangs"] == 0
-    assert told["seed"] == seed
+    assert told["seed"] == seed and told["network"] == NETWORK
     assert told["revisions"] > 0 and told["checked"]["values"] > 0 and told["checked"]["digests"] > 0
     assert len(told["faults"]) >= 5
     assert {cost["kind"] for cost in told["costs"]} == {fault["kind"] for fault in told["faults"]}
@@ -71,6 +74,7 @@ def test_short_run_under_all_faults_has_no_violation_and_no_hang(seed: int, tmp_
         ("lost-revision", "lost revision", 3),
         ("repeated-revision", "skipped revision", 3),
         ("forked-state", "replaced state", 3),
+        ("unknown-epoch", "journal", 3),
         ("hang", "hang", 4),
     ],
 )
@@ -110,8 +114,29 @@ def test_a_signal_ends_the_run_and_all_its_processes_the_stopped_ones_too(seed: 
     assert processes_mentioning(f'"seed": {seed}') == []
 
 
+def test_nothing_of_a_run_outlives_its_sudden_end(seed: int) -> None:
+    faults = "stop-long,loss,garbage" if NETWORK == "namespaces" else "stop-long,garbage"
+    command = [*STRESS, "--peers", "4", "--faults", faults, "--fault-every", "0.2", "--calm", "1"]
+    command += ["--seed", str(seed), "--peer-timeout", "60", "--minutes", "10"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stress:
+        assert stress.stdout is not None
+        seen: set[str] = set()
+        for line in stress.stdout:
+            seen |= {fault for fault in faults.split(",") if fault in line}
+            if seen == set(faults.split(",")):
+                break
+        children = Path(f"/proc/{stress.pid}/task/{stress.pid}/children").read_text(encoding="ascii").split()
+        held = [os.pidfd_open(int(pid)) for pid in children]
+        stress.kill()
+    assert len(held) >= 5  # the master and the peers at least
+    for pidfd in held:  # readable when its process has ended
+        assert select.select([pidfd], [], [], TIMEOUT_S)[0] == [pidfd]
+        os.close(pidfd)
+    assert processes_mentioning(f'"seed": {seed}') == []
+
+
 def test_faults_that_need_namespaces_are_refused_on_loopback() -> None:
-    done = run("--faults", "kill,partition")
+    done = run("--no-netns", "--faults", "kill,partition")
     assert done.returncode == 2
     assert "network namespaces" in done.stderr
 
