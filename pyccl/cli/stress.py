@@ -81,7 +81,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 )  # fmt: skip
 @click.option(
     "--report", "report_path", type=click.Path(path_type=Path), metavar="PATH",
-    help="Write PATH.json and PATH.png, and after a violation PATH.log: what all processes logged.",
+    help="Write PATH.json, PATH.png and PATH.log: what masters logged, and the peers there at the end.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, the rest on stderr.")
 @click.option("--no-netns", is_flag=True, help="Plain loopback: no network namespaces and no faults that need them.")
@@ -165,9 +165,8 @@ def _saver(path: Path) -> Callable[[Conductor, dict[str, Any]], None]:
         title = f"pyccl stress: {plan.peers} peers, {len(record.faults)} faults, seed {plan.seed}"
         Path(f"{base}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         plot.save(record, conductor.oracle, title, Path(f"{base}.png"))
-        if record.traces:
-            logged = [f"== {name}\n" + "\n".join(lines) for name, lines in record.traces.items()]
-            Path(f"{base}.log").write_text("\n".join(logged) + "\n", encoding="utf-8")
+        logged = [f"== {name}\n" + "\n".join(lines) for name, lines in record.traces.items()]
+        Path(f"{base}.log").write_text("\n".join(logged) + "\n", encoding="utf-8")
 
     return save
 

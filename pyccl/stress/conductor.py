@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 
 from pyccl._io import journal
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
-from pyccl.stress.faults import Drawer, Fault
+from pyccl.stress.faults import MASTER_FAULTS_IN_A_ROW, Drawer, Fault
 from pyccl.stress.network import Line as NetworkLine
 from pyccl.stress.network import Network
 from pyccl.stress.oracle import Oracle, Violation
@@ -111,6 +111,7 @@ class Conductor:
         self._master_hindered = False  # by a fault
         self._still_until_s = self.start_s  # nobody could make progress before it
         self._faults_until_s = 0.0
+        self._stalled_at, self._stalled, self._master_faults = 0, 0, 0  # faults since this revision
 
     def execute(self) -> None:
         """The whole run. What is wrong ends up in ``oracle.violations``.
@@ -131,6 +132,9 @@ class Conductor:
         finally:
             for fault in list(self._active.values()):
                 fault.heal()
+        for name in (MASTER, *(_name(number) for number in sorted(self._alive))):
+            if name in self._children:
+                self._keep_trace(name)
         self.oracle.finish(self._now())
         self.record.end_s = self._now()
 
@@ -187,8 +191,6 @@ class Conductor:
         hung = [v for v in self.oracle.violations if v.kind == "hang"]
         if hung:
             self._ask_for_stacks()
-        for name in (MASTER, *(_name(number) for number in sorted(self._alive))):
-            self.record.traces[name] = self._children.stderr_tail(name)
 
     def _ask_for_stacks(self) -> None:
         for number in self._alive:
@@ -232,7 +234,7 @@ class Conductor:
             raise _OverError
 
     def _watch(self) -> None:
-        if not self.master_is_well():
+        if not self._master_is_well():
             self._still_until_s = self._now()
         self.oracle.watch(self._now(), self._still_until_s)
 
@@ -263,6 +265,7 @@ class Conductor:
             self.master_address = event.text.removeprefix(LISTENING).strip()
             self._master_up = True
         elif isinstance(event, Exited):
+            self._keep_trace(MASTER)
             tail = self._children.stderr_tail(MASTER)
             self._children.forget(MASTER)
             if self._master_killed and event.returncode == -signal.SIGKILL:
@@ -271,7 +274,6 @@ class Conductor:
             elif not self._master_up and self.master_address and event.returncode == EXIT_ADDRESS:
                 self.after(RETRY_S, self._start_master)
             else:
-                self.record.traces[MASTER] = tail
                 self._violate("crash", f"the master ended with {event.returncode}: {' | '.join(tail[-3:])}")
 
     def _take_exit(self, number: int, event: Exited) -> None:
@@ -280,12 +282,15 @@ class Conductor:
         )
         tail = self._children.stderr_tail(event.child)
         if not expected:
-            self.record.traces[event.child] = tail
+            self._keep_trace(event.child)
         how = f"ended with {event.returncode}: {' | '.join(tail[-3:])}"
         self.oracle.ended(number, expected, how, self._now())
         self._alive.discard(number)
         self._children.forget(event.child)
         self.after(REFUSED_S, lambda: self._network.release(event.child))
+
+    def _keep_trace(self, name: str) -> None:
+        self.record.traces.setdefault(name, []).extend(self._children.stderr_tail(name))
 
     def _note(self, number: int, report: dict[str, Any]) -> None:
         """What the record wants to know, and who waits for it."""
@@ -328,13 +333,17 @@ class Conductor:
         touched = {victim for fault in self._active.values() for victim in fault.victims}
         in_step = [number for number in self.oracle.in_step() if number not in touched | self._leaving | self._doomed]
         stalling = sum(fault.stalls for fault in self._active.values())
-        fault = self._drawer.draw(self, in_step, stalling)
+        if self.oracle.revision > self._stalled_at:
+            self._stalled_at, self._stalled, self._master_faults = self.oracle.revision, 0, 0
+        fault = self._drawer.draw(self, in_step, stalling, self._stalled)
         if fault is None:
             self.record.postponed += 1
             self.after(RETRY_S, self._fault)
             return
         self._plan_fault()
         at_s = self._now()
+        self._stalled += fault.stalls
+        self._master_faults += fault.needs_master
         seconds = fault.apply()
         victim = fault.victim if fault.victims else None
         mark = self.record.fault(fault.name, victim, at_s, at_s + seconds)
@@ -396,8 +405,11 @@ class Conductor:
         self._children.signal(_name(peer), signal.SIGCONT)
         self.oracle.resume(peer, self._now())
 
-    def master_is_well(self) -> bool:
+    def _master_is_well(self) -> bool:
         return self._master_up and not self._master_hindered
+
+    def master_may_fail(self) -> bool:
+        return self._master_is_well() and self._master_faults < MASTER_FAULTS_IN_A_ROW
 
     def _hinder_master(self) -> None:
         self._master_hindered = True

@@ -18,6 +18,8 @@ from pyccl.stress.sockets import Connection, connections
 
 HEALTHY_LEFT: Final = 2  # members that no fault touches, so that the state survives
 STALLS_AT_ONCE: Final = 2  # so that the group gets on between them
+STALLS_IN_A_ROW: Final = 4  # without a revision between them: under more of them nobody could tell a hang
+MASTER_FAULTS_IN_A_ROW: Final = 2  # each of them starts the timers of the master anew
 LONG_WEIGHT: Final = 0.5  # of faults that stop the group for about a time-out: a run is to work, too
 
 
@@ -42,8 +44,8 @@ class Lab(Protocol):
 
     def stop(self, peer: int) -> None: ...
     def resume(self, peer: int) -> None: ...
-    def master_is_well(self) -> bool:
-        """It runs, and no fault touches it."""
+    def master_may_fail(self) -> bool:
+        """It runs, no fault touches it, and after too many of them the group has got on."""
 
     def stop_master(self) -> None: ...
     def resume_master(self) -> None: ...
@@ -103,7 +105,7 @@ class Fault(abc.ABC):
     @classmethod
     def possible(cls, lab: Lab) -> bool:
         """Whether it makes sense now."""
-        return not cls.needs_master or lab.master_is_well()
+        return not cls.needs_master or lab.master_may_fail()
 
 
 class Kill(Fault):
@@ -560,14 +562,18 @@ class Drawer:
     def __init__(self, kinds: Sequence[type[Fault]], rng: random.Random) -> None:
         self._kinds, self._rng = kinds, rng
 
-    def draw(self, lab: Lab, in_step: Sequence[int], stalling: int) -> Fault | None:
-        """in_step: members that no fault touches. stalling: faults under way under which the group may stand still."""
+    def draw(self, lab: Lab, in_step: Sequence[int], stalling: int, stalled: int = 0) -> Fault | None:
+        """Args:
+        in_step: members that no fault touches.
+        stalling: faults under way under which the group may stand still.
+        stalled: how many of that kind began since it last got on.
+        """
         able = len(in_step) - HEALTHY_LEFT
         kinds = [
             kind
             for kind in self._kinds
             if (not kind.victims_needed or kind.victims_needed <= able)
-            and (stalling < STALLS_AT_ONCE or not kind.stalls)
+            and (not kind.stalls or (stalling < STALLS_AT_ONCE and stalled < STALLS_IN_A_ROW))
             and kind.possible(lab)
         ]
         if not kinds:

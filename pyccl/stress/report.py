@@ -80,7 +80,7 @@ class Record:
         self.late_resumes = 0  # of peers that were to be stopped for less than the time-out
         self.lag_s = 0.0  # the longest from a report to its being judged
         self.samples: list[tuple[float, Memory, dict[int, Memory]]] = []
-        self.traces: dict[str, list[str]] = {}  # stderr, after a violation
+        self.traces: dict[str, list[str]] = {}  # stderr: of every master, of peers there at the end or that crashed
         self.operations = 0  # all-reduces that succeeded, each counted on every peer
         self.moved: list[tuple[float, int]] = []  # bytes sent and received by all peers, per second
         self.retries: list[tuple[float, int]] = []

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from pyccl.stress import workload
-from pyccl.stress.faults import HEALTHY_LEFT, KINDS, STALLS_AT_ONCE, Drawer, FaultsError, Partition, Slow, choose
+from pyccl.stress.faults import (
+    HEALTHY_LEFT,
+    KINDS,
+    STALLS_AT_ONCE,
+    STALLS_IN_A_ROW,
+    Drawer,
+    FaultsError,
+    Partition,
+    Slow,
+    choose,
+)
 from pyccl.stress.report import Record, longest_gap
 from pyccl.stress.sockets import connections
 
@@ -43,7 +53,7 @@ class FakeLab:
     def surplus(self) -> int:
         return 0
 
-    def master_is_well(self) -> bool:
+    def master_may_fail(self) -> bool:
         return self.master_well
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -86,6 +96,8 @@ def test_members_that_no_fault_touches_are_left() -> None:
 def test_faults_under_which_the_group_stands_still_are_few_at_a_time() -> None:
     drawer = Drawer(choose((), links=False), random.Random(1))
     faults = [drawer.draw(FakeLab(), range(8), STALLS_AT_ONCE) for _ in range(200)]
+    assert all(fault is not None and not fault.stalls for fault in faults)
+    faults = [drawer.draw(FakeLab(), range(8), 0, STALLS_IN_A_ROW) for _ in range(200)]
     assert all(fault is not None and not fault.stalls for fault in faults)
 
 
