@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import random
-import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from pyccl._io import journal
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
+from pyccl.stress import disk
 from pyccl.stress.faults import MASTER_FAULTS_IN_A_ROW, Drawer, Fault
 from pyccl.stress.network import Line as NetworkLine
 from pyccl.stress.network import Network
@@ -35,6 +35,7 @@ LISTENING: Final = "listening on "
 START_TIMEOUT_S: Final = 60.0
 AFTERMATH_S: Final = 1.5  # after a violation, for others to tell theirs
 REFUSED_S: Final = 30.0  # a host outlives its process, and refuses connections to it
+SAMPLE_S: Final = 30.0  # between looks at the memory
 RETRY_S: Final = 0.2  # after no fault was possible
 TICK_S: Final = 0.1
 PAUSE_S: Final = 2.0
@@ -157,6 +158,7 @@ class Conductor:
 
     def _faulty(self) -> None:
         phase = self._begin("faults")
+        self.after(SAMPLE_S, self._sample_again)
         self._faults_until_s = phase.start_s + self.plan.minutes * 60
         self._plan_fault()
         self._until_time(self._faults_until_s)
@@ -363,8 +365,17 @@ class Conductor:
             heal()
 
     def _sample(self) -> None:
-        peers = {number: Memory.of(self.pid(number)) for number in sorted(self._alive)}
-        self.record.samples.append((self._now(), Memory.of(self.master_pid()), peers))
+        if not self._master_up:
+            return
+        told = {number: Memory.of(self.pid(number)) for number in sorted(self._alive)}
+        peers = {number: memory for number, memory in told.items() if memory is not None}
+        master = Memory.of(self.master_pid())
+        if master is not None and peers:
+            self.record.samples.append((self._now(), master, peers))
+
+    def _sample_again(self) -> None:
+        self._sample()
+        self.after(SAMPLE_S, self._sample_again)
 
     # ---- faults.Lab
 
@@ -451,18 +462,12 @@ class Conductor:
         self._master_free()
 
     def fill_journal(self) -> None:
-        """No file of the master may grow or be written beyond its first byte (EFBIG): a full disk, for this process."""
         self._hinder_master()
-        self._limit_files(1)
+        disk.fill(self.master_pid())
 
     def empty_journal(self) -> None:
-        self._limit_files(resource.RLIM_INFINITY)
+        disk.empty(self.master_pid())
         self._master_free()
-
-    def _limit_files(self, size_bytes: int) -> None:
-        _, hard = resource.prlimit(self.master_pid(), resource.RLIMIT_FSIZE)
-        soft = size_bytes if hard == resource.RLIM_INFINITY or size_bytes != resource.RLIM_INFINITY else hard
-        resource.prlimit(self.master_pid(), resource.RLIMIT_FSIZE, (soft, hard))
 
     def line(self, peer: int) -> NetworkLine:
         return self._lines[peer]

@@ -23,10 +23,15 @@ class Memory:
     descriptors: int
 
     @staticmethod
-    def of(pid: int) -> Memory:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-        kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
-        return Memory(kib << 10, len(list(Path(f"/proc/{pid}/fd").iterdir())))
+    def of(pid: int) -> Memory | None:
+        """None: it has ended."""
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+            descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        kib = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")]
+        return Memory(kib[0] << 10, descriptors) if kib else None  # a zombie has none
 
 
 @dataclass
@@ -165,6 +170,10 @@ class Record:
             "faults_postponed": self.postponed,
             "late_resumes": self.late_resumes,
             "memory": self.memory(),
+            "memory_samples": [
+                {"at_s": at_s - self.start_s, "master_rss_bytes": master.rss_bytes, **_summary(peers.values())}
+                for at_s, master, peers in self.samples
+            ],
             "judged_after_s": self.lag_s,
             "seconds": self.end_s - self.start_s,
         }  # fmt: skip

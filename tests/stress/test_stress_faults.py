@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyccl.stress import workload
+from pyccl.stress import disk, workload
 from pyccl.stress.faults import (
     HEALTHY_LEFT,
     KINDS,
@@ -23,7 +26,7 @@ from pyccl.stress.faults import (
     Slow,
     choose,
 )
-from pyccl.stress.report import Record, longest_gap
+from pyccl.stress.report import Memory, Record, longest_gap
 from pyccl.stress.sockets import connections
 
 
@@ -172,7 +175,44 @@ def test_a_partition_that_costs_both_sides_is_a_violation() -> None:
     assert complaint[0] == "partition" and "[1, 2]" in complaint[1]
 
 
+def test_a_full_disk_refuses_every_write_until_it_is_emptied(tmp_path: Path) -> None:
+    program = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+for line in sys.stdin:
+    try:
+        print(os.write(fd, b"0123456789"), flush=True)
+    except OSError as error:
+        print(error.strerror, flush=True)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "journal")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None and child.stdout is not None
+
+        def write() -> str:
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write("\n")
+            child.stdin.flush()
+            return child.stdout.readline().strip()
+
+        assert write() == "10"
+        disk.fill(child.pid)
+        assert [write(), write()] == ["File too large"] * 2
+        disk.empty(child.pid)
+        assert write() == "10"
+
+
 # ---- workload and figures
+
+
+def test_a_process_that_has_ended_has_no_memory() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        memory = Memory.of(child.pid)
+        assert memory is not None and memory.rss_bytes > 0 and memory.descriptors > 0
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert Memory.of(child.pid) is None
+    assert Memory.of(child.pid) is None
 
 
 def test_order_of_submission_differs_between_members_but_not_within_a_tag() -> None:

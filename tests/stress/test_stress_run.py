@@ -49,7 +49,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_short_run_under_all_faults_has_no_violation_and_no_hang(seed: int, tmp_path: Path) -> None:
     done = run(
-        "--peers", "4", "--minutes", "0.25", "--fault-every", "0.5", "--calm", "2", "--seed", str(seed), "--json",
+        "--peers", "4", "--minutes", "0.2", "--fault-every", "0.5", "--calm", "2", "--seed", str(seed), "--json",
         "--report", str(tmp_path / "churn"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -61,7 +61,7 @@ def test_short_run_under_all_faults_has_no_violation_and_no_hang(seed: int, tmp_
     assert {cost["kind"] for cost in told["costs"]} == {fault["kind"] for fault in told["faults"]}
     assert [phase["name"] for phase in told["phases"]] == ["calm", "faults", "recovery"]
     assert told["rate_against_fault_free"] > 0
-    assert told["memory"]["master"]["end"]["rss_bytes"] > 0
+    assert told["memory"]["master"]["end"]["rss_bytes"] > 0 and len(told["memory_samples"]) >= 2
     assert json.loads((tmp_path / "churn.json").read_text(encoding="utf-8"))["seed"] == seed
     assert (tmp_path / "churn.png").read_bytes().startswith(b"\x89PNG")
     assert processes_mentioning(f'"seed": {seed}') == []
@@ -139,6 +139,14 @@ def test_faults_that_need_namespaces_are_refused_on_loopback() -> None:
     done = run("--no-netns", "--faults", "kill,partition")
     assert done.returncode == 2
     assert "network namespaces" in done.stderr
+
+
+def test_without_the_right_to_make_namespaces_it_says_what_to_do() -> None:
+    without = ["setpriv", "--bounding-set", "-sys_admin", "--"] if NETWORK == "namespaces" else []
+    command = [*without, sys.executable, "-P", "-m", "pyccl.cli.main", "stress"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 2
+    assert "--no-netns" in done.stderr and "Operation not permitted" in done.stderr
 
 
 def test_module_of_the_clone_is_the_same_command() -> None:
