@@ -26,7 +26,7 @@ from pyccl.stress.network import Line as NetworkLine
 from pyccl.stress.network import Network
 from pyccl.stress.oracle import Oracle, Violation
 from pyccl.stress.peer import CANARIES_OF_ALL
-from pyccl.stress.report import Memory, Phase, Record
+from pyccl.stress.report import Mark, Memory, Phase, Record
 
 MASTER: Final = "master"
 GROUP: Final = 0  # of all peers
@@ -102,6 +102,7 @@ class Conductor:
         self._doomed: set[int] = set()  # killed, or to be killed
         self._leaving: set[int] = set()
         self._active: dict[int, Fault] = {}  # by number of the fault
+        self._told: list[tuple[Mark, Fault]] = []  # all there were
         self._joining: list[tuple[set[int], list[int], Callable[[list[int]], None]]] = []
         self._stopped_at_s: dict[int, float] = {}
         self._lines: dict[int, NetworkLine] = {}  # of ended ones too: faults may still hold them
@@ -136,6 +137,8 @@ class Conductor:
         for name in (MASTER, *(_name(number) for number in sorted(self._alive))):
             if name in self._children:
                 self._keep_trace(name)
+        for mark, fault in self._told:
+            mark.detail = fault.detail
         self.oracle.finish(self._now())
         self.record.end_s = self._now()
 
@@ -351,12 +354,13 @@ class Conductor:
         mark = self.record.fault(fault.name, victim, at_s, at_s + seconds)
         self._active[mark.number] = fault
 
+        self._told.append((mark, fault))
+
         def heal() -> None:
             del self._active[mark.number]
             fault.heal()
-            mark.until_s, mark.detail = self._now(), fault.detail
+            mark.until_s = self._now()
 
-        mark.detail = fault.detail
         who = "" if victim is None else f"peer {victim}"
         self._screen.say(f"{at_s - self.start_s:6.1f} s  {fault.name} {who} {fault.detail}".rstrip())
         if seconds:

@@ -34,9 +34,7 @@ def shot(rng: random.Random, run: bytes) -> bytes:
     hello = envelope.pack(
         Hello(limits.PROTOCOL_VERSION, "garbage", rng.choice(HOSTILE_GROUPS), rng.randbytes(16), rng.randbytes(16))
     )
-    greeting = envelope.pack(
-        PeerHello(limits.PROTOCOL_VERSION, run, *(rng.randbytes(16) for _ in range(4)))
-    )
+    greeting = envelope.pack(PeerHello(limits.PROTOCOL_VERSION, run, *(rng.randbytes(16) for _ in range(4))))
     noise = rng.randbytes(rng.randint(1, 4000))
     spoilt = bytearray(rng.choice([hello, greeting]))
     spoilt[rng.randrange(4, len(spoilt))] ^= 1 << rng.randrange(8)

@@ -275,9 +275,7 @@ class Oracle:
         for number, at_s, digest in self._early.pop(revision + 1, []):
             self._check_digest(self.processes[number], revision + 1, digest, at_s)
 
-    def _check_outcome(
-        self, process: Process, revision: int, known: Round, outcome: Outcome, now_s: float
-    ) -> None:
+    def _check_outcome(self, process: Process, revision: int, known: Round, outcome: Outcome, now_s: float) -> None:
         key = (outcome.index, outcome.members)
         want = known.bits.get(key)
         if want is None:
@@ -370,9 +368,7 @@ class Oracle:
         for process in running:
             silent_s = now_s - max(process.heard_s, not_before_s)
             if silent_s > self.hang_s:
-                found.append(
-                    Violation("hang", process.number, now_s, f"nothing heard of it for {silent_s:.1f} s")
-                )
+                found.append(Violation("hang", process.number, now_s, f"nothing heard of it for {silent_s:.1f} s"))
         self.violations += found
         return found
 

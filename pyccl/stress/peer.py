@@ -29,7 +29,12 @@ CALL_TIMEOUT_S: Final = 600.0  # the conductor's watchdog comes first
 UNCONDITIONAL_EVERY: Final = 9  # rounds between safe points that nobody waits for
 # What is planted, to see that it is found: by one peer, or by all (the others would mend it, it is rare).
 CANARIES: Final = (
-    "wrong-value", "lost-revision", "repeated-revision", "forked-state", "unrestored-input", "unknown-epoch",
+    "wrong-value",
+    "lost-revision",
+    "repeated-revision",
+    "forked-state",
+    "unrestored-input",
+    "unknown-epoch",
     "hang",
 )
 CANARIES_OF_ALL: Final = ("lost-revision", "repeated-revision", "unrestored-input")

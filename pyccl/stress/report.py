@@ -251,9 +251,7 @@ def _memory_lines(record: Record) -> list[str]:
 
 def _change(span: dict[str, dict[str, int]]) -> str:
     a, b = span["start"], span["end"]
-    return (
-        f"{_mib(a['rss_bytes'])} -> {_mib(b['rss_bytes'])} MiB, {a['descriptors']} -> {b['descriptors']} descriptors"
-    )
+    return f"{_mib(a['rss_bytes'])} -> {_mib(b['rss_bytes'])} MiB, {a['descriptors']} -> {b['descriptors']} descriptors"
 
 
 def _mib(size_bytes: float) -> str:
