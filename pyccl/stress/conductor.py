@@ -316,7 +316,11 @@ class Conductor:
         """Nobody is in an epoch that the master could forget."""
         if epoch <= self._journaled:
             return
-        self._journaled = journal.read_past(self._journal).groups[GROUP].number
+        try:
+            self._journaled = journal.read_past(self._journal).groups[GROUP].number
+        except journal.JournalError as error:
+            self.oracle.violations.append(Violation("journal", None, self._now(), str(error)))
+            return
         if epoch > self._journaled:
             text = f"is in epoch {epoch}, and the journal knows {self._journaled} only"
             self.oracle.violations.append(Violation("journal", number, self._now(), text))
