@@ -27,6 +27,7 @@ import trio
 
 from pyccl import errors
 from pyccl._io import envelope
+from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import LinkEvents, Links, listen
 from pyccl._io.resolver import Resolver
@@ -51,7 +52,6 @@ MASTER_TIMEOUT_S: Final = 20.0  # less than STALL_S, whose error would name the 
 MISMATCH_GRACE_S: Final = 5.0
 _TICK_S: Final = 0.1
 _SLICE_S: Final = 0.1  # longest wait of a user thread without a look at Python's signal handlers
-_BACKOFF_S: Final = (0.05, 1.0)  # so that all are back within 2 s of a master that was restarted
 _LEAVE_S: Final = 2.0
 _ENDING_S: Final = 10.0  # more than it ever takes from the engine's end to the thread's
 _EPOCHS_KEPT: Final = 64  # member lists of past epochs, for the info of operations that ended in them
@@ -342,7 +342,8 @@ class Session:
 
     async def _control(self) -> None:
         """Connect, talk, connect again: for ever once we were welcome, for `reach_timeout` before."""
-        started, pause, welcome = trio.current_time(), _BACKOFF_S[0], False
+        started, welcome = trio.current_time(), False
+        backoff = Backoff(random.random)
         address = f"{self.config.host}:{self.config.port}"
         cause: object = "no answer"
         while True:
@@ -376,15 +377,15 @@ class Session:
                 if self._machine is not None:
                     self._feed(self._machine.disconnected(trio.current_time()))
                     welcome = welcome or self._machine.run is not None
-                if trio.current_time() - met > _BACKOFF_S[1]:
-                    pause = _BACKOFF_S[0]  # that was a connection that lived
+                if self._machine is not None and self._machine.run is not None:
+                    backoff.bound(self._machine.peer_timeout)
+                backoff.connected_for(trio.current_time() - met)
             if welcome:
                 started = trio.current_time()
             elif trio.current_time() >= started + self._reach_timeout:
                 self._finish(errors.MasterUnavailableError(f"no master at {address}: {cause}"))
                 return
-            await trio.sleep(pause * (0.5 + random.random()))
-            pause = min(pause * 2, _BACKOFF_S[1])
+            await trio.sleep(backoff.next_pause())
 
     async def _talk(self, stream: trio.SocketStream, on_welcome: Callable[[], None] = lambda: None) -> None:
         """One life of the control connection. Returns when it ended."""

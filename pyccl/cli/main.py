@@ -7,6 +7,7 @@ import click
 from pyccl.cli.bench import bench
 from pyccl.cli.demo import demo
 from pyccl.cli.status import status
+from pyccl.cli.stress import stress
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,6 +19,7 @@ def main() -> None:
 main.add_command(bench)
 main.add_command(demo)
 main.add_command(status)
+main.add_command(stress)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import IO, Any, Final, Self
 
 ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STDERR_LINES_MAX: Final = 200  # kept per child, to be shown if it fails
+STDERR_LINES_MAX: Final = 200  # kept per child unless the owner says otherwise, to be shown if it fails
 GRACE_S: Final = 3.0  # from SIGTERM to SIGKILL
 # One BLAS thread per process: the processes share the cores already.
 ONE_THREAD: Final = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "BLIS", "VECLIB_MAXIMUM")}
@@ -58,11 +58,12 @@ Event = Line | Exited
 class Children:
     """Owner of child processes; use as a context manager in the main thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, stderr_lines_max: int = STDERR_LINES_MAX) -> None:
+        self._stderr_lines_max = stderr_lines_max
         self._events: queue.SimpleQueue[Event | Interrupted] = queue.SimpleQueue()
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._stderr: dict[str, collections.deque[str]] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[str, tuple[threading.Thread, threading.Thread]] = {}
         self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -83,13 +84,21 @@ class Children:
         self._events.put(Interrupted(number))  # SimpleQueue.put is safe in a signal handler
 
     def start(
-        self, name: str, module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
-        """Run ``python -m module`` as the child ``name``; ``-P`` keeps the working directory off its import path."""
+        """Run ``python -m module`` as the child ``name``; ``-P`` keeps the working directory off its import path.
+
+        before: a command that runs the rest in its own place (exec), as ``ip netns exec NAME`` does.
+        """
         if name in self._processes:
             raise ValueError(f"child {name!r} was started before")
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, *arguments],
+            [*before, sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -99,11 +108,11 @@ class Children:
             start_new_session=True,
         )
         self._processes[name] = process
-        self._stderr[name] = collections.deque(maxlen=STDERR_LINES_MAX)
+        self._stderr[name] = collections.deque(maxlen=self._stderr_lines_max)
         errors = threading.Thread(target=self._read_stderr, args=(name, process.stderr), daemon=True)
         output = threading.Thread(target=self._read_stdout, args=(name, process, errors), daemon=True)
+        self._threads[name] = (errors, output)
         for thread in (errors, output):
-            self._threads.append(thread)
             thread.start()
 
     def _read_stderr(self, name: str, stream: IO[str]) -> None:
@@ -134,7 +143,20 @@ class Children:
 
     def kill(self, name: str) -> None:
         """SIGKILL, without any notice to the child."""
-        self._processes[name].send_signal(signal.SIGKILL)
+        self.signal(name, signal.SIGKILL)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal; nothing happens to a child that is gone already."""
+        self._processes[name].send_signal(number)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it was started and not yet forgotten."""
+        return name in self._processes
+
+    def forget(self, name: str) -> None:
+        """Release what a child left behind whose ``Exited`` was taken: pipes, threads, lines of stderr."""
+        _close_pipes(self._processes.pop(name), self._threads.pop(name))
+        del self._stderr[name]
 
     def tell(self, name: str, line: str) -> None:
         """Write a line to the child's stdin; a child that is gone already hears nothing."""
@@ -157,6 +179,7 @@ class Children:
         running = [process for process in self._processes.values() if process.poll() is None]
         for process in running:
             process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)  # one that is stopped hears nothing
         deadline = time.monotonic() + GRACE_S
         for process in running:
             try:
@@ -164,10 +187,15 @@ class Children:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for thread in self._threads:
-            thread.join(GRACE_S)
-        for process in self._processes.values():
-            for stream in (process.stdin, process.stdout, process.stderr):
-                assert stream is not None
-                with contextlib.suppress(BrokenPipeError):  # unread input of a child that is gone
-                    stream.close()
+        for name, process in self._processes.items():
+            _close_pipes(process, self._threads[name])
+
+
+def _close_pipes(process: subprocess.Popen[str], readers: Iterable[threading.Thread]) -> None:
+    """Of a child that has ended."""
+    for thread in readers:
+        thread.join(GRACE_S)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        assert stream is not None
+        with contextlib.suppress(BrokenPipeError):  # unread input of a child that is gone
+            stream.close()

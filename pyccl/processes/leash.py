@@ -1,19 +1,23 @@
 """Ties a child process to the one that started it: when its stdin ends, it ends.
 
 That covers what `children.Children` cannot: an owner killed with SIGKILL. ``python -m pyccl.processes.leash MODULE
-ARGS...`` runs a module that knows nothing of this, such as the master.
+ARGS...`` runs a module that knows nothing of this, such as the master. A child that is stopped (SIGSTOP) at that moment
+can read no stdin: the kernel kills it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from typing import Final
 
 OWNER_GONE: Final = 70  # exit status
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def hold(on_line: Callable[[], None] = lambda: None) -> None:
@@ -24,6 +28,8 @@ def hold(on_line: Callable[[], None] = lambda: None) -> None:
             on_line()
         os._exit(OWNER_GONE)
 
+    # Counts from the end of the thread that started us: `Children` starts from the main thread only.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     threading.Thread(target=watch, daemon=True, name="leash").start()
 
 

@@ -347,3 +347,16 @@ def test_records_are_synced_before_append_returns_and_names_before_begin_does(
     journal.append(history())
     assert synced == [str(path)]
     journal.close()
+
+
+def test_another_process_reads_what_is_durable_while_the_master_writes(path: Path) -> None:
+    journal = begun(path)
+    assert journals.read_past(path) == states()[0]
+    for record, state in zip(history(), states()[1:], strict=True):
+        journal.append([record])
+        assert journals.read_past(path) == state
+        with path.open("ab") as half_written:
+            half_written.write(b"\x40\x00")
+        assert journals.read_past(path) == state
+        os.truncate(path, path.stat().st_size - 2)
+    journal.close()
