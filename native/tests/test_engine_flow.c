@@ -75,3 +75,44 @@ TEST(engine_keeps_contributions_in_step_with_what_comes_back_on_loopback) {
     vectors_free(&v);
     cluster_close(&c);
 }
+
+/* What is refused, as too far ahead of a peer, until that peer has told that it has caught up. */
+static pyccl_op *submit_when_room(const cluster *c, uint32_t i, pyccl_spec spec, void *x) {
+    const int64_t until = now_ns() + PATIENCE;
+    for (;;) {
+        pyccl_op *op = submit(c, i, spec, x, x, 0);
+        pyccl_link_stats stats;
+        REQUIRE(pyccl_engine_link_stats(c->engine[i], c->slot[i][1 - i], &stats) == PYCCL_OK); /* commands run in order */
+        if (pyccl_op_wait(op, 0) != PYCCL_ERR_LIMIT || now_ns() > until) return op;
+        pyccl_op_free(op);
+    }
+}
+
+/* Member 0 gives up operations before 1 has submitted them, three times: 1 keeps the piece of each until the epoch ends.
+ * There are more of them than it keeps of one peer, so 0 must hold the last ones back though they have few bytes. */
+TEST(engine_sends_no_more_small_early_pieces_than_a_peer_keeps) {
+    enum { EACH = 3000, ROUNDS = 3, KEPT = 2 * PYCCL_OPS_OPEN_MAX, OPEN_BYTES = 64 + PYCCL_SPEC_SIZE, PIECE_BYTES = 64 + 8 };
+    _Static_assert(EACH * ROUNDS > KEPT + PYCCL_CONNS_MAX, "more than are kept");
+    static int64_t x[2][EACH];
+    pyccl_op **ops = calloc(EACH, sizeof *ops);
+    const pyccl_spec spec = reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 3);
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    for (uint32_t round = 0, pieces = 0; round < ROUNDS; round++) {
+        const uint32_t sent = KEPT - pieces < EACH ? KEPT - pieces : EACH;
+        pyccl_link_stats before;
+        REQUIRE(pyccl_engine_link_stats(c.engine[1], c.slot[1][0], &before) == PYCCL_OK);
+        for (uint32_t k = 0; k < EACH; k++) ops[k] = submit_when_room(&c, 0, spec, &x[0][k]);
+        await_bytes(&c, 1, 0, before.rx_bytes + EACH * OPEN_BYTES + sent * PIECE_BYTES);
+        for (uint32_t k = 0; k < EACH; k++) pyccl_op_cancel(ops[k], PYCCL_ERR_CANCELLED);
+        for (uint32_t k = 0; k < EACH; k++) CHECK_EQ(finish(ops[k]), PYCCL_ERR_CANCELLED);
+        for (uint32_t k = 0; k < EACH; k++) ops[k] = submit(&c, 1, spec, &x[1][k], &x[1][k], 0);
+        for (uint32_t k = 0; k < EACH; k++) CHECK_EQ(finish(ops[k]), PYCCL_ERR_CANCELLED);
+        pieces += sent;
+    }
+    pyccl_event event;
+    while (pyccl_engine_events(c.engine[1], &event, 1) == 1) CHECK(event.type != PYCCL_EVENT_LINK_REFUSED);
+    check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_SUM, 100003, 1); /* the window is full: it goes once the peer's OPEN is there */
+    free(ops);
+    cluster_close(&c);
+}
