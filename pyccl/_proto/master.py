@@ -348,7 +348,7 @@ class MasterMachine:
         if hello.version != limits.PROTOCOL_VERSION:
             return f"the peer speaks protocol {hello.version}, this master {limits.PROTOCOL_VERSION}"
         if hello.resume is not None and hello.resume.run != self.run:
-            return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}"
+            return f"this master does not know run {hello.resume.run.hex()}, it keeps {self.run.hex()}: connect() again"
         if record is not None and record.group != hello.group:
             return f"this incarnation belongs to group {record.group}"
         if record is not None and record.standing is Standing.PENDING and hello.resume is not None:

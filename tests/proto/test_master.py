@@ -376,7 +376,8 @@ def test_newcomer_whose_commit_was_lost_with_its_connection_is_a_member_when_it_
 def test_unknown_run_is_rejected_and_unknown_incarnation_is_evicted() -> None:
     world = group_of(2)
     world.hello(3, resume=Resume(b"?" * 16, 2, bytes(16), False))
-    assert "does not know run" in world.last(3, Rejected).reason
+    reason = world.last(3, Rejected).reason
+    assert "does not know run" in reason and "connect() again" in reason
     world.hello(4, resume=resume_of(world))
     assert "not a member" in world.last(4, Evicted).reason
 
