@@ -168,6 +168,10 @@ class Core:
             raise session.mismatch_error(what)
         if left_run(info):
             raise session.last_error()
+        if info.status == status.ARGUMENT and what.startswith("all_reduce"):  # what one member can't see by itself
+            raise errors.UsageError(
+                f"{what}: avg can't divide by the members' weights, which add up to 0 or to more than a float holds"
+            )
         if info.status < 0:
             raise status.error_of(info.status, what, info.peer.hex() or None)
         members = hex_ids(session.members_of(info.epoch))

@@ -167,13 +167,16 @@ class SharedState:
 
     def layout(self) -> bytes:
         """What must agree before bytes can be compared."""
-        digest = hashlib.sha256()
+        return hashlib.sha256(b"".join(self.layout_entries())).digest()
+
+    def layout_entries(self) -> list[bytes]:
+        """What the layout says of each array, in the order of their names."""
+        entries = []
         for name, array in self._arrays.items():
             encoded, dtype = name.encode(), array.dtype.str.encode()
-            unequal = name in self._unequal
-            digest.update(struct.pack("<IIII", len(encoded), len(dtype), array.ndim, unequal) + encoded + dtype)
-            digest.update(struct.pack(f"<{array.ndim}Q", *array.shape))
-        return digest.digest()
+            lengths = struct.pack("<IIII", len(encoded), len(dtype), array.ndim, name in self._unequal)
+            entries.append(lengths + encoded + dtype + struct.pack(f"<{array.ndim}Q", *array.shape))
+        return entries
 
     def __repr__(self) -> str:
         return f"<SharedState revision {self.revision}, {len(self._arrays)} arrays, {self.size_bytes} bytes>"

@@ -453,6 +453,22 @@ static void op_begin(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
     action->seq = op->seq;
 }
 
+/* Whom a failure learned from `rank` is blamed on; NULL: that is not known here. Who sent DONE did not fail alone: it passes
+ * on the failure of one who did not. */
+static const uint8_t *culprit_of(const pyccl_fsm *fsm, const fsm_op *op, int32_t status, uint32_t rank) {
+    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ||
+                       status == PYCCL_ERR_ARGUMENT || status == PYCCL_ERR_MASTER_AWAY;
+    if (nobody) return NULL;
+    if (!set_has(&op->done, rank)) return fsm->members[rank];
+    const uint8_t *culprit = NULL;
+    for (uint32_t other = 0; other < fsm->world; other++) {
+        if (other == fsm->rank || !takes_part(fsm, op->tag, other) || set_has(&op->done, other)) continue;
+        if (culprit != NULL) return NULL;
+        culprit = fsm->members[other];
+    }
+    return culprit;
+}
+
 /* Take the next number of the tag for a submit and start it, unless something known already ends it. */
 static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t now_ns) {
     uint64_t seq = tag->next_seq++;
@@ -484,7 +500,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
     }
     live_add(fsm, op);
     if (early.abort_status != 0) {
-        op_fail(fsm, op, early.abort_status, fsm->members[early.abort_rank], now_ns);
+        op_fail(fsm, op, early.abort_status, culprit_of(fsm, op, early.abort_status, early.abort_rank), now_ns);
         return;
     }
     if (lacks_root(fsm, &op->spec)) {
@@ -829,13 +845,6 @@ static int32_t abort_status(uint64_t value) {
     }
 }
 
-/* Whom a failure learned from `rank` is blamed on; NULL: `rank` only knows that it failed, not through whom. */
-static const uint8_t *culprit_of(const pyccl_fsm *fsm, int32_t status, uint32_t rank) {
-    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ||
-                       status == PYCCL_ERR_ARGUMENT || status == PYCCL_ERR_MASTER_AWAY;
-    return nobody ? NULL : fsm->members[rank];
-}
-
 static pyccl_status on_abort(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
     pyccl_status rc;
     if (message->value == 0 || message->value > 255) return PYCCL_ERR_FRAME;
@@ -850,7 +859,7 @@ static pyccl_status on_abort(pyccl_fsm *fsm, const pyccl_message *message, int64
     } else if (op->state == RUNNING || op->state == PREPARED) {
         /* Who failed alone never sent DONE and never will: nobody can have committed. The sender may pass that on after
          * a DONE of its own (it was prepared when it learned of it; a repeated OPEN or a link reset asked it). */
-        op_fail(fsm, op, status, culprit_of(fsm, status, message->rank), now_ns);
+        op_fail(fsm, op, status, culprit_of(fsm, op, status, message->rank), now_ns);
     }
     return PYCCL_OK;
 }
@@ -869,7 +878,7 @@ static pyccl_status on_answer(pyccl_fsm *fsm, const pyccl_message *message, int6
     if (message->value == 0) op_commit(fsm, op, now_ns);
     else {
         int32_t status = abort_status(message->value);
-        op_fail(fsm, op, status, culprit_of(fsm, status, message->rank), now_ns);
+        op_fail(fsm, op, status, culprit_of(fsm, op, status, message->rank), now_ns);
     }
     return PYCCL_OK;
 }

@@ -4,6 +4,7 @@
  *
  * CHECK goes on after a failure (the first ten of a test are printed), REQUIRE ends the test. A program prints the name
  * of each test that fails and, last, "N passed, M failed"; it exits with 1 if any failed or none ran.
+ * Tests that take TEST_SLOW_S or more are named with their time.
  * `test_frame magic` runs the tests whose name contains "magic". TEST_SEED=n repeats a run that printed its seed. */
 #ifndef PYCCL_TEST_H
 #define PYCCL_TEST_H
@@ -14,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#define TEST_SLOW_S 1.0
 
 typedef struct test_case {
     const char *name;
@@ -49,6 +52,12 @@ __attribute__((unused)) static void test_equal(const char *file, int line, const
     if (test_failures <= 10) printf("    got %lld, want %lld\n", got, want);
 }
 
+__attribute__((unused)) static double test_clock_s(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
 /* A seed for this run, printed when the test asks for it, so that a failure can be repeated. */
 __attribute__((unused)) static uint64_t test_seed(void) {
     const char *given = getenv("TEST_SEED");
@@ -76,7 +85,10 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (const test_case *test = test_first; test != NULL; test = test->next) {
         if (strstr(test->name, filter) == NULL) continue;
+        const double start_s = test_clock_s();
         test_run(test);
+        const double took_s = test_clock_s() - start_s;
+        if (took_s >= TEST_SLOW_S) printf("  %.1f s: %s\n", took_s, test->name);
         *(test_failures == 0 ? &passed : &failed) += 1;
         if (test_failures != 0) printf("FAILED %s (%u checks)\n", test->name, test_failures);
     }

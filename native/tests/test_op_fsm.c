@@ -256,6 +256,32 @@ TEST(fsm_takes_an_abort_from_a_peer_that_was_prepared_and_passes_it_on) {
     rig *r = prepared();
     CHECK(receive(r, PYCCL_FRAME_DONE, 1, 0, 55) == PYCCL_OK);
     CHECK(receive(r, PYCCL_FRAME_ABORT, 1, 0, 30) == PYCCL_OK);  /* member 2's; its own ABORT to us is still on its way */
+    CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, 2));
+}
+
+TEST(fsm_names_nobody_where_a_failure_was_passed_on_and_several_may_have_failed) {
+    rig *r = rig_new(15, 0);
+    submit(r, 1);
+    for (uint32_t peer = 1; peer < 4; peer++) receive(r, PYCCL_FRAME_OPEN, peer, 0, 0);
+    receive(r, PYCCL_FRAME_DONE, 1, 0, 55);
+    receive(r, PYCCL_FRAME_ABORT, 1, 0, 30);
+    CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, -1));
+}
+
+/* After a link reset a tombstone tells us before we have submitted; it may have failed through another. */
+TEST(fsm_early_abort_names_nobody_where_its_sender_is_not_to_blame) {
+    static const uint64_t statuses[] = {10, 20};
+    for (size_t k = 0; k < 2; k++) {
+        rig *r = rig_new(7, 0);
+        receive(r, PYCCL_FRAME_ABORT, 2, 0, statuses[k]);
+        submit(r, 1);
+        CHECK(failed_with(r, 1, (pyccl_status)-(int64_t)statuses[k], -1));
+    }
+    rig *r = rig_new(7, 0);
+    for (uint32_t peer = 1; peer < 3; peer++) receive(r, PYCCL_FRAME_OPEN, peer, 0, 0);
+    receive(r, PYCCL_FRAME_DONE, 2, 0, 55);
+    receive(r, PYCCL_FRAME_ABORT, 2, 0, 30);
+    submit(r, 1);
     CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, 1));
 }
 

@@ -1095,11 +1095,11 @@ TEST(op_walk_a_link_that_comes_back_repeats_enough) {
 }
 
 TEST(op_walk_a_link_that_comes_back_at_a_deadline) {
-    HOLDS(3979000, .name = "link reset, deadline", .retry = 1, .reset = 1, .deadline = 1);
+    HOLDS(3974000, .name = "link reset, deadline", .retry = 1, .reset = 1, .deadline = 1);
 }
 
 TEST(op_walk_two_deadlines) {
-    HOLDS(2087000, .name = "two deadlines", .retry = 1, .deadline = 2);
+    HOLDS(2076000, .name = "two deadlines", .retry = 1, .deadline = 2);
 }
 
 TEST(op_walk_records_live_long_enough_for_who_asks) {

@@ -32,6 +32,7 @@ from pyccl._io.session import Session
 from pyccl._io.staging import Staging, runs
 from pyccl._io.statefetch import Fetcher, Piece
 from pyccl._native.handles import CHUNK_BYTES, FETCH_BYTES_MAX
+from pyccl._proto import layout
 from pyccl._proto.election import (
     TIMEOUT_MS_MAX,
     Elected,
@@ -47,6 +48,7 @@ from pyccl.state import Bytes, SharedState, StateDigest
 
 TAG_RECORDS: Final = 1
 TAG_COMMIT: Final = 2
+TAG_LAYOUT: Final = 3
 _LOST, _WHOLE, _UNSTAGED = 0, 1, 2  # outcomes
 _TABLE_PATIENCE_S: Final = 1.0
 _SETTLE_S: Final = 30.0  # for those whose time ran out to leave, and for the others to go on without them
@@ -113,7 +115,7 @@ def sync_shared_state(
         try:
             mine = _record(session, state, tree, strategy, sync, timeout)
             members, records = _records(gather, mine, started + timeout)
-            decided = _decided(records)
+            decided = _decided(gather, state, records, started + timeout)
             deadline = time.monotonic() + min(record.timeout_ms for record in records) / 1000
             fetched = _Fetched()
             if session.peer in decided.fetchers:
@@ -157,16 +159,44 @@ def _records(gather: Gather, mine: Record, deadline: float) -> tuple[tuple[bytes
     return members, [decode_untrusted(peer, data) for peer, data in zip(members, packed, strict=True)]
 
 
-def _decided(records: Sequence[Record]) -> Elected:
+def _mismatch_error(gather: Gather, state: SharedState, found: Mismatch, deadline: float) -> errors.MismatchError:
+    fields: list[str] = []
+    texts = []
+    if "layout" in found.fields:
+        names, text = _array_that_differs(gather, state.layout_entries(), deadline)
+        fields += names
+        texts.append(text)
+    if "digest" in found.fields:
+        fields.append("digest")
+        texts.append("digest")
+    return errors.MismatchError(
+        f"sync_shared_state: {_short(found.odd)} differs from the others; {'; '.join(texts)}",
+        peers=tuple(peer.hex() for peer in found.odd),
+        fields=tuple(fields),
+    )
+
+
+def _array_that_differs(gather: Gather, entries: Sequence[bytes], deadline: float) -> tuple[tuple[str, ...], str]:
+    """(fields, text). The members take the steps of `_proto.layout` together; who is lost meanwhile, or whose time runs
+    out, may be the one that differed: then it is not known in which array."""
+    with contextlib.suppress(errors.PeerLostError, errors.DeadlineError):
+        block = layout.first_difference(gather(TAG_LAYOUT, layout.block_hashes(entries), deadline)[1])
+        if block is not None:
+            at = layout.first_difference(gather(TAG_LAYOUT, layout.entry_hashes(entries, block), deadline)[1])
+            if at is not None:
+                mine = layout.padded(entries, block * layout.BLOCK + at)
+                members, packed = gather(TAG_LAYOUT, mine, deadline)
+                found = map(layout.decode_untrusted, packed)
+                fields, text = layout.describe(dict(zip(members, found, strict=True)))
+                if fields:
+                    return fields, text
+    return ("layout",), "names, dtypes, shapes or allow_content_inequality"
+
+
+def _decided(gather: Gather, state: SharedState, records: Sequence[Record], deadline: float) -> Elected:
     decided = elect(records)
     if isinstance(decided, Mismatch):
-        odd = tuple(peer.hex() for peer in decided.odd)
-        what = {"layout": "names, dtypes, shapes or allow_content_inequality", "digest": "digest"}
-        raise errors.MismatchError(
-            f"sync_shared_state: {' and '.join(what[name] for name in decided.fields)} differ on {_short(decided.odd)}",
-            peers=odd,
-            fields=decided.fields,
-        )
+        raise _mismatch_error(gather, state, decided, deadline)
     if isinstance(decided, Nobody):
         raise errors.MismatchError(
             "sync_shared_state: every member is receive_only, so there is no state to take",
@@ -272,12 +302,12 @@ def _commit(
     deadline: float,
 ) -> int:
     """All or none take the state. Returns the bytes that others fetched from here."""
-    layout = struct.Struct(f"<{1 + len(members)}Q")
-    mine = layout.pack(fetched.outcome, *(fetched.from_each.get(peer, 0) for peer in members))
+    vote_of = struct.Struct(f"<{1 + len(members)}Q")
+    mine = vote_of.pack(fetched.outcome, *(fetched.from_each.get(peer, 0) for peer in members))
     final, packed = gather(TAG_COMMIT, mine, deadline)
     if fetched.error is not None:
         raise fetched.error
-    votes = {peer: layout.unpack(data) for peer, data in zip(final, packed, strict=True)}
+    votes = {peer: vote_of.unpack(data) for peer, data in zip(final, packed, strict=True)}
     unstaged = [peer for peer, vote in votes.items() if vote[0] == _UNSTAGED]
     if unstaged:
         raise errors.PeerLostError(

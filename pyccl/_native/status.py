@@ -19,7 +19,7 @@ CANCELLED: Final[int] = lib.PYCCL_ERR_CANCELLED
 ARGUMENT: Final[int] = lib.PYCCL_ERR_ARGUMENT
 
 _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
-    lib.PYCCL_ERR_ARGUMENT: (errors.UsageError, "refused by the engine (an avg whose weights add up to 0, for one)"),
+    lib.PYCCL_ERR_ARGUMENT: (errors.UsageError, "the engine does not take these arguments"),
     lib.PYCCL_ERR_LIMIT: (
         errors.UsageError,
         "too many operations or tags are open at a time, or too many (failed ones too) that others have not called",

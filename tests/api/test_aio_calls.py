@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import trio
-from aio_side import Task, error, here, mixed, reduce_all, together, told, trio_test, turns, until, value
+from aio_side import Task, add, error, here, mixed, reduce_all, together, told, trio_test, turns, until, value
 from cluster import DEADLINE_S, Cluster
 from oracle import draw, sha
 
@@ -97,6 +98,47 @@ async def test_every_collective_in_one_loop(cluster: Cluster) -> None:
 
         assert [info.world_size for info in await together(*[c.barrier for c in comms])] == [3] * 3
         assert await together(*[c.are_peers_pending for c in comms]) == [False] * 3
+
+
+@pytest.mark.parametrize("where", ["in place", "out"])
+@trio_test
+async def test_an_exchange_with_a_blocking_member_and_one_of_this_loop_swaps_both_ways(
+    cluster: Cluster, where: str
+) -> None:
+    """Both at once under one tag; sizes of one piece, of several, and of none."""
+    async with mixed(cluster) as (local, [other]):
+        comm = aio.Communicator(cluster.master.address)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(comm.connect)
+            await until(lambda: local.session.pending == 1)
+            met = other.call("update_topology")
+            await local.comm.update_topology()
+        await value(met)
+        async with comm:
+            third = add(cluster, comm)
+            for count in (0, 9, 400_001):
+                seed = cluster.rng.getrandbits(32)
+                theirs = other.call("exchange", partner=local.id, seed=seed, count=count, tag=3)
+                arrays = [local.draw(seed, count), local.draw(seed + 1, count), third.draw(seed, count)]
+                before = [x.copy() for x in arrays]
+                partners = [(local, other.id), (local, third.id), (third, local.id)]
+                outs = [None] * 3 if where == "in place" else [np.empty_like(x) for x in arrays]
+                infos = await together(
+                    *[
+                        partial(one.comm.exchange, x, out=out, partner=partner, tag=3)
+                        for (one, partner), x, out in zip(partners, arrays, outs, strict=True)
+                    ]
+                )
+                wanted = [draw(seed, other.index, count, "float32"), before[2], before[1]]
+                results = arrays if where == "in place" else outs
+                assert [sha(x) for x in results] == [sha(x) for x in wanted]
+                assert where == "in place" or [sha(x) for x in arrays] == [sha(x) for x in before]
+                told_there = await value(theirs)
+                assert told_there["sha"] == sha(before[0])
+                for info, (one, partner) in zip(infos, partners, strict=True):
+                    assert info.members == tuple(sorted([one.id, partner])) and info.world_size == 2
+                    assert info.tx_bytes == info.rx_bytes == 4 * count
+                assert told_there["info"]["members"] == list(infos[0].members)
 
 
 def _with(comms: list[aio.Communicator], arrays: list[Any]) -> list[tuple[aio.Communicator, Any]]:

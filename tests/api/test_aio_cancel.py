@@ -34,6 +34,7 @@ from aio_side import (
 )
 from cluster import DEADLINE_S, Call, Cluster, Peer
 from hooks import sent_bytes
+from oracle import draw, sha
 
 import pyccl
 from pyccl import aio
@@ -108,6 +109,41 @@ async def test_cancelled_while_the_others_are_elsewhere(cluster: Cluster, how: s
         assert (await error(waiting, "PeerLostError"))["restored"]
         assert (await error(late.call("all_reduce", seed=1, count=1000), "PeerLostError"))["restored"]
         await reduce_all(cluster, local, [early, late])
+
+
+@pytest.mark.parametrize("canceller", ["first", "second"])
+@trio_test
+async def test_an_exchange_cancelled_on_one_side_fails_on_the_other_and_holds_up_nobody(
+    make_cluster: Callable[..., Cluster], canceller: str
+) -> None:
+    """first: it waits for the partner. second: the partner is stopped half-way through its data."""
+    cluster = make_cluster(peer_timeout=NEVER_SILENT_S)
+    async with mixed(cluster, agents=2) as (local, [other, beside]):
+        count = 1000 if canceller == "first" else LARGE
+        x = local.draw(1, count)
+        before = x.copy()
+        if canceller == "second":
+            other.ask("hook", phase="data", action="tell", bytes=1_000_000)
+        waiting = other.call("exchange", partner=local.id, seed=1, count=count) if canceller == "second" else None
+        async with trio.open_nursery() as nursery:
+            task = Task(nursery, lambda: local.comm.exchange(x, partner=other.id, tag=0, timeout=DEADLINE_S))
+            if canceller == "second":
+                await event(other, "hook")
+                other.stop()
+            await until(lambda: any(space == 2 for space, _, _ in local.session.engine.counts()))
+            await task.cancel()
+        assert task.cancelled and not task.returned and task.error is None
+        assert np.array_equal(x, before)
+        nothing_is_left(local)
+        if canceller == "second":
+            other.resume()
+        waiting = waiting or other.call("exchange", partner=local.id, seed=1, count=count)
+        assert (await error(waiting, "PeerLostError"))["restored"]
+        again = other.call("exchange", partner=local.id, seed=1, count=count)
+        await local.comm.exchange(x, partner=other.id)
+        assert (await value(again))["sha"] == sha(before)
+        assert sha(x) == sha(draw(1, other.index, count, "float32"))
+        await reduce_all(cluster, local, [other, beside])
 
 
 async def _with_a_failing_sibling(local: Local, x: np.ndarray[Any, Any]) -> None:

@@ -64,7 +64,8 @@ def test_weights_that_add_up_to_nothing_are_an_error_on_all_and_nothing_is_chang
 ) -> None:
     epoch = cluster.reduce(peers)["epoch"]
     for call in [peer.call("all_reduce", seed=1, count=1000, op="avg", weight=0.0) for peer in peers]:
-        assert call.error("UsageError")["restored"]
+        error = call.error("UsageError")
+        assert error["restored"] and "weights" in error["text"] and "add up to 0" in error["text"]
     assert cluster.reduce(peers)["epoch"] == epoch
 
 

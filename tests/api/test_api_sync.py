@@ -166,7 +166,8 @@ def test_members_must_allow_the_same_names_to_differ(cluster: Cluster) -> None:
     give(peers[1:2], unequal(1, index=0), 4)
     for call in started(peers).values():
         error = call.error("MismatchError")
-        assert (error["fields"], error["peers"]) == (["layout"], [peers[1].id])
+        assert (error["fields"], error["peers"]) == (["allow_content_inequality"], [peers[1].id])
+        assert "array 'rng'" in error["text"]
 
 
 def test_a_state_of_nothing_but_unequal_content_still_has_a_revision(cluster: Cluster) -> None:

@@ -1,0 +1,118 @@
+/* test_engine_flow.c: many operations at a time, and how far a sender may run ahead of its receivers. */
+#include "engine_vectors.h"
+
+static void many_ops(uint32_t world, uint32_t tags, uint64_t count, uint32_t conns) {
+    cluster c;
+    cluster_open(&c, world, conns, OVER_TCP);
+    vectors *v = calloc(tags, sizeof *v);
+    pyccl_op **ops = calloc((size_t)tags * world, sizeof *ops);
+    for (uint32_t tag = 0; tag < tags; tag++) v[tag] = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count + tag, world, tag);
+    for (uint32_t k = 0; k < tags; k++)
+        for (uint32_t i = 0; i < world; i++) {
+            const uint32_t tag = i == 0 ? k : i == 1 ? tags - 1 - k : (k * 7 + i) % tags;
+            if (tags % 7 == 0 && i > 1) abort();
+            ops[tag * world + i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count + tag, tag), v[tag].in[i], v[tag].in[i], 0);
+        }
+    for (uint32_t tag = 0; tag < tags; tag++) {
+        for (uint32_t i = 0; i < world; i++) {
+            CHECK_EQ(finish(ops[tag * world + i]), PYCCL_OK);
+            CHECK(memcmp(v[tag].in[i], v[tag].want, v[tag].bytes) == 0);
+        }
+        vectors_free(&v[tag]);
+    }
+    free(v);
+    free(ops);
+    cluster_close(&c);
+}
+
+/* Floats: more than the eager window, by one contribution of two members, or by all the contributions of three. */
+#define BIG (5 * 262144 + 1)
+
+TEST(engine_runs_200_tagged_operations_submitted_in_different_orders) { many_ops(3, 200, 1000, 3); }
+TEST(engine_runs_big_operations_submitted_in_reversed_order) { many_ops(2, 4, BIG, 2); }
+TEST(engine_runs_big_operations_of_three_members_in_different_orders) { many_ops(3, 5, BIG, 1); }
+
+TEST(engine_keeps_the_order_of_one_tag) {
+    cluster c;
+    cluster_open(&c, 2, 2, OVER_TCP);
+    enum { RUNS = 300 };
+    pyccl_op *ops[2][RUNS];
+    static int64_t x[2][RUNS];
+    for (int k = 0; k < RUNS; k++) x[0][k] = k, x[1][k] = 1000 * k;
+    for (uint32_t i = 0; i < 2; i++)
+        for (int k = 0; k < RUNS; k++) ops[i][k] = submit(&c, i, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 5), &x[i][k], &x[i][k], 8);
+    for (uint32_t i = 0; i < 2; i++)
+        for (int k = 0; k < RUNS; k++) {
+            CHECK_EQ(finish(ops[i][k]), PYCCL_OK);
+            CHECK_EQ(x[i][k], 1001 * k);
+        }
+    cluster_close(&c);
+}
+
+/* The third member is missing, so nothing comes back. The second operation's data goes after all of the first's that may
+ * go: when it has ended, what is held back is held back. */
+TEST(engine_keeps_contributions_in_step_with_what_comes_back_on_loopback) {
+    cluster c;
+    cluster_open(&c, 3, 1, OVER_TCP);
+    const uint64_t pieces = 12, count = 3 * pieces * DIRECT_PIECE_BYTES / 4;
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 3, 79);
+    int64_t x[3] = {1, 2, 3};
+    pyccl_op *ops[3], *small[3];
+    for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+    for (uint32_t i = 0; i < 2; i++) await_bytes(&c, i, 1 - i, DIRECT_PIECE_BYTES);
+    for (uint32_t i = 0; i < 3; i++) small[i] = submit(&c, i, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 1), &x[i], &x[i], 0);
+    for (uint32_t i = 0; i < 3; i++) CHECK_EQ(finish(small[i]), PYCCL_OK);
+    for (uint32_t i = 0; i < 2; i++) {
+        pyccl_link_stats stats;
+        REQUIRE(pyccl_engine_link_stats(c.engine[i], c.slot[i][1 - i], &stats) == PYCCL_OK);
+        CHECK(stats.rx_bytes < 5 * DIRECT_PIECE_BYTES);
+    }
+    ops[2] = submit(&c, 2, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[2], v.in[2], 0);
+    for (uint32_t i = 0; i < 3; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+    }
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
+/* What is refused, as too far ahead of a peer, until that peer has told that it has caught up. */
+static pyccl_op *submit_when_room(const cluster *c, uint32_t i, pyccl_spec spec, void *x) {
+    const int64_t until = now_ns() + PATIENCE;
+    for (;;) {
+        pyccl_op *op = submit(c, i, spec, x, x, 0);
+        pyccl_link_stats stats;
+        REQUIRE(pyccl_engine_link_stats(c->engine[i], c->slot[i][1 - i], &stats) == PYCCL_OK); /* commands run in order */
+        if (pyccl_op_wait(op, 0) != PYCCL_ERR_LIMIT || now_ns() > until) return op;
+        pyccl_op_free(op);
+    }
+}
+
+/* Member 0 gives up operations before 1 has submitted them, three times: 1 keeps the piece of each until the epoch ends.
+ * There are more of them than it keeps of one peer, so 0 must hold the last ones back though they have few bytes. */
+TEST(engine_sends_no_more_small_early_pieces_than_a_peer_keeps) {
+    enum { EACH = 3000, ROUNDS = 3, KEPT = 2 * PYCCL_OPS_OPEN_MAX, OPEN_BYTES = 64 + PYCCL_SPEC_SIZE, PIECE_BYTES = 64 + 8 };
+    _Static_assert(EACH * ROUNDS > KEPT + PYCCL_CONNS_MAX, "more than are kept");
+    static int64_t x[2][EACH];
+    pyccl_op **ops = calloc(EACH, sizeof *ops);
+    const pyccl_spec spec = reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 3);
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    for (uint32_t round = 0, pieces = 0; round < ROUNDS; round++) {
+        const uint32_t sent = KEPT - pieces < EACH ? KEPT - pieces : EACH;
+        pyccl_link_stats before;
+        REQUIRE(pyccl_engine_link_stats(c.engine[1], c.slot[1][0], &before) == PYCCL_OK);
+        for (uint32_t k = 0; k < EACH; k++) ops[k] = submit_when_room(&c, 0, spec, &x[0][k]);
+        await_bytes(&c, 1, 0, before.rx_bytes + EACH * OPEN_BYTES + sent * PIECE_BYTES);
+        for (uint32_t k = 0; k < EACH; k++) pyccl_op_cancel(ops[k], PYCCL_ERR_CANCELLED);
+        for (uint32_t k = 0; k < EACH; k++) CHECK_EQ(finish(ops[k]), PYCCL_ERR_CANCELLED);
+        for (uint32_t k = 0; k < EACH; k++) ops[k] = submit(&c, 1, spec, &x[1][k], &x[1][k], 0);
+        for (uint32_t k = 0; k < EACH; k++) CHECK_EQ(finish(ops[k]), PYCCL_ERR_CANCELLED);
+        pieces += sent;
+    }
+    pyccl_event event;
+    while (pyccl_engine_events(c.engine[1], &event, 1) == 1) CHECK(event.type != PYCCL_EVENT_LINK_REFUSED);
+    check_all_reduce(&c, PYCCL_FLOAT32, PYCCL_SUM, 100003, 1); /* the window is full: it goes once the peer's OPEN is there */
+    free(ops);
+    cluster_close(&c);
+}
