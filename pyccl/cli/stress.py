@@ -123,7 +123,7 @@ def stress(
     for line in report.lines(record, oracle, seed):
         click.echo(line, err=as_json)
     told = {
-        "command": shlex.join(["pyccl", *sys.argv[1:]]), "version": pyccl.__version__, "seed": seed,
+        "command": shlex.join(["pyccl", "stress", *(word for word in sys.argv[1:] if word != "stress")]), "version": pyccl.__version__, "seed": seed,
         "machine": machine.Machine.read().to_json(), "settings": vars(plan),
         "network": network.name, "kinds": record.kinds, **record.to_json(oracle),
     }  # fmt: skip
