@@ -122,8 +122,10 @@ def stress(
     record, oracle = conductor.record, conductor.oracle
     for line in report.lines(record, oracle, seed):
         click.echo(line, err=as_json)
+    # python -m stress.churn has no word of its own on the command line.
+    arguments = sys.argv[2:] if sys.argv[1:2] == ["stress"] else sys.argv[1:]
     told = {
-        "command": shlex.join(["pyccl", *sys.argv[1:]]), "version": pyccl.__version__, "seed": seed,
+        "command": shlex.join(["pyccl", "stress", *arguments]), "version": pyccl.__version__, "seed": seed,
         "machine": machine.Machine.read().to_json(), "settings": vars(plan),
         "network": network.name, "kinds": record.kinds, **record.to_json(oracle),
     }  # fmt: skip

@@ -55,6 +55,7 @@ def test_short_run_under_all_faults_has_no_violation_and_no_hang(seed: int, tmp_
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["ok"] is True and told["violations"] == [] and told["hangs"] == 0
+    assert told["command"].startswith("pyccl stress ") and f"--seed {seed}" in told["command"]
     assert told["seed"] == seed and told["network"] == NETWORK
     assert told["revisions"] > 0 and told["checked"]["values"] > 0 and told["checked"]["digests"] > 0
     assert len(told["faults"]) >= 5
