@@ -137,7 +137,7 @@ class Takeover:
         adoptable = group.last_number == 0 or (group.group in (self._groups or ()) and ahead)
         if group.deciding is None and adoptable:  # else it is on its way already, or what we have decided stands
             self._adopt_epoch(group, recall)
-        if master.journaled:
+        if master._writing:  # if nothing is, nobody would let it go
             self._held.append((master._ticket_last, conn, hello))
         else:
             master._on_hello(conn, hello)

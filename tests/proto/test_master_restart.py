@@ -571,6 +571,20 @@ def test_nothing_is_asked_under_a_later_term_before_that_is_durable() -> None:
     assert commit_of(world).epoch.previous == epoch.id
 
 
+def test_a_recall_that_tells_nothing_new_waits_for_no_record() -> None:
+    """Nor do those who come behind it."""
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled=True)
+    resume = Resume(RUN, commit.epoch.number, commit.epoch.id, False)
+    for n in (1, 2):  # both are asked
+        world.hello(n, resume=resume)
+    for n in (1, 2):
+        world.say(n, recall_of(commit))
+        assert world.last(n, Welcome).resumed
+    world.hello(3, resume=resume)
+    assert world.last(3, Welcome).resumed
+
+
 def test_a_hello_that_waits_is_the_only_one_of_its_connection() -> None:
     commit = commit_of(group_of(2))
     world = Adopting(journaled=True)
