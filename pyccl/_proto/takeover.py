@@ -117,17 +117,18 @@ class Takeover:
             raise RemoteProtocolError("a Recall that nobody asked for")
         if hello.resume[:3] != (recall.run, epoch.number, epoch.id) or not epoch.has(hello.peer, hello.incarnation):
             raise RemoteProtocolError("a Recall of another epoch than its Hello's")
-        if start_of(recall.term) >= START_MAX or epoch.number > limits.U64_MAX >> 1:
+        term = max(recall.term, epoch.term)  # it was welcomed before its master rose to the epoch's
+        if start_of(term) >= START_MAX or epoch.number > limits.U64_MAX >> 1:
             raise RemoteProtocolError("a Recall that leaves no numbers to go on with")
         if not self._may_adopt(recall.run):
             master._close(conn, "another run was taken over meanwhile")
             return
         if self._groups is None:
-            self._adopt_run(recall)
+            self._adopt_run(recall.run, term)
         elif any(self._group_of(member) not in (None, hello.group) for member in epoch.members):
             raise RemoteProtocolError("a Recall that names members of another group")
-        elif start_of(recall.term) >= start_of(master.term):
-            self._rise_above(recall.term)
+        elif start_of(term) >= start_of(master.term):
+            self._rise_above(term)
             master._persist(Began(master.term), None)
             self._term_ticket = master._ticket_last
             if not master.journaled:
@@ -137,7 +138,7 @@ class Takeover:
         adoptable = group.last_number == 0 or (group.group in (self._groups or ()) and ahead)
         if group.deciding is None and adoptable:  # else it is on its way already, or what we have decided stands
             self._adopt_epoch(group, recall)
-        if master.journaled:
+        if master._writing:  # if nothing is, nobody would let it go
             self._held.append((master._ticket_last, conn, hello))
         else:
             master._on_hello(conn, hello)
@@ -147,7 +148,7 @@ class Takeover:
         record = master._peers.get((member.peer, member.incarnation))
         return None if record is None else record.group
 
-    def _adopt_run(self, recall: Recall) -> None:
+    def _adopt_run(self, run: bytes, term: int) -> None:
         """What this master has founded before has to go."""
         master = self._master
         self._groups = set()
@@ -155,8 +156,8 @@ class Takeover:
             record.lost = "another run, older than this one, has come back: connect again"
             master._evict(record)
         master._groups.clear()
-        master.run = recall.run
-        self._rise_above(recall.term)
+        master.run = run
+        self._rise_above(term)
         master._grace_until = master._now + limits.RECONNECT_S
         master._log("run_adopted", run=master.run.hex(), start=start_of(master.term))
         master._persist(Adopted(master.run, master.term), None)

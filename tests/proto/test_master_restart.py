@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from test_master import RUN, TIMEOUT_S, World, incarnation, peer_id
@@ -569,6 +570,30 @@ def test_nothing_is_asked_under_a_later_term_before_that_is_durable() -> None:
         world.say(n, Report(epoch.number, ballot))
     world.flush()
     assert commit_of(world).epoch.previous == epoch.id
+
+
+def test_the_term_of_a_recalled_epoch_counts_where_its_member_was_welcomed_in_an_earlier_one() -> None:
+    """Its master has risen above another member's since."""
+    commit = commit_of(group_of(1))
+    old = commit.epoch
+    epoch = make_epoch(old.number, old.previous, make_term(6, 1), old.members, old.plan)
+    world = Adopting(journaled=True)
+    world.come_back(1, replace(commit, epoch=epoch), term=make_term(5, 1))
+    assert start_of(world.last(1, Welcome).term) == 7
+
+
+def test_a_recall_that_tells_nothing_new_waits_for_no_record() -> None:
+    """Nor do those who come behind it."""
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled=True)
+    resume = Resume(RUN, commit.epoch.number, commit.epoch.id, False)
+    for n in (1, 2):  # both are asked
+        world.hello(n, resume=resume)
+    for n in (1, 2):
+        world.say(n, recall_of(commit))
+        assert world.last(n, Welcome).resumed
+    world.hello(3, resume=resume)
+    assert world.last(3, Welcome).resumed
 
 
 def test_a_hello_that_waits_is_the_only_one_of_its_connection() -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import sim_fsm
+from sim_native import lib
 from sim_world import S, SimError
 
-from pyccl._native._pyccl import lib
 from pyccl._proto import member
 from pyccl._proto.channel import SPACE_PAIR, participants, user_tag
 from pyccl._proto.epoch import Epoch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sim_cluster import SimCluster
     from sim_engine import Attempt, Op
     from sim_peer import SimPeer
+    from sim_program import State
 
 OpName = tuple[int, bytes, int, int, int, tuple[bytes, ...]]
 EXCUSE_S: Final = 2.0
@@ -50,7 +51,10 @@ class Checks:
         self.last_members: dict[int, Epoch] = {}
         self.cut_counts: dict[bytes, tuple[str, list[tuple[int, int, int]]]] = {}
         self.cut_pairs: dict[bytes, dict[bytes, dict[tuple[bytes, int], int]]] = {}
-        self.swaps = 0
+        self.swaps = self.syncs = 0
+        self.states: dict[tuple[int, int, int], int] = {}  # group, lineage, revision -> root
+        self.ended = 0  # operations: committed somewhere, or failed
+        self.partitions_until = 0  # one side of two that do not reach each other may be any
         self.commits = self.failures = self.evictions = self.mismatches = 0
         self.kinds: dict[str, int] = {}
         self.statuses: dict[str, int] = {}
@@ -67,6 +71,7 @@ class Checks:
 
     def started(self, peer: SimPeer, op: Op, attempt: Attempt) -> None:
         fate = self._fate(peer, op)
+        self.cluster.faults.on_event("operation_started")
         known = fate.submits.setdefault(peer.index, op.cookie)
         if known != op.cookie:
             self.fail(f"{peer.name} gave one number to two operations: {self._name(op)}")
@@ -77,6 +82,7 @@ class Checks:
             self.fail(f"{peer.name} commits {self._name(op)} without a result")
             return
         fate = self._fate(peer, op)
+        self._ends(fate, "operation_committed")
         self.world.note("%s commits %s (attempt of epoch %d)", peer.name, self._name(op), attempt.epoch)
         self._pure(peer, op, attempt, fate)
         if fate.committed and (fate.epoch, fate.result) != (attempt.epoch, attempt.result):
@@ -123,8 +129,14 @@ class Checks:
             return  # it never had a number: nobody can have committed it with us
         self.world.note("%s fails %s: %s", peer.name, self._name(op), name)
         fate = self._fate(peer, op)
+        self._ends(fate, "operation_failed")
         fate.failed[peer.index] = name
         self._atomic(op, fate)
+
+    def _ends(self, fate: Fate, event: str) -> None:
+        if not fate.committed and not fate.failed:
+            self.ended += 1
+        self.cluster.faults.on_event(event)
 
     def _atomic(self, op: Op, fate: Fate) -> None:
         if not fate.committed:
@@ -140,15 +152,35 @@ class Checks:
     def _name(self, op: Op) -> str:
         return f"op {op.space}/{op.tag}/{op.seq} {op.label}"
 
+    # ---- the shared state
+
+    def advanced(self, peer: SimPeer, state: State) -> None:
+        """One revision of a lineage is one state, on all who are in step."""
+        known = self.states.setdefault((peer.group, state.lineage, state.revision), state.root)
+        if known != state.root and self.cluster.options.strict:
+            self.fail(f"{peer.name} has another state of revision {state.revision} than others")
+
+    def synced(self, peer: SimPeer, voter: bool, before: State, after: State) -> None:
+        """A sync that all have committed. Programs that differ may part before their mismatch is seen."""
+        self.syncs += 1
+        self.world.note("%s has state %x, revision %d", peer.name, after.lineage, after.revision)
+        if self.cluster.options.strict and voter and before != after:
+            self.fail(f"{peer.name} goes from {before} to {after}")
+        self.advanced(peer, after)
+
     # ---- epochs
 
     def enters(self, peer: SimPeer, effect: member.Enter, counts: list[tuple[int, int, int]]) -> None:
         epoch = effect.epoch
         members = tuple((m.peer, m.incarnation) for m in epoch.members)
+        self.cluster.faults.on_event("epoch_entered")
+        if len({*epoch.peers}) != len(epoch.members):
+            self.fail(f"epoch {epoch.number} holds two incarnations of one peer")
         self.world.note("%s enters epoch %d %s", peer.name, epoch.number, [p.hex()[:8] for p in epoch.peers])
         known = self.epochs.setdefault((peer.machine.run, peer.group, epoch.number), (epoch.id, members))
         if known != (epoch.id, members):
-            self.fail(f"two epochs {epoch.number} in group {peer.group}")
+            self._two_epochs(peer, epoch, known[0])
+            self.epochs[peer.machine.run, peer.group, epoch.number] = (epoch.id, members)
         for key in members:
             if self.gone.get(key, 1 << 62) <= epoch.number:
                 self.fail(f"epoch {epoch.number} holds an incarnation that was out in {self.gone[key]}")
@@ -166,6 +198,13 @@ class Checks:
                     self.fail(f"at the safe point before epoch {epoch.number} {name} counts {same}, {peer.name} {ours}")
                 self._cut_of_pairs(peer, epoch, counts)
         self.last_members[peer.index] = epoch
+
+    def _two_epochs(self, peer: SimPeer, epoch: Epoch, other: bytes) -> None:
+        """Without a journal what all members have forgotten, or died with, may come again; never beside the first."""
+        unkept = self.cluster.journals_lost or not self.cluster.options.journaled
+        beside = [p for p in self.cluster.living() if p.machine.epoch is not None and p.machine.epoch.id == other]
+        if not unkept or beside:
+            self.fail(f"two epochs {epoch.number} in group {peer.group}")
 
     def _cut_of_pairs(self, peer: SimPeer, epoch: Epoch, counts: list[tuple[int, int, int]]) -> None:
         """Both of a pair have submitted as many."""
@@ -207,15 +246,21 @@ class Checks:
     def _lost(self, short: str, reason: str) -> None:
         """Whoever is given up must have failed in some way of its own."""
         found = [p for p in self.cluster.peers if p.peer.hex().startswith(short)]  # all its incarnations
-        if not any(self._excused(p) for p in found):
+        apart = "do not reach each other" in reason and self.world.now <= self.partitions_until
+        if not apart and not any(self._excused(p) for p in found):
             self.fail(f"the master gives up {short}, which is healthy: {reason}")
 
     def _excused(self, peer: SimPeer) -> bool:
         return not peer.runs or self.world.now <= peer.excused_until
 
     def excuse(self, peer: SimPeer, for_s: float) -> None:
-        late_s = EXCUSE_S + 3 * self.cluster.options.peer_timeout
-        peer.excused_until = max(peer.excused_until, self.world.now + int((for_s + late_s) * S))
+        peer.excused_until = max(peer.excused_until, self._late(for_s))
+
+    def excuse_partitions(self, for_s: float) -> None:
+        self.partitions_until = max(self.partitions_until, self._late(for_s))
+
+    def _late(self, for_s: float) -> int:
+        return self.world.now + int((for_s + EXCUSE_S + 3 * self.cluster.options.peer_timeout) * S)
 
 
 def _show(result: frozenset[tuple[Any, ...]] | None) -> list[tuple[Any, ...]]:

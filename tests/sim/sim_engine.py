@@ -14,15 +14,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import sim_fsm
-from sim_fsm import DROP, LATER, PASS, REFUSE, Fsm
+from sim_fsm import LATER, PASS, REFUSE, Fsm
+from sim_native import lib
 from sim_world import CLOSE, Conn, S
-
-from pyccl._native._pyccl import lib
 
 if TYPE_CHECKING:
     from sim_peer import SimPeer
 
 U64: Final = (1 << 64) - 1
+fsm_next: Final = lib.pyccl_fsm_next
+fsm_gate: Final = lib.pyccl_fsm_gate
+fsm_tick: Final = lib.pyccl_fsm_tick
+COMMIT: Final = lib.PYCCL_ACT_COMMIT
+DIFFERS: Final = lib.PYCCL_ACT_DIFFERS
+FAIL: Final = lib.PYCCL_ACT_FAIL
+LEAVE: Final = lib.PYCCL_ACT_LEAVE
+PEER_OPEN: Final = lib.PYCCL_ACT_PEER_OPEN
+SEND: Final = lib.PYCCL_ACT_SEND
+SETTLE: Final = lib.PYCCL_ACT_SETTLE
+START: Final = lib.PYCCL_ACT_START
+STOP: Final = lib.PYCCL_ACT_STOP
 EAGER_RATE: Final = 0.8
 GAP_NS: Final = S
 
@@ -89,6 +100,7 @@ class SimEngine:
         self.silence = int(peer_timeout * S)
         self.beat = peer_timeout / 5
         self.fsm = Fsm(self.silence, int(stall_s * S), S // 5)
+        self.handle, self.action = self.fsm.handle, self.fsm.action
         self.links: dict[int, Link] = {}
         self.by_id: dict[bytes, Link] = {}
         self.slots = 0
@@ -102,14 +114,14 @@ class SimEngine:
         self.cut_set = self.drained_told = self.acting = self.ending = False
         self.cuts = 0
         self.from_peer = False  # the machine is working on a frame
-        self.quiet_since = self.turned = self.world.now
+        self.quiet_since = self.turned = owner.now
         self.tick_due = sim_fsm.NO_TIMER
         self.running = True
         owner.soon(self.beat, self._links_check, engine=True)
 
     @property
     def frozen(self) -> bool:
-        return bool(lib.pyccl_fsm_frozen(self.fsm.handle))
+        return bool(lib.pyccl_fsm_frozen(self.handle))
 
     # ---- commands of the control thread
 
@@ -121,7 +133,7 @@ class SimEngine:
         link = self.by_id.get(peer)
         if link is None:
             self.slots += 1
-            link = self.by_id[peer] = self.links[self.slots] = Link(peer, self.slots, self.world.now)
+            link = self.by_id[peer] = self.links[self.slots] = Link(peer, self.slots, self.owner.now)
             if peer in self.members and self.rank >= 0:
                 link.rank = self.members.index(peer)
                 self.ranks[link.rank] = link
@@ -141,11 +153,11 @@ class SimEngine:
         link = self.links[slot]
         link.conns.append(conn)
         conn.adopted[conn.end_of(self.owner)] = True
-        link.heard = self.world.now
+        link.heard = self.owner.now
         if link.reset_owed:
             link.reset_owed = False
-            if link.rank >= 0 and self.owner.bug != "no_resend":
-                lib.pyccl_fsm_link_reset(self.fsm.handle, link.rank, self.world.now)
+            if link.rank >= 0:
+                lib.pyccl_fsm_link_reset(self.handle, link.rank, self.owner.now)
         self._after()
         self._send_data(link)
         self.world.repump(0.0005)
@@ -155,7 +167,7 @@ class SimEngine:
 
     def freeze(self) -> list[tuple[int, int, int, int, int]] | None:
         """None: it has left the run."""
-        if self.owner.bug != "thaw" and lib.pyccl_fsm_freeze(self.fsm.handle, self.world.now) != 0:
+        if lib.pyccl_fsm_freeze(self.handle, self.owner.now) != 0:
             return None
         report = self.fsm.report()
         self._after()
@@ -172,7 +184,7 @@ class SimEngine:
         verdicts: tuple[tuple[int, int, int, int], ...],
     ) -> int:
         self._act()
-        rc = self.fsm.epoch(number, epoch_id, members, rank, restart, mismatch, verdicts, self.world.now)
+        rc = self.fsm.epoch(number, epoch_id, members, rank, restart, mismatch, verdicts, self.owner.now)
         if rc != 0:
             return rc
         if restart:
@@ -185,7 +197,7 @@ class SimEngine:
                 link = self._link(peer)
                 link.rank = r
                 self.ranks[r] = link
-        self.quiet_since = self.world.now  # what is retried was submitted now: its OPENs are still on their way
+        self.quiet_since = self.owner.now  # what is retried was submitted now: its OPENs are still on their way
         self._after()
         for link in list(self.links.values()):
             link.unread.clear()
@@ -200,35 +212,35 @@ class SimEngine:
         self.cut_set = self.drained_told = False
 
     def set_cut(self, counts: tuple[tuple[int, int, int], ...]) -> bool:
-        self.quiet_since = self.world.now  # what the cut asks for may be submitted from here
+        self.quiet_since = self.owner.now  # what the cut asks for may be submitted from here
         self.cut_set, self.drained_told = self.rank >= 0, False
         self.cuts += 1
-        behind = self.fsm.cut(counts, False, self.world.now)
+        behind = self.fsm.cut(counts, False, self.owner.now)
         self._after()
         return behind
 
     def uncut(self) -> None:
         self.cut_set = self.drained_told = False
         self.cuts += 1
-        self.fsm.cut((), True, self.world.now)
+        self.fsm.cut((), True, self.owner.now)
         self._after()
 
     def submit(self, op: Op) -> None:
-        self.quiet_since = self.world.now
+        self.quiet_since = self.owner.now
         self.ops[op.cookie] = op
-        rc = lib.pyccl_fsm_submit(self.fsm.handle, op.cookie, op.spec, op.deadline, self.world.now)
+        rc = lib.pyccl_fsm_submit(self.handle, op.cookie, op.spec, op.deadline, self.owner.now)
         if rc != 0:
             self._end_op(op, rc)
         self._after()
 
     def cancel(self, op: Op) -> None:
         if op.status is None:
-            lib.pyccl_fsm_cancel(self.fsm.handle, op.cookie, lib.PYCCL_ERR_CANCELLED, self.world.now)
+            lib.pyccl_fsm_cancel(self.handle, op.cookie, lib.PYCCL_ERR_CANCELLED, self.owner.now)
             self._after()
 
     def give_up(self, lost: Sequence[bytes], age_s: float) -> None:
-        now, why = self.world.now, lib.PYCCL_ERR_MASTER_AWAY
-        lib.pyccl_fsm_give_up(self.fsm.handle, why, b"".join(lost), len(lost), now - int(age_s * S), now)
+        now, why = self.owner.now, lib.PYCCL_ERR_MASTER_AWAY
+        lib.pyccl_fsm_give_up(self.handle, why, b"".join(lost), len(lost), now - int(age_s * S), now)
         self._after()
 
     def stop(self, why: int) -> None:
@@ -236,7 +248,7 @@ class SimEngine:
         if not self.running:
             return
         self.ending = True
-        lib.pyccl_fsm_end(self.fsm.handle, why)
+        lib.pyccl_fsm_end(self.handle, why)
         self._act()
         self.running = False
         self._forget_epoch()
@@ -262,7 +274,7 @@ class SimEngine:
 
     def on_frame(self, peer: bytes, conn: Conn, frame: Any) -> bool:
         """A frame is here; False: it stays unread. (The process runs: pipes see to that.)"""
-        end = conn.end_of(self.owner)
+        end = 0 if conn.owners[0] is self.owner else 1
         if not conn.adopted[end] and not conn.closed[end] and self.running:
             return False  # still in the hands of the handshake
         link = self.by_id.get(peer)
@@ -272,19 +284,13 @@ class SimEngine:
         if frame is CLOSE:
             self._conn_down(link, conn)
             return True
-        self._heard(link)
+        link.heard = self.turned
+        if link.silent:
+            self._heard(link)
         number, epoch_tag, raw, data = frame
-        if self.owner.bug == "stale" and number < self.number:
-            number, epoch_tag = self.number, self.epoch_tag
-        gate = lib.pyccl_fsm_gate(self.fsm.handle, number, epoch_tag, link.rank >= 0)
-        if gate == LATER:
-            link.unread.add(conn)
-            return False
-        if gate == DROP:
-            return True
-        if gate == REFUSE:
-            self.owner.checks.refused(self.owner, peer, frame)
-            return True
+        gate = fsm_gate(self.handle, number, epoch_tag, link.rank >= 0)
+        if gate != PASS:
+            return self._not_passed(gate, link, conn, frame)
         self.from_peer = True
         if raw is not None:
             self._message(link, raw)
@@ -295,25 +301,26 @@ class SimEngine:
         self._after()
         return True
 
+    def _not_passed(self, gate: int, link: Link, conn: Conn, frame: Any) -> bool:
+        if gate == LATER:
+            link.unread.add(conn)
+        elif gate == REFUSE:
+            self.owner.checks.refused(self.owner, link.peer, frame)
+        return gate != LATER
+
     def _conn_down(self, link: Link, conn: Conn) -> None:
         self._take_down(link, conn)
         conn.close(self.owner, lossy=False)
         self.owner.engine_event(self.owner.on_conn_down, link.slot, len(link.conns))
-        if link.conns and link.rank >= 0 and self.owner.bug != "no_resend":
-            lib.pyccl_fsm_link_reset(self.fsm.handle, link.rank, self.world.now)
+        if link.conns and link.rank >= 0:
+            lib.pyccl_fsm_link_reset(self.handle, link.rank, self.owner.now)
         self._after()
         if link.conns:
             self._send_data(link)
 
     def _message(self, link: Link, raw: bytes) -> None:
-        bug = self.owner.bug
-        if bug == "deaf_to_abort" and raw[0] == lib.PYCCL_FRAME_ABORT:
-            return
-        if self.fsm.receive(raw, link.rank, self.world.now) != 0:
+        if self.fsm.receive(raw, link.rank, self.owner.now) != 0:
             self.owner.checks.refused(self.owner, link.peer, raw)
-        if bug == "majority" and raw[0] == lib.PYCCL_FRAME_DONE and self.world.rng.random() < 0.3:
-            for rank in self.ranks:
-                self.fsm.receive(raw, rank, self.world.now)
 
     def _data(self, link: Link, space: int, tag: int, seq: int, value: tuple[Any, ...]) -> None:
         gate, cookie = self.fsm.data(link.rank, space, tag, seq)
@@ -330,7 +337,7 @@ class SimEngine:
         if self.frozen or rank not in attempt.needs or rank in attempt.got:
             return
         attempt.got[rank] = value
-        lib.pyccl_fsm_progress(self.fsm.handle, attempt.op.cookie, self.world.now)
+        lib.pyccl_fsm_progress(self.handle, attempt.op.cookie, self.owner.now)
         self._result_if_whole(attempt)
 
     def _result_if_whole(self, attempt: Attempt) -> None:
@@ -340,7 +347,7 @@ class SimEngine:
         if attempt.op.flip:
             values.add((-1, self.owner.index))
         attempt.result = frozenset(values)
-        lib.pyccl_fsm_result(self.fsm.handle, attempt.op.cookie, hash(attempt.result) & U64, self.world.now)
+        lib.pyccl_fsm_result(self.handle, attempt.op.cookie, hash(attempt.result) & U64, self.owner.now)
 
     def _start(self, op: Op, seq: int) -> None:
         op.seq, op.lineage = seq, self.lineage
@@ -372,8 +379,6 @@ class SimEngine:
 
     def _channel(self, space: int, tag: int, rank: int) -> int:
         """What is numbered together; `rank`: with whom, where it is a pair."""
-        if self.owner.bug == "mixes_pairs":
-            return tag
         return int(lib.pyccl_channel(space, tag, self.rank, rank))
 
     def _send_attempt(self, attempt: Attempt, rank: int) -> None:
@@ -400,22 +405,23 @@ class SimEngine:
     # ---- actions
 
     def _act(self) -> None:
-        if self.acting:
+        action = self.action
+        if self.acting or not fsm_next(self.handle, action):
             return
         self.acting = True
-        fsm = self.fsm
-        while kind := fsm.next():
-            self._do(kind, fsm.action)
+        self._do(action.type, action)
+        while fsm_next(self.handle, action):
+            self._do(action.type, action)
         self.acting = False
 
     def _do(self, kind: int, action: Any) -> None:
-        if kind == lib.PYCCL_ACT_SEND:
+        if kind == SEND:
             self._send_message(action.message.rank)
             return
-        if kind == lib.PYCCL_ACT_SETTLE:
+        if kind == SETTLE:
             self.owner.engine_event(self.owner.on_settle)
             return
-        if kind == lib.PYCCL_ACT_LEAVE:
+        if kind == LEAVE:
             self.owner.engine_event(self.owner.on_leave)
             self._forget_epoch()
             return
@@ -423,20 +429,20 @@ class SimEngine:
         if op is None:
             return
         attempt = self.attempts.get(action.cookie)
-        if kind == lib.PYCCL_ACT_START:
+        if kind == START:
             self._start(op, action.seq)
-        elif kind == lib.PYCCL_ACT_STOP:
+        elif kind == STOP:
             self.attempts.pop(op.cookie, None)
-        elif kind == lib.PYCCL_ACT_PEER_OPEN and attempt is not None:
+        elif kind == PEER_OPEN and attempt is not None:
             attempt.opened.add(action.rank)
             self._send_attempt(attempt, action.rank)
-        elif kind == lib.PYCCL_ACT_COMMIT:
+        elif kind == COMMIT:
             self._commit(op, attempt, action.seq)
-        elif kind == lib.PYCCL_ACT_FAIL:
+        elif kind == FAIL:
             if op.seq is None and action.seq > 0:
                 op.seq, op.lineage = action.seq, self.lineage
             self._end_op(op, action.status)
-        elif kind == lib.PYCCL_ACT_DIFFERS:
+        elif kind == DIFFERS:
             link = self.ranks.get(action.rank)
             if link is not None:
                 key = (op.space, self._channel(op.space, op.tag, action.rank), op.seq)
@@ -462,7 +468,7 @@ class SimEngine:
         self._end_op(op, 0)
 
     def _end_op(self, op: Op, status: int) -> None:
-        self.quiet_since = self.world.now  # a thread goes on: it may submit next
+        self.quiet_since = self.owner.now  # a thread goes on: it may submit next
         del self.ops[op.cookie]
         self.attempts.pop(op.cookie, None)
         op.status = status
@@ -478,16 +484,14 @@ class SimEngine:
         self._act()
         if not self.running:
             return
-        due = lib.pyccl_fsm_tick(self.fsm.handle, self.world.now)
+        due = fsm_tick(self.handle, self.owner.now)
         self._act()
-        if self.cut_set and not self.drained_told:
-            early = self.owner.bug == "early_drained" and self.world.rng.random() < 0.1
-            if early or lib.pyccl_fsm_drained(self.fsm.handle):
-                self.drained_told = True
-                self.owner.engine_event(self.owner.on_drained, self.cuts)
+        if self.cut_set and not self.drained_told and lib.pyccl_fsm_drained(self.handle):
+            self.drained_told = True
+            self.owner.engine_event(self.owner.on_drained, self.cuts)
         if due < self.tick_due:
             self.tick_due = due
-            self.owner.soon((due - self.world.now) / S + 1e-6, self._tick, due, engine=True)
+            self.owner.soon((due - self.owner.now) / S + 1e-6, self._tick, due, engine=True)
 
     def _tick(self, due: int) -> None:
         if due == self.tick_due and self.running:
@@ -497,13 +501,14 @@ class SimEngine:
 
     def _turn(self) -> None:
         """After a gap in its own loop it calls nobody silent before its sockets are read."""
-        if self.world.now - self.turned > GAP_NS:
+        now = self.owner.now
+        if now - self.turned > GAP_NS:
             for link in self.links.values():
-                link.heard = self.world.now
-        self.turned = self.world.now
+                link.heard = now
+        self.turned = now
 
     def _heard(self, link: Link) -> None:
-        link.heard = self.world.now
+        link.heard = self.owner.now
         if link.silent:
             link.silent = False
             self.owner.engine_event(self.owner.on_heard, link.slot)
@@ -517,10 +522,10 @@ class SimEngine:
             if not link.conns:
                 continue
             if link.unread:
-                link.heard = self.world.now
+                link.heard = self.owner.now
             elif any(self._beats(conn) for conn in link.conns):
                 self._heard(link)
-            if not link.silent and self.world.now - link.heard >= self.silence:
+            if not link.silent and self.owner.now - link.heard >= self.silence:
                 link.silent = True
                 self.owner.engine_event(self.owner.on_silent, link.slot)
         self.owner.pulse()
@@ -530,9 +535,9 @@ class SimEngine:
     def _beats(self, conn: Conn) -> bool:
         other = conn.owners[1 - conn.end_of(self.owner)]
         runs = conn.whole and other.alive and not other.stopped
-        return runs and not self.world.blocked(self.owner, other)
+        return runs and not self.world.blocked(other, self.owner)
 
     def blocked(self) -> tuple[list[tuple[int, int, int]], float, bool]:
         lacking = self.fsm.lacking()
-        quiet = 0.0 if len(self.attempts) > len(lacking) else (self.world.now - self.quiet_since) / S
-        return lacking, quiet, bool(lib.pyccl_fsm_below_cut(self.fsm.handle))
+        quiet = 0.0 if len(self.attempts) > len(lacking) else (self.owner.now - self.quiet_since) / S
+        return lacking, quiet, bool(lib.pyccl_fsm_below_cut(self.handle))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from pyccl._native._pyccl import ffi, lib
+from sim_native import ffi, lib
 
 PASS: Final = lib.PYCCL_GATE_PASS
 DROP: Final = lib.PYCCL_GATE_DROP
@@ -51,10 +51,6 @@ class Fsm:
         self._action_message = ffi.addressof(self.action, "message")
         self._message = ffi.new("pyccl_message *")
         self._cookie = ffi.new("uint64_t *")
-
-    def next(self) -> int:
-        """The type of the next action, now in ``action``; 0: there is none."""
-        return self.action.type if lib.pyccl_fsm_next(self.handle, self.action) else 0
 
     def action_message(self) -> bytes:
         return bytes(ffi.buffer(self._action_message, MESSAGE_SIZE))

@@ -6,10 +6,12 @@ Its journal is a `Disk`, which outlives it. What was written and is not durable 
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sim_world import CLOSE, Conn, Process, World
 
+from pyccl._io import journal
 from pyccl._proto import master
 from pyccl._proto.past import (
     NONCE_BITS,
@@ -31,7 +33,7 @@ WRITE_AGAIN_S: Final = 0.5
 
 
 class Disk:
-    """The journal's file: the records that are durable, and those a crash may lose."""
+    """The journal's file: the records that are durable, and those of which a crash may lose any byte."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -41,11 +43,23 @@ class Disk:
         self.doom_s: float | None = None  # the next write ends in a crash, for so long
 
     def crashed(self) -> None:
-        """Of what was written and not synced a part is there, from the front."""
-        kept = self.world.rng.randint(0, len(self.written))
-        for record in self.written[:kept]:
-            self.past.apply(record)
+        """Of what was written and not synced a part is there, from the front: the real reader finds out which."""
+        rng = self.world.rng
+        framed, digest = journal._frame(self.past.to_plain(), journal._seed())
+        data = journal._HEADER + framed
+        durable = len(data)
+        for record in self.written:
+            framed, digest = journal._frame(record_to_plain(record), digest)
+            data += framed
         self.written = []
+        whole = rng.random() < 0.3
+        kept = len(data) if whole else rng.randint(durable, len(data))
+        self.past, size, _ = journal._parse(data[:kept], Path("journal"))
+        self.world.note("the journal holds %d of %d bytes behind what was durable", size - durable, len(data) - durable)
+
+    def lose(self) -> None:
+        """The journal is gone, and the next master begins another run."""
+        self.past = Past(self.world.rng.randbytes(16))
 
     def sync(self, count: int) -> None:
         for record in self.written[:count]:
@@ -54,12 +68,13 @@ class Disk:
 
 
 class SimMaster(Process):
-    def __init__(self, cluster: SimCluster, disk: Disk) -> None:
+    def __init__(self, cluster: SimCluster, disk: Disk, *, adopts: bool = False) -> None:
+        """adopts: on the operator's word that the journal of the members' run is lost."""
         super().__init__(cluster.world, "master", 0)
-        self.cluster, self.disk = cluster, disk
+        self.cluster, self.disk, self.adopts = cluster, disk, adopts
         journaled, rng = cluster.options.journaled, self.world.rng
         if not journaled:  # it knows nothing of those before it
-            disk.past = Past(rng.randbytes(16))
+            disk.lose()
         disk.past.apply(Began(make_term(start_of(disk.past.term) + 1, rng.getrandbits(NONCE_BITS))))
         self.machine = master.MasterMachine(
             disk.past.run,
@@ -68,14 +83,12 @@ class SimMaster(Process):
             "sim",
             journaled=journaled,
             needs_majority=not journaled,
-            adopts=not journaled,
-            past=Past(disk.past.run, disk.past.term) if cluster.bug == "forget_journal" else disk.past,
-            now=self.world.now_s,
+            adopts=adopts or not journaled,
+            past=disk.past,
+            now=self.now_s,
         )
         self._to_write: deque[master.Persist] = deque()
         self._is_writing = False
-        if cluster.bug == "blames_others":
-            self.machine._silent_since = lambda: 0.0  # type: ignore[method-assign]
         self.accepted: list[Conn] = []
         self._numbers: dict[Conn, int] = {}
         self._conns: dict[int, Conn] = {}
@@ -83,7 +96,7 @@ class SimMaster(Process):
         self.soon(TICK_S, self._tick)
 
     def deliver(self, conn: Conn, message: Any) -> bool:
-        now = self.world.now_s
+        now = self.now_s
         number = self._numbers.get(conn)
         if message is CLOSE:
             conn.close(self, lossy=False)
@@ -104,7 +117,7 @@ class SimMaster(Process):
 
     def _pulse(self, peer: SimPeer) -> None:
         if self.machine.knows(peer.peer, peer.incarnation):
-            self._perform(self.machine.heard(peer.peer, peer.incarnation, self.world.now_s))
+            self._perform(self.machine.heard(peer.peer, peer.incarnation, self.now_s))
 
     def crash(self) -> None:
         """kill -9: the kernel closes everything, unsent messages are lost in part."""
@@ -123,10 +136,11 @@ class SimMaster(Process):
             return
         batch = tuple(self._to_write)
         if self.disk.full:
-            self._perform(self.machine.not_persisted("no space left", self.world.now_s))
+            self._perform(self.machine.not_persisted("no space left", self.now_s))
             self.soon(WRITE_AGAIN_S, self._write)
             return
         self._is_writing = True
+        self.cluster.faults.on_event("journal_written")
         self.disk.written += [persist.record for persist in batch]
         doom_s, self.disk.doom_s = self.disk.doom_s, None
         if doom_s is not None:
@@ -138,12 +152,12 @@ class SimMaster(Process):
         self.disk.sync(len(batch))
         for _ in batch:
             self._to_write.popleft()
-        self._perform(self.machine.persisted(batch[-1].ticket, self.world.now_s))
+        self._perform(self.machine.persisted(batch[-1].ticket, self.now_s))
         self._write()
 
     def _tick(self) -> None:
         self.soon(TICK_S, self._tick)
-        self._perform(self.machine.tick(self.world.now_s))
+        self._perform(self.machine.tick(self.now_s))
 
     def _perform(self, effects: list[master.Effect]) -> None:
         for effect in effects:
@@ -156,12 +170,11 @@ class SimMaster(Process):
                     conn = self._conns.pop(number, None)
                     if conn is not None:
                         conn.close(self, lossy=False)
-                        self._perform(self.machine.disconnected(number, self.world.now_s))
-                case master.Persist(ticket):
+                        self._perform(self.machine.disconnected(number, self.now_s))
+                case master.Persist():
                     self._to_write.append(effect)
-                    if self.cluster.bug == "send_before_sync":
-                        self._perform(self.machine.persisted(ticket, self.world.now_s))
                     self._write()
                 case master.Log(event, fields):
                     self.world.note("master: %s %s", event, fields)
                     self.cluster.checks.master_log(event, fields)
+                    self.cluster.faults.on_event(event)

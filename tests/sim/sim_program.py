@@ -1,9 +1,9 @@
-"""The program each simulated user runs: agree on the round, do its operations, meet the others at safe points.
+"""The program each simulated user runs: agree on the state, do its operations, meet the others at safe points.
 
 A round is a pure function of (seed, group, number): all peers mean the same. In an exchange the places of two partners
 among all peers that ever were differ by a number of the round; whoever finds no member there has lost it.
 Contributions carry what a peer means, so the checks see when numbers part. After a restart of numbers the program
-agrees anew on (round, revision) with an all-gather, as state sync does. The revision counts rounds in which every
+elects a state as state sync does, with the real election. The revision counts rounds in which every
 collective committed.
 """
 
@@ -11,25 +11,46 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sim_fsm
-from sim_engine import Op
+from sim_engine import U64, Op
+from sim_native import lib
 from sim_world import S
 
-from pyccl._native._pyccl import lib
 from pyccl._proto.channel import SPACE_PAIR
+from pyccl._proto.election import Elected, Record, elect
 
 if TYPE_CHECKING:
     from sim_peer import SimPeer
 
 LONG_S: Final = 1800.0
+FETCH_S: Final = 0.2
 TAGS: Final = 4
 INTERNAL: Final = 1
 REDUCE: Final = lib.PYCCL_ALL_REDUCE
 EXCHANGE: Final = lib.PYCCL_EXCHANGE
 KINDS: Final = (REDUCE, REDUCE, lib.PYCCL_ALL_GATHER, lib.PYCCL_BROADCAST, lib.PYCCL_BARRIER, EXCHANGE, EXCHANGE)
 Steps = Generator[Callable[[], None], None, None]
+
+
+class State(NamedTuple):
+    """The shared state: what it holds is the root, which every round in which all collectives commit moves on."""
+
+    lineage: int
+    revision: int
+    root: int
+    round: int  # the next one; not part of what is elected, but all who hold one root agree on it
+
+    def after(self, results: list[frozenset[tuple[Any, ...]]]) -> State:
+        """Numbers only: their hashes are the same in every process."""
+        root = hash((self.root, self.round, *sorted(map(hash, results)))) & U64
+        return self._replace(revision=self.revision + 1, root=root)
+
+
+def _record(peer: bytes, label: tuple[int, ...]) -> Record:
+    voter, lineage, revision, root, _ = label
+    return Record(peer, bool(voter), lineage.to_bytes(16), revision, root.to_bytes(32), b"")
 
 
 class Round:
@@ -57,6 +78,7 @@ class Thread:
         self.open: set[Op] = set()
         self._steps = self.main()
         self._waits_for: list[Op] | None = None
+        self._nap, self._naps = 0, False
         next(self._steps)
 
     def main(self) -> Steps:
@@ -121,7 +143,7 @@ class Thread:
         deadline_s, options, chaos = LONG_S, self.options, self.peer.cluster.chaos
         if chaos and self.rng.random() < options.deadline_rate:
             deadline_s = 0.003 * 400 ** self.rng.random()
-        op = Op(self.peer.cookie(), spec, label, self.world.now + int(deadline_s * S), space, tag, kind, root)
+        op = Op(self.peer.cookie(), spec, label, self.peer.now + int(deadline_s * S), space, tag, kind, root)
         op.partner = partner
         op.then = self._ended
         if chaos and self.rng.random() < options.flip_rate and kind != lib.PYCCL_BARRIER:
@@ -147,6 +169,31 @@ class Thread:
     def ended(self, op: Op) -> None:
         """For a subclass."""
 
+    def _pause(self, least_s: float) -> Steps:
+        """Of a second thread. Others may wait at a safe point for its next call: too late is a mismatch."""
+        soon_s, late_s = self._hurry_s(), 2 * self.options.think_s
+        for_s = self.rng.random() * (late_s if self.peer.topology is None else min(soon_s, late_s)) + least_s
+
+        def wait() -> None:
+            self._nap += 1
+            self._naps = True
+            self.peer.soon(for_s, self._wake, self._nap)
+
+        yield wait
+
+    def hurry(self) -> None:
+        """Its pause, if it makes one, ends early."""
+        if self._naps:
+            self.peer.soon(self.rng.random() * self._hurry_s(), self._wake, self._nap)
+
+    def _hurry_s(self) -> float:
+        return 0.4 * self.options.mismatch_grace
+
+    def _wake(self, nap: int) -> None:
+        if self._naps and nap == self._nap:
+            self._naps = False
+            self._go()
+
 
 class Background(Thread):
     """A second thread with a tag of its own: its operations are open while the first stands at a safe point."""
@@ -156,7 +203,7 @@ class Background(Thread):
         while True:
             op = self._submit(0, TAGS, lib.PYCCL_ALL_REDUCE, (TAGS,))
             yield from self._wait([op])
-            yield from self._sleep(self.options.think_s * 2 * self.rng.random() + (0.1 if self.alone else 0.0))
+            yield from self._pause(0.1 if self.alone else 0.0)
 
 
 class Gossip(Thread):
@@ -169,13 +216,15 @@ class Gossip(Thread):
             if partner:
                 op = self._submit(SPACE_PAIR, TAGS, EXCHANGE, (TAGS,), partner=partner)
                 yield from self._wait([op])
-            yield from self._sleep(self.options.think_s * 2 * self.rng.random() + 0.02)
+            yield from self._pause(0.02)
 
 
 class Program(Thread):
     def __init__(self, peer: SimPeer) -> None:
-        self.round = self.revision = self.rounds_done = 0
-        self.voter, self.needs_sync = False, True
+        self.rounds_done = 0
+        own = peer.world.rng.getrandbits(64)
+        self.state = State(own, 0, own, 0)  # everybody brings other initial values
+        self.voter, self.needs_sync, self.syncing = False, True, False
         self.last_meeting = 1 << 62  # no safe points in later rounds
         super().__init__(peer)
 
@@ -193,22 +242,44 @@ class Program(Thread):
             self.needs_sync = True
 
     def _sync(self) -> Steps:
-        op = self._submit(INTERNAL, 1, lib.PYCCL_ALL_GATHER, (self.round, self.revision, int(self.voter)))
+        """As sync_shared_state: all tell what they hold, who holds another state than the elected one fetches it, and
+        nobody takes it unless all have it."""
+        self.syncing = True
+        self.peer.cluster.faults.on_event("sync_started")
+        op = self._submit(INTERNAL, 1, lib.PYCCL_ALL_GATHER, (int(self.voter), *self.state))
         yield from self._wait([op])
         if op.status == 0:
-            said = [value[3] for value in op.result or () if len(value) == 4]
-            voters = [label for label in said if label[2]] or said
-            if self.options.strict and len(set(voters)) > 1:
-                self.peer.checks.fail(f"members disagree on round and revision: {sorted(voters)}")
-            self.round, self.revision, _ = max(voters)
-            self.voter, self.needs_sync, self.root = True, False, op.members[0]
+            yield from self._sync_to(op)
         elif op.status == lib.PYCCL_ERR_ALONE:
             self.voter, self.needs_sync, self.root = True, False, self.peer.peer
-        elif op.status == lib.PYCCL_ERR_MISMATCH:
-            self.needs_sync = True
+        self.syncing = False
+
+    def _sync_to(self, votes: Op) -> Steps:
+        said = {self.peer.cluster.peer(value[0]).peer: value[3] for value in votes.result or () if len(value) == 4}
+        elected = elect(_record(peer, label) for peer, label in said.items())
+        assert isinstance(elected, Elected)
+        state = State(*said[elected.holders[0]][1:])
+        has_it = [self.peer.peer in elected.holders]
+        if not has_it[0]:
+            yield from self._fetch(state, elected.holders, has_it)
+        op = self._submit(INTERNAL, 1, lib.PYCCL_ALL_GATHER, (int(has_it[0]),))
+        yield from self._wait([op])
+        if op.status == 0 and all(value[3][0] for value in op.result or () if len(value) == 4):
+            self.peer.checks.synced(self.peer, self.voter, self.state, state)
+            self.state, self.voter, self.needs_sync, self.root = state, True, False, op.members[0]
+
+    def _fetch(self, state: State, holders: tuple[bytes, ...], has_it: list[bool]) -> Steps:
+        """From one holder after the other, as long as one is there."""
+        for holder in holders:
+            yield from self._sleep(self.rng.random() * FETCH_S)
+            for peer in self.peer.cluster.living():
+                serves = peer.peer == holder and not peer.stopped and not self.world.apart(peer, self.peer)
+                if serves and self.peer.cluster.programs[peer.index].state == state:
+                    has_it[0] = True
+                    return
 
     def _one_round(self) -> Steps:
-        plan, chaos = Round(self.world.seed, self.peer.group, self.round), self.peer.cluster.chaos
+        plan, chaos = Round(self.world.seed, self.peer.group, self.state.round), self.peer.cluster.chaos
         wrong = chaos and not self.options.strict and self.rng.random() < self.options.mismatch_rate
         order = self._order(plan)
         if wrong and self.rng.random() < 0.5:
@@ -222,10 +293,9 @@ class Program(Thread):
             if wrong and self.rng.random() < 0.3:
                 count += 1
             space = SPACE_PAIR if partner else 0
+            label = (self.state.round, index)
             ops.append(
-                self._submit(
-                    space, tag, kind, (self.round, index), retry=retry or bool(partner), count=count, partner=partner
-                )
+                self._submit(space, tag, kind, label, retry=retry or bool(partner), count=count, partner=partner)
             )
             if not plan.parallel:
                 yield from self._wait(ops[-1:])
@@ -233,14 +303,15 @@ class Program(Thread):
                 yield from self._sleep(self.rng.random() * 0.01)
         if ops:
             yield from self._wait(ops)
-        self.round += 1
+        self.state = self.state._replace(round=self.state.round + 1)
         self.rounds_done += 1
         collectives = [op for op in ops if not op.partner]
         if collectives and all(op.status == 0 for op in collectives):
-            self.revision += 1
+            self.state = self.state.after([op.result or frozenset() for op in collectives])
+            self.peer.checks.advanced(self.peer, self.state)
         if self.needs_sync:
             return
-        meets = self.round <= self.last_meeting
+        meets = self.state.round <= self.last_meeting
         meet = self.alone or (plan.meet and meets)
         if not meet and plan.poll and meets:
             op = self._submit(INTERNAL, 0, lib.PYCCL_ALL_GATHER, (min(1, self.peer.pending),))
@@ -271,6 +342,9 @@ class Program(Thread):
 
         def wait() -> None:
             self.peer.arrive(waiter)
+            for thread in self.peer.cluster.threads[self.peer.index]:
+                if thread is not self:
+                    thread.hurry()
             if not self.options.strict and self.peer.cluster.chaos and self.rng.random() < self.options.mismatch_rate:
                 self.peer.soon(self.rng.random() * 2, self.peer.withdraw, waiter, "deadline")
 

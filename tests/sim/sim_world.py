@@ -16,6 +16,7 @@ from typing import Any, Final
 
 S: Final = 1_000_000_000
 CLOSE: Final = object()  # the last item of a pipe
+SENT_KEPT: Final = 24
 
 
 class SimError(AssertionError):
@@ -31,10 +32,23 @@ class Process:
         self.index = world.process_count if index is None else index
         world.process_count += index is None
         self.alive, self.stopped, self.held = True, False, False
+        self.skew = 0  # its clock is so many ns ahead
+        self.slow_s = 0.0  # what it does and sends comes so much later, at most
         self.backlog: list[tuple[Callable[..., Any], tuple[Any, ...], bool]] = []
+
+    @property
+    def now(self) -> int:
+        """By its own clock, which rises and may jump."""
+        return self.world.now + self.skew
+
+    @property
+    def now_s(self) -> float:
+        return (self.world.now + self.skew) / S
 
     def soon(self, delay_s: float, fn: Callable[..., Any], *args: Any, engine: bool = False) -> None:
         """Run in this process after the delay; while it is stopped (its control thread held) it waits."""
+        if self.slow_s:
+            delay_s += self.slow_s * self.world.rng.random()
         self.world.at(delay_s, self._do, fn, args, engine)
 
     def _do(self, fn: Callable[..., Any], args: tuple[Any, ...], engine: bool) -> None:
@@ -65,15 +79,18 @@ class World:
     def __init__(self, seed: int, trace_max: int | None = 400) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
+        self.random = self.rng.random
         self.now = 0
         self.process_count = 1  # 0 is the master
         self.trace: deque[tuple[int, str, tuple[Any, ...]]] = deque(maxlen=trace_max)
+        self.prints_trace = False  # as it happens: also of a run that ends in an abort of the C code
         self.events = 0
         self._queue: list[tuple[int, int, Callable[..., Any], tuple[Any, ...]]] = []
         self._order = 0
         self._stalled: dict[Pipe, None] = {}
-        self.silenced: Counter[int] = Counter()
-        self.cuts: Counter[tuple[int, int]] = Counter()
+        self.mute: Counter[int] = Counter()  # nothing leaves these processes
+        self.deaf: Counter[int] = Counter()  # nothing reaches these
+        self.cuts: Counter[tuple[int, int]] = Counter()  # (from, to)
         self.delay_s = 0.002
         self.spike_rate, self.spike_s = 0.0, 0.0
 
@@ -84,6 +101,10 @@ class World:
     def at(self, delay_s: float, fn: Callable[..., Any], *args: Any) -> None:
         self._order += 1
         heapq.heappush(self._queue, (self.now + int(delay_s * S), self._order, fn, args))
+
+    def at_ns(self, at: int, fn: Callable[[], Any]) -> None:
+        self._order += 1
+        heapq.heappush(self._queue, (at, self._order, fn, ()))
 
     def run(self, until_s: float, stop: Callable[[], bool] | None = None) -> bool:
         """False: the time ran out before ``stop`` was true."""
@@ -100,33 +121,48 @@ class World:
 
     def note(self, text: str, *args: Any) -> None:
         self.trace.append((self.now, text, args))
+        if self.prints_trace:
+            print(f"{self.now / S:10.4f} {text % args if args else text}", flush=True)
 
     def trace_text(self) -> str:
         return "\n".join(f"{at / S:10.4f} {text % args if args else text}" for at, text, args in self.trace)
 
     def latency(self) -> float:
-        spike = self.spike_rate and self.rng.random() < self.spike_rate
-        return self.rng.random() * (self.spike_s if spike else self.delay_s)
+        if self.spike_rate and self.random() < self.spike_rate:
+            return self.random() * self.spike_s
+        return self.random() * self.delay_s
 
     # ---- paths
 
-    def blocked(self, a: Process, b: Process) -> bool:
-        if not self.silenced and not self.cuts:
+    def blocked(self, src: Process, dst: Process) -> bool:
+        """Nothing passes from one to the other."""
+        if not self.mute and not self.deaf and not self.cuts:
             return False
-        key = (a.index, b.index) if a.index < b.index else (b.index, a.index)
-        return a.index in self.silenced or b.index in self.silenced or key in self.cuts
+        return src.index in self.mute or dst.index in self.deaf or (src.index, dst.index) in self.cuts
+
+    def apart(self, a: Process, b: Process) -> bool:
+        """They cannot connect, which needs both ways."""
+        return self.blocked(a, b) or self.blocked(b, a)
 
     def cut(self, a: Process, b: Process | None, for_s: float) -> None:
         """Nothing passes between a and b (None: between a and anybody); what is sent meanwhile arrives afterwards."""
-        if b is None:
-            self.silenced[a.index] += 1
-        else:
-            self.cuts[min(a.index, b.index), max(a.index, b.index)] += 1
-        self.at(for_s, self._mend, a, b)
+        self.cut_way(a, b, for_s)
+        self.cut_way(b, a, for_s)
 
-    def _mend(self, a: Process, b: Process | None) -> None:
-        counter: Counter[Any] = self.silenced if b is None else self.cuts
-        key: Any = a.index if b is None else (min(a.index, b.index), max(a.index, b.index))
+    def cut_way(self, src: Process | None, dst: Process | None, for_s: float) -> None:
+        """Nothing passes from src to dst; None: anybody."""
+        counter, key = self._way(src, dst)
+        counter[key] += 1
+        self.at(for_s, self._mend, src, dst)
+
+    def _way(self, src: Process | None, dst: Process | None) -> tuple[Counter[Any], Any]:
+        if dst is None:
+            assert src is not None
+            return self.mute, src.index
+        return (self.deaf, dst.index) if src is None else (self.cuts, (src.index, dst.index))
+
+    def _mend(self, src: Process | None, dst: Process | None) -> None:
+        counter, key = self._way(src, dst)
         counter[key] -= 1
         if counter[key] <= 0:
             del counter[key]
@@ -145,23 +181,29 @@ class World:
 class Pipe:
     """One way of one connection."""
 
-    __slots__ = ("_last", "_queue", "_waits", "deliver", "dst", "engine", "src", "world")
+    __slots__ = ("_last", "_queue", "_waits", "deliver", "dst", "engine", "sent", "src", "world")
 
     def __init__(
         self, world: World, src: Process, dst: Process, deliver: Callable[[Any], bool], *, engine: bool
     ) -> None:
         self.world, self.src, self.dst, self.deliver, self.engine = world, src, dst, deliver, engine
         self._queue: deque[tuple[int, Any]] = deque()
+        self.sent: deque[Any] = deque(maxlen=SENT_KEPT)  # what a fault may bring once more
         self._last = 0
         self._waits = False
 
     def send(self, item: Any, delay_s: float) -> None:
-        at = max(self._last, self.world.now + int(delay_s * S))
+        world = self.world
+        at = world.now + int(delay_s * S)
+        if at < self._last:
+            at = self._last
         self._last = at
         self._queue.append((at, item))
+        if item is not CLOSE:
+            self.sent.append(item)
         if not self._waits:
             self._waits = True
-            self.world.at((at - self.world.now) / S, self._pump)
+            world.at_ns(at, self._pump)
 
     def retry(self, delay_s: float) -> None:
         if not self._waits:
@@ -182,12 +224,14 @@ class Pipe:
         while queue:
             at, item = queue[0]
             if at > world.now:
-                self.retry((at - world.now) / S)
+                self._waits = True
+                world.at_ns(at, self._pump)
                 return
             if not dst.alive:
                 queue.clear()
                 return
-            if dst.stopped or (dst.held and not self.engine) or world.blocked(self.src, dst):
+            cuts = world.mute or world.deaf or world.cuts
+            if dst.stopped or (dst.held and not self.engine) or (cuts and world.blocked(self.src, dst)):
                 world.stalled(self)
                 return
             queue.popleft()
@@ -227,8 +271,12 @@ class Conn:
         return 0 if self.owners[0] is process else 1
 
     def send(self, process: Process, item: Any) -> None:
-        if self.whole:
-            self.pipes[self.end_of(process)].send(item, self.world.latency())
+        if self.closed[0] or self.closed[1]:
+            return
+        delay_s = self.world.latency()
+        if process.slow_s:
+            delay_s += process.slow_s * self.world.rng.random()
+        self.pipes[0 if self.owners[0] is process else 1].send(item, delay_s)
 
     def close(self, process: Process, *, lossy: bool) -> None:
         """This end is closed; the other learns it behind what was sent before, or behind a part of that."""
