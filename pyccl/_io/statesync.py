@@ -130,7 +130,7 @@ def sync_shared_state(
             engine.unpublish(sync)
         if session.peer in decided.apart:
             raise _stands_apart(session, state, tree, decided)
-        _adopt(session, state, decided, fetched)
+        _adopt(session, state, decided, fetched, alone=members == (session.peer,))
         return _info(decided, fetched, served, members, time.monotonic() - started)
 
 
@@ -314,7 +314,7 @@ def _stands_apart(session: Session, state: SharedState, tree: StateDigest, decid
     )
 
 
-def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fetched) -> None:
+def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fetched, *, alone: bool) -> None:
     """The members have committed: replace what differs. A Ctrl-C comes through when the state is whole."""
     interrupt: KeyboardInterrupt | None = None
     while True:
@@ -331,7 +331,9 @@ def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fet
     # A chain over the committed syncs: who leaves it and goes on alone has another lineage from then on.
     chain = decided.lineage + decided.root + struct.pack("<Q", decided.revision)
     state.lineage = hashlib.sha256(chain).digest()[:16]
-    state.voter = session.incarnation
+    # A copy from a file may be stale: while nobody else has agreed to it, whoever brings a newer one is heard.
+    state.restored = state.restored and alone
+    state.voter = None if state.restored else session.incarnation
     if interrupt is not None:
         raise interrupt
 

@@ -2,7 +2,8 @@
 
 Only members of the group's last committed sync vote, so that newcomers, however many, can't replace what the group
 holds; a voter of a foreign lineage (an old fork) is void; and a lone holder never wins against two that agree, whatever
-revision it claims. Rule: design.md 6, a contract.
+revision it claims. Rule: design.md 6, a contract. Where nobody votes, lineages do not count: every sync begins a new
+one, so peers that come back after a total loss with states of different moments hold different ones. The newest wins.
 
 A member's strategy says what it offers and takes:
     ENFORCE_POPULAR  votes, serves, takes what is elected
@@ -131,12 +132,14 @@ def _winner(offered: Sequence[Record]) -> tuple[bytes, int, bytes]:
     """(lineage, revision, root): newest, then most holders, then lowest root."""
     voters = [record for record in offered if record.voter]
     electorate = voters or offered
-    lineage = _lineage(electorate)
-    votes = Counter((r.revision, r.root) for r in electorate if r.lineage == lineage)
+    if voters:
+        lineage = _lineage(voters)
+        electorate = [record for record in voters if record.lineage == lineage]
+    votes = Counter((record.revision, record.root) for record in electorate)
     if voters and max(votes.values()) > 1:
         votes = Counter({candidate: count for candidate, count in votes.items() if count > 1})
     revision, root = min(votes, key=lambda candidate: (-candidate[0], -votes[candidate], candidate[1]))
-    return lineage, revision, root
+    return _lineage([r for r in electorate if (r.revision, r.root) == (revision, root)]), revision, root
 
 
 def _lineage(electorate: Sequence[Record]) -> bytes:

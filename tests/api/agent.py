@@ -438,6 +438,14 @@ class Agent:
         self.state = pyccl.SharedState(made, revision=revision, **options)
         return self.state.digest()
 
+    def do_save(self, path: str) -> None:
+        assert self.state is not None
+        self.state.save(path)
+
+    def do_load(self, path: str) -> int:
+        self.state = pyccl.SharedState.load(path)
+        return self.state.revision
+
     def do_lie(self, what: str) -> None:
         """Serve other "arrays" than those that were hashed, or another "table"."""
         inner = handles.Engine.publish
