@@ -23,7 +23,7 @@ import numpy as np
 
 from pyccl._native.handles import CHUNK_BYTES, chunk_digests
 from pyccl.errors import StateFileError, UsageError
-from pyccl.statefile import Entry, Manifest, StateFile, StrPath, dtype_name, dtype_of, write
+from pyccl.statefile import Entry, Manifest, StateFile, StrPath, dtype_name, dtype_of, write, write_to
 
 ARRAYS_MAX: Final = 65_536
 NAME_BYTES_MAX: Final = 1024
@@ -183,12 +183,17 @@ class SharedState:
         manifest, whole = self._manifest()
         write(path, manifest, whole)
 
+    def save_to(self, fd: int) -> None:
+        """As ``save``, into an empty file that is open; not durable."""
+        manifest, whole = self._manifest()
+        write_to(fd, manifest, whole)
+
     def _manifest(self) -> tuple[Manifest, dict[str, Bytes]]:
         """And the bytes it is of."""
         if "__metadata__" in self._arrays:
             raise UsageError("__metadata__: a state file can't hold an array of this name")
         dtypes = {name: dtype_name(name, array.dtype) for name, array in self._arrays.items()}
-        whole = self._whole()
+        whole = self._bytes_of(self._arrays)
         tables = self._tables(whole)
         entries = {
             name: Entry(dtypes[name], array.shape, name not in self._unequal, _sha256(memoryview(tables[name])).hex())
@@ -198,9 +203,8 @@ class SharedState:
         told = self.lineage.hex(), self.chunk_digest.name, root.hex(), self.layout().hex()
         return Manifest(self._revision, *told, entries), whole
 
-    def _whole(self) -> dict[str, Bytes]:
-        """The bytes of all arrays."""
-        return {name: array.reshape(-1).view(np.uint8) for name, array in self._arrays.items()}
+    def _bytes_of(self, names: Iterable[str]) -> dict[str, Bytes]:
+        return {name: self._arrays[name].reshape(-1).view(np.uint8) for name in names}
 
     load = _Load()
 
@@ -225,17 +229,24 @@ class SharedState:
                 )
             except (ValueError, StateFileError) as e:  # UsageError is a ValueError
                 raise file.error(str(e)) from e
-            state._read(file)
+            state._read(file, arrays)
         return state
 
     def _load_into(self, path: StrPath) -> SharedState:
+        return self._fill(path, self._arrays)
+
+    def load_shared(self, path: StrPath) -> SharedState:
+        """As ``state.load``, without the arrays whose content may differ: those in the file are another peer's."""
+        return self._fill(path, self.compared)
+
+    def _fill(self, path: StrPath, names: Iterable[str]) -> SharedState:
         with StateFile(path) as file:
             self._check_same_layout(file)
             check_state_file(file)
             interrupt = None
             while True:
                 try:
-                    self._read(file)
+                    self._read(file, names)
                     break
                 except KeyboardInterrupt as e:  # comes through when the arrays are whole
                     interrupt = e
@@ -245,9 +256,9 @@ class SharedState:
             raise interrupt
         return self
 
-    def _read(self, file: StateFile) -> None:
-        """Fill the arrays, check them, and take what the manifest says of them."""
-        whole = self._whole()
+    def _read(self, file: StateFile, names: Iterable[str]) -> None:
+        """Fill these arrays, check them, and take what the manifest says of them."""
+        whole = self._bytes_of(names)
         for name, array in whole.items():
             file.read(name, 0, array)
         _check_digests(file, self._tables(whole), self.layout())

@@ -116,9 +116,10 @@ def test_status_shows_foreign_text_on_its_own_line() -> None:
     event = {"event": "x", "ago_s": 1.0, "reason": EVIL}
     told = {
         "run": "r", "library": EVIL, "peer_timeout_s": 5.0, "journal": journal, "groups": [group], "gone": {},
+        "observers": [{"peer": EVIL, "group": EVIL, "addresses": [EVIL]}],
         "events": [event],
     }
     with server(answers(Status(json.dumps(told)))) as address:
         result = ask(address)
     assert result.exit_code == 0 and "\x1b" not in result.output
-    assert len(result.output.splitlines()) == 8
+    assert len(result.output.splitlines()) == 9
