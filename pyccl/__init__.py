@@ -19,6 +19,7 @@ from pyccl.errors import (
     RejectedError,
     RemoteProtocolError,
     StagingError,
+    StateFileError,
     UsageError,
 )
 from pyccl.reference import reference_all_reduce
@@ -41,6 +42,7 @@ __all__ = [
     "RemoteProtocolError",
     "SharedState",
     "StagingError",
+    "StateFileError",
     "SyncInfo",
     "UsageError",
     "Work",

@@ -18,6 +18,7 @@ __all__ = [
     "RejectedError",
     "RemoteProtocolError",
     "StagingError",
+    "StateFileError",
     "UsageError",
 ]
 
@@ -112,6 +113,13 @@ class StagingError(PycclError):
     Fault: this machine's.  Retry: after ``TMPDIR`` names another directory, or room was made.  Array: untouched, on all
     members; the others get PeerLostError.  (If what was staged could not be read again after the members had committed:
     this peer has left the run, and its arrays are whole only after ``connect()`` and another sync.)
+    """
+
+
+class StateFileError(PycclError):
+    """A file is no whole state: torn, truncated, altered, of another program or another layout. The text says which.
+
+    Fault: the disk's, or of who wrote it.  Retry: with another copy.  Array: untouched, unless the text says otherwise.
     """
 
 

@@ -22,13 +22,15 @@ from typing import Any, Final
 import numpy as np
 
 from pyccl._native.handles import CHUNK_BYTES, chunk_digests
-from pyccl.errors import UsageError
+from pyccl.errors import StateFileError, UsageError
+from pyccl.statefile import Entry, Manifest, StateFile, StrPath, dtype_name, dtype_of, write, write_to
 
 ARRAYS_MAX: Final = 65_536
 NAME_BYTES_MAX: Final = 1024
 REVISION_MAX: Final = (1 << 63) - 1
 _THREADS_MAX: Final = 8
 _THREADS_FROM_BYTES: Final = 8 << 20  # below it starting threads costs more than they save
+_READ_BYTES: Final = 8 * CHUNK_BYTES
 
 Array = np.ndarray[Any, Any]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -83,6 +85,13 @@ class StateDigest:
     table: bytes
 
 
+class _Load:
+    """Called on the class it makes a new state, called on a state it fills that one; see ``SharedState._load_new``."""
+
+    def __get__(self, state: SharedState | None, owner: type[SharedState]) -> Callable[[StrPath], SharedState]:
+        return owner._load_new if state is None else state._load_into
+
+
 class SharedState:
     """References to the caller's arrays, by name, and the number of the revision that they hold.
 
@@ -124,6 +133,7 @@ class SharedState:
         self.revision = revision
         self.lineage = bytes(16)  # zero until the first committed sync
         self.voter: bytes | None = None  # the incarnation that took part in the group's last committed sync
+        self.restored = False  # from a file, and since then no sync with anybody else: perhaps a stale copy
 
     @property
     def revision(self) -> int:
@@ -156,6 +166,130 @@ class SharedState:
         of arrays in ``allow_content_inequality`` do not count)."""
         return self.tree().root.hex()
 
+    # ---- on disk
+
+    def save(self, path: StrPath) -> None:
+        """Write arrays (those of ``allow_content_inequality`` too), revision, lineage, digests to a file, atomically.
+
+        A safetensors file; its header carries a manifest. Durable when it returns; whoever is killed before leaves what
+        was there. Nothing is copied in memory. The arrays must not change meanwhile. To read it: ``load``.
+
+        Raises:
+            UsageError: the dtype of an array has no place in safetensors (structures, strings, dates, complex128,
+                big-endian). bfloat16 and the float8s of ``ml_dtypes`` have. Or an array is called "__metadata__".
+            StateFileError: another process is saving to this path.
+            OSError: no room, no such directory... What was there is there.
+        """
+        manifest, whole = self._manifest()
+        write(path, manifest, whole)
+
+    def save_to(self, fd: int) -> None:
+        """As ``save``, into an empty file that is open; not durable."""
+        manifest, whole = self._manifest()
+        write_to(fd, manifest, whole)
+
+    def _manifest(self) -> tuple[Manifest, dict[str, Bytes]]:
+        """And the bytes it is of."""
+        if "__metadata__" in self._arrays:
+            raise UsageError("__metadata__: a state file can't hold an array of this name")
+        dtypes = {name: dtype_name(name, array.dtype) for name, array in self._arrays.items()}
+        whole = self._bytes_of(self._arrays)
+        tables = self._tables(whole)
+        entries = {
+            name: Entry(dtypes[name], array.shape, name not in self._unequal, _sha256(memoryview(tables[name])).hex())
+            for name, array in self._arrays.items()
+        }
+        root = self.root_of(self._revision, b"".join(tables[name] for name in self.compared))
+        told = self.lineage.hex(), self.chunk_digest.name, root.hex(), self.layout().hex()
+        return Manifest(self._revision, *told, entries), whole
+
+    def _bytes_of(self, names: Iterable[str]) -> dict[str, Bytes]:
+        return {name: self._arrays[name].reshape(-1).view(np.uint8) for name in names}
+
+    load = _Load()
+
+    @classmethod
+    def _load_new(cls, path: StrPath) -> SharedState:
+        """``SharedState.load(path)``: a new state as ``save`` wrote it, in arrays of its own, every byte checked.
+
+        ``state.load(path)`` fills the arrays of `state` instead, which must have the names, dtypes, shapes and options
+        of the file, and returns it; the file is checked whole before the first array changes. Needs no memory beside
+        the arrays. A loaded state has no vote in the first sync, but if nobody has, the newest revision wins.
+
+        Raises:
+            StateFileError: the file is torn, truncated, altered, foreign, or of another layout than `state`.
+            OSError: it can't be read (FileNotFoundError...).
+        """
+        with StateFile(path) as file:
+            try:
+                arrays = {name: np.empty(e.shape, dtype_of(e.dtype)) for name, e in file.manifest.arrays.items()}
+                unequal = [name for name, entry in file.manifest.arrays.items() if not entry.equal]
+                state = cls(
+                    arrays, file.manifest.revision, allow_content_inequality=unequal, digest=file.manifest.digest
+                )
+            except (ValueError, StateFileError) as e:  # UsageError is a ValueError
+                raise file.error(str(e)) from e
+            state._read(file, arrays)
+        return state
+
+    def _load_into(self, path: StrPath) -> SharedState:
+        return self._fill(path, self._arrays)
+
+    def load_shared(self, path: StrPath) -> SharedState:
+        """As ``state.load``, without the arrays whose content may differ: those in the file are another peer's."""
+        return self._fill(path, self.compared)
+
+    def _fill(self, path: StrPath, names: Iterable[str]) -> SharedState:
+        with StateFile(path) as file:
+            self._check_same_layout(file)
+            check_state_file(file)
+            interrupt = None
+            while True:
+                try:
+                    self._read(file, names)
+                    break
+                except KeyboardInterrupt as e:  # comes through when the arrays are whole
+                    interrupt = e
+                except (StateFileError, OSError) as e:
+                    raise file.error(f"it changed while it was read, and the arrays hold only part of it: {e}") from e
+        if interrupt is not None:
+            raise interrupt
+        return self
+
+    def _read(self, file: StateFile, names: Iterable[str]) -> None:
+        """Fill these arrays, check them, and take what the manifest says of them."""
+        whole = self._bytes_of(names)
+        for name, array in whole.items():
+            file.read(name, 0, array)
+        _check_digests(file, self._tables(whole), self.layout())
+        self.revision = file.manifest.revision
+        self.lineage = bytes.fromhex(file.manifest.lineage)
+        self.voter, self.restored = None, True
+
+    def _check_same_layout(self, file: StateFile) -> None:
+        mine = {name: (a.dtype.name, a.shape, name not in self._unequal) for name, a in self._arrays.items()}
+        theirs = {name: (e.dtype, e.shape, e.equal) for name, e in file.manifest.arrays.items()}
+        differ = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        if differ:
+            name = differ[0]
+            told = "{} {}{}".format
+            here = told(*mine[name][:2], "" if mine[name][2] else ", may differ") if name in mine else "missing"
+            there = told(*theirs[name][:2], "" if theirs[name][2] else ", may differ") if name in theirs else "missing"
+            raise file.error(f"{len(differ)} arrays are not as here; {name} is {there} there, {here} here")
+        if file.manifest.digest != self.chunk_digest.name:
+            raise file.error(f'its digest is "{file.manifest.digest}", here it is "{self.chunk_digest.name}"')
+
+    def _tables(self, whole: Mapping[str, Bytes]) -> dict[str, bytes]:
+        """The chunk digests of each array."""
+        table, tables, at = self.chunk_digest.table(list(whole.values())), {}, 0
+        for name, array in whole.items():
+            size = -(-array.nbytes // CHUNK_BYTES) * self.chunk_digest.size_bytes
+            tables[name] = table[at : at + size]
+            at += size
+        return tables
+
+    # ---- digests
+
     def tree(self) -> StateDigest:
         """Hash everything as it is now."""
         table = self.chunk_digest.table(list(self.compared.values()))
@@ -163,7 +297,7 @@ class SharedState:
 
     def root_of(self, revision: int, table: bytes) -> bytes:
         """The root of a state of this layout with these chunk digests."""
-        return hashlib.sha256(self.layout() + struct.pack("<QQ", self.chunk_digest.number, revision) + table).digest()
+        return _root(self.layout(), self.chunk_digest, revision, table)
 
     def layout(self) -> bytes:
         """What must agree before bytes can be compared."""
@@ -180,6 +314,38 @@ class SharedState:
 
     def __repr__(self) -> str:
         return f"<SharedState revision {self.revision}, {len(self._arrays)} arrays, {self.size_bytes} bytes>"
+
+
+def check_state_file(file: StateFile) -> None:
+    """StateFileError: it does not hold, whole, what its manifest says. Needs a window of memory, whatever its size."""
+    kind = DIGESTS.get(file.manifest.digest)
+    if kind is None:
+        raise file.error(f"its digest {file.manifest.digest!r} is not one of {', '.join(DIGESTS)}")
+    buffer, tables = np.empty(_READ_BYTES, np.uint8), {}
+    for name, (_, size) in file.places.items():
+        parts = []
+        for at in range(0, size, _READ_BYTES):
+            block = buffer[: min(_READ_BYTES, size - at)]
+            file.read(name, at, block)
+            parts.append(kind.table([block]))
+        tables[name] = b"".join(parts)
+    _check_digests(file, tables, bytes.fromhex(file.manifest.layout))
+
+
+def _check_digests(file: StateFile, tables: Mapping[str, bytes], layout: bytes) -> None:
+    """Whether these are the chunk digests that the manifest stands for; all compared arrays are among them."""
+    manifest = file.manifest
+    for name, table in tables.items():
+        if _sha256(memoryview(table)).hex() != manifest.arrays[name].table:
+            raise file.error(f"array {name} is damaged: its bytes do not match their digest")
+    compared = sorted(name for name, entry in manifest.arrays.items() if entry.equal)
+    root = _root(layout, DIGESTS[manifest.digest], manifest.revision, b"".join(tables[name] for name in compared))
+    if root.hex() != manifest.root:
+        raise file.error("its digest is not that of its arrays")
+
+
+def _root(layout: bytes, kind: ChunkDigest, revision: int, table: bytes) -> bytes:
+    return hashlib.sha256(layout + struct.pack("<QQ", kind.number, revision) + table).digest()
 
 
 def _names_of(given: Iterable[str], arrays: Mapping[str, Array]) -> frozenset[str]:

@@ -19,8 +19,9 @@ REPOSITORY_ONLY = {"tests", "stress", "tools"}
 MAY_IMPORT_OF_PYCCL: dict[str, set[str]] = {
     "pyccl._proto": {"pyccl._proto", "pyccl.errors"},
     "pyccl._native": {"pyccl._native", "pyccl.errors"},
-    "pyccl._io": {"pyccl._io", "pyccl._proto", "pyccl._native", "pyccl.errors", "pyccl.state"},
-    "pyccl.state": {"pyccl._native", "pyccl.errors"},  # a value, which statesync moves
+    "pyccl._io": {"pyccl._io", "pyccl._proto", "pyccl._native", "pyccl.errors", "pyccl.state", "pyccl.statefile"},
+    "pyccl.state": {"pyccl._native", "pyccl.errors", "pyccl.statefile"},  # a value, which statesync moves
+    "pyccl.statefile": {"pyccl.errors"},  # its format on disk
     "pyccl.errors": set(),
     "pyccl.processes": {"pyccl.processes"},
 }

@@ -91,6 +91,14 @@ GOOD: dict[str, Body] = {
     "peer_hello": [64, 1, RUN, PEER_A, INC_A, PEER_B, INC_B],
     "peer_welcome": [65, 1],
     "peer_refused": [66, "not of this run"],
+    "observe": [20, 1, "0.1.0", U32, PEER_A, INC_A, ADDRESSES],
+    "members": [44, U64, [[PEER_A, INC_A, ADDRESSES], [PEER_B, INC_B, []]]],
+    "members_nobody": [44, 0, []],
+    "observers": [45, [[PEER_A, INC_A, ADDRESSES]]],
+    "observers_nobody": [45, []],
+    "state_hello": [67, 1, RUN, PEER_A, INC_A, PEER_B, INC_B, U64, U64],
+    "state_offer": [68, 2**63 - 1, 2**63 - 1, b"l" * 32],
+    "state_none": [69],
 }
 
 BAD: dict[str, object] = {
@@ -150,6 +158,14 @@ BAD: dict[str, object] = {
     "epoch_commit_members_out_of_order": [35, epoch(1, peers="BA"), "found", [], "", 1, True],
     "epoch_commit_member_twice": [35, epoch(1, peers="AA"), "found", [], "", 1, True],
     "flush_257_members": [36, 1, 1, 2, [PEER_A] * 257],
+    "observe_9_addresses": [20, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1]] * 9],
+    "members_257": [44, 1, [[PEER_A, INC_A, []]] * 257],
+    "observers_9": [45, [[PEER_A, INC_A, []]] * 9],
+    "observers_member_of_2": [45, [[PEER_A, INC_A]]],
+    "state_hello_have_negative": [67, 1, RUN, PEER_A, INC_A, PEER_B, INC_B, -1, 0],
+    "state_offer_revision_2_63": [68, 2**63, 1, b"l" * 32],
+    "state_offer_size_2_63": [68, 1, 2**63, b"l" * 32],
+    "state_offer_layout_31_bytes": [68, 1, 1, b"l" * 31],
 }
 
 

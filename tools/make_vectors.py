@@ -375,21 +375,22 @@ def state_lines() -> Iterator[str]:
                 )
 
 
-RECORD_FIELDS = ("voter", "strategy", "digest", "lineage", "root", "layout", "revision", "sync", "timeout_ms")
+RECORD_FIELDS = ("voter", "strategy", "digest", "asks", "lineage", "root", "layout", "revision", "sync", "timeout_ms")
 RECORD: dict[str, int | bytes] = {
-    "voter": 1, "strategy": 2, "digest": 2, "lineage": bytes(range(0xA0, 0xB0)), "root": bytes(range(0x20, 0x40)),
+    "voter": 1, "strategy": 2, "digest": 2, "asks": 1, "lineage": bytes(range(0xA0, 0xB0)),
+    "root": bytes(range(0x20, 0x40)),
     "layout": bytes(range(0x40, 0x60)), "revision": 0x0102030405060708, "sync": 0x1112131415161718, "timeout_ms": 5000,
 }  # fmt: skip
 
 
-def encode_record(fields: dict[str, int | bytes], zeros: bytes = bytes(5)) -> bytes:
-    return struct.pack("<BBB5s16s32s32sQQQ", *(fields[key] for key in RECORD_FIELDS[:3]), zeros,
-                       *(fields[key] for key in RECORD_FIELDS[3:]))  # fmt: skip
+def encode_record(fields: dict[str, int | bytes], zeros: bytes = bytes(4)) -> bytes:
+    return struct.pack("<BBBB4s16s32s32sQQQ", *(fields[key] for key in RECORD_FIELDS[:4]), zeros,
+                       *(fields[key] for key in RECORD_FIELDS[4:]))  # fmt: skip
 
 
 def record_lines() -> Iterator[str]:
     good: dict[str, dict[str, int | bytes]] = {
-        "plain": {}, "least": dict.fromkeys(("voter", "strategy", "revision", "sync"), 0) | {
+        "plain": {}, "least": dict.fromkeys(("voter", "strategy", "asks", "revision", "sync"), 0) | {
             "digest": 1, "timeout_ms": 1, "lineage": bytes(16)},
         "most": {"revision": 2**63 - 1, "sync": U64_MAX, "timeout_ms": 2**53 - 1, "lineage": b"\xff" * 16},
         "receive_only": {"strategy": 1},
@@ -400,11 +401,12 @@ def record_lines() -> Iterator[str]:
         yield f"{name} ok {encode_record(fields).hex()} " + " ".join(f"{key}={shown[key]}" for key in RECORD_FIELDS)
     for field, wrong in (
         ("voter", 2), ("voter", 255), ("strategy", 3), ("strategy", 255), ("digest", 0), ("digest", 3), ("digest", 255),
+        ("asks", 2), ("asks", 255),
         ("revision", 2**63), ("revision", U64_MAX), ("timeout_ms", 0), ("timeout_ms", 2**53), ("timeout_ms", U64_MAX),
     ):  # fmt: skip
         yield f"{field}_{wrong} refused {encode_record(RECORD | {field: wrong}).hex()}"
-    for at in range(5):
-        yield f"zero_{at}_not_zero refused {encode_record(RECORD, bytes(at) + bytes([1]) + bytes(4 - at)).hex()}"
+    for at in range(4):
+        yield f"zero_{at}_not_zero refused {encode_record(RECORD, bytes(at) + bytes([1]) + bytes(3 - at)).hex()}"
     yield f"too_short refused {encode_record(RECORD)[:-1].hex()}"
     yield f"too_long refused {encode_record(RECORD).hex()}00"
 

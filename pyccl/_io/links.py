@@ -14,7 +14,7 @@ import logging
 import random
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,7 +26,7 @@ from pyccl._io.strangers import Notes, Places
 from pyccl._native.handles import Engine
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
-from pyccl._proto.messages import PeerHello, PeerRefused, PeerWelcome
+from pyccl._proto.messages import PeerHello, PeerRefused, PeerWelcome, StateHello
 from pyccl.errors import PycclError, RemoteProtocolError
 
 LINKS_TIMEOUT_S: Final = 10.0
@@ -58,6 +58,7 @@ class LinkEvents:
     failed: Callable[[int, tuple[bytes, ...], str], None]
     refused: Callable[[bytes, str], None]  # nobody listens where the peer was
     up: Callable[[bytes], None]
+    state: Callable[[trio.SocketStream, StateHello], Awaitable[None]]  # asked for state files; may close it
 
 
 def is_loopback(host: str) -> bool:
@@ -302,10 +303,12 @@ class Links:
     async def _accept(self, stream: trio.SocketStream) -> None:
         peer: _Peer | None = None
         try:
-            hello: PeerHello | None = None
+            hello: PeerHello | StateHello | None = None
             with self._strangers.place():
                 hello = await self._hear_out(stream)
-            if hello is not None:
+            if isinstance(hello, StateHello):
+                await self._events.state(stream, hello)
+            elif hello is not None:
                 with self._early.place():
                     peer = await self._match(stream, hello)
         except (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
@@ -316,9 +319,11 @@ class Links:
         if peer is not None:
             self._adopt(peer, stream)
 
-    async def _hear_out(self, stream: trio.SocketStream) -> PeerHello | None:
+    async def _hear_out(self, stream: trio.SocketStream) -> PeerHello | StateHello | None:
         """The greeting of an accepted connection, if it is for us."""
         hello = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+        if isinstance(hello, StateHello):
+            return hello
         if not isinstance(hello, PeerHello):
             raise RemoteProtocolError("the first message is no PeerHello")
         if hello.version != limits.PROTOCOL_VERSION:

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,6 +30,7 @@ from pyccl._io import envelope
 from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import LinkEvents, Links, listen
+from pyccl._io.observed import Observed
 from pyccl._io.resolver import Resolver
 from pyccl._native import status
 from pyccl._native.handles import Engine, Event, EventType, Op
@@ -140,6 +141,7 @@ class Session:
         self._fetches: dict[int, Callable[[int], None]] = {}
         self._fetch_last = 0
         self._fetch_lock = threading.Lock()
+        self.observed = Observed(self, peer, incarnation)
         # below: only touched in the Trio thread
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
@@ -275,6 +277,28 @@ class Session:
         if engine is not None:
             engine.forget_fetches()
             self._fetches.clear()
+
+    def start_soon(self, task: Callable[[], Awaitable[None]], waiter: Waiter) -> None:
+        """Run `task` in the Trio thread, which fulfils the waiter; if that is over, the waiter is told so."""
+
+        def start() -> None:
+            if self._nursery is None or self._scope.cancel_called:
+                waiter.finish(self.error or errors.UsageError("the communicator is closed"))
+            else:
+                self._nursery.start_soon(task)
+
+        self._soon(start, waiter)
+
+    def place(self) -> tuple[bytes, Member] | None:
+        """(run, what others know us by), once there is one."""
+        machine = self._machine
+        if machine is None or machine.run is None:
+            return None
+        return machine.run, Member(self.peer, self.incarnation, machine.addresses)
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Run it in the Trio thread, if that is not over."""
+        self._soon(call)
 
     def _soon(self, call: Callable[[], None], waiter: Waiter | None = None) -> None:
         """Run `call` in the Trio thread; if that is over, the waiter is told so."""
@@ -452,6 +476,7 @@ class Session:
                 ),
                 refused=lambda peer, why: self._feed(machine.suspect(peer, CAUSE_REFUSED, why, trio.current_time())),
                 up=lambda peer: self._feed(machine.trust(peer, trio.current_time())),
+                state=self.observed.serve,
             )
             self._links = Links(machine.run, me, self.engine, self.config.connections, outer, events)
             assert self._listener is not None
@@ -581,6 +606,9 @@ class Session:
         }
         if effect.kind in kinds:
             self._finish(kinds[effect.kind](effect.reason))
+
+    def _do_observers(self, effect: member.ObserversChanged) -> None:
+        self.observed.know(effect.observers)
 
     def _counts(self) -> tuple[Count, ...]:
         assert self.engine is not None
@@ -756,6 +784,7 @@ _PERFORM: Final[dict[type[member.Effect], Callable[[Session, Any], None]]] = {
     member.NeedCounts: Session._do_need_counts,
     member.SafePointDone: Session._do_safe_point_done,
     member.PendingChanged: Session._do_pending,
+    member.ObserversChanged: Session._do_observers,
     member.MismatchNotice: Session._do_mismatch,
     member.Ended: Session._do_ended,
 }

@@ -22,18 +22,20 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 
 from pyccl import errors
-from pyccl._io.session import Session
+from pyccl._io.observed import FAILURES, Offer
+from pyccl._io.session import Session, Waiter
 from pyccl._io.staging import Staging, runs
 from pyccl._io.statefetch import Fetcher, Piece
 from pyccl._native.handles import CHUNK_BYTES, FETCH_BYTES_MAX
 from pyccl._proto import layout
 from pyccl._proto.election import (
+    RECORD_BYTES,
     TIMEOUT_MS_MAX,
     Elected,
     Mismatch,
@@ -43,12 +45,14 @@ from pyccl._proto.election import (
     decode_untrusted,
     elect,
     encode,
+    nobody_votes,
 )
 from pyccl.state import Bytes, SharedState, StateDigest
 
 TAG_RECORDS: Final = 1
 TAG_COMMIT: Final = 2
 TAG_LAYOUT: Final = 3
+_OFFER: Final = struct.Struct("<Q")  # revision + 1 of what an observer has for us; 0: nothing
 _LOST, _WHOLE, _UNSTAGED = 0, 1, 2  # outcomes
 _TABLE_PATIENCE_S: Final = 1.0
 _SETTLE_S: Final = 30.0  # for those whose time ran out to leave, and for the others to go on without them
@@ -64,7 +68,7 @@ class SyncInfo:
     """What a sync did here. Peers are named by id (hex).
 
     revision: of the state that every member holds now. changed: names of the arrays whose bytes were replaced here.
-    rx_bytes, tx_bytes: of chunks fetched from others and served to them. holders: had the state. apart: send-only
+    rx_bytes, tx_bytes: of chunks fetched from members and served to them. holders: had the state. apart: send-only
     members that hold another one, and got an error. liars: served bytes here that did not match their digest.
     """
 
@@ -108,6 +112,29 @@ def sync_shared_state(
 ) -> SyncInfo:
     """What ``Communicator.sync_shared_state`` promises."""
     started = time.monotonic()
+    info = _attempt(session, gather, state, strategy, started, timeout, asks=True)
+    if not isinstance(info, SyncInfo):
+        least, changed = _restore(session, gather, state, strategy, started + timeout, newest=info)
+        info = _attempt(session, gather, state, strategy, started, timeout, least=least)
+        assert isinstance(info, SyncInfo)
+        info = replace(info, changed=tuple(dict.fromkeys((*changed, *info.changed))))
+    session.observed.publish(state)
+    return info
+
+
+def _attempt(
+    session: Session,
+    gather: Gather,
+    state: SharedState,
+    strategy: Strategy,
+    started: float,
+    timeout: float,
+    *,
+    asks: bool = False,
+    least: int = 0,
+) -> SyncInfo | int:
+    """A number, only if it asks: nobody votes, and this is the newest revision that members hold. So see first what
+    observers have. least: what they had, and somebody should hold by now."""
     tree = state.tree()
     engine, sync = session.need_engine(), secrets.randbits(64)
     with contextlib.ExitStack() as cleanup:
@@ -116,6 +143,11 @@ def sync_shared_state(
             mine = _record(session, state, tree, strategy, sync, timeout)
             members, records = _records(gather, mine, started + timeout)
             decided = _decided(gather, state, records, started + timeout)
+            newest = max(record.revision for record in records if record.strategy is not Strategy.RECEIVE_ONLY)
+            if asks and nobody_votes(records) and any(record.asks for record in records):
+                return newest
+            if newest < least:
+                raise errors.PeerLostError(f"sync_shared_state: revision {least} could not be had from its observer")
             deadline = time.monotonic() + min(record.timeout_ms for record in records) / 1000
             fetched = _Fetched()
             if session.peer in decided.fetchers:
@@ -125,14 +157,14 @@ def sync_shared_state(
                     session.leave_because(e)
                     raise
                 except BaseException:
-                    _vote_no(gather, members)
+                    _vote_no(gather, TAG_COMMIT, 8 * (1 + len(members)))
                     raise
             served = _commit(session, gather, members, decided, fetched, deadline + _SETTLE_S)
         finally:
             engine.unpublish(sync)
         if session.peer in decided.apart:
             raise _stands_apart(session, state, tree, decided)
-        _adopt(session, state, decided, fetched)
+        _adopt(session, state, decided, fetched, alone=members == (session.peer,))
         return _info(decided, fetched, served, members, time.monotonic() - started)
 
 
@@ -150,7 +182,12 @@ def _record(
         strategy=strategy,
         sync=sync,
         timeout_ms=min(max(1, int(timeout * 1000)), TIMEOUT_MS_MAX),
+        asks=_asks(session, strategy),
     )
+
+
+def _asks(session: Session, strategy: Strategy) -> bool:
+    return strategy is Strategy.ENFORCE_POPULAR and len(session.observed.observers) > 0
 
 
 def _records(gather: Gather, mine: Record, deadline: float) -> tuple[tuple[bytes, ...], list[Record]]:
@@ -210,6 +247,52 @@ def _decided(gather: Gather, state: SharedState, records: Sequence[Record], dead
 
 def _short(peers: Sequence[bytes]) -> str:
     return ", ".join(peer.hex()[:8] for peer in peers)
+
+
+# ---- observers
+
+
+def _restore(
+    session: Session, gather: Gather, state: SharedState, strategy: Strategy, deadline: float, *, newest: int
+) -> tuple[int, tuple[str, ...]]:
+    """Nobody votes: if an observer holds something newer than the members, one of them takes it into its arrays before
+    the election, which is then held as ever. Returns the revision that somebody should hold now, and what changed here.
+    """
+    offer = None
+    try:
+        if _asks(session, strategy):
+            offer = session.observed.best_offer(state, deadline, Waiter())
+    except BaseException:
+        _vote_no(gather, TAG_RECORDS, _OFFER.size)
+        raise
+    try:
+        members, packed = gather(TAG_RECORDS, _OFFER.pack(0 if offer is None else offer.revision + 1), deadline)
+        offers: list[int] = [_OFFER.unpack(data)[0] for data in packed]
+        best = max(offers) - 1
+        if best <= newest:
+            return 0, ()
+        if offer is None or members[offers.index(best + 1)] != session.peer:
+            return best, ()
+        return best, _take_offer(session, gather, state, offer, deadline)
+    finally:
+        if offer is not None:
+            offer.close()
+
+
+def _take_offer(
+    session: Session, gather: Gather, state: SharedState, offer: Offer, deadline: float
+) -> tuple[str, ...]:
+    """The names of the arrays that changed. What fails here fails on all, when nobody turns out to hold it."""
+    log.info("state_from_observer peer=%s revision=%d", offer.name, offer.revision)
+    before = state.tree().table
+    try:
+        offer.load(state, deadline, Waiter(), session.check_sync)
+    except (*FAILURES, errors.StateFileError, errors.DeadlineError) as e:
+        log.warning("state_not_from_observer peer=%s revision=%d cause=%r", offer.name, offer.revision, e)
+    except BaseException:
+        _vote_no(gather, TAG_RECORDS, RECORD_BYTES)
+        raise
+    return tuple(dict.fromkeys(chunk.name for chunk in _differing(state, before, state.tree().table)))
 
 
 # ---- fetch
@@ -325,11 +408,11 @@ def _commit(
     return sum(vote[column] for vote in votes.values())
 
 
-def _vote_no(gather: Gather, members: Sequence[bytes]) -> None:
-    """We give up between the two all-gathers: take part in the second with no time left. The others then fail at once
+def _vote_no(gather: Gather, tag: int, size_bytes: int) -> None:
+    """We give up between two all-gathers: take part in the second with no time left. The others then fail at once
     instead of waiting for us, and its number is used up here as there."""
     with contextlib.suppress(errors.PycclError):
-        gather(TAG_COMMIT, bytes(8 * (1 + len(members))), time.monotonic())
+        gather(tag, bytes(size_bytes), time.monotonic())
 
 
 def _stands_apart(session: Session, state: SharedState, tree: StateDigest, decided: Elected) -> errors.MismatchError:
@@ -344,7 +427,7 @@ def _stands_apart(session: Session, state: SharedState, tree: StateDigest, decid
     )
 
 
-def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fetched) -> None:
+def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fetched, *, alone: bool) -> None:
     """The members have committed: replace what differs. A Ctrl-C comes through when the state is whole."""
     interrupt: KeyboardInterrupt | None = None
     while True:
@@ -361,7 +444,9 @@ def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fet
     # A chain over the committed syncs: who leaves it and goes on alone has another lineage from then on.
     chain = decided.lineage + decided.root + struct.pack("<Q", decided.revision)
     state.lineage = hashlib.sha256(chain).digest()[:16]
-    state.voter = session.incarnation
+    # A copy from a file may be stale: while nobody else has agreed to it, whoever brings a newer one is heard.
+    state.restored = state.restored and alone
+    state.voter = None if state.restored else session.incarnation
     if interrupt is not None:
         raise interrupt
 

@@ -2,7 +2,8 @@
 
 Only members of the group's last committed sync vote, so that newcomers, however many, can't replace what the group
 holds; a voter of a foreign lineage (an old fork) is void; and a lone holder never wins against two that agree, whatever
-revision it claims. Rule: design.md 6, a contract.
+revision it claims. Rule: design.md 6, a contract. Where nobody votes, lineages do not count: every sync begins a new
+one, so peers that come back after a total loss with states of different moments hold different ones. The newest wins.
 
 A member's strategy says what it offers and takes:
     ENFORCE_POPULAR  votes, serves, takes what is elected
@@ -28,7 +29,7 @@ HASH_BYTES: Final = 32
 REVISION_MAX: Final = (1 << 63) - 1
 DIGESTS_MAX: Final = 2  # digests are numbered 1..this, in pyccl.state
 TIMEOUT_MS_MAX: Final = (1 << 53) - 1
-_RECORD: Final = struct.Struct("<BBB5x16s32s32sQQQ")
+_RECORD: Final = struct.Struct("<BBBB4x16s32s32sQQQ")
 RECORD_BYTES: Final = _RECORD.size
 
 
@@ -42,7 +43,7 @@ class Strategy(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one peer contributes to the all-gather. The election does not look at `sync` and `timeout_ms`."""
+    """What one peer contributes to the all-gather. The election does not look at the last three."""
 
     peer: bytes
     voter: bool  # this incarnation took part in the group's last committed sync
@@ -54,6 +55,7 @@ class Record:
     strategy: Strategy = Strategy.ENFORCE_POPULAR
     sync: int = 0  # under which the peer serves its state
     timeout_ms: int = 1
+    asks: bool = False  # it knows observers, and would take a newer state of theirs where nobody votes
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,11 @@ def elect(records: Iterable[Record]) -> Election:
     )
 
 
+def nobody_votes(records: Iterable[Record]) -> bool:
+    """Whether no member of the group's last committed sync is left that offers its state."""
+    return not any(record.voter and record.strategy is not Strategy.RECEIVE_ONLY for record in records)
+
+
 def _mismatch(everybody: Sequence[Record]) -> Mismatch | None:
     kinds = Counter((record.layout, record.digest) for record in everybody)
     if len(kinds) == 1:
@@ -131,12 +138,14 @@ def _winner(offered: Sequence[Record]) -> tuple[bytes, int, bytes]:
     """(lineage, revision, root): newest, then most holders, then lowest root."""
     voters = [record for record in offered if record.voter]
     electorate = voters or offered
-    lineage = _lineage(electorate)
-    votes = Counter((r.revision, r.root) for r in electorate if r.lineage == lineage)
+    if voters:
+        lineage = _lineage(voters)
+        electorate = [record for record in voters if record.lineage == lineage]
+    votes = Counter((record.revision, record.root) for record in electorate)
     if voters and max(votes.values()) > 1:
         votes = Counter({candidate: count for candidate, count in votes.items() if count > 1})
     revision, root = min(votes, key=lambda candidate: (-candidate[0], -votes[candidate], candidate[1]))
-    return lineage, revision, root
+    return _lineage([r for r in electorate if (r.revision, r.root) == (revision, root)]), revision, root
 
 
 def _lineage(electorate: Sequence[Record]) -> bytes:
@@ -151,7 +160,7 @@ def _lineage(electorate: Sequence[Record]) -> bytes:
 def encode(record: Record) -> bytes:
     """RECORD_BYTES, without the peer: that is known from who sent it."""
     return _RECORD.pack(
-        record.voter, record.strategy, record.digest, record.lineage, record.root, record.layout,
+        record.voter, record.strategy, record.digest, record.asks, record.lineage, record.root, record.layout,
         record.revision, record.sync, record.timeout_ms,
     )  # fmt: skip
 
@@ -160,12 +169,13 @@ def decode_untrusted(peer: bytes, data: bytes) -> Record:
     """The record that `peer` sent. RemoteProtocolError: it breaks proto/wire.md 6."""
     if len(data) != RECORD_BYTES:
         raise RemoteProtocolError(f"a state record of {len(data)} bytes")
-    voter, strategy, digest, lineage, root, layout, revision, sync, timeout_ms = _RECORD.unpack(data)
+    voter, strategy, digest, asks, lineage, root, layout, revision, sync, timeout_ms = _RECORD.unpack(data)
     wrong = {
         "voter": voter > 1,
         "strategy": strategy > max(Strategy),
         "digest": not 1 <= digest <= DIGESTS_MAX,
-        "zero": any(data[3:8]),
+        "asks": asks > 1,
+        "zero": any(data[4:8]),
         "revision": revision > REVISION_MAX,
         "timeout": not 1 <= timeout_ms <= TIMEOUT_MS_MAX,
     }
@@ -173,5 +183,5 @@ def decode_untrusted(peer: bytes, data: bytes) -> Record:
         if is_wrong:
             raise RemoteProtocolError(f"state record of {peer.hex()[:8]}: {field} is out of range")
     return Record(
-        peer, bool(voter), lineage, revision, root, layout, digest, Strategy(strategy), sync, timeout_ms
+        peer, bool(voter), lineage, revision, root, layout, digest, Strategy(strategy), sync, timeout_ms, bool(asks)
     )  # fmt: skip

@@ -33,12 +33,16 @@ ARRAYS_MAX: Final = KEYS_MAX + MEMBERS_MAX * (ADDRESSES_MAX + 2) + 16  # of one 
 DETAIL_CHARS_MAX: Final = 1000
 STATUS_CHARS_MAX: Final = 1 << 20
 PEER_TIMEOUT_MS_MAX: Final = U32_MAX
+HASH_BYTES: Final = 32
+STATE_BYTES_MAX: Final = (1 << 63) - 1  # of a state file; a revision has the same limit
 
 # ---- what the master remembers
 GROUPS_MAX: Final = 4096
 PENDING_MAX: Final = 1024  # newcomers that wait, all groups together
 GONE_MAX: Final = 4096  # incarnations whose eviction reason is kept
 EVENTS_MAX: Final = 50
+OBSERVERS_MAX: Final = 8  # of one group
+OBSERVERS_OF_ALL_MAX: Final = 256
 
 # ---- times, seconds
 GREETING_S: Final = 10.0  # from a connection to its Hello

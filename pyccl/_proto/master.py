@@ -56,7 +56,9 @@ from pyccl._proto.messages import (
     Hello,
     Key,
     Leave,
+    Members,
     Message,
+    Observe,
     OpVerdict,
     Pending,
     Ready,
@@ -75,7 +77,9 @@ from pyccl._proto.messages import (
     Withdraw,
     clip,
 )
+from pyccl._proto.messages import Observers as ObserversMessage
 from pyccl._proto.mismatch import blocked_detail, differs_detail, make_detail, short
+from pyccl._proto.observers import Observers
 from pyccl._proto.past import (
     NONCE_BITS,
     Committed,
@@ -200,6 +204,7 @@ class MasterMachine:
         self._peers: dict[PeerKey, Peer] = {}
         self._newcomers: dict[PeerKey, Peer] = {}  # of these, who may be pending
         self._conns: dict[int, Conn] = {}
+        self._observers: Final = Observers()
         self._gone: OrderedDict[PeerKey, str] = OrderedDict()
         self._events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=limits.EVENTS_MAX)
         self._arrivals = 0
@@ -250,7 +255,9 @@ class MasterMachine:
         if entry is None:
             return []  # we closed it: what was still on its way has no effect
         try:
-            if entry.peer is None:
+            if conn in self._observers:
+                self._hear_observer(conn, message)
+            elif entry.peer is None:
                 self._greet(conn, message)
             else:
                 self._line_works()
@@ -316,8 +323,10 @@ class MasterMachine:
             self._restart_timers(now - self._ticked_at)
         self._ticked_at = now
         for conn, entry in sorted(self._conns.items()):
-            if entry.peer is None and now - entry.since >= limits.GREETING_S:
+            if entry.peer is None and conn not in self._observers and now - entry.since >= limits.GREETING_S:
                 self._refuse(conn, f"no Hello within {limits.GREETING_S:.0f} s")
+        for conn in self._observers.silent(now, self.peer_timeout):
+            self._close(conn, "silent")
         for number in sorted(self._inhabited()):
             group = self._groups[number]
             self._drop_silent_newcomers(group)
@@ -340,8 +349,58 @@ class MasterMachine:
                 self._on_hello(conn, message)
         elif isinstance(message, Recall):
             self._takeover.recalled(conn, message)
+        elif isinstance(message, Observe) and not self._conns[conn].greeted:
+            self._on_observe(conn, message)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} before Hello")
+
+    # ---- observers: no part of what is decided
+
+    def _on_observe(self, conn: int, observe: Observe) -> None:
+        reason = self._observers.reason_to_reject(observe)
+        if reason:
+            self._send(conn, Rejected(clip(reason)))
+            self._close(conn, reason)
+            return
+        for older in self._observers.add(conn, observe, self._now):
+            self._close(older, "the same observer has come on a newer connection")
+        self._log("observer_came", peer=short(observe.peer), group=observe.group)
+        self._send(conn, self._welcome(resumed=False))
+        self._send(conn, self._members_message(observe.group))
+        self._tell_observers(observe.group)
+
+    def _hear_observer(self, conn: int, message: Message) -> None:
+        if isinstance(message, Heartbeat):
+            self._observers.heard(conn, self._now)
+            self._send(conn, Alive())
+        else:
+            raise RemoteProtocolError(f"{type(message).__name__} from an observer")
+
+    def _drop_observer(self, conn: int, reason: str) -> None:
+        group = self._observers.drop(conn)
+        if group is not None:
+            self._log("observer_gone", group=group, reason=reason)
+            self._tell_observers(group)
+
+    def _tell_observers(self, number: int) -> None:
+        """Every member knows who observes its group."""
+        group = self._groups.get(number)
+        observers = self._observers.of(number)
+        for record in self._members(group) if group is not None else ():
+            if record.told_observers != observers and record.conn is not None:
+                record.told_observers = observers
+                self._tell(record, ObserversMessage(observers))
+
+    def _members_message(self, number: int) -> Members:
+        group = self._groups.get(number)
+        if group is None or group.epoch is None:
+            return Members(0 if group is None else group.last_number, ())
+        return Members(group.epoch.number, group.epoch.members)
+
+    def _tell_of_members(self, number: int) -> None:
+        """Every observer of the group knows who is in it."""
+        for conn in self._observers.conns(number):
+            self._send(conn, self._members_message(number))
 
     def _on_hello(self, conn: int, hello: Hello) -> None:
         key = (hello.peer, hello.incarnation)
@@ -473,13 +532,19 @@ class MasterMachine:
         self._line_works()
         self._conns[conn].peer = record
         record.conn = conn
-        record.told_pending = -1
+        record.told_pending, record.told_observers = -1, ()
+        self._tell(record, self._welcome(resumed=resumed))
+        if record.standing is Standing.MEMBER:
+            self._tell_observers(record.group)
+
+    def _welcome(self, *, resumed: bool) -> Welcome:
         timeout_ms = max(1, round(self.peer_timeout * 1000))
-        self._tell(record, Welcome(limits.PROTOCOL_VERSION, self.library, self.run, self.term, timeout_ms, resumed))
+        return Welcome(limits.PROTOCOL_VERSION, self.library, self.run, self.term, timeout_ms, resumed)
 
     def _detach(self, conn: int) -> None:
         """The connection is gone. A member stays one; a newcomer has nothing to come back to."""
         entry = self._conns.pop(conn, None)
+        self._drop_observer(conn, "its control connection ended")
         if entry is None or entry.peer is None:
             return
         record, group = entry.peer, self._groups[entry.peer.group]
@@ -680,6 +745,7 @@ class MasterMachine:
             return False
         group.commit = group.ballot = group.proposal = None
         self._log("group_dissolved", group=group.group, epoch=group.last_number)
+        self._tell_of_members(group.group)
         fenced = tuple(Fenced(*record.key, record.lost) for record in members)
         for record in members:
             self._evict(record)
@@ -944,8 +1010,10 @@ class MasterMachine:
                 if peer not in epoch.peers or complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
         self._tell_pending(group)  # first: who enters the epoch must not take for pending who enters it too
+        self._tell_observers(group.group)  # and knows from the start who may hold the state
         for record in self._members(group):
             self._tell(record, commit)
+        self._tell_of_members(group.group)
 
     def _evict(self, record: Peer) -> None:
         """Out of the run: whatever this incarnation says from now on is answered with the reason."""
@@ -1086,6 +1154,7 @@ class MasterMachine:
                     open_.since = self._now
         for entry in self._conns.values():
             entry.since = self._now
+        self._observers.restart_timers(self._now)
 
     # ---- records
 
@@ -1132,6 +1201,7 @@ class MasterMachine:
         entry = self._conns.pop(conn, None)
         if entry is not None and entry.peer is not None and entry.peer.conn == conn:
             entry.peer.conn = None
+        self._drop_observer(conn, reason)
 
     def _refuse(self, conn: int, reason: str) -> None:
         """A message that breaks the contract costs its sender the connection."""
@@ -1159,6 +1229,7 @@ class MasterMachine:
             "journal": {"kept": self.journaled, "waiting": len(self._writing), "error": self._journal_error},
             "needs_majority": self.needs_majority,
             "groups": [self._group_status(group) for _, group in sorted(self._groups.items())],
+            "observers": self._observers.status(),
             "gone": {f"{short(peer)}/{short(inc)}": why for (peer, inc), why in list(self._gone.items())[-50:]},
             "events": [
                 {"ago_s": round(self._now - at, 3), "event": event, **fields} for at, event, fields in self._events
@@ -1241,7 +1312,7 @@ def _highest(known: Mapping[tuple[int, int], int], counts: Iterable[Count]) -> d
 
 def _status_json(status: dict[str, Any]) -> str:
     """As JSON that fits an envelope: of a huge run the lists are left out, never cut in the middle."""
-    for leave_out in ((), ("events", "gone"), ("events", "gone", "groups")):
+    for leave_out in ((), ("events", "gone"), ("events", "gone", "groups", "observers")):
         text = json.dumps({key: value for key, value in status.items() if key not in leave_out})
         if len(text) <= limits.STATUS_CHARS_MAX:  # and in bytes: JSON of this kind is ASCII
             break

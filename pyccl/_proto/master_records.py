@@ -51,6 +51,7 @@ class Peer:
     lost_for_good: bool = False  # it left, or does not answer: being heard does not take it back
     left: bool = False  # by its own word
     told_pending: int = -1  # -1: nothing yet on this connection
+    told_observers: tuple[Member, ...] = ()
 
     @property
     def key(self) -> PeerKey:

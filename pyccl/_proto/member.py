@@ -45,6 +45,7 @@ from pyccl._proto.messages import (
     Key,
     Leave,
     Message,
+    Observers,
     OpReport,
     OpState,
     OpVerdict,
@@ -164,6 +165,13 @@ class PendingChanged(Effect):
 
 
 @dataclass(frozen=True, slots=True)
+class ObserversChanged(Effect):
+    """These hold the shared state without being members: they may ask us for it, and we them."""
+
+    observers: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MismatchNotice(Effect):
     """Comes before the Enter that fails open operations with MISMATCH: what their MismatchError says."""
 
@@ -207,6 +215,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.GREETING, Evicted): State.ENDED,
     (State.PENDING, Pending): State.PENDING,
     (State.PENDING, Alive): State.PENDING,
+    (State.PENDING, Observers): State.PENDING,
     (State.PENDING, EpochPropose): State.LINKING,
     (State.PENDING, EpochCommit): State.MEMBER,  # founded with us, or the commit we missed while disconnected
     (State.PENDING, Cancelled): State.PENDING,
@@ -214,6 +223,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.PENDING, Evicted): State.ENDED,
     (State.LINKING, Pending): State.LINKING,
     (State.LINKING, Alive): State.LINKING,
+    (State.LINKING, Observers): State.LINKING,
     (State.LINKING, EpochPropose): State.LINKING,
     (State.LINKING, EpochCommit): State.MEMBER,
     (State.LINKING, Cancelled): State.PENDING,
@@ -222,6 +232,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.MEMBER, Welcome): State.MEMBER,  # the control connection came back
     (State.MEMBER, Pending): State.MEMBER,
     (State.MEMBER, Alive): State.MEMBER,
+    (State.MEMBER, Observers): State.MEMBER,
     (State.MEMBER, EpochPropose): State.MEMBER,
     (State.MEMBER, EpochCommit): State.MEMBER,
     (State.MEMBER, Cancelled): State.MEMBER,
@@ -295,6 +306,7 @@ class MemberMachine:
         self.peer_timeout = 0.0  # the master's word, from Welcome
         self.world_size = 0
         self.pending = 0
+        self.observers: tuple[Member, ...] = ()
         self._standing = _Standing()
         self._arrived: tuple[Count, ...] | None = None
         self._complaints: dict[bytes, _Complaint] = {}
@@ -512,7 +524,13 @@ class MemberMachine:
             raise RemoteProtocolError(f"the master's term {message.term} is older than {self.term}")
         self.link = Link.UP
         self.run, self.term, self.peer_timeout = message.run, message.term, message.peer_timeout_ms / 1000
-        return self._tell_again(now) if self.state is State.MEMBER else []
+        # A master tells of observers when there are some: those of before may be gone.
+        changed = self._on_observers(Observers(()), now) if self.observers else []
+        return changed + (self._tell_again(now) if self.state is State.MEMBER else [])
+
+    def _on_observers(self, message: Observers, now: float) -> list[Effect]:
+        self.observers = message.observers
+        return [ObserversChanged(message.observers)]
 
     def _on_unknown(self, message: Unknown, now: float) -> list[Effect]:
         commit, run = self._commit, self.run
@@ -712,4 +730,5 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MemberMachine, Any, float], li
     Flush: MemberMachine._on_flush,
     Unknown: MemberMachine._on_unknown,
     Undecided: MemberMachine._on_undecided,
+    Observers: MemberMachine._on_observers,
 }

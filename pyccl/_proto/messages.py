@@ -423,6 +423,20 @@ class Recall(Message):
     journaled: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Observe(Message):
+    """A first message instead of Hello: not to be a member, but to know who they are."""
+
+    TYPE = 20
+    KINDS = (_U32, _LIBRARY, _U32, _ID, _ID, _ADDRESSES)
+    version: int
+    library: str
+    group: int
+    peer: bytes
+    incarnation: bytes
+    addresses: tuple[Address, ...] = ()
+
+
 # -- master to peer
 
 
@@ -535,6 +549,25 @@ class Undecided(Message):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Members(Message):
+    """To an observer: who is in its group."""
+
+    TYPE = 44
+    KINDS = (_U64, _MEMBERS)
+    epoch: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Observers(Message):
+    """To the members: who observes their group."""
+
+    TYPE = 45
+    KINDS = (_Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.OBSERVERS_MAX),)
+    observers: tuple[Member, ...]
+
+
 # -- peer to peer, the handshake of data connections
 
 
@@ -564,14 +597,52 @@ class PeerRefused(Message):
     reason: str
 
 
+# -- peer to peer, state files
+
+
+@dataclass(frozen=True, slots=True)
+class StateHello(Message):
+    """Between a member and an observer of its group, one way or the other: state files are wanted."""
+
+    TYPE = 67
+    KINDS = (_U32, _ID, _ID, _ID, _ID, _ID, _U64, _U64)
+    version: int
+    run: bytes
+    from_peer: bytes
+    from_incarnation: bytes
+    to_peer: bytes
+    to_incarnation: bytes
+    have: int  # revision + 1 of what the sender has; 0: nothing
+    every: int  # so many revisions apart, as they come; 0: what there is now, once
+
+
+@dataclass(frozen=True, slots=True)
+class StateOffer(Message):
+    """The `size_bytes` of a state file follow. Who does not want them closes the connection."""
+
+    TYPE = 68
+    KINDS = (_UInt(limits.STATE_BYTES_MAX), _UInt(limits.STATE_BYTES_MAX), _Bytes(limits.HASH_BYTES, limits.HASH_BYTES))
+    revision: int
+    size_bytes: int
+    layout: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StateNone(Message):
+    """There is nothing (more) for now. The last message if the asker wants what there is, else told again and again."""
+
+    TYPE = 69
+    KINDS = ()
+
+
 MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
     cls.TYPE: cls
     for cls in (
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
-        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall),
+        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
-        *(Unknown, Undecided),
-        *(PeerHello, PeerWelcome, PeerRefused),
+        *(Unknown, Undecided, Members, Observers),
+        *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone),
     )
 }
 _NAMES: Final[dict[type[Message], tuple[str, ...]]] = {

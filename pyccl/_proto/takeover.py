@@ -156,6 +156,8 @@ class Takeover:
             record.lost = "another run, older than this one, has come back: connect again"
             master._evict(record)
         master._groups.clear()
+        for conn in master._observers.conns():
+            master._close(conn, "another run is taken over")
         master.run = run
         self._rise_above(term)
         master._grace_until = master._now + limits.RECONNECT_S

@@ -89,6 +89,8 @@ def describe(told: dict[str, Any]) -> list[str]:
         for what in ("ballot", "proposal"):
             if group[what] is not None:
                 lines.append(f"  {what} waits for {', '.join(group[what]['waits_for']) or 'nobody'}")
+    for observer in told["observers"]:
+        lines.append(f"observer {observer['peer'][:8]} of group {observer['group']}  {' '.join(observer['addresses'])}")
     lines += [f"gone {peer}: {why}" for peer, why in told["gone"].items()]
     lines += [f"{event['ago_s']:8.1f} s ago  {_event(event)}" for event in told["events"][-10:]]
     return lines

@@ -39,11 +39,11 @@ from zygote import serve
 
 import pyccl
 from pyccl import communicator
-from pyccl._io import links, session, staging
+from pyccl._io import links, session, staging, statestream
 from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
 from pyccl._proto import limits
-from pyccl.cli import master
+from pyccl.cli import master, peer
 from pyccl.cli.log import without_traceback
 
 DEADLINE_S = 60.0
@@ -438,6 +438,14 @@ class Agent:
         self.state = pyccl.SharedState(made, revision=revision, **options)
         return self.state.digest()
 
+    def do_save(self, path: str) -> None:
+        assert self.state is not None
+        self.state.save(path)
+
+    def do_load(self, path: str) -> int:
+        self.state = pyccl.SharedState.load(path)
+        return self.state.revision
+
     def do_lie(self, what: str) -> None:
         """Serve other "arrays" than those that were hashed, or another "table"."""
         inner = handles.Engine.publish
@@ -450,6 +458,33 @@ class Agent:
                 inner(engine, sync, [*arrays, np.bitwise_xor(table, 1)])
 
         handles.Engine.publish = publish  # type: ignore[method-assign,assignment]
+
+    def do_followed(self) -> bool:
+        """Whether an observer waits here for the next state."""
+        return any(not follower.busy for follower in tuple(self.session().observed._server._followers))
+
+    def do_observers(self) -> list[str]:
+        return [observer.peer.hex() for observer in self.session().observed.observers]
+
+    def do_break_next_offer(self) -> None:
+        """What an observer offers here next does not come."""
+        inner = statestream.receive_file
+
+        async def receive_file(*args: Any) -> None:
+            statestream.receive_file = inner
+            raise OSError(errno.ECONNRESET, "broken on purpose")
+
+        statestream.receive_file = receive_file
+
+    def do_spoil_snapshots(self) -> None:
+        """What observers get from here is no whole state any more."""
+        inner = pyccl.SharedState.save_to
+
+        def save_to(state: pyccl.SharedState, fd: int) -> None:
+            inner(state, fd)
+            os.pwrite(fd, b"\xaa\x55", os.fstat(fd).st_size - 2)
+
+        pyccl.SharedState.save_to = save_to  # type: ignore[method-assign]
 
     def do_starve(self) -> None:
         """Whatever is asked of a holder from now on does not come."""
@@ -640,6 +675,9 @@ def main() -> None:
         sys.argv = arguments
         serve_master_traps()
         master.main()
+    if arguments[0] == "peer":
+        sys.argv = arguments
+        peer.main()
     logging.basicConfig(
         level=logging.DEBUG, stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
         datefmt="%H:%M:%S",

@@ -117,8 +117,9 @@ def test_status_shows_foreign_text_on_its_own_line() -> None:
     told = {
         "run": "r", "library": EVIL, "peer_timeout_s": 5.0, "journal": journal, "needs_majority": False,
         "groups": [group], "gone": {}, "events": [event],
+        "observers": [{"peer": EVIL, "group": EVIL, "addresses": [EVIL]}],
     }
     with server(answers(Status(json.dumps(told)))) as address:
         result = ask(address)
     assert result.exit_code == 0 and "\x1b" not in result.output
-    assert len(result.output.splitlines()) == 8
+    assert len(result.output.splitlines()) == 9

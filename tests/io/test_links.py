@@ -11,7 +11,7 @@ import trio
 from pyccl._io import envelope, links
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
-from pyccl._proto.messages import PeerHello, PeerWelcome
+from pyccl._proto.messages import PeerHello, PeerWelcome, StateHello
 from pyccl.errors import UsageError
 
 RUN = b"R" * 16
@@ -51,11 +51,19 @@ class Heard:
     def __init__(self) -> None:
         self.ready: list[int] = []
         self.failed: list[int] = []
+        self.asked: list[StateHello] = []
 
     def events(self) -> links.LinkEvents:
         return links.LinkEvents(
-            self.ready.append, lambda version, who, why: self.failed.append(version), lambda *_: None, lambda *_: None
+            ready=self.ready.append,
+            failed=lambda version, who, why: self.failed.append(version),
+            refused=lambda *_: None,
+            up=lambda *_: None,
+            state=self.state,
         )
+
+    async def state(self, stream: trio.SocketStream, hello: StateHello) -> None:
+        self.asked.append(hello)
 
 
 def make(engine: FakeEngine, heard: Heard, nursery: trio.Nursery) -> links.Links:

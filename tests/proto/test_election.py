@@ -57,6 +57,14 @@ def test_first_sync_lets_all_vote() -> None:
     assert (result.revision, result.holders) == (7, ids(3))
 
 
+def test_without_voters_the_newest_wins_whatever_its_lineage() -> None:
+    """After a total loss: every sync begins another lineage, so states of different moments hold different ones."""
+    back = [record(n, n, NEW, voter=False, lineage=bytes([9 - n]) * 16) for n in (1, 2, 3)]
+    fresh = [record(n, 0, OLD, voter=False, lineage=bytes(16)) for n in (4, 5, 6, 7)]
+    result = elected(*back, *fresh)
+    assert (result.revision, result.lineage, result.holders) == (3, bytes([6]) * 16, ids(3))
+
+
 def test_voters_of_a_fork_are_void() -> None:
     result = elected(record(1, 5, NEW), record(2, 5, NEW), record(3, 99, EVIL, lineage=FORK))
     assert (result.lineage, result.root) == (LINE, NEW)

@@ -1,0 +1,233 @@
+"""State files between members and observers, whole, over a connection of their own: served here, asked for here.
+
+    StateHello(have, every) -> StateOffer, the file's bytes, StateOffer, ... | StateNone | PeerRefused
+    every 0: what there is, once. Else whenever there is something so many revisions newer; StateNone meanwhile
+
+A server reads from an open file, whose bytes go from the page cache to the socket (sendfile), so it needs no memory;
+which file that is may change while it is being sent. Who receives checks the whole file, so a source is believed
+nothing. Spec: proto/wire.md 7.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import trio
+
+from pyccl._io import envelope
+from pyccl._io.strangers import Places
+from pyccl._proto import limits
+from pyccl._proto.epoch import Member
+from pyccl._proto.messages import PeerRefused, StateHello, StateNone, StateOffer
+from pyccl.errors import RemoteProtocolError
+
+STILL_S: Final = 5.0  # between two StateNone to who follows
+SILENCE_S: Final = 3 * STILL_S  # of a source, or of who receives
+_KNOWN_S: Final = 10.0  # until the master has told of who asks
+_CONNECT_S: Final = 5.0
+_EARLY_MAX: Final = 64  # who ask, and the master has not told of them yet
+_SERVING_MAX: Final = 32
+_PIECE_BYTES: Final = 256 << 10
+
+
+class OpenFile:
+    """A descriptor that several tasks and threads use; closed with the last reference to this."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Snapshot(OpenFile):
+    """A whole state file."""
+
+    def __init__(self, fd: int, revision: int, layout: bytes) -> None:
+        super().__init__(fd)
+        self.revision, self.layout = revision, layout
+        self.size_bytes = os.fstat(fd).st_size
+
+
+class _Follower:
+    def __init__(self, have: int, every: int) -> None:
+        self.have, self.every = have, every
+        self.busy = False  # receives one
+
+    def wants(self, revision: int) -> bool:
+        """A lower revision, too: the run has begun anew, or gone back to an older state."""
+        told = revision + 1
+        return self.have == 0 or told < self.have or told >= self.have + max(self.every, 1)
+
+
+class StateServer:
+    """Gives the newest snapshot to those peers that the master has named.
+
+    drops: a snapshot is kept only while somebody follows.
+    """
+
+    def __init__(self, run: Callable[[], bytes | None], peer: bytes, incarnation: bytes, *, drops: bool) -> None:
+        self._run, self._me, self._drops = run, (peer, incarnation), drops
+        self._early, self._serving = Places(_EARLY_MAX, _KNOWN_S), 0
+        self._known: frozenset[tuple[bytes, bytes]] = frozenset()
+        self._changed, self._offered = trio.Event(), trio.Event()
+        self._snapshot: Snapshot | None = None
+        self._followers: set[_Follower] = set()
+
+    def know(self, members: Iterable[Member]) -> None:
+        """Whom to serve."""
+        self._known = frozenset((member.peer, member.incarnation) for member in members)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def wants(self, revision: int) -> bool:
+        """Whether a follower waits for a snapshot of this revision, now. Any thread."""
+        return any(not follower.busy and follower.wants(revision) for follower in tuple(self._followers))
+
+    def offer(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._offered.set()
+        self._offered = trio.Event()
+
+    async def serve(self, stream: trio.SocketStream, hello: StateHello) -> None:
+        """One connection, to its end. OSError, trio.TooSlowError, trio.BrokenResourceError."""
+        reason = await self._reason_to_refuse(hello)
+        if reason:
+            await stream.send_all(envelope.pack(PeerRefused(reason)))
+            return
+        follower = _Follower(hello.have, hello.every)
+        broken: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
+            self._serving += 1
+            if hello.every:
+                self._followers.add(follower)
+            try:
+                while await self._next(stream, follower) or hello.every:
+                    pass
+            except (OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
+                broken = e  # raised outside: a nursery wraps what leaves it
+            finally:
+                self._serving -= 1
+                self._followers.discard(follower)
+                if self._drops and not self._followers:
+                    self._snapshot = None
+                nursery.cancel_scope.cancel()
+        if broken is not None:
+            raise broken
+
+    async def _reason_to_refuse(self, hello: StateHello) -> str:
+        if hello.version != limits.PROTOCOL_VERSION:
+            return f"protocol version {hello.version}; this peer speaks {limits.PROTOCOL_VERSION}"
+        if hello.run != self._run() or (hello.to_peer, hello.to_incarnation) != self._me:
+            return "you look for somebody else"
+        if self._serving >= _SERVING_MAX:
+            return f"{self._serving} others are served"
+        with self._early.place():
+            while (hello.from_peer, hello.from_incarnation) not in self._known:
+                await self._changed.wait()
+            return ""
+        return "the master has not told of you"
+
+    async def _next(self, stream: trio.SocketStream, follower: _Follower) -> bool:
+        """False: there was nothing."""
+        snapshot, offered = self._snapshot, self._offered
+        if snapshot is not None and follower.wants(snapshot.revision):
+            follower.busy = True
+            with trio.fail_after(SILENCE_S):
+                offer = StateOffer(snapshot.revision, snapshot.size_bytes, snapshot.layout)
+                await stream.send_all(envelope.pack(offer))
+            await _send_file(stream, snapshot)
+            follower.have, follower.busy = snapshot.revision + 1, False
+            return True
+        with trio.fail_after(SILENCE_S):
+            await stream.send_all(envelope.pack(StateNone()))
+        if follower.every:
+            with trio.move_on_after(STILL_S):
+                await offered.wait()
+        return False
+
+
+async def _cancel_at_end(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+    """Nothing more is to come from who asked."""
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.receive_some(1)
+    scope.cancel()
+
+
+async def _send_file(stream: trio.SocketStream, snapshot: Snapshot) -> None:
+    at = 0
+    while at < snapshot.size_bytes:
+        try:
+            sent = os.sendfile(stream.socket.fileno(), snapshot.fd, at, min(_PIECE_BYTES, snapshot.size_bytes - at))
+        except BlockingIOError:
+            with trio.fail_after(SILENCE_S):
+                await trio.lowlevel.wait_writable(stream.socket)
+            continue
+        if sent == 0:
+            raise OSError("a state file became shorter while it was served")
+        at += sent
+        await trio.lowlevel.checkpoint()
+
+
+# ---- asking
+
+
+async def ask(run: bytes, me: Member, source: Member, have: int = 0, every: int = 0) -> trio.SocketStream:
+    """A connection to `source` on which its offers come. OSError, trio.BrokenResourceError."""
+    stream = await _connect(source)
+    hello = StateHello(
+        *(limits.PROTOCOL_VERSION, run, me.peer, me.incarnation, source.peer, source.incarnation), *(have, every)
+    )
+    try:
+        await stream.send_all(envelope.pack(hello))
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return stream
+
+
+async def _connect(source: Member) -> trio.SocketStream:
+    error = OSError("the peer names no address")
+    for address in source.addresses:
+        try:
+            with trio.fail_after(_CONNECT_S):
+                return await trio.open_tcp_stream(address.host, address.port)
+        except trio.TooSlowError:
+            error = TimeoutError(f"no answer from {address.host}:{address.port}")
+        except UnicodeError:  # a name that IDNA refuses: foreign text
+            error = OSError(f"{address.host!r} is no name of a host")
+        except OSError as e:
+            error = e
+    raise error
+
+
+async def next_offer(stream: trio.SocketStream, patience_s: float = SILENCE_S) -> StateOffer | None:
+    """None: nothing (more) for now. RemoteProtocolError: it refuses, ends or breaks the protocol."""
+    with trio.fail_after(patience_s):
+        message = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+    if isinstance(message, StateOffer):
+        return message
+    if isinstance(message, StateNone):
+        return None
+    reason = message.reason if isinstance(message, PeerRefused) else "it closed the connection"
+    raise RemoteProtocolError(f"no state from there: {reason}")
+
+
+async def receive_file(stream: trio.SocketStream, offer: StateOffer, fd: int) -> None:
+    """The bytes behind an offer, into an empty file whose space is taken first."""
+    if offer.size_bytes:
+        os.posix_fallocate(fd, 0, offer.size_bytes)
+    left = offer.size_bytes
+    while left:
+        with trio.fail_after(SILENCE_S):
+            part = await stream.receive_some(min(_PIECE_BYTES, left))
+        if not part:
+            raise RemoteProtocolError(f"the source ended {left} bytes before the end of its state")
+        left -= len(part)
+        rest = memoryview(part)
+        while rest:
+            rest = rest[os.write(fd, rest) :]

@@ -1,0 +1,302 @@
+"""State files over a connection, and the directory they end in: only whole ones count, whoever serves or asks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+import trio
+
+import pyccl
+from pyccl._io import envelope, links, statestream
+from pyccl._io.statestore import StateStore, StoreError, opened, whole
+from pyccl._io.statestream import Snapshot, StateServer
+from pyccl._proto import limits
+from pyccl._proto.epoch import Address, Member
+from pyccl._proto.messages import Message, PeerRefused, StateHello, StateNone, StateOffer
+from pyccl.errors import RemoteProtocolError, StateFileError
+
+RUN = b"R" * 16
+SERVER, ASKER = (b"s" * 16, b"S" * 16), Member(b"a" * 16, b"A" * 16)
+HANG_S = 30.0
+
+
+def state(revision: int, size: int = 3_000_000) -> pyccl.SharedState:
+    return pyccl.SharedState({"w": np.random.default_rng(revision).integers(0, 256, size, np.uint8)}, revision)
+
+
+def snapshot(tmp_path: Path, revision: int) -> Snapshot:
+    path = tmp_path / f"snapshot-{revision}"
+    state(revision).save(path)
+    return opened(whole(path))
+
+
+def created(path: Path) -> IO[bytes]:
+    return open(path, "wb")
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        with trio.fail_after(HANG_S):
+            await main()
+
+    trio.run(limited)
+
+
+@asynccontextmanager
+async def serving(server: StateServer) -> AsyncIterator[Member]:
+    """What dials it. Errors of a connection end that connection."""
+    listener, address = await links.listen("127.0.0.1")
+
+    async def accept(stream: trio.SocketStream) -> None:
+        async with stream:
+            hello = await envelope.receive(stream)
+            assert isinstance(hello, StateHello)
+            try:
+                await server.serve(stream, hello)
+            except (OSError, trio.TooSlowError, trio.BrokenResourceError):
+                await trio.aclose_forcefully(stream)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, accept, [listener])
+        yield Member(*SERVER, (address,))
+        nursery.cancel_scope.cancel()
+
+
+def server(*, drops: bool = False) -> StateServer:
+    made = StateServer(lambda: RUN, *SERVER, drops=drops)
+    made.know([ASKER])
+    return made
+
+
+async def received(stream: trio.SocketStream, path: Path) -> pyccl.SharedState:
+    offer = await statestream.next_offer(stream)
+    assert offer is not None
+    with created(path) as file:
+        await statestream.receive_file(stream, offer, file.fileno())
+    loaded = pyccl.SharedState.load(path)
+    assert (loaded.revision, loaded.layout()) == (offer.revision, offer.layout)
+    return loaded
+
+
+def test_who_asks_once_gets_the_newest_or_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = server()
+        async with serving(made) as there:
+            async with await statestream.ask(RUN, ASKER, there) as stream:
+                assert await statestream.next_offer(stream) is None
+            made.offer(snapshot(tmp_path, 4))
+            async with await statestream.ask(RUN, ASKER, there) as stream:
+                assert (await received(stream, tmp_path / "got")).digest() == state(4).digest()
+                assert await statestream.next_offer(stream) is None
+                with pytest.raises(RemoteProtocolError, match="closed"):
+                    await statestream.next_offer(stream)
+            async with await statestream.ask(RUN, ASKER, there, have=5) as stream:
+                assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
+def test_who_follows_gets_what_is_far_enough_and_what_went_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = server()
+        async with serving(made) as there, await statestream.ask(RUN, ASKER, there, every=3) as stream:
+            assert await statestream.next_offer(stream) is None  # it follows now
+            for revision, comes in ((1, True), (2, False), (3, False), (4, True), (0, True), (3, True)):
+                assert made.wants(revision) is comes
+                if comes:
+                    made.offer(snapshot(tmp_path, revision))
+                    assert (await received(stream, tmp_path / "got")).revision == revision
+                    assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
+def test_a_snapshot_is_dropped_with_the_last_follower(tmp_path: Path) -> None:
+    async def main() -> None:
+        made, gone = server(drops=True), snapshot(tmp_path, 1)
+        async with serving(made) as there:
+            async with await statestream.ask(RUN, ASKER, there, every=1) as stream:
+                assert await statestream.next_offer(stream) is None
+                made.offer(gone)
+                await received(stream, tmp_path / "got")
+            while made.wants(99):  # until its end is noticed
+                await trio.lowlevel.checkpoint()
+            async with await statestream.ask(RUN, ASKER, there) as stream:
+                assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"run": b"x" * 16}, {"to_peer": b"x" * 16}, {"to_incarnation": b"x" * 16}, {"version": 9}], ids=str
+)
+def test_who_looks_for_somebody_else_is_refused(changes: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with serving(server()) as there:
+            (address,) = there.addresses
+            fields = {
+                "version": limits.PROTOCOL_VERSION, "run": RUN, "from_peer": ASKER.peer,
+                "from_incarnation": ASKER.incarnation, "to_peer": SERVER[0], "to_incarnation": SERVER[1],
+                "have": 0, "every": 0,
+            }  # fmt: skip
+            async with await trio.open_tcp_stream(address.host, address.port) as stream:
+                await stream.send_all(envelope.pack(StateHello(**{**fields, **changes})))
+                assert isinstance(await envelope.receive(stream), PeerRefused)
+
+    run(main)
+
+
+def test_who_is_not_known_waits_until_the_master_tells_of_it_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statestream, "_KNOWN_S", 0.3)
+
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVER, drops=False)
+        async with serving(made) as there:
+            async with await statestream.ask(RUN, ASKER, there) as stream:
+                with pytest.raises(RemoteProtocolError, match="the master has not told of you"):
+                    await statestream.next_offer(stream)
+            async with await statestream.ask(RUN, ASKER, there) as stream:
+                made.know([ASKER])
+                assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
+@asynccontextmanager
+async def lying(*sent: bytes) -> AsyncIterator[trio.SocketStream]:
+    """A source that answers with these bytes and ends."""
+    listener, address = await links.listen("127.0.0.1")
+
+    async def accept(stream: trio.SocketStream) -> None:
+        async with stream:
+            await envelope.receive(stream)
+            await stream.send_all(b"".join(sent))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, accept, [listener])
+        source = Member(*SERVER, (Address(address.host, address.port),))
+        async with await statestream.ask(RUN, ASKER, source) as stream:
+            yield stream
+        nursery.cancel_scope.cancel()
+
+
+def test_a_source_that_ends_early_is_told(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with lying(envelope.pack(StateOffer(1, 1000, bytes(32))), bytes(999)) as stream:
+            offer = await statestream.next_offer(stream)
+            assert offer is not None
+            with created(tmp_path / "got") as file, pytest.raises(RemoteProtocolError, match="1 bytes before"):
+                await statestream.receive_file(stream, offer, file.fileno())
+
+    run(main)
+
+
+def test_an_offer_that_no_disk_holds_costs_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with lying(envelope.pack(StateOffer(1, (1 << 63) - 1, bytes(32)))) as stream:
+            offer = await statestream.next_offer(stream)
+            assert offer is not None
+            with created(tmp_path / "got") as file:
+                with pytest.raises(OSError, match=r".*"):
+                    await statestream.receive_file(stream, offer, file.fileno())
+                assert os.fstat(file.fileno()).st_size == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "message", [PeerRefused("no"), StateHello(1, *[b"x" * 16] * 5, 0, 0)], ids=["refused", "other"]
+)
+def test_what_is_no_offer_is_an_error(message: Message) -> None:
+    async def main() -> None:
+        async with lying(envelope.pack(message)) as stream:
+            with pytest.raises(RemoteProtocolError, match="no state from there"):
+                await statestream.next_offer(stream)
+
+    run(main)
+
+
+def test_state_none_is_nothing_for_now() -> None:
+    async def main() -> None:
+        async with lying(envelope.pack(StateNone())) as stream:
+            assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
+# ---- the directory
+
+
+def put(store: StateStore, made: pyccl.SharedState, offered: int | None = None) -> None:
+    fd = store.incoming()
+    try:
+        made.save_to(fd)
+        store.take(fd, made.revision if offered is None else offered)
+    finally:
+        os.close(fd)
+
+
+def revisions(store: StateStore) -> list[int]:
+    return [kept.revision for kept in store.kept]
+
+
+def test_the_last_n_stay_and_the_newest_in_any_case(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, keep=2)
+    for revision in (1, 9, 2, 3, 4):
+        put(store, state(revision, 100))
+    assert revisions(store) == [9, 3, 4] and store.newest is not None and store.newest.revision == 9
+    put(store, state(4, 101))  # another state of that revision
+    put(store, state(4, 101))  # the same again
+    assert revisions(store) == [9, 4, 4]
+    store.close()
+    again = StateStore(tmp_path, keep=2)
+    assert sorted(revisions(again)) == [4, 4, 9]
+    assert len(list(tmp_path.glob("state-*"))) == 3
+
+
+def test_what_is_damaged_is_set_aside_and_never_counts(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, keep=9)
+    for revision in range(4):
+        put(store, state(revision, 5000))
+    store.close()
+    paths = sorted(tmp_path.glob("state-*.safetensors"))
+    paths[3].write_bytes(paths[3].read_bytes()[:-1])
+    data = bytearray(paths[2].read_bytes())
+    data[-100] ^= 4
+    paths[2].write_bytes(data)
+    (tmp_path / "state-foreign.safetensors").write_bytes(b"hello")
+    (tmp_path / ".incoming").write_bytes(bytes(100))
+    again = StateStore(tmp_path, keep=9)
+    assert sorted(revisions(again)) == [0, 1] and again.newest is not None and again.newest.revision == 1
+    assert len(list(tmp_path.glob("*.damaged"))) == 3
+    put(again, state(7, 10))
+    assert sorted(revisions(again)) == [0, 1, 7]
+
+
+def test_what_came_damaged_or_as_another_revision_is_refused(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, keep=3)
+    with pytest.raises(StateFileError, match="revision 1 was offered as 2"):
+        put(store, state(1), offered=2)
+    fd = store.incoming()
+    state(5).save_to(fd)
+    os.pwrite(fd, b"\xaa\x55", 2_000_000)
+    with pytest.raises(StateFileError, match="damaged"):
+        store.take(fd, 5)
+    os.close(fd)
+    store.refuse()
+    store.refuse()
+    assert store.kept == [] and sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, keep=1)
+    with pytest.raises(StoreError, match="another process"):
+        StateStore(tmp_path, keep=1)
+    store.close()
+    StateStore(tmp_path, keep=1).close()
