@@ -21,7 +21,7 @@ from pyccl._proto.epoch import Address
 HEAL_S: Final = 150.0  # bound on the way back to rest; the longest timers of the machines are 60 s
 ROUNDS_AFTER: Final = 3
 CHAOS_TIMES: Final = 4  # a seed whose faults and operations take longer than this is no run
-OPERATOR_S: Final = 20.0  # what only a person can decide is decided after so long
+OPERATOR_S: Final = 15.0  # a person looks so often, and decides what only a person can if it has not changed since
 
 
 class SimCluster:
@@ -44,6 +44,8 @@ class SimCluster:
         self.peers_most = 0  # at a time
         self.faults = Faults(self)
         self.master = SimMaster(self, self.disk)
+        self._stuck: set[tuple[int, int]] = set()  # peers at epochs, when the operator looked
+        self.world.at(OPERATOR_S, self._operate)
         for _ in range(options.peers):
             self.world.at(self.rng.random() * 0.5, self.add)
 
@@ -67,8 +69,11 @@ class SimCluster:
         return peer
 
     def come(self, again: SimPeer | None = None) -> None:
-        """Unless too many are there already."""
-        if len(self.living()) < self.options.peers_max:
+        """Unless too many are there already; as somebody new if another incarnation runs."""
+        living = self.living()
+        if again is not None and any(peer.peer == again.peer for peer in living):
+            again = None
+        if len(living) < self.options.peers_max:
             self.add(again)
 
     def peer(self, index: int) -> SimPeer:
@@ -137,20 +142,24 @@ class SimCluster:
         self.world.note("no more faults")
         while len(self.living()) < max(1, self.options.peers_min):
             self.add()
-        if self.journals_lost or not self.options.journaled:
-            self.world.at(OPERATOR_S, self._operate)
 
     def _operate(self) -> None:
         """Without a journal some of it needs a person: a master that waits for members who are all dead is started as
         one of a new run; members who are too few to go on, or of a run that is no more, connect anew."""
+        self.world.at(OPERATOR_S, self._operate)
+        if not self.journals_lost and self.options.journaled:
+            return
         members = [peer for peer in self.living() if peer.number > 0]
         if self.master.adopts and not members:
             self.crash_master(0.0)
+        stuck_before, self._stuck = self._stuck, set()
         for peer in members:
-            if peer.machine._standing.undecided or peer.machine.run != self.master.machine.run:
+            if not peer.machine._standing.undecided and peer.machine.run == self.master.machine.run:
+                continue
+            self._stuck.add((peer.index, peer.number))
+            if (peer.index, peer.number) in stuck_before:
                 peer.leave()
                 self.world.at(3.0, self.come, peer)
-        self.world.at(OPERATOR_S, self._operate)
 
     def converge(self, within_s: float) -> bool:
         """All who run stand in one epoch, have no call open since then and go on working."""
