@@ -1106,9 +1106,13 @@ class MasterMachine:
         return bool(self._pending(group)) and all(self._now - record.heard_at >= patience_s for record in members)
 
     def _line_works(self) -> None:
-        """Somebody of the run is heard. After a while without, our own line may have failed: silence counts anew."""
+        """Somebody of the run is heard. After a while without, our own line may have failed: silence counts anew.
+
+        Others come later: TCP repeats into a line that was cut at intervals that grow to more than peer_timeout.
+        """
         if self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS:
             self._line_since = self._now
+            self._grace_until = max(self._grace_until, self._now + limits.RECONNECT_S)
         self._line_at = self._now
 
     def _silent_since(self) -> float:
