@@ -516,10 +516,19 @@ class MasterMachine:
         elif group.proposal is not None:
             self._tell(record, _propose_message(group.proposal, record))
         elif group.version:
-            self._tell(record, Cancelled(group.version))
+            self._tell_cancelled(group, record)
         if resume is not None and resume.frozen and resume.number == epoch.number:
             self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
         self._advance(group)
+
+    def _tell_cancelled(self, group: Group, record: Peer) -> None:
+        """What an earlier master has proposed to it will not be. Of an epoch that we know from its members alone one who
+        is not back may hold the commit of that, so nobody lets go before all are here, or a ballot is held."""
+        if not self._takeover.is_adopted(group.group):
+            self._tell(record, Cancelled(group.version))
+        elif all(member.conn is not None for member in self._members(group)):
+            for member in self._members(group):
+                self._tell(member, Cancelled(group.version))
 
     def _on_entering_again(self, conn: int, hello: Hello, record: Peer) -> None:
         """It is to be told of its first epoch where it can hear it."""

@@ -43,6 +43,10 @@ class Takeover:
         master = self._master
         return self._groups is not None and group.last_number == 0 and master._now < master._grace_until
 
+    def is_adopted(self, group: int) -> bool:
+        """Its epoch is its members' word, and one who is not back may know a later one."""
+        return self._groups is not None and group in self._groups
+
     def next_number(self, group: Group) -> int:
         """Of its epoch. How far a group came that we do not know is not known either: no earlier start was so far."""
         if self._groups is None or group.last_number > 0:

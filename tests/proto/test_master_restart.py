@@ -473,6 +473,27 @@ def test_who_is_one_commit_ahead_brings_the_others_with_it(journaled: bool) -> N
     assert world.last(2, Flush).ballot > max(flush.ballot, 7 << 32)
 
 
+@pytest.mark.parametrize("journaled", [True, False])
+def test_what_was_proposed_is_cancelled_when_nobody_can_hold_its_commit_any_more(journaled: bool) -> None:
+    world = group_of(3)
+    before = commit_of(world)
+    world.hello(4)
+    for n in (1, 2, 3):
+        world.say(n, Arrive(2))
+    world.ready(1, 2, 3, 4)
+    last = commit_of(world)
+    world = Adopting(journaled)
+    world.come_back(2, before)
+    world.come_back(3, before)
+    assert not world.got(2, Cancelled) and not world.got(3, Cancelled)
+    world.come_back(1, last)
+    assert commit_of(world, 2) == commit_of(world, 3) == last
+    world = Adopting(journaled)
+    for n in (2, 3, 1):
+        world.come_back(n, before)
+    assert all(world.got(n, Cancelled) for n in (1, 2, 3))
+
+
 def test_a_newcomer_founds_nothing_before_the_run_is_taken_over() -> None:
     commit = commit_of(group_of(2))
     world = Adopting(journaled=True)
