@@ -53,6 +53,8 @@ MASTER_TIMEOUT_S: Final = 20.0  # less than STALL_S, whose error would name the 
 MISMATCH_GRACE_S: Final = 5.0
 _TICK_S: Final = 0.1
 _SLICE_S: Final = 0.1  # longest wait of a user thread without a look at Python's signal handlers
+_ATTEMPT_LEAST_S: Final = 1.0  # to connect to the master of a run we are in
+_ATTEMPT_MOST_S: Final = 10.0
 _LEAVE_S: Final = 2.0
 _ENDING_S: Final = 10.0  # more than it ever takes from the engine's end to the thread's
 _EPOCHS_KEPT: Final = 64  # member lists of past epochs, for the info of operations that ended in them
@@ -373,7 +375,7 @@ class Session:
         while True:
             left = started + self._reach_timeout - trio.current_time()
             try:
-                with trio.fail_after(10.0 if welcome else max(0.001, left)):
+                with trio.fail_after(self._attempt_s() if welcome else max(0.001, left)):
                     stream = await trio.open_tcp_stream(self.config.host, self.config.port)
             except (OSError, UnicodeError) as e:  # UnicodeError: a name that IDNA refuses
                 cause = reason_of(e)
@@ -410,6 +412,11 @@ class Session:
                 self._finish(errors.MasterUnavailableError(f"no master at {address}: {cause}"))
                 return
             await trio.sleep(backoff.next_pause())
+
+    def _attempt_s(self) -> float:
+        """SYNs are repeated at intervals that double, too: rather begin anew."""
+        assert self._machine is not None
+        return min(_ATTEMPT_MOST_S, max(_ATTEMPT_LEAST_S, self._machine.peer_timeout / 2))
 
     async def _talk(self, stream: trio.SocketStream, on_welcome: Callable[[], None] = lambda: None) -> None:
         """One life of the control connection. Returns when it ended."""
@@ -483,6 +490,21 @@ class Session:
             outer.start_soon(self._links.serve, self._listener)
             outer.start_soon(self._pump)
         nursery.start_soon(self._pulse)
+        nursery.start_soon(self._hang_up_on_silence, machine, nursery.cancel_scope)
+
+    async def _hang_up_on_silence(self, machine: member.MemberMachine, connection: trio.CancelScope) -> None:
+        """Hang up when every heartbeat of a peer_timeout went without an answer.
+
+        TCP repeats into a line that was cut at intervals that double, and so is silent for as long again after it is
+        whole; a new connection gets through at once. A master that is stopped finds it when it goes on.
+        """
+        while True:
+            silent_s = machine.master_silent_s(trio.current_time())
+            if silent_s >= machine.peer_timeout:
+                break
+            await trio.sleep(machine.peer_timeout - silent_s)
+        log.info("master_silent seconds=%.1f", silent_s)
+        connection.cancel()
 
     async def _pulse(self) -> None:
         """Keep a pulse connection while the control connection lives: heartbeats that need no GIL."""

@@ -522,8 +522,8 @@ class MasterMachine:
         self._advance(group)
 
     def _tell_cancelled(self, group: Group, record: Peer) -> None:
-        """What an earlier master has proposed to it will not be. Of an epoch that we know from its members alone one who
-        is not back may hold the commit of that, so nobody lets go before all are here, or a ballot is held."""
+        """What an earlier master has proposed will not be. If we know the epoch from its members alone, one who is not
+        back may hold the commit of that: nobody lets go before all are here, or a ballot is held."""
         if not self._takeover.is_adopted(group.group):
             self._tell(record, Cancelled(group.version))
         elif all(member.conn is not None for member in self._members(group)):

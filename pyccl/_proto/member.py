@@ -364,6 +364,10 @@ class MemberMachine:
         master that may not decide what we wait for."""
         return self.link is not Link.UP or self._standing.undecided or now - self._heard_at >= self.peer_timeout
 
+    def master_silent_s(self, now: float) -> float:
+        """Since when nothing came on this control connection."""
+        return now - self._heard_at
+
     @property
     def lost(self) -> tuple[bytes, ...]:
         """Members that we complain of: what concerns them needs the master."""

@@ -107,6 +107,13 @@ class Process:
         with open(f"/proc/self/fd/{self._stderr.fileno()}", encoding="utf-8", errors="replace") as text:
             return text.readlines()
 
+    def wait_log(self, text: str) -> None:
+        """Until a line of the log has it."""
+        until = time.monotonic() + DEADLINE_S
+        while not any(text in line for line in self.log()):
+            assert time.monotonic() < until, f"{self.name} never logged {text!r}"
+            time.sleep(0.01)
+
     def doom(self) -> None:
         """SIGKILL, whatever state it is in."""
         with contextlib.suppress(ProcessLookupError):

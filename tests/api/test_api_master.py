@@ -34,6 +34,21 @@ def test_collectives_go_on_while_the_master_is_stopped(cluster: Cluster) -> None
     cluster.reduce([*peers, newcomer])
 
 
+def test_a_connection_on_which_the_master_is_silent_gives_way_to_a_new_one(cluster: Cluster) -> None:
+    peers = cluster.members(3)
+    epoch = cluster.reduce(peers)["epoch"]
+    cluster.master.stop()
+    for peer in peers:
+        peer.wait_log("master_silent")
+    assert cluster.reduce(peers)["epoch"] == epoch
+    cluster.master.resume()
+    for peer in peers:
+        cluster.master.wait_log(f"peer_resumed peer={peer.id[:8]}")
+    for call in [peer.call("update_topology") for peer in peers]:
+        call.value()
+    assert cluster.reduce(peers)["epoch"] == epoch + 1
+
+
 def test_a_safe_point_after_a_long_absence_gives_the_master_its_time(cluster: Cluster) -> None:
     peers = cluster.members(2, reach_timeout=3.0)
     cluster.master.stop()

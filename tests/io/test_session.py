@@ -66,7 +66,7 @@ def test_message_that_overtakes_the_engines_leave_finds_the_session_out_of_the_r
         machine = session._machine = MemberMachine(IDS[0], MEMBERS[0].incarnation, 0, (), "test")
         session.engine = engines[0]
         session._out, sent = trio.open_memory_channel[Message](100)
-        nothing = LinkEvents(*[lambda *args: None] * 4)
+        nothing = LinkEvents(*[lambda *args: None] * 5)
         async with trio.open_nursery() as nursery:
             session._links = Links(b"r" * 16, MEMBERS[0], engines[0], 1, nursery, nothing)
             session._feed(machine.connected(0.0))
