@@ -153,7 +153,7 @@ def _effect(hook: Hook, when: str) -> None:
 
 
 def _send(hook: Hook, name: str, when: str) -> None:
-    """The message is known when it is packed, and gone when its bytes are."""
+    """The message is known when it is packed, perhaps once for many receivers; its bytes are nobody else's."""
     pack, send_all = envelope.pack, trio.SocketStream.send_all
     marked: set[bytes] = set()
 
@@ -165,7 +165,6 @@ def _send(hook: Hook, name: str, when: str) -> None:
 
     async def trapped_send(self: trio.SocketStream, data: bytes) -> None:
         ours = data in marked
-        marked.discard(data)
         if ours and when == "before":
             hook.reached()
         await send_all(self, data)
