@@ -221,7 +221,9 @@ class MasterMachine:
 
     def _restore(self, past: Past, now: float) -> None:
         """The groups as they stood. Nobody is connected; what was proposed or asked is owed again."""
-        self._now, self._grace_until = now, now + limits.RECONNECT_S
+        self._now = now
+        if any(known.commit is not None for known in past.groups.values()):
+            self._grace_until = now + limits.RECONNECT_S
         self._gone = past.gone.copy()
         for number, known in sorted(past.groups.items()):
             group = self._groups[number] = self._new_group(number)
@@ -1117,11 +1119,13 @@ class MasterMachine:
     def _line_works(self) -> None:
         """Somebody of the run is heard. After a while without, our own line may have failed: silence counts anew.
 
-        Others come later: TCP repeats into a line that was cut at intervals that grow to more than peer_timeout.
+        Its members come one after the other: TCP repeats into a line that was cut at intervals that grow to more than
+        peer_timeout.
         """
         if self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS:
             self._line_since = self._now
-            self._grace_until = max(self._grace_until, self._now + limits.RECONNECT_S)
+            if any(group.epoch is not None for group in self._groups.values()):
+                self._grace_until = max(self._grace_until, self._now + limits.RECONNECT_S)
         self._line_at = self._now
 
     def _silent_since(self) -> float:

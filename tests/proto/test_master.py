@@ -294,6 +294,18 @@ def test_what_strangers_say_does_not_show_that_the_masters_line_works() -> None:
     assert world.got(1, Flush), "it is now"
 
 
+def test_a_master_that_nobody_has_called_for_long_gives_the_first_members_no_time_of_grace() -> None:
+    world = World()
+    world.pass_time(10 * TIMEOUT_S)
+    for n in (1, 2, 3):
+        world.hello(n)
+    world.say(1, Arrive(1))
+    world.ready(1, 2, 3)
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(TIMEOUT_S + 0.2, beating=(1, 2))
+    assert world.last(1, Flush).members == (peer_id(1), peer_id(2))
+
+
 def test_groups_that_nobody_is_in_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "GROUPS_MAX", 40)
     world = World()

@@ -101,6 +101,13 @@ def commit_of(world: World, conn: int = 1) -> EpochCommit:
     return world.last(conn, EpochCommit)
 
 
+def test_the_first_members_of_a_new_run_have_no_time_of_grace() -> None:
+    world = group_of(3)
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(TIMEOUT_S + 0.2, beating=(1, 2))
+    assert world.last(1, Flush).members == (peer_id(1), peer_id(2))
+
+
 # ---- durable first
 
 
