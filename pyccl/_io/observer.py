@@ -22,6 +22,7 @@ import trio
 
 from pyccl import errors
 from pyccl._io import envelope, statestream
+from pyccl._io.backoff import FIRST_S, Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import listen
 from pyccl._io.resolver import Resolver
@@ -43,7 +44,6 @@ from pyccl._proto.messages import (
     Welcome,
 )
 
-_BACKOFF_S: Final = (0.05, 1.0)
 _CONNECT_S: Final = 10.0
 _GREET_S: Final = 10.0
 _STRANGERS_MAX: Final = 64
@@ -93,7 +93,7 @@ class Observer:
     # ---- the master
 
     async def _control(self, nursery: trio.Nursery) -> None:
-        pause = _BACKOFF_S[0]
+        backoff = Backoff(random.random)
         while True:
             try:
                 with trio.fail_after(_CONNECT_S):
@@ -112,10 +112,8 @@ class Observer:
                     log.warning("master_refuses cause=%s", e)
                 finally:
                     await trio.aclose_forcefully(stream)
-                if trio.current_time() - met > _BACKOFF_S[1]:
-                    pause = _BACKOFF_S[0]
-            await trio.sleep(pause * (0.5 + random.random()))
-            pause = min(pause * 2, _BACKOFF_S[1])
+                backoff.connected_for(trio.current_time() - met)
+            await trio.sleep(backoff.next_pause())
 
     async def _talk(self, stream: trio.SocketStream, nursery: trio.Nursery) -> None:
         """One life of the control connection."""
@@ -213,7 +211,7 @@ class Observer:
                 self._shunned[source.incarnation] = trio.current_time() + _SHUNNED_S
             except (errors.RemoteProtocolError, OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
                 log.info("source_lost peer=%s cause=%r", source.peer.hex()[:8], e)
-            await trio.sleep(_BACKOFF_S[0] + random.random() * _BACKOFF_S[0])
+            await trio.sleep(FIRST_S * (1 + random.random()))
 
     async def _take_from(self, source: Member) -> None:
         assert self._run_id is not None

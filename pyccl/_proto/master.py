@@ -979,9 +979,8 @@ class MasterMachine:
             assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
             if record.standing is Standing.PENDING:
                 record.standing = Standing.ENTERING
-        keys = {(member.peer, member.incarnation) for member in epoch.members}
-        out = (record for record in self._members(group) if record.key not in keys)
-        self._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+        fenced = tuple(Fenced(*record.key, record.lost) for record in self._left_out(group, epoch))
+        self._persist(Committed(group.group, group.deciding, fenced), group)
 
     def _persist(self, record: Record, group: Group | None) -> None:
         """`group` waits for it."""
@@ -994,9 +993,10 @@ class MasterMachine:
 
     def _commit_epoch(self, group: Group) -> None:
         """The one place where an epoch becomes the current one."""
-        before, commit = self._members(group), group.deciding
+        commit = group.deciding
         assert commit is not None
         epoch, kind, detail, verdicts = commit.epoch, commit.kind, commit.detail, commit.verdicts
+        left_out = self._left_out(group, epoch)
         group.commit = commit
         group.last_number, group.last_id = epoch.number, epoch.id
         group.proposal = group.ballot = group.deciding = None
@@ -1010,10 +1010,8 @@ class MasterMachine:
             members=[short(peer) for peer in epoch.peers],
             verdicts=len(verdicts),
         )
-        keys = {(member.peer, member.incarnation) for member in epoch.members}
-        for record in before:
-            if record.key not in keys:
-                self._evict(record)
+        for record in left_out:
+            self._evict(record)
         for record in self._members(group):
             self._newcomers.pop(record.key, None)
             record.standing, record.said = Standing.MEMBER, Said()
@@ -1182,6 +1180,11 @@ class MasterMachine:
             group.roster = [self._peers[member.peer, member.incarnation] for member in members]
             group.roster_of = group.commit
         return group.roster
+
+    def _left_out(self, group: Group, epoch: Epoch) -> list[Peer]:
+        """Members that are not in the epoch behind theirs."""
+        staying = {(member.peer, member.incarnation) for member in epoch.members}
+        return [record for record in self._members(group) if record.key not in staying]
 
     def _ranks(self, group: Group) -> tuple[bytes, ...]:
         """The members' ids by rank: what channels of pairs refer to."""

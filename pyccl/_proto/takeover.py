@@ -196,9 +196,8 @@ class Takeover:
         master._groups[group.group] = group
         told = (recall.verdicts, recall.detail, recall.world_size, recall.journaled)
         group.deciding = EpochCommit(recall.epoch, recall.kind, *told)
-        for record in master._members(group):
-            if not recall.epoch.has(*record.key):
-                record.lost = "it was left out of an epoch that it has not heard of"
+        for record in master._left_out(group, recall.epoch):
+            record.lost = "it was left out of an epoch that it has not heard of"
         for member in recall.epoch.members:
             master._restore_member(group, member)
         master._log("epoch_adopted", group=group.group, epoch=recall.epoch.number, members=len(recall.epoch.members))

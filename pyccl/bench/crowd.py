@@ -23,6 +23,7 @@ from pyccl._proto.epoch import Address
 from pyccl._proto.member import MemberMachine, State
 from pyccl._proto.messages import OpReport, OpState, Welcome
 from pyccl.bench.control import Control
+from pyccl.bench.figures import NS
 
 CHANGE_TIMEOUT_S: Final = 60.0
 OPERATIONS: Final = 4  # that each member has open when another leaves
@@ -193,7 +194,7 @@ async def _measure(settings: Settings, control: Control) -> dict[str, list[list[
                 await _until_idle(settings.master_pid)
                 cpu, start_ns = cpu_s(settings.master_pid), time.monotonic_ns()
                 await change()
-                wall_s = (time.monotonic_ns() - start_ns) / 1e9
+                wall_s = (time.monotonic_ns() - start_ns) / NS
                 await _until_idle(settings.master_pid)
                 figures[name].append([cpu_s(settings.master_pid) - cpu, wall_s])
                 control.say("beat")

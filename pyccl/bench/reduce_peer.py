@@ -20,14 +20,13 @@ import numpy as np
 import pyccl
 from pyccl.bench import wire
 from pyccl.bench.control import Control
-from pyccl.bench.figures import ring_bytes
+from pyccl.bench.figures import NS, ring_bytes
 from pyccl.bench.gloo import Gloo, load
 
 CONNECT_TIMEOUT_S: Final = 60.0
 OPERATION_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
 AHEAD_NS: Final = 1_000_000
-NS: Final = 1e9
 PERIOD: Final = 65_521  # elements after which an input repeats; prime, so that pieces and blocks do not line up with it
 WIRE_SHARE_MIN: Final = 0.9  # of what an all-reduce must send: less was not carried by the sockets that we watch
 

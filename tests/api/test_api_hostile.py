@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import pytest
-import trio
 from cluster import DEADLINE_S, Cluster, Peer, Process
 from hostile import GROUPS, WRONG_FRAMES, Secrets, at_master, at_peer, frame, plain, replay, volley, wire, wrong_frame
 
-from pyccl._io.ask import ask_status
 from pyccl._proto import limits
 from pyccl._proto.messages import PeerHello
 
@@ -38,11 +36,6 @@ def open_files(process: Process) -> int:
 def told_of(process: Process, word: str) -> int:
     """Lines of its log with the word in it."""
     return sum(word in line for line in process.log())
-
-
-def status(cluster: Cluster) -> dict[str, Any]:
-    host, port = cluster.master.address.rsplit(":", 1)
-    return trio.run(ask_status, host, int(port))
 
 
 def eventually(what: str, reached: Any) -> None:
@@ -108,7 +101,7 @@ def settled(cluster: Cluster, files: dict[Process, int]) -> None:
     """Until nothing of the hostile is left: no descriptor, no member, no newcomer."""
 
     def clean() -> bool:
-        groups = status(cluster)["groups"]
+        groups = cluster.master.status()["groups"]
         return not any(g["pending"] or (g["members"] and g["group"] in GROUPS) for g in groups)
 
     eventually("hostile peers stay in the master's records", clean)
@@ -145,7 +138,7 @@ def test_thousands_of_hostile_frames_at_each_port_disturb_nobody_and_are_all_cut
         print(f"{name}: {before} bytes after the first half, {after} after the second")
         assert after - before < GROWTH_BYTES_MAX, f"the {name} grew by {after - before} bytes"
     assert len(cluster.master.log()) < FRAMES
-    told = status(cluster)
+    told = cluster.master.status()
     assert [len(g["members"]) for g in told["groups"] if g["group"] == 0] == [3]
     for call in [peer.call("update_topology") for peer in peers]:
         call.value()
