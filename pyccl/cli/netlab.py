@@ -9,12 +9,14 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 import click
 
 from pyccl.bench.show import columns
 from pyccl.netlab import check, run, scenario, units
+from pyccl.netlab.emulator import Counts
 from pyccl.netlab.lab import Lab
 from pyccl.netlab.scenario import Scenario, ScenarioError
 from pyccl.processes.namespace import NetworkError
@@ -100,25 +102,21 @@ def check_command(
     """
     asked = _load(name, rate=rate, delay=delay, loss=loss, hosts=hosts, seed=seed)
 
-    def measure() -> tuple[list[check.Finding], dict[str, Any]]:
+    def measure() -> tuple[list[check.Finding], Counts]:
         with Lab(asked) as lab:
             found = list(check.check(lab))
-            counts = lab.counts()
-        return found, {"late": counts.late, "delivered": counts.delivered, "late_max_ms": counts.late_max_ns / 1e6}
+            return found, lab.counts()
 
-    found, punctuality = _in_lab(measure)
+    found, counts = _in_lab(measure)
     if as_json:
         told = [finding.to_json() for finding in found]
-        click.echo(json.dumps({"scenario": asked.name, "findings": told, "punctuality": punctuality}))
+        click.echo(json.dumps({"scenario": asked.name, "findings": told, "lines": asdict(counts)}))
     else:
         rows = [["", "from", "to", "asked", "found", ""]]
         rows += [_row(finding) for finding in found]
         for line, finding in zip(columns(rows), [None, *found], strict=True):
             click.echo(f"{line}   {finding.note}" if finding is not None else line)
-        click.echo(
-            f"{punctuality['late']} of {punctuality['delivered']} packets were more than 1 ms late, the latest by "
-            f"{punctuality['late_max_ms']:.1f} ms: this machine's doing"
-        )
+        click.echo(f"This machine: {counts.punctuality()}")
     sys.exit(ExitStatus.OK if all(finding.passed for finding in found) else ExitStatus.FAILED)
 
 

@@ -5,6 +5,7 @@ Each host sends to the next one. The emulator is asked for what it dropped only,
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pyccl.netlab.lab import DEVICE, MTU, Lab
+from pyccl.netlab.lab import MTU, Lab
 from pyccl.netlab.units import show_rate
 
 PINGS: Final = 20
@@ -207,12 +208,12 @@ def _rate(lab: Lab, source: int, target: int) -> Finding:
         flood.start()
         settled_s = 2 * lab.scenario.delay_ns(source, target) / 1e9 + 0.3  # the queues are full
         time.sleep(settled_s)
-        start_bytes, start_s = _received_bytes(lab, target)
+        start = lab.interface(target)
         time.sleep(RATE_SECONDS)
-        end_bytes, end_s = _received_bytes(lab, target)
+        end = lab.interface(target)
         stop.set()
         flood.join()
-    found = (end_bytes - start_bytes) * 8 / (end_s - start_s)
+    found = (end.rx_bytes - start.rx_bytes) * 8e9 / (end.at_ns - start.at_ns)
     note = f"of UDP, {show_rate(int(asked * OVERLOAD))} offered"
     return _finding(lab, (source, target), What.RATE, asked, found, rate_passes(asked, found), note)
 
@@ -224,6 +225,8 @@ def rate_passes(asked_bps: float, found_bps: float) -> bool:
 def _flood(sock: socket.socket, address: tuple[str, int], rate_bps: float, stop: threading.Event) -> None:
     segments = max(1, min(40, int(rate_bps * 0.001 / 8 / MTU)))  # one call a millisecond
     sock.setsockopt(socket.SOL_UDP, _UDP_SEGMENT, UDP_BYTES)
+    with contextlib.suppress(PermissionError):  # a sender that has to wait for others leaves the line idle
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # the calling thread
     burst, burst_s = bytes(UDP_BYTES * segments), segments * MTU * 8 / rate_bps
     due_s = time.monotonic()
     while not stop.is_set():
@@ -231,17 +234,6 @@ def _flood(sock: socket.socket, address: tuple[str, int], rate_bps: float, stop:
         due_s += burst_s
         if (ahead_s := due_s - time.monotonic()) > 0:
             time.sleep(ahead_s)
-
-
-def _received_bytes(lab: Lab, rank: int) -> tuple[int, float]:
-    """As the kernel's interface counts them: IP packets."""
-
-    def read() -> tuple[int, float]:
-        with open("/proc/thread-self/net/dev", encoding="ascii") as lines:
-            (line,) = [line for line in lines if line.strip().startswith(f"{DEVICE}:")]
-        return int(line.split(":")[1].split()[0]), time.monotonic()
-
-    return lab.call(rank, read)
 
 
 # ---- TCP

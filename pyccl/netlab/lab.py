@@ -15,7 +15,9 @@ import fcntl
 import os
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -35,6 +37,16 @@ _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 _TUN_F_CSUM: Final = 0x01
 _TUN_F_TSO4: Final = 0x02
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """IP packets' bytes as the host's kernel counts them, and the moment on the monotonic clock."""
+
+    rx_bytes: int
+    tx_bytes: int
+    tx_dropped: int
+    at_ns: int
 
 
 class Lab:
@@ -136,7 +148,13 @@ class Lab:
         """What the emulator has seen. NetworkError: it has ended."""
         if self._emulator is None:
             raise NetworkError("the lab is closed")
-        return self._emulator.counts()
+        counts = self._emulator.counts()
+        hosts = [replace(host, overrun=self.interface(rank).tx_dropped) for rank, host in enumerate(counts.hosts)]
+        return replace(counts, hosts=tuple(hosts))
+
+    def interface(self, host: int | str) -> Interface:
+        """What the kernel has counted on this host's interface."""
+        return self.call(host, _read_interface)
 
     @property
     def emulator_pid(self) -> int:
@@ -158,6 +176,14 @@ class Lab:
             for process in self._started:  # ended by the emulator, but for one that had not entered its namespace yet
                 process.kill()
                 process.wait()
+
+
+def _read_interface() -> Interface:
+    """Of the calling thread's namespace."""
+    with open("/proc/thread-self/net/dev", encoding="ascii") as lines:
+        (line,) = [line for line in lines if line.strip().startswith(f"{DEVICE}:")]
+    columns = line.split(":")[1].split()
+    return Interface(int(columns[0]), int(columns[8]), int(columns[11]), time.monotonic_ns())
 
 
 def _open_tun() -> int:
