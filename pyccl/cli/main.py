@@ -6,6 +6,7 @@ import click
 
 from pyccl.cli.bench import bench
 from pyccl.cli.demo import demo
+from pyccl.cli.netlab import netlab
 from pyccl.cli.status import status
 from pyccl.cli.stress import stress
 
@@ -18,6 +19,7 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(demo)
+main.add_command(netlab)
 main.add_command(status)
 main.add_command(stress)
 

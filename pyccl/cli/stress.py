@@ -15,12 +15,13 @@ import click
 import pyccl
 from pyccl.bench import machine
 from pyccl.processes.children import Children, Interrupted
+from pyccl.processes.namespace import NetworkError
 from pyccl.stress import report
 from pyccl.stress.conductor import HANG_TIMEOUTS_MIN, TRACE_LINES, Conductor, Plan
 from pyccl.stress.directory import own_directory
 from pyccl.stress.faults import HEALTHY_LEFT, KINDS, Fault, FaultsError, choose
 from pyccl.stress.namespaces import Namespaces
-from pyccl.stress.network import Loopback, Network, NetworkError
+from pyccl.stress.network import Loopback, Network
 from pyccl.stress.peer import CANARIES
 from pyccl.stress.show import open_screen
 

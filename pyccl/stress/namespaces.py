@@ -4,75 +4,27 @@
     peer 4: eth0 (10.77.1.5) ── v4 ┼ bridge `hub`           bent:  eth0 ── v3 ┄ relay (bend.py) ┄ b3 ── c3 ─ hub
     master: eth0 (10.77.0.1) ── v0 ┘
 
-The namespaces have no names: descriptors of ours and the processes in them keep them. When all of these are gone, and
-be it by SIGKILL, the kernel takes them away with every interface. Nothing of the host's own network is touched.
+The namespaces have no names and go with the last process in them (`processes.namespace`), whatever ended the harness.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from typing import Final
 
-from pyccl.stress.network import Bend, Line, Network, NetworkError
+from pyccl.processes.namespace import Namespace, NetworkError, need_tools
+from pyccl.stress.network import Bend, Line, Network
 
 MASTER: Final = "master"
 MASTER_PORT: Final = 48148
 GUEST: Final = "guest"  # where our own sockets are
-_CLONE_NEWNET: Final = 0x40000000
 _PREFIX_BITS: Final = 16
 _HOSTS: Final = 1 << 15
 _NOBODY: Final = "02:00:00:00:00:01"  # a hardware address that no interface has
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-
-
-class Namespace:
-    """A network namespace, kept by a descriptor."""
-
-    def __init__(self) -> None:
-        self._fd = -1
-        error: list[int] = []
-
-        def make() -> None:  # unshare(2) is of the calling thread alone
-            if _libc.unshare(_CLONE_NEWNET) != 0:
-                error.append(ctypes.get_errno())
-                return
-            self._fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        if error:
-            raise NetworkError(f"no network namespace can be made: {os.strerror(error[0])}")
-
-    @property
-    def path(self) -> str:
-        """For other processes, as long as this one lives and has it open."""
-        return f"/proc/{os.getpid()}/fd/{self._fd}"
-
-    def command(self) -> list[str]:
-        return ["nsenter", f"--net={self.path}", "--"]
-
-    def ip(self, *commands: str) -> None:
-        """Run commands of ip(8) inside."""
-        run = [*self.command(), "ip", "-batch", "-"]
-        done = subprocess.run(run, input="\n".join(commands), text=True, capture_output=True, check=False)
-        if done.returncode != 0:
-            raise NetworkError(f"ip: {'; '.join(commands)}: {done.stderr.strip()}")
-
-    def enter(self) -> None:
-        """The calling thread."""
-        if _libc.setns(self._fd, _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "setns")
-
-    def close(self) -> None:
-        os.close(self._fd)
 
 
 class NamespaceLine(Line):
@@ -159,9 +111,7 @@ class Namespaces(Network):
     name, links = "namespaces", True
 
     def __init__(self) -> None:
-        missing = [tool for tool in ("ip", "nsenter") if shutil.which(tool) is None]
-        if missing:
-            raise NetworkError(f"{' and '.join(missing)} not found (Debian: iproute2, util-linux)")
+        need_tools()
         self._lines: dict[str, NamespaceLine] = {}
         self._placed = 0
         self._hub = Namespace()

@@ -6,9 +6,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-class NetworkError(Exception):
-    """This network can't be had here; the text says why."""
+from pyccl.processes.namespace import NetworkError
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import random
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
+from pyccl.processes.namespace import NetworkError
 from pyccl.stress.bend import QUEUE_MIN_BYTES, QUEUE_S, Direction
 from pyccl.stress.directory import own_directory
 from pyccl.stress.namespaces import NamespaceLine, Namespaces
-from pyccl.stress.network import Bend, NetworkError
+from pyccl.stress.network import Bend
 
-T = TypeVar("T")
 PORT = 7000
 ARRIVES_S = 60.0  # at the latest
 LOST_S = 1.0
@@ -38,7 +36,7 @@ class Ends:
         lines = [network.line(name) for name in ("peer 0", "peer 1")]
         assert all(isinstance(line, NamespaceLine) for line in lines)
         self.a, self.b = lines
-        self.sockets = [inside(line, lambda line=line: self._open(line.address)) for line in lines]
+        self.sockets = [line.inside.call(lambda line=line: self._open(line.address)) for line in lines]
 
     @staticmethod
     def _open(address: str) -> socket.socket:
@@ -63,20 +61,6 @@ class Ends:
         """Whether they carry so: what shall arrive has time to, what shall not is sent some twenty times."""
         wanted = (there, back)
         return all(self.passes(end, ARRIVES_S if wants else LOST_S) == wants for end, wants in enumerate(wanted))
-
-
-def inside(line: NamespaceLine, call: Callable[[], T]) -> T:
-    """Run it in the namespace of a line: a thread enters it and does not come back."""
-    results: queue.SimpleQueue[T] = queue.SimpleQueue()
-
-    def run() -> None:
-        line.inside.enter()
-        results.put(call())
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return results.get_nowait()
 
 
 @pytest.fixture
@@ -151,7 +135,7 @@ def test_a_bent_line_carries_a_stream_in_large_frames(ends: Ends | None) -> None
     def listen() -> socket.socket:
         return socket.create_server((ends.b.address, PORT))
 
-    with inside(ends.b, listen) as server:
+    with ends.b.inside.call(listen) as server:
         ends.a.bend(Bend(delay_s=0.001, bits_per_s=200e6), seed=1)
         wait_for_relay(ends.a)
 
@@ -159,7 +143,7 @@ def test_a_bent_line_carries_a_stream_in_large_frames(ends: Ends | None) -> None
             with socket.create_connection((ends.b.address, PORT), timeout=ARRIVES_S) as sock:
                 sock.sendall(data)
 
-        sender = threading.Thread(target=lambda: inside(ends.a, send))
+        sender = threading.Thread(target=lambda: ends.a.inside.call(send))
         sender.start()
         server.settimeout(ARRIVES_S)
         sock, _ = server.accept()

@@ -1,0 +1,286 @@
+"""Whether a lab is what was asked for: measured from the hosts, by the kernel's ping, its counters and plain TCP.
+
+Each host sends to the next one. The emulator is asked for what it dropped only, to compare with what did not arrive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+import os
+import socket
+import statistics
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from pyccl.netlab.lab import MTU, Lab
+from pyccl.netlab.units import show_rate
+
+PINGS: Final = 20
+PING_TIMEOUT_S: Final = 5.0
+PING_BYTES: Final = 84  # an IP packet
+LATE_MS: Final = 1.0  # that the best of all pings may be late
+LOSS_SECONDS: Final = 3.0
+LOSS_PACKETS: Final = (1000, 100_000)
+LOSS_EXPECTED: Final = 30  # packets, where time allows
+LOSS_BYTES: Final = 60  # of an IP packet
+SIGMAS: Final = 5.0
+RATE_SECONDS: Final = 1.0
+RATE_TOLERANCE: Final = 0.03
+TCP_SECONDS: Final = 2.0
+TCP_ROUND_TRIPS: Final = 20
+OVERLOAD: Final = 1.25
+UDP_BYTES: Final = MTU - 28
+_UDP_SEGMENT: Final = 103  # linux/udp.h
+_ECHO_REQUEST, _ECHO_REPLY = 8, 0
+
+
+class What(enum.StrEnum):
+    ROUND_TRIP = "round trip"
+    LOSS = "loss"
+    RATE = "rate"
+    TCP = "TCP"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One figure of one way. asked, found: ms, probability or bits a second; asked is None where nothing limits it."""
+
+    what: What
+    source: str
+    target: str
+    asked: float | None
+    found: float
+    passed: bool
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(lab: Lab) -> Iterator[Finding]:
+    """Measure one after the other; some seconds for each host."""
+    for source in range(lab.world):
+        target = (source + 1) % lab.world
+        yield _round_trip(lab, source, target)
+        yield _loss(lab, source, target)
+        if lab.scenario.rate(source, target) is not None:
+            yield _rate(lab, source, target)
+        yield _tcp(lab, source, target)
+
+
+def _finding(
+    lab: Lab, way: tuple[int, int], what: What, asked: float | None, found: float, passed: bool, note: str
+) -> Finding:
+    source, target = (lab.scenario.hosts[rank].name for rank in way)
+    return Finding(what, source, target, asked, found, passed, note)
+
+
+# ---- round trip
+
+
+def _round_trip(lab: Lab, source: int, target: int) -> Finding:
+    times = [time_ms for time_ms in (_ping(lab, source, target, n) for n in range(PINGS)) if time_ms is not None]
+    ways = ((source, target), (target, source))
+    asked = sum(lab.scenario.delay_ns(*way) for way in ways) / 1e6
+    if not times:
+        return _finding(lab, ways[0], What.ROUND_TRIP, asked, math.inf, False, f"none of {PINGS} pings came back")
+    note = f"median {statistics.median(times):.2f} ms of {len(times)} pings"
+    passed = round_trip_passes(asked + _on_the_line_ms(lab, ways), min(times))
+    return _finding(lab, ways[0], What.ROUND_TRIP, asked, min(times), passed, note)
+
+
+def round_trip_passes(asked_ms: float, found_ms: float) -> bool:
+    """Never early; the best of all pings is hardly late."""
+    return asked_ms <= found_ms <= asked_ms + LATE_MS + 0.01 * asked_ms
+
+
+def _on_the_line_ms(lab: Lab, ways: tuple[tuple[int, int], tuple[int, int]]) -> float:
+    """That a ping's bits take to go onto the narrowest lines."""
+    rates = [rate for way in ways if (rate := lab.scenario.rate(*way)) is not None]
+    return sum(PING_BYTES * 8 / rate * 1e3 for rate in rates)
+
+
+def _ping(lab: Lab, source: int, target: int, number: int) -> float | None:
+    """Milliseconds until the target's kernel has answered; None: it was lost."""
+    request = _echo_request(number)
+    made = lab.call(source, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
+    with made as sock:
+        sock.settimeout(PING_TIMEOUT_S)
+        start_ns = time.monotonic_ns()
+        sock.sendto(request, (lab.addresses[target], 0))
+        try:
+            while True:
+                reply = sock.recv(2048)
+                end_ns = time.monotonic_ns()
+                if reply[20] == _ECHO_REPLY and reply[24:] == request[4:]:
+                    return (end_ns - start_ns) / 1e6
+        except TimeoutError:
+            return None
+
+
+def _echo_request(number: int) -> bytes:
+    """RFC 792."""
+    rest = struct.pack("!HH", os.getpid() & 0xFFFF, number) + bytes(PING_BYTES - 28)
+    total = sum(struct.unpack(f"!{len(rest) // 2}H", rest)) + (_ECHO_REQUEST << 8)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack("!BBH", _ECHO_REQUEST, 0, ~total & 0xFFFF) + rest
+
+
+# ---- loss
+
+
+def _loss(lab: Lab, source: int, target: int) -> Finding:
+    asked, rate = lab.scenario.loss(source, target), lab.scenario.rate(source, target)
+    least, most = LOSS_PACKETS
+    pace_bps = math.inf if rate is None else rate / 2
+    most = min(most, int(LOSS_SECONDS * pace_bps / 8 / LOSS_BYTES)) if rate is not None else most
+    count = min(max(least, math.ceil(LOSS_EXPECTED / asked) if asked > 0 else least), most)
+    before = lab.counts()
+    with _receiver(lab, target) as into, _sender(lab, source) as out:
+        arrived = _Arrivals(into)
+        start_s = time.monotonic()
+        for number in range(count):
+            out.sendto(bytes(LOSS_BYTES - 28), into.getsockname())
+            if number % 64 == 0:
+                ahead_s = number * LOSS_BYTES * 8 / min(pace_bps, 1e9) - (time.monotonic() - start_s)
+                if ahead_s > 0:
+                    time.sleep(ahead_s)
+        lost = count - arrived.count(count)
+    after = lab.counts()
+    dropped = after.lost - before.lost + after.dropped - before.dropped
+    passed = loss_passes(asked, count, lost) and dropped == lost
+    note = f"{lost} of {count} packets did not arrive, {dropped} were dropped"
+    return _finding(lab, (source, target), What.LOSS, asked, lost / count, passed, note)
+
+
+def loss_passes(asked: float, count: int, lost: int) -> bool:
+    """Within so many standard deviations of the binomial distribution."""
+    return abs(lost - asked * count) <= SIGMAS * math.sqrt(count * asked * (1 - asked))
+
+
+class _Arrivals:
+    """Counts datagrams in a thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._count = sock, 0
+        self._changed = threading.Condition()
+        sock.settimeout(PING_TIMEOUT_S)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._sock.recv(2048)
+            except TimeoutError:
+                return
+            with self._changed:
+                self._count += 1
+                self._changed.notify_all()
+
+    def count(self, all_sent: int) -> int:
+        """All that were sent, or those that came until none came for a while."""
+        with self._changed:
+            while self._count < all_sent and self._changed.wait(PING_TIMEOUT_S / 2):
+                pass
+            counted = self._count
+        self._thread.join()
+        return counted
+
+
+# ---- rate
+
+
+def _rate(lab: Lab, source: int, target: int) -> Finding:
+    """Send more than the line carries, and see what the target's interface counts."""
+    asked = lab.scenario.rate(source, target)
+    assert asked is not None
+    stop = threading.Event()
+    with _receiver(lab, target) as into, _sender(lab, source) as out:
+        flood = threading.Thread(target=_flood, args=(out, into.getsockname(), asked * OVERLOAD, stop))
+        flood.start()
+        settled_s = 2 * lab.scenario.delay_ns(source, target) / 1e9 + 0.3  # the queues are full
+        time.sleep(settled_s)
+        start = lab.interface(target)
+        time.sleep(RATE_SECONDS)
+        end = lab.interface(target)
+        stop.set()
+        flood.join()
+    found = (end.rx_bytes - start.rx_bytes) * 8e9 / (end.at_ns - start.at_ns)
+    note = f"of UDP, {show_rate(int(asked * OVERLOAD))} offered"
+    return _finding(lab, (source, target), What.RATE, asked, found, rate_passes(asked, found), note)
+
+
+def rate_passes(asked_bps: float, found_bps: float) -> bool:
+    return abs(found_bps - asked_bps) <= RATE_TOLERANCE * asked_bps
+
+
+def _flood(sock: socket.socket, address: tuple[str, int], rate_bps: float, stop: threading.Event) -> None:
+    segments = max(1, min(40, int(rate_bps * 0.001 / 8 / MTU)))  # one call a millisecond
+    sock.setsockopt(socket.SOL_UDP, _UDP_SEGMENT, UDP_BYTES)
+    with contextlib.suppress(PermissionError):  # a sender that has to wait for others leaves the line idle
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # the calling thread
+    burst, burst_s = bytes(UDP_BYTES * segments), segments * MTU * 8 / rate_bps
+    due_s = time.monotonic()
+    while not stop.is_set():
+        sock.sendto(burst, address)
+        due_s += burst_s
+        if (ahead_s := due_s - time.monotonic()) > 0:
+            time.sleep(ahead_s)
+
+
+# ---- TCP
+
+
+def _tcp(lab: Lab, source: int, target: int) -> Finding:
+    """One connection, as the kernel makes it."""
+    limits = (lab.scenario.rate(source, target), lab.scenario.flow_cap(source, target))
+    asked = min((limit for limit in limits if limit is not None), default=None)
+    seconds = TCP_SECONDS + TCP_ROUND_TRIPS * lab.scenario.delay_ns(source, target) * 2 / 1e9
+    with lab.call(target, lambda: socket.create_server((lab.addresses[target], 0))) as server:
+        address = server.getsockname()
+        sender = threading.Thread(
+            target=_send_for, args=(lab.call(source, lambda: socket.create_connection(address)), seconds)
+        )
+        with server.accept()[0] as sock:
+            start_s = time.monotonic()
+            sender.start()
+            received = 0
+            while part := sock.recv(1 << 18):
+                received += len(part)
+            found = received * 8 / (time.monotonic() - start_s)
+        sender.join()
+    passed = found > 0 and (asked is None or found <= asked)
+    note = f"one connection for {seconds:.1f} s"
+    if asked is not None:
+        note += f", {found / asked:.0%} of the line"
+    return _finding(lab, (source, target), What.TCP, asked, found, passed, note)
+
+
+def _send_for(sock: socket.socket, seconds: float) -> None:
+    with sock:
+        until_s = time.monotonic() + seconds
+        block = bytes(1 << 16)
+        while time.monotonic() < until_s:
+            sock.sendall(block)
+
+
+def _receiver(lab: Lab, rank: int) -> socket.socket:
+    def make() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        sock.bind((lab.addresses[rank], 0))
+        return sock
+
+    return lab.call(rank, make)
+
+
+def _sender(lab: Lab, rank: int) -> socket.socket:
+    return lab.call(rank, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
