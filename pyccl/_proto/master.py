@@ -91,7 +91,7 @@ from pyccl._proto.past import (
     fence,
     start_of,
 )
-from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
+from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Line, Seen, lost_members, refused_at_once
 from pyccl._proto.takeover import Takeover
 from pyccl.errors import RemoteProtocolError
 
@@ -221,7 +221,7 @@ class MasterMachine:
 
     def _restore(self, past: Past, now: float) -> None:
         """The groups as they stood. Nobody is connected; what was proposed or asked is owed again."""
-        self._now = now
+        self._now = self._line_at = self._line_since = now
         if any(known.commit is not None for known in past.groups.values()):
             self._grace_until = now + limits.RECONNECT_S
         self._gone = past.gone.copy()
@@ -234,9 +234,14 @@ class MasterMachine:
     def _restore_member(self, group: Group, member: Member) -> None:
         key = member.peer, member.incarnation
         if key not in self._peers:
-            self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
+            self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._came_back_at())
         self._newcomers.pop(key, None)
         self._peers[key].standing, self._peers[key].said = Standing.MEMBER, Said()
+
+    def _came_back_at(self) -> float:
+        """Since when members that we know of only now had time to find us."""
+        is_new = self._now - self._line_since <= self.peer_timeout * limits.LINE_GAP_TIMEOUTS
+        return self._line_since if is_new else self._now
 
     def _new_group(self, number: int) -> Group:
         """Ballots and proposals are numbered from this start on: within an epoch none comes twice, in any term."""
@@ -1063,7 +1068,7 @@ class MasterMachine:
             self._advance(group)
 
     def _newcomer_is_late(self, group: Group, record: Peer) -> str:
-        silent_s, proposal = self._now - max(record.heard_at, self._silent_since()), group.proposal
+        silent_s, proposal = self._now - max(record.heard_at, self._line().missed_since), group.proposal
         if silent_s >= self.peer_timeout:
             return f"silent for {silent_s:.1f} s"
         if proposal is None or record.key not in proposal.newcomers or record.said.ready == proposal.version:
@@ -1085,7 +1090,7 @@ class MasterMachine:
         if group.epoch is None:
             return
         seen = self._seen(group)
-        judged = lost_members(seen, self._now, self.peer_timeout, self._silent_since())
+        judged = lost_members(seen, self._now, self.peer_timeout, self._line())
         lost = [(peer, reason, False) for peer, reason in judged]
         lost += [(peer, reason, True) for peer, reason in self._stuck(group)]
         if not lost and self._all_are_gone(group):
@@ -1126,10 +1131,11 @@ class MasterMachine:
                 self._grace_until = max(self._grace_until, self._now + limits.RECONNECT_S)
         self._line_at = self._now
 
-    def _silent_since(self) -> float:
-        """Silence before this says nothing of the silent."""
+    def _line(self) -> Line:
+        """Silence before this says nothing of the silent. Members that hear their peers need no time to find us."""
         quiet = self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS
-        return max(self._now if quiet else self._line_since, self._grace_until)
+        since = self._now if quiet else self._line_since
+        return Line(max(since, min(self._grace_until, since + limits.MISSED_S)), max(since, self._grace_until))
 
     def _seen(self, group: Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""

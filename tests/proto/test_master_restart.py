@@ -108,6 +108,10 @@ def test_the_first_members_of_a_new_run_have_no_time_of_grace() -> None:
     assert world.last(1, Flush).members == (peer_id(1), peer_id(2))
 
 
+def lost_in(world: World) -> list[str]:
+    return [fields["peer"] for event, fields in world.logs if event == "peer_lost"]
+
+
 # ---- durable first
 
 
@@ -322,12 +326,51 @@ def test_nobody_is_given_up_for_silence_before_all_had_time_to_come_back() -> No
     commit = commit_of(world)
     world.restart(after_s=100.0)
     world.resume(1, commit, frozen=True)
-    world.say(1, Suspect(peer_id(2), "silent"))
     world.pass_time(limits.RECONNECT_S + TIMEOUT_S - 0.3, beating=(1,))
-    assert not [fields for event, fields in world.logs if event == "peer_lost"]
+    assert not lost_in(world)
     world.resume(2, commit)
     world.pass_time(1.0, beating=(1, 2))
-    assert [fields["peer"] for event, fields in world.logs if event == "peer_lost"] == [peer_id(3).hex()[:8]]
+    assert lost_in(world) == [peer_id(3).hex()[:8]]
+
+
+@pytest.mark.parametrize("comes_after_s", [0.1, 1.5])
+@pytest.mark.parametrize("silent_after_s", [-20.0, -0.1, 0.0, 1.6])
+def test_silence_around_a_restart_costs_no_more_than_the_time_out_and_a_second(
+    comes_after_s: float, silent_after_s: float
+) -> None:
+    """Counted from the later of the two: the master is up, the silence began. 1 alone is back, and heard."""
+    world = group_of(3)
+    commit = commit_of(world)
+    world.restart(after_s=30.0)
+    up = world.now
+    world.pass_time(comes_after_s)
+    world.resume(1, commit)
+    world.resume(2, commit)
+    beating: tuple[int, ...] = (1, 2)
+    if silent_after_s > 0.0:
+        world.resume(3, commit)
+        beating = (1, 2, 3)
+    world.pass_time(max(0.0, up + silent_after_s - world.now), beating)
+    begins = max(up, up + silent_after_s)
+    complains_at = max(world.now, up + silent_after_s + TIMEOUT_S)
+    world.pass_time(complains_at - world.now, (1, 2))
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(begins + TIMEOUT_S - 0.1 - world.now, (1, 2))
+    assert not lost_in(world)
+    world.pass_time(begins + TIMEOUT_S + 1.0 - world.now, (1, 2))
+    assert lost_in(world) == [peer_id(3).hex()[:8]]
+
+
+def test_whom_nobody_alive_misses_has_long_to_come_back_to_a_restarted_master() -> None:
+    """2 complained and fell silent itself: what it said may be stale."""
+    world = group_of(3)
+    commit = commit_of(world)
+    world.restart(after_s=30.0)
+    world.resume(1, commit, frozen=True)
+    world.resume(2, commit, frozen=True)
+    world.say(2, Suspect(peer_id(3), "silent"))
+    world.pass_time(limits.RECONNECT_S + TIMEOUT_S - 0.3, beating=(1,))
+    assert not lost_in(world)
 
 
 def test_a_member_whose_process_is_gone_is_out_at_once_after_the_restart() -> None:
@@ -444,6 +487,32 @@ def test_an_adopting_master_continues_the_run_of_those_who_come(journaled: bool)
     assert commit_of(world, 4).journaled == journaled
     if journaled:
         assert world.past.run == RUN and world.past.groups[0].commit == commit_of(world, 4)
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+def test_silence_in_a_run_that_is_taken_over_counts_from_the_masters_start(journaled: bool) -> None:
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled)
+    world.pass_time(1.5)
+    for n in (1, 2):
+        world.come_back(n, commit)
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(TIMEOUT_S - 1.6, beating=(1, 2))
+    assert not lost_in(world)
+    world.pass_time(1.1, beating=(1, 2))
+    assert lost_in(world) == [peer_id(3).hex()[:8]]
+
+
+def test_a_master_that_was_up_for_long_gives_those_of_a_run_it_takes_over_time_to_come() -> None:
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled=True)
+    world.hello(9)  # somebody is heard all the time
+    world.pass_time(10 * TIMEOUT_S)
+    world.come_back(1, commit)
+    world.come_back(2, commit)
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(TIMEOUT_S - 0.2, beating=(1, 2))
+    assert not lost_in(world)
 
 
 def test_the_run_that_is_taken_over_is_durable_before_anybody_is_welcome() -> None:
