@@ -49,7 +49,6 @@ from pyccl._proto.messages import (
     Differs,
     Entered,
     EpochCommit,
-    EpochPropose,
     Evicted,
     Flush,
     Heartbeat,
@@ -521,7 +520,7 @@ class MasterMachine:
             if group.ballot.undecided:
                 self._tell(record, Undecided(group.ballot.number, group.ballot.undecided))
         elif group.proposal is not None:
-            self._tell(record, _propose_message(group.proposal, record))
+            self._tell(record, group.proposal.message_to(record))
         elif group.version:
             self._tell_cancelled(group, record)
         if resume is not None and resume.frozen and resume.number == epoch.number:
@@ -731,7 +730,7 @@ class MasterMachine:
         self._tell_pending(group)
 
     def _step_lost_at_once(self, group: Group) -> bool:
-        if all(record.conn is not None for record in self._members(group)):
+        if all(record.conn is not None or record.lost for record in self._members(group)):
             return False
         lost = refused_at_once(self._seen(group))
         for peer, reason in lost:
@@ -777,11 +776,10 @@ class MasterMachine:
 
     def _step_ballot(self, group: Group) -> bool:
         """Open it, or open it anew, whenever those who are lost are not those it leaves out."""
-        staying = tuple(record.key for record in self._members(group) if not record.lost)
         ballot = group.ballot
-        if ballot is None and len(staying) == len(self._members(group)):
+        if ballot is None and not any(record.lost for record in self._members(group)):
             return False
-        if ballot is not None and ballot.members == staying:
+        if ballot is not None and ballot.members == self._staying(group):
             return False
         kind, detail = (ballot.kind, ballot.detail) if ballot is not None else (KIND_LOSS, "")
         blocked = ballot is not None and ballot.blocked
@@ -899,8 +897,10 @@ class MasterMachine:
         for record in members:
             for key, submitted in (record.said.arrived or {}).items():
                 highest[key] = max(submitted, highest.get(key, 0))
-        cuts = _cuts(highest, self._ranks(group))
-        longest = max(map(len, cuts.values()))
+        counts = [Count(*key, submitted) for key, submitted in sorted(highest.items())]
+        cut = tuple(count for count in counts if pair_of(count.space, count.tag) is None)
+        of_pairs = _cuts_of_pairs(counts[len(cut) :], self._ranks(group))  # their space is the last
+        longest = len(cut) + max(map(len, of_pairs.values()), default=0)
         if longest > limits.KEYS_MAX:
             text = f"{longest} different tags, a safe point holds {limits.KEYS_MAX}"
             self._open_ballot(group, KIND_MISMATCH, make_detail((), ("tag",), text))
@@ -912,7 +912,7 @@ class MasterMachine:
             group.epoch.plan,
         )
         group.version += 1
-        group.proposal = Proposal(group.version, epoch, cuts, tuple(r.key for r in newcomers), self._now)
+        group.proposal = Proposal(group.version, epoch, cut, of_pairs, tuple(r.key for r in newcomers), self._now)
         self._log(
             "epoch_proposed",
             group=group.group,
@@ -921,7 +921,7 @@ class MasterMachine:
             newcomers=[short(record.peer) for record in newcomers],
         )
         for record in everybody:
-            self._tell(record, _propose_message(group.proposal, record))
+            self._tell(record, group.proposal.message_to(record))
         return True
 
     def _cancel_proposal(self, group: Group, proposal: Proposal) -> None:
@@ -942,7 +942,7 @@ class MasterMachine:
     def _open_ballot(self, group: Group, kind: str, detail: str, *, blocked: bool = False) -> None:
         group.proposal = None  # the safe point starts over in the epoch this leads to
         group.ballot_number += 1
-        staying = tuple(record.key for record in self._members(group) if not record.lost)
+        staying = self._staying(group)
         group.ballot = Ballot(group.ballot_number, kind, detail, staying, self._now, blocked)
         self._log(
             "ballot_opened",
@@ -1141,9 +1141,7 @@ class MasterMachine:
         """The members not given up, as suspicion judges them."""
         staying = [record for record in self._members(group) if not record.lost]
         late = self._late_at_safe_point(group, staying)
-        return [
-            Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, late)) for r in staying
-        ]
+        return [Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, late)) for r in staying]
 
     def _owes(self, group: Group, record: Peer, late: Peer | None) -> str:
         """The answer of this member that others wait for."""
@@ -1186,6 +1184,10 @@ class MasterMachine:
             group.roster = [self._peers[member.peer, member.incarnation] for member in members]
             group.roster_of = group.commit
         return group.roster
+
+    def _staying(self, group: Group) -> tuple[PeerKey, ...]:
+        """Whom a ballot names."""
+        return tuple((record.peer, record.incarnation) for record in self._members(group) if not record.lost)
 
     def _left_out(self, group: Group, epoch: Epoch) -> list[Peer]:
         """Members that are not in the epoch behind theirs."""
@@ -1314,18 +1316,12 @@ def _stands(epoch: Epoch) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
     return (epoch.number, epoch.id), (epoch.number - 1, epoch.previous)
 
 
-def _propose_message(proposal: Proposal, record: Peer) -> EpochPropose:
-    return EpochPropose(proposal.version, proposal.epoch, proposal.cuts.get(record.peer, ()))
-
-
-def _cuts(highest: Mapping[tuple[int, int], int], members: tuple[bytes, ...]) -> dict[bytes, tuple[Count, ...]]:
-    """The cut as each member needs it: of pairs only its own."""
-    counts = [Count(*key, submitted) for key, submitted in sorted(highest.items())]
-    cuts = {peer: [count for count in counts if pair_of(count.space, count.tag) is None] for peer in members}
+def _cuts_of_pairs(counts: Iterable[Count], members: tuple[bytes, ...]) -> dict[bytes, tuple[Count, ...]]:
+    """Each member needs to know of its own pairs only."""
+    cuts: dict[bytes, list[Count]] = {}
     for count in counts:
-        if pair_of(count.space, count.tag) is not None:
-            for peer in participants(count.space, count.tag, members):
-                cuts[peer].append(count)
+        for peer in participants(count.space, count.tag, members):
+            cuts.setdefault(peer, []).append(count)
     return {peer: tuple(cut) for peer, cut in cuts.items()}
 
 
