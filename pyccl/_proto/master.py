@@ -328,8 +328,9 @@ class MasterMachine:
         if self._ticked_at is not None and now - self._ticked_at > limits.PAUSE_S:
             self._restart_timers(now - self._ticked_at)
         self._ticked_at = now
-        for conn, entry in sorted(self._conns.items()):
-            if entry.peer is None and conn not in self._observers and now - entry.since >= limits.GREETING_S:
+        late = [c for c, entry in self._conns.items() if entry.peer is None and now - entry.since >= limits.GREETING_S]
+        for conn in sorted(late):
+            if conn not in self._observers:
                 self._refuse(conn, f"no Hello within {limits.GREETING_S:.0f} s")
         for conn in self._observers.silent(now, self.peer_timeout):
             self._close(conn, "silent")
@@ -1089,6 +1090,9 @@ class MasterMachine:
     def _evict_silent_members(self, group: Group) -> None:
         if group.epoch is None:
             return
+        heard_since = self._now - self.peer_timeout
+        if group.ballot is None and not any(r.complaints or r.heard_at <= heard_since for r in self._members(group)):
+            return  # nearly always, and asked ten times a second
         seen = self._seen(group)
         judged = lost_members(seen, self._now, self.peer_timeout, self._line())
         lost = [(peer, reason, False) for peer, reason in judged]
