@@ -221,7 +221,8 @@ class MasterMachine:
     def _restore(self, past: Past, now: float) -> None:
         """The groups as they stood. Nobody is connected; what was proposed or asked is owed again."""
         self._now = self._line_at = self._line_since = now
-        if any(known.commit is not None for known in past.groups.values()):
+        self._takeover.restore(past.recalled)
+        if past.recalled is not None or any(known.commit is not None for known in past.groups.values()):
             self._grace_until = now + limits.RECONNECT_S
         self._gone = past.gone.copy()
         for number, known in sorted(past.groups.items()):

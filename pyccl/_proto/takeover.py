@@ -33,6 +33,10 @@ class Takeover:
         self._held: deque[tuple[int, int, Hello]] = deque()  # (ticket, connection, what it waits to be answered)
         self._term_ticket = 0  # of the record of a later start, heard of from members
 
+    def restore(self, recalled: frozenset[int] | None) -> None:
+        """An earlier start of this master has taken the run over; these groups have not been decided for since."""
+        self._groups = None if recalled is None else set(recalled)
+
     @property
     def awaited(self) -> bool:
         """Nobody is founded a group for before the members of the run to be taken over have come."""
@@ -202,4 +206,5 @@ class Takeover:
             master._restore_member(group, member)
         master._log("epoch_adopted", group=group.group, epoch=recall.epoch.number, members=len(recall.epoch.members))
         out = (record for record in master._members(group) if record.lost)
-        master._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+        fenced = tuple(Fenced(*r.key, r.lost) for r in out)
+        master._persist(Committed(group.group, group.deciding, fenced, recalled=True), group)

@@ -441,15 +441,15 @@ class Adopting(Journaled):
     """With a journal (--adopt-run) or without one (--no-journal)."""
 
     def __init__(self, journaled: bool) -> None:
-        self.journaled = journaled
+        self.journaled, self.adopts = journaled, True
         super().__init__()
         self.past = Past(b"N" * 16, make_term(1, 0x123))
         self.master = self.make_master()
 
     def make_master(self) -> MasterMachine:
         return MasterMachine(
-            *(self.past.run, self.past.term, TIMEOUT_S, "test"),
-            journaled=self.journaled, needs_majority=not self.journaled, adopts=True, past=self.past, now=self.now,
+            *(self.past.run, self.past.term, TIMEOUT_S, "test"), journaled=self.journaled,
+            needs_majority=not self.journaled, adopts=self.adopts, past=self.past, now=self.now,
         )  # fmt: skip
 
     def come_back(
@@ -547,6 +547,35 @@ def test_who_is_one_commit_ahead_brings_the_others_with_it(journaled: bool) -> N
     assert world.last(3, Evicted).reason
     world.say(1, Settle(3))
     assert world.last(2, Flush).ballot > max(flush.ballot, 7 << 32)
+
+
+def test_a_restarted_master_knows_which_epochs_are_their_members_word() -> None:
+    """The operator has allowed it the first time; what it has decided since is its own word."""
+    world = group_of(3)
+    before = commit_of(world)
+    world.say(3, Leave())
+    for n in (1, 2):
+        world.say(n, Report(2, world.last(n, Flush).ballot, (OpReport(0, 0, 4, OpState.PREPARED, 5),)))
+    last = commit_of(world)
+    world = Adopting(journaled=True)
+    world.come_back(2, before)
+    assert world.past.recalled == {0}
+    world.adopts = False
+    world.restart()
+    world.resume(2, before)
+    assert not world.got(2, Cancelled), "1 may have the commit of what was proposed"
+    world.hello(9, group=7)
+    assert not world.got(9, EpochCommit), "members of that group may be on their way"
+    world.come_back(1, last)
+    assert commit_of(world, 2) == last
+    world.restart()
+    for n in (1, 2):
+        world.resume(n, last)
+    world.say(1, Settle(3))
+    for n in (1, 2):
+        world.say(n, Report(3, world.last(n, Flush).ballot))
+    assert commit_of(world).epoch.previous == last.epoch.id
+    assert world.past.recalled == frozenset()
 
 
 @pytest.mark.parametrize("journaled", [True, False])
