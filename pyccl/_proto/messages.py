@@ -577,6 +577,15 @@ class Observers(Message):
     observers: tuple[Member, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Term(Message):
+    """To whom it has welcomed: the master has heard of a later term than its own, and begun one above that."""
+
+    TYPE = 46
+    KINDS = (_U64,)
+    term: int
+
+
 # -- peer to peer, the handshake of data connections
 
 
@@ -650,7 +659,7 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
         *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
-        *(Unknown, Undecided, Members, Observers),
+        *(Unknown, Undecided, Members, Observers, Term),
         *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone),
     )
 }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from pyccl._proto import limits
 from pyccl._proto.epoch import Member
 from pyccl._proto.master_records import Group
-from pyccl._proto.messages import EpochCommit, Hello, Recall, Resume, Unknown
+from pyccl._proto.messages import EpochCommit, Hello, Recall, Resume, Term, Unknown
 from pyccl._proto.mismatch import short
 from pyccl._proto.past import NONCE_BITS, START_MAX, Adopted, Began, Committed, Fenced, make_term, start_of
 from pyccl.errors import RemoteProtocolError
@@ -179,8 +179,13 @@ class Takeover:
         master.term = make_term(start, master.term & ((1 << NONCE_BITS) - 1))
 
     def _ask_again(self) -> None:
-        """The later term is durable: what is asked from here on, and what is open, has numbers that nobody has seen."""
+        """The later term is durable: what is asked from here on, and what is open, has numbers that nobody has seen.
+
+        Who sees them knows the term before, and tells it to the next master that knows nothing.
+        """
         master = self._master
+        for _, record in sorted(master._peers.items()):
+            master._tell(record, Term(master.term))
         base = start_of(master.term) << NONCE_BITS
         for group in master._groups.values():
             group.version = max(group.version, base)

@@ -36,6 +36,7 @@ from pyccl._proto.messages import (
     Resume,
     Settle,
     Suspect,
+    Term,
     Trust,
     Undecided,
     Unknown,
@@ -670,6 +671,10 @@ def test_a_ballot_that_is_open_when_a_later_term_is_heard_of_is_asked_again() ->
     world.hello(3, resume=Resume(RUN, epoch.number, epoch.id, False))
     ballot = world.last(1, Flush).ballot
     assert ballot > first and ballot > 5 << 32
+    term = world.master.term
+    assert start_of(term) == 6 and world.got(1, Term) == [Term(term)] and not world.got(2, Term)
+    assert world.inbox[1].index(Term(term)) < world.inbox[1].index(world.last(1, Flush)), "before what it numbers"
+    assert world.last(2, Welcome).term == term
     for n in (1, 2, 3):
         assert world.last(n, Flush).ballot == ballot
         world.say(n, Report(epoch.number, ballot))
@@ -688,7 +693,9 @@ def test_nothing_is_asked_under_a_later_term_before_that_is_durable() -> None:
     world.say(2, recall_of(commit, make_term(2, 9)))
     world.hello(3, resume=Resume(RUN, epoch.number, epoch.id, False))
     assert world.last(1, Flush).ballot == first and not world.got(2, Welcome) and not world.got(3, Welcome)
+    assert not world.got(1, Term)
     world.flush()
+    assert world.got(1, Term) == [Term(world.past.term)]
     ballot = world.last(1, Flush).ballot
     assert ballot > max(first, start_of(make_term(2, 9)) << 32)
     for n in (1, 2, 3):
