@@ -175,11 +175,16 @@ def restarts(result: Restarts) -> list[str]:
 
 def epoch_changes(result: Changes) -> list[str]:
     rows = [["", "master's CPU, median", "min", "max", "wall, median", "min", "max"]]
-    for change, what in (("loss", "one member of each group leaves"), ("join", "a newcomer comes to each group")):
+    for change, what in (
+        ("loss", "one member of each group leaves"),
+        ("join", "a newcomer comes to each group"),
+        ("loss_alone", "one member of one group leaves"),
+        ("join_alone", "a newcomer comes to one group"),
+    ):
         rows.append([what, *(cell for name in ("cpu_s", "wall_s") for cell in _spread(result.summary(change, name)))])
     sizes = " + ".join(map(str, result.groups))
     what = (
-        f"a master and {result.plan.peers} simulated peers in groups of {sizes}, all of which change their epoch at "
-        f"the same moment, {result.plan.iterations} times each way"
+        f"a master and {result.plan.peers} simulated peers in groups of {sizes}, which change their epoch, all at the "
+        f"same moment or one alone, {result.plan.iterations} times each way"
     )
     return [what, "", *columns(rows), "", "wall: until the last peer has entered; the peers share one process"]

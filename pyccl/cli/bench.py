@@ -212,7 +212,7 @@ def restart_command(world: int, iters: int, down: float, as_json: bool) -> None:
 def epoch_command(peers: int, iters: int, as_json: bool) -> None:
     """Time a change of epoch in a master with many peers, which are simulated: control connections only.
 
-    Groups have 256 members at most; all of them change at the same moment.
+    Groups have 256 members at most; all of them change at the same moment, and then one alone.
     """
     plan = epochs.Plan(peers=peers, iterations=iters)
     _report(

@@ -141,7 +141,7 @@ def test_restart_prints_a_table() -> None:
 def test_epoch_tells_what_its_changes_cost_the_master() -> None:
     told = done("epoch", "--peers", "12", "--iters", "2")
     assert told["groups"] == [12]
-    for change in ("loss", "join"):
+    for change in ("loss", "join", "loss_alone", "join_alone"):
         assert told[change]["wall_s"]["min"] > 0 and told[change]["cpu_s"]["min"] >= 0
         assert [len(told["raw"][name][change]) for name in ("cpu_s", "wall_s")] == [2, 2]
 
