@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +18,9 @@ from states import give
 from zygote import DEADLINE_S, Zygote
 
 import pyccl
+from pyccl._io import envelope
+from pyccl._proto import limits
+from pyccl._proto.messages import StateHello
 
 MODEL: dict[str, dict[str, Any]] = {
     "w": {"seed": 1, "count": 700_000, "dtype": "float32", "index": 0},  # three chunks
@@ -26,6 +32,7 @@ OTHER: dict[str, dict[str, Any]] = {name: how | {"seed": 9} for name, how in MOD
 
 class Observer(Process):
     def __init__(self, zygote: Zygote, master: str, directory: Path, *options: str) -> None:
+        self.address = ""
         super().__init__(zygote, "observer", ["peer", master, "--dir", str(directory), *options])
         self._lines: list[str] = []
         self._ended = False
@@ -71,6 +78,7 @@ def start(cluster: Cluster, tmp_path: Path) -> Start:
     def started(*options: str, name: str = "kept") -> Observer:
         observer = Observer(cluster.zygote, cluster.master.address, tmp_path / name, *options)
         cluster.processes.append(observer)
+        observer.address = observer.until("listening on ")
         observer.until("observing")
         return observer
 
@@ -405,3 +413,37 @@ def test_a_plain_sync_asks_no_observer_while_somebody_votes(cluster: Cluster, st
     asked = sum("asked peer" in line for line in observer.log())
     assert agreed([*peers, newcomer])[0]["revision"] == 3
     assert sum("asked peer" in line for line in observer.log()) == asked
+
+
+def test_a_flood_at_its_port_neither_fills_it_nor_keeps_out_who_needs_the_state(
+    cluster: Cluster, start: Start
+) -> None:
+    """Two thousand connections: silent ones, halves of greetings, greetings for somebody else."""
+    peers = cluster.members(1)
+    model(peers, MODEL, 4)
+    observer = start()
+    followed(peers)
+    agreed(peers)
+    observer.until("kept revision 4")
+    digest = peers[0].ask("digest")
+    peers[0].ask("close")
+    host, port = observer.address.rsplit(":", 1)
+    before = len(os.listdir(f"/proc/{observer.pid}/fd"))
+    greetings = [b"", b"\0", b"\0\0\0\x40\x98", *map(nobody, range(5))]
+    with contextlib.ExitStack() as stack:
+        for number in range(2000):
+            conn = stack.enter_context(socket.create_connection((host, int(port)), timeout=DEADLINE_S))
+            with contextlib.suppress(ConnectionError):  # it may have had to make room already
+                conn.sendall(greetings[number % len(greetings)])
+        assert len(os.listdir(f"/proc/{observer.pid}/fd")) - before < 300
+        (back,) = cluster.members(1)
+        model([back], OTHER, 0)
+        known([back])
+        info = agreed([back])[0]
+    assert (info["revision"], info["state"]["digest"]) == (4, digest)
+
+
+def nobody(number: int) -> bytes:
+    """A greeting for somebody else."""
+    asker, target = (b"n" * 15 + bytes([number]), b"i" * 16), (b"t" * 16, b"t" * 16)
+    return envelope.pack(StateHello(limits.PROTOCOL_VERSION, b"r" * 16, *asker, *target, 0, 0))
