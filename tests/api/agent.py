@@ -605,6 +605,11 @@ class Agent:
         gc.collect()
         return {"before": self.baseline, "now": self.resources()}
 
+    def do_sessions(self) -> int:
+        """How many there are in memory, those that are over too."""
+        gc.collect()
+        return sum(isinstance(found, session.Session) for found in gc.get_objects())
+
     def do_fork(self, exit_normally: bool = False) -> dict[str, Any]:
         """Use the communicator in a forked child."""
         comm, (receive, send) = self.need(), os.pipe()
