@@ -73,8 +73,7 @@ class Pace:
 
 class _Follower:
     def __init__(self, have: int, every: int) -> None:
-        self.have, self.every = have, every
-        self.busy = False  # receives one
+        self.have, self.every = have, every  # have: also what it is receiving
 
     def wants(self, revision: int) -> bool:
         """A lower revision, too: the run has begun anew, or gone back to an older state."""
@@ -103,10 +102,12 @@ class StateServer:
         self._changed = trio.Event()
 
     def wants(self, revision: int) -> bool:
-        """Whether a follower waits for a snapshot of this revision, now. Any thread."""
-        return any(not follower.busy and follower.wants(revision) for follower in tuple(self._followers))
+        """Whether a follower waits for a snapshot of this revision, or will when it has what it is receiving: it may be
+        the last one. Any thread."""
+        return any(follower.wants(revision) for follower in tuple(self._followers))
 
     def offer(self, snapshot: Snapshot) -> None:
+        """In place of the one before, whoever has not had that."""
         self._snapshot = snapshot
         self._offered.set()
         self._offered = trio.Event()
@@ -155,12 +156,11 @@ class StateServer:
         """False: there was nothing."""
         snapshot, offered = self._snapshot, self._offered
         if snapshot is not None and follower.wants(snapshot.revision):
-            follower.busy = True
+            follower.have = snapshot.revision + 1
             with trio.fail_after(SILENCE_S):
                 offer = StateOffer(snapshot.revision, snapshot.size_bytes, snapshot.layout)
                 await stream.send_all(envelope.pack(offer))
             await send_file(stream, snapshot, Pace())
-            follower.have, follower.busy = snapshot.revision + 1, False
             return True
         with trio.fail_after(SILENCE_S):
             await stream.send_all(envelope.pack(StateNone()))

@@ -461,7 +461,7 @@ class Agent:
 
     def do_followed(self) -> bool:
         """Whether an observer waits here for the next state."""
-        return any(not follower.busy for follower in tuple(self.session().observed._server._followers))
+        return len(self.session().observed._server._followers) > 0
 
     def do_observers(self) -> list[str]:
         return [observer.peer.hex() for observer in self.session().observed.observers]

@@ -105,8 +105,8 @@ def train(peers: Sequence[Peer], rounds: int = 1) -> None:
 
 
 def train_kept(observer: Observer, peers: Sequence[Peer], last: int) -> None:
-    """From the state that they hold to revision `last`; each is kept before the next is made, which may be skipped
-    while an observer is busy."""
+    """From the state that they hold to revision `last`; each is kept before the next is made: of those that are made
+    while the observer is busy it gets the newest."""
     first = agreed(peers)[0]["revision"]
     observer.until(f"kept revision {first}")
     for revision in range(first + 1, last + 1):
@@ -181,6 +181,25 @@ def test_it_keeps_every_nth_revision_and_the_last_n(cluster: Cluster, start: Sta
         train(peers, 3)
         observer.until(f"kept revision {revision}")
     assert files(tmp_path / "kept") == [6, 9]
+
+
+def test_the_last_revision_is_kept_though_it_was_made_while_an_earlier_one_was_on_its_way(
+    cluster: Cluster, start: Start, tmp_path: Path
+) -> None:
+    peers = cluster.members(2)
+    give(peers, {"w": {"seed": 1, "count": 8 << 20, "dtype": "uint8", "index": 0}}, 0)  # no socket holds it
+    observer = start()
+    followed(peers)
+    observer.stop()
+    for revision in range(4):
+        digest = agreed(peers)[0]["state"]["digest"]
+        if revision < 3:
+            for peer in peers:
+                peer.ask("advance")
+    observer.resume()
+    path = observer.until("kept revision 3 ")
+    assert pyccl.SharedState.load(path).digest() == digest
+    assert files(tmp_path / "kept")[-1] == 3 and len(files(tmp_path / "kept")) <= 2  # 0, which was on its way
 
 
 def test_who_comes_back_when_all_are_gone_gets_the_state_from_it(cluster: Cluster, start: Start) -> None:
@@ -447,3 +466,27 @@ def nobody(number: int) -> bytes:
     """A greeting for somebody else."""
     asker, target = (b"n" * 15 + bytes([number]), b"i" * 16), (b"t" * 16, b"t" * 16)
     return envelope.pack(StateHello(limits.PROTOCOL_VERSION, b"r" * 16, *asker, *target, 0, 0))
+
+
+def test_all_trainers_killed_at_once_under_a_master_that_lives_and_the_state_comes_back(
+    cluster: Cluster, start: Start
+) -> None:
+    """Nobody is evicted by hand: the master waits TOTAL_LOSS_S for them, then the newcomer founds the group anew."""
+    peers = cluster.members(3)
+    model(peers, MODEL, 0)
+    observer = start()
+    followed(peers)
+    train_kept(observer, peers, 2)
+    digest = peers[0].ask("digest")
+    for peer in peers:
+        peer.doom()
+    for peer in peers:
+        peer.wait()
+    back = cluster.members(2)
+    model(back, OTHER, 0)
+    known(back)
+    infos = agreed(back)
+    assert (infos[0]["revision"], infos[0]["state"]["digest"]) == (2, digest)
+    followed(back)
+    train(back)
+    observer.until("kept revision 3")

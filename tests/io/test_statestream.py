@@ -118,6 +118,26 @@ def test_who_follows_gets_what_is_far_enough_and_what_went_back(tmp_path: Path) 
     run(main)
 
 
+def test_what_comes_while_a_file_is_on_its_way_is_sent_after_it_the_newest_alone(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = server()
+        async with serving(made) as there, await statestream.ask(RUN, ASKER, there, every=1) as stream:
+            assert await statestream.next_offer(stream) is None
+            made.offer(snapshot(tmp_path, 1))
+            offer = await statestream.next_offer(stream)
+            assert offer is not None and offer.revision == 1
+            assert not made.wants(1)  # it is receiving that
+            for revision in (2, 3, 4):
+                assert made.wants(revision)
+                made.offer(snapshot(tmp_path, revision))
+            with created(tmp_path / "first") as file:
+                await statestream.receive_file(stream, offer, file.fileno())
+            assert (await received(stream, tmp_path / "got")).revision == 4
+            assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
 def test_a_snapshot_is_dropped_with_the_last_follower(tmp_path: Path) -> None:
     async def main() -> None:
         made, gone = server(drops=True), snapshot(tmp_path, 1)
