@@ -19,7 +19,7 @@ import trio
 
 from pyccl._io import envelope
 from pyccl._io.strangers import Places
-from pyccl._proto import limits
+from pyccl._proto import limits, restoring
 from pyccl._proto.epoch import Member
 from pyccl._proto.messages import PeerRefused, StateHello, StateNone, StateOffer
 from pyccl.errors import RemoteProtocolError
@@ -76,9 +76,7 @@ class _Follower:
         self.have, self.every = have, every  # have: also what it is receiving
 
     def wants(self, revision: int) -> bool:
-        """A lower revision, too: the run has begun anew, or gone back to an older state."""
-        told = revision + 1
-        return self.have == 0 or told < self.have or told >= self.have + max(self.every, 1)
+        return restoring.wants(self.have, self.every, revision)
 
 
 class StateServer:
