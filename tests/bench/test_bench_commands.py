@@ -152,6 +152,32 @@ def test_epoch_prints_a_table() -> None:
     assert "5 simulated peers in groups of 5" in finished.stdout
 
 
+MEMORY = ("memory", "--peers", "2", "--minutes", "0.1", "--warm-up", "0.01", "--round", "0.05", "--sample", "0.05")
+
+
+def test_memory_tells_a_line_for_the_master_and_every_peer_while_one_comes_and_goes() -> None:
+    told = done(*MEMORY)
+    assert [process["name"] for process in told["processes"]] == ["master", "founder 0", "founder 1", "comer"]
+    assert told["rounds"] > 0 and told["visits"] > 0 and told["cpu_share"] > 0
+    for process in told["processes"]:
+        assert process["anonymous_bytes"]["plus_minus"] >= 0
+        assert process["warm_up"] and all(sample["at_s"] < 0.6 for sample in process["warm_up"])
+        for sample in process["samples"]:
+            assert 0 < sample["anonymous_bytes"] <= sample["rss_bytes"] and sample["at_s"] >= 0.6
+            assert sample["descriptors"] > 0 and 0 < sample["pss_bytes"] <= sample["rss_bytes"]
+
+
+def test_memory_prints_a_table() -> None:
+    finished = bench(*MEMORY)
+    assert finished.status == 0 and finished.left == [], finished.stderr
+    assert "2 members that stay and one that comes and goes" in finished.stdout and "KiB/hour" in finished.stdout
+
+
+def test_memory_with_a_warm_up_as_long_as_the_run_is_a_bad_argument() -> None:
+    result = CliRunner().invoke(main, ["bench", "memory", "--minutes", "10", "--warm-up", "10"])
+    assert result.exit_code == 2 and "leaves nothing" in result.output
+
+
 def test_the_peers_of_epoch_are_in_groups_that_hold_them() -> None:
     assert group_sizes(256) == [256]
     assert group_sizes(257) == [129, 128]
