@@ -1,7 +1,9 @@
 /* engine_state.c: the state service. Published memory is served to members that ask for parts of it; fetches ask a
  * member and receive straight into the caller's memory.
  *
- * The one who serves keeps a bounded queue of asks per peer and reads the published memory only while it sends. The
+ * The one who serves keeps a bounded queue of asks per peer and reads the published memory only while it sends. Over a
+ * line it answers in frames of CUT_BYTES, which its connections share: each of them has but a part of the line's rate,
+ * so that a whole piece on one takes long, and where each carries its own the last ones leave the others idle. The
  * one who asks keeps at most ASKS_SENT_MAX unanswered; when a connection ends it asks again for all that is not here
  * (the answer or the ask may have been on it), so an ask that is queued already is not queued twice. The other side may
  * notice that end later and still answer over the dead connection: what does not come for REPEAT_NS is asked again too.
@@ -11,8 +13,10 @@
 #include <string.h>
 
 #include "engine.h"
+#include "frame.h"
 
 #define REPEAT_NS INT64_C(1000000000)
+#define CUT_BYTES (2 * STATE_UNIT_BYTES)
 
 struct publication {
     owner_kind owner;                /* first */
@@ -22,7 +26,7 @@ struct publication {
     pyccl_region regions[];
 };
 
-typedef enum fetch_state { FETCH_WAITING, FETCH_ASKED, FETCH_ARRIVING } fetch_state;
+_Static_assert(PYCCL_PIECE_MAX == 16 * STATE_UNIT_BYTES, "a bit for each unit of a fetch");
 
 struct fetch {
     owner_kind owner;                /* first */
@@ -30,7 +34,8 @@ struct fetch {
     fetch *prev, *next;
     uint64_t id, sync, offset;
     uint32_t size;
-    fetch_state state;
+    uint16_t arriving, here;         /* bit k: unit k of it */
+    bool asked;
     uint8_t *dst;
 };
 
@@ -42,12 +47,20 @@ static publication *publication_find(const pyccl_engine *engine, uint64_t sync) 
     return pub;
 }
 
+static bool ask_within(const ask *part, const ask *whole) {
+    return part->sync == whole->sync && part->offset >= whole->offset && part->offset - whole->offset <= whole->size &&
+           part->size <= whole->size - (part->offset - whole->offset);
+}
+
 link_verdict state_asked(pyccl_engine *engine, peer *p, const pyccl_frame *frame) {
     (void)engine;
     const ask wanted = {.sync = frame->seq, .offset = frame->offset, .size = (uint32_t)frame->value};
     for (uint32_t i = 0; i < p->ask_count; i++) {
-        const ask *queued = &p->asks[(p->ask_head + i) % ASKS_MAX];
-        if (queued->sync == wanted.sync && queued->offset == wanted.offset && queued->size == wanted.size) return LINK_GO;
+        ask *queued = &p->asks[(p->ask_head + i) % ASKS_MAX];
+        if (ask_within(&wanted, queued)) return LINK_GO;
+        if (!ask_within(queued, &wanted)) continue;
+        *queued = wanted;
+        return LINK_GO;
     }
     if (p->ask_count == ASKS_MAX) return LINK_REFUSE;
     if (p->asks == NULL) p->asks = malloc(ASKS_MAX * sizeof *p->asks);
@@ -82,14 +95,20 @@ static bool published_bytes(const publication *pub, const ask *wanted, link_load
 
 bool state_load_next(pyccl_engine *engine, peer *p, link_load *load) {
     if (p->ask_count == 0 || p->rank < 0) return false;
-    const ask wanted = p->asks[p->ask_head];
-    p->ask_head = (p->ask_head + 1) % ASKS_MAX;
-    p->ask_count--;
+    ask *head = &p->asks[p->ask_head], wanted = *head;
+    if (!p->link.near && wanted.size > CUT_BYTES) wanted.size = CUT_BYTES;
     const publication *pub = publication_find(engine, wanted.sync);
     load->frame = (pyccl_frame){.type = PYCCL_FRAME_STATE_DATA, .seq = wanted.sync, .offset = wanted.offset, .length = wanted.size};
     if (pub == NULL || !published_bytes(pub, &wanted, load)) {
         load->frame.type = PYCCL_FRAME_STATE_NONE;
         load->frame.length = 0;
+        wanted.size = head->size;
+    }
+    head->offset += wanted.size;
+    head->size -= wanted.size;
+    if (head->size == 0) {
+        p->ask_head = (p->ask_head + 1) % ASKS_MAX;
+        p->ask_count--;
     }
     engine_frame_stamp(engine, &load->frame);
     return true;
@@ -97,8 +116,19 @@ bool state_load_next(pyccl_engine *engine, peer *p, link_load *load) {
 
 /* ---- fetching ---- */
 
+/* Bits of the units from byte `at` to byte `end`, the last of which may be shorter. */
+static uint16_t unit_bits(uint32_t at, uint32_t end) {
+    const uint32_t first = at / STATE_UNIT_BYTES, last = (end + STATE_UNIT_BYTES - 1) / STATE_UNIT_BYTES;
+    return (uint16_t)((UINT32_C(1) << last) - (UINT32_C(1) << first));
+}
+
+static uint16_t frame_units(const fetch *f, const pyccl_frame *frame) {
+    const uint32_t at = (uint32_t)(frame->offset - f->offset);
+    return unit_bits(at, at + frame->length);
+}
+
 static void fetch_unlink(peer *p, fetch *f) {
-    if (f->state != FETCH_WAITING) p->asked--;
+    if (f->asked) p->asked--;
     if (f->prev != NULL) f->prev->next = f->next;
     else p->fetch_first = f->next;
     if (f->next != NULL) f->next->prev = f->prev;
@@ -107,57 +137,76 @@ static void fetch_unlink(peer *p, fetch *f) {
 
 /* After this nothing writes to its memory. */
 static void fetch_end(pyccl_engine *engine, peer *p, fetch *f, pyccl_status status, bool tell) {
-    if (f->state == FETCH_ARRIVING) link_disown(&p->link, f);
+    if (f->arriving != 0) link_disown(&p->link, f);
     fetch_unlink(p, f);
     const pyccl_event event = {.type = PYCCL_EVENT_STATE, .slot = p->link.slot, .code = status, .value = f->id};
     if (tell) engine_event(engine, &event);
     free(f);
 }
 
+/* Ask for each run of units that is neither here nor on its way. */
+static void fetch_ask(pyccl_engine *engine, peer *p, const fetch *f) {
+    for (uint32_t at = 0; at < f->size;) {
+        uint32_t end = at;
+        while (end < f->size && ((f->arriving | f->here) & unit_bits(end, end + 1)) == 0) end += STATE_UNIT_BYTES;
+        if (end > f->size) end = f->size;
+        pyccl_frame frame = {.type = PYCCL_FRAME_STATE_ASK, .seq = f->sync, .offset = f->offset + at, .value = end - at};
+        engine_frame_stamp(engine, &frame);
+        if (end > at) link_control_push(&p->link, &frame, NULL);
+        at = end > at ? end : at + STATE_UNIT_BYTES;
+    }
+}
+
 static void fetches_ask(pyccl_engine *engine, peer *p) {
     p->fetch_ns = engine->env.now_ns;
     for (fetch *f = p->fetch_first; f != NULL && p->asked < ASKS_SENT_MAX; f = f->next) {
-        if (f->state != FETCH_WAITING) continue;
-        f->state = FETCH_ASKED;
+        if (f->asked) continue;
+        f->asked = true;
         p->asked++;
-        pyccl_frame frame = {.type = PYCCL_FRAME_STATE_ASK, .seq = f->sync, .offset = f->offset, .value = f->size};
-        engine_frame_stamp(engine, &frame);
-        link_control_push(&p->link, &frame, NULL);
+        fetch_ask(engine, p, f);
     }
 }
 
 static fetch *fetch_find(const peer *p, const pyccl_frame *frame) {
     fetch *f = p->fetch_first;
-    while (f != NULL && (f->sync != frame->seq || f->offset != frame->offset || f->state == FETCH_WAITING)) f = f->next;
+    while (f != NULL && (f->sync != frame->seq || !f->asked || frame->offset < f->offset || frame->offset - f->offset >= f->size)) f = f->next;
     return f;
 }
 
 link_verdict state_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn) {
     (void)engine;
-    fetch *f = fetch_find(p, &conn->frame);
+    const pyccl_frame *frame = &conn->frame;
+    fetch *f = fetch_find(p, frame);
     if (f == NULL) return LINK_GO; /* forgotten here, or a repetition: discarded */
-    if (conn->frame.length != f->size) return LINK_REFUSE;
-    if (f->state == FETCH_ARRIVING) return LINK_GO; /* if that one dies we ask again */
-    f->state = FETCH_ARRIVING;
-    conn->sink = (link_sink){.kind = SINK_FETCH, .dst = f->dst, .owner = f, .note = f};
+    const uint32_t at = (uint32_t)(frame->offset - f->offset), left = f->size - at;
+    const bool whole_units = at % STATE_UNIT_BYTES == 0 && (frame->length % STATE_UNIT_BYTES == 0 || frame->length == left);
+    if (!whole_units || frame->length > left) return LINK_REFUSE;
+    const uint16_t units = frame_units(f, frame);
+    if (((f->arriving | f->here) & units) != 0) return LINK_GO; /* if that one dies we ask again */
+    f->arriving |= units;
+    conn->sink = (link_sink){.kind = SINK_FETCH, .dst = f->dst + at, .owner = f, .note = f};
     return LINK_GO;
 }
 
 void state_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn) {
     fetch *f = conn->sink.note;
+    const uint16_t units = frame_units(f, &conn->frame);
     conn->sink = (link_sink){.kind = SINK_NONE};
+    f->arriving &= (uint16_t)~units;
+    f->here |= units;
+    if (f->here != unit_bits(0, f->size)) return;
     fetch_end(engine, p, f, PYCCL_OK, true);
     fetches_ask(engine, p);
 }
 
 void state_data_cancel(pyccl_conn *conn) {
     fetch *f = conn->sink.note;
-    f->state = FETCH_ASKED;
+    f->arriving &= (uint16_t)~frame_units(f, &conn->frame);
 }
 
 void state_none(pyccl_engine *engine, peer *p, const pyccl_frame *frame) {
     fetch *f = fetch_find(p, frame);
-    if (f == NULL || f->state == FETCH_ARRIVING) return;
+    if (f == NULL) return;
     fetch_end(engine, p, f, PYCCL_ERR_ARGUMENT, true);
     fetches_ask(engine, p);
 }
@@ -170,8 +219,8 @@ void state_moved(pyccl_engine *engine, const fetch *f) { f->from->fetch_ns = eng
 
 static void ask_again(pyccl_engine *engine, peer *p) {
     for (fetch *f = p->fetch_first; f != NULL; f = f->next) {
-        if (f->state != FETCH_ASKED) continue;
-        f->state = FETCH_WAITING;
+        if (!f->asked) continue;
+        f->asked = false;
         p->asked--;
     }
     fetches_ask(engine, p);

@@ -1,5 +1,6 @@
 /* test_engine_state.c: shared state that one engine publishes and others fetch in pieces. */
 #include "engine_vectors.h"
+#include "frame.h"
 
 TEST(engine_fetches_published_state_in_pieces_across_regions) {
     cluster c;
@@ -109,4 +110,123 @@ TEST(engine_fetches_end_when_the_peer_or_the_epoch_ends) {
     CHECK_EQ(pyccl_state_fetch(c.engine[0], 77, 1, 0, 64, copy, 1), PYCCL_ERR_ARGUMENT);
     CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][2], 1, 0, 0, copy, 1), PYCCL_ERR_ARGUMENT);
     cluster_close(&c);
+}
+
+/* ---- a holder or fetcher whose bytes are written by hand ---- */
+
+/* Engine 1 is gone; the far ends of two new connections, no loopback, stand in its place. */
+static void two_hands(cluster *c, int hand[2]) {
+    cluster_open(c, 2, 1, OVER_TCP);
+    pyccl_engine_stop(c->engine[1], PYCCL_ERR_CLOSED);
+    CHECK(await_event(c->engine[0], PYCCL_EVENT_CONN_DOWN, NULL));
+    for (int i = 0; i < 2; i++) {
+        int pair[2];
+        REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+        REQUIRE(pyccl_engine_conn_add(c->engine[0], c->slot[0][1], pair[0]) == PYCCL_OK);
+        hand[i] = pair[1];
+    }
+}
+
+static void hands_close(cluster *c, const int hand[2]) {
+    close(hand[0]);
+    close(hand[1]);
+    cluster_close(c);
+}
+
+static void say(const cluster *c, int fd, pyccl_frame frame, const uint8_t *payload, size_t bytes) {
+    uint8_t header[PYCCL_FRAME_SIZE];
+    frame.epoch_number = c->number;
+    memset(&frame.epoch_tag, (int)(0x40 + c->number), sizeof frame.epoch_tag);
+    pyccl_frame_encode(&frame, header);
+    REQUIRE(send(fd, header, sizeof header, MSG_NOSIGNAL) == sizeof header);
+    if (bytes > 0) REQUIRE(send(fd, payload, bytes, MSG_NOSIGNAL) == (ssize_t)bytes);
+}
+
+/* The next frame but heartbeats, from whichever hand; its payload to `payload`. */
+static pyccl_frame hear(const int hand[2], uint8_t *payload) {
+    for (;;) {
+        struct pollfd ready[2] = {{.fd = hand[0], .events = POLLIN}, {.fd = hand[1], .events = POLLIN}};
+        REQUIRE(poll(ready, 2, 60000) > 0);
+        const int fd = hand[(ready[0].revents & POLLIN) == 0];
+        uint8_t header[PYCCL_FRAME_SIZE];
+        pyccl_frame frame;
+        REQUIRE(recv(fd, header, sizeof header, MSG_WAITALL) == sizeof header);
+        REQUIRE(pyccl_frame_decode_untrusted(header, &frame) == PYCCL_OK);
+        if (frame.length > 0) REQUIRE(recv(fd, payload, frame.length, MSG_WAITALL) == (ssize_t)frame.length);
+        if (frame.type != PYCCL_FRAME_HEARTBEAT) return frame;
+    }
+}
+
+TEST(engine_cuts_what_it_serves_over_a_line) {
+    cluster c;
+    int hand[2];
+    two_hands(&c, hand);
+    static uint8_t source[PYCCL_PIECE_MAX], copy[PYCCL_PIECE_MAX], part[PYCCL_PIECE_MAX];
+    fill(source, PYCCL_UINT8, sizeof source, 4);
+    const pyccl_region region = {source, sizeof source};
+    CHECK_EQ(pyccl_state_publish(c.engine[0], 7, &region, 1), PYCCL_OK);
+    say(&c, hand[0], (pyccl_frame){.type = PYCCL_FRAME_STATE_ASK, .seq = 7, .offset = 100, .value = sizeof source - 100}, NULL, 0);
+    size_t have = 100, frames = 0;
+    for (; have < sizeof source; frames++) {
+        const pyccl_frame frame = hear(hand, part);
+        CHECK_EQ(frame.type, PYCCL_FRAME_STATE_DATA);
+        CHECK((frame.offset - 100) % STATE_UNIT_BYTES == 0);
+        memcpy(copy + frame.offset, part, frame.length);
+        have += frame.length;
+    }
+    CHECK_EQ(frames, 8);
+    CHECK(have == sizeof source && memcmp(source + 100, copy + 100, sizeof source - 100) == 0);
+    hands_close(&c, hand);
+}
+
+static pyccl_frame units_from_50(uint32_t first, uint32_t count) {
+    return (pyccl_frame){.type = PYCCL_FRAME_STATE_DATA, .seq = 7, .offset = 50 + (uint64_t)first * STATE_UNIT_BYTES, .length = count * STATE_UNIT_BYTES};
+}
+
+TEST(engine_asks_again_for_the_units_that_a_connection_lost) {
+    enum { SIZE = 5 * STATE_UNIT_BYTES + 1000 };
+    cluster c;
+    int hand[2];
+    two_hands(&c, hand);
+    static uint8_t source[SIZE], copy[SIZE], nothing[1];
+    fill(source, PYCCL_UINT8, SIZE, 4);
+    CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][1], 7, 50, SIZE, copy, 1), PYCCL_OK);
+    const pyccl_frame asked = hear(hand, nothing);
+    CHECK(asked.type == PYCCL_FRAME_STATE_ASK && asked.offset == 50 && asked.value == SIZE);
+    say(&c, hand[0], units_from_50(1, 2), source + STATE_UNIT_BYTES, 2 * STATE_UNIT_BYTES);
+    say(&c, hand[0], units_from_50(3, 1), source + 3 * STATE_UNIT_BYTES, 100);
+    shutdown(hand[0], SHUT_RDWR);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, NULL));
+    const int left[2] = {hand[1], hand[1]};
+    const pyccl_frame first = hear(left, nothing), rest = hear(left, nothing);
+    CHECK(first.type == PYCCL_FRAME_STATE_ASK && first.offset == 50 && first.value == STATE_UNIT_BYTES);
+    CHECK(rest.offset == 50 + 3 * STATE_UNIT_BYTES && rest.value == SIZE - 3 * STATE_UNIT_BYTES);
+    say(&c, hand[1], units_from_50(2, 1), nothing, 0);
+    for (int k = 0; k < STATE_UNIT_BYTES; k++) REQUIRE(send(hand[1], nothing, 1, MSG_NOSIGNAL) == 1); /* here already: discarded */
+    say(&c, hand[1], units_from_50(0, 1), source, STATE_UNIT_BYTES);
+    pyccl_frame data = units_from_50(3, 2);
+    data.length = SIZE - 3 * STATE_UNIT_BYTES;
+    say(&c, hand[1], data, source + 3 * STATE_UNIT_BYTES, data.length);
+    pyccl_event event;
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_STATE, &event));
+    CHECK(event.code == PYCCL_OK && memcmp(source, copy, SIZE) == 0);
+    hands_close(&c, hand);
+}
+
+TEST(engine_refuses_state_that_is_no_units_of_what_it_asked_for) {
+    enum { SIZE = 5 * STATE_UNIT_BYTES + 1000 };
+    const uint32_t places[][2] = {{1, STATE_UNIT_BYTES}, {0, STATE_UNIT_BYTES + 1}, {4 * STATE_UNIT_BYTES, 2 * STATE_UNIT_BYTES},
+                                  {5 * STATE_UNIT_BYTES, 999}, {5 * STATE_UNIT_BYTES, 1001}};
+    for (size_t k = 0; k < sizeof places / sizeof *places; k++) {
+        cluster c;
+        int hand[2];
+        two_hands(&c, hand);
+        static uint8_t copy[SIZE], nothing[1];
+        pyccl_event event;
+        CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][1], 7, 0, SIZE, copy, 1), PYCCL_OK);
+        (void)hear(hand, nothing);
+        say(&c, hand[0], (pyccl_frame){.type = PYCCL_FRAME_STATE_DATA, .seq = 7, .offset = places[k][0], .length = places[k][1]}, NULL, 0);
+        CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, &event));
+        hands_close(&c, hand);
+    }
 }
