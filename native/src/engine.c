@@ -471,6 +471,7 @@ static void engine_delete(pyccl_engine *engine) {
         peer *p = engine->peers;
         engine->peers = p->next;
         link_fini(&p->link);
+        state_drop_asks(p);
         free(p->asks);
         free(p);
     }
