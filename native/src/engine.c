@@ -208,7 +208,7 @@ static void conn_take_down(pyccl_engine *engine, pyccl_conn *conn) {
     ops_conn_lost(engine, p, index);
     if (p->link.conn_count > 0) return;
     p->reset_owed = true;
-    p->ask_count = 0;
+    state_drop_asks(p);
     link_control_clear(&p->link);
 }
 

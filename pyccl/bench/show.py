@@ -168,7 +168,10 @@ def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
     lines = [what, "", *columns(rows)]
     if with_rate:
         rate, cpu = result.summary("mb_per_s"), result.summary("cpu_s_per_gib")
-        lines.append(f"rate of the sync, digests included: {rate.median:.0f} MB/s ({rate.min:.0f}..{rate.max:.0f})")
+        lines.append(
+            f"rate of the sync, digests included: {rate.median:.0f} MB/s ({rate.min:.0f}..{rate.max:.0f}), "
+            f"{rate.median * 8:.0f} Mbit/s"
+        )
         lines.append(f"CPU time for each GiB that came: {cpu.median:.2f} s/GiB ({cpu.min:.2f}..{cpu.max:.2f})")
         extra = result.summary("extra_bytes")
         lines.append(
@@ -181,6 +184,8 @@ def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
             f"newcomer {number + 1} received {arrival.rx_bytes / MIB:.2f} MiB = {shares} from its sources,"
             f" {arrival.wire_rx_bytes / MIB:.2f} MiB on its sockets since connect()"
         )
+        if with_rate:
+            lines.append(f"  zstd: {arrival.packing}")
     return [*lines, _quiet(result.quiet)]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from pyccl import netlab
-from pyccl.bench import all_reduce, churn, digest, epochs, gloo, kernels, machine, show, wan
+from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, show, wan
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
 from pyccl.processes.children import Children, Interrupted
@@ -201,10 +201,15 @@ def join_command(world: int, iters: int, as_json: bool) -> None:
 @_world(2, 4, "Members once the newcomer is in; all others hold the state.")
 @_mib("Size of the state.", 128)
 @_iters(3)
+@click.option(
+    "--data", type=click.Choice(tuple(content.KINDS)), default="random", show_default=True,
+    help="What the state is made of; all but the first can be packed, weights hardly.",
+)  # fmt: skip
 @_AS_JSON
-def sync_command(world: int, mib: float, iters: int, as_json: bool) -> None:
+def sync_command(world: int, mib: float, iters: int, data: str, as_json: bool) -> None:
     """Time the transfer of a state to a newcomer that holds another one, from all members."""
-    _arrivals("sync", churn.ArrivalPlan(world=world, iterations=iters, state_bytes=int(mib * MIB)), as_json)
+    plan = churn.ArrivalPlan(world=world, iterations=iters, state_bytes=int(mib * MIB), data=data)
+    _arrivals("sync", plan, as_json)
 
 
 @bench.command("loss", epilog=EPILOG)

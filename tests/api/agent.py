@@ -488,7 +488,7 @@ class Agent:
 
     def do_starve(self) -> None:
         """Whatever is asked of a holder from now on does not come."""
-        session.Session.fetch = lambda *args: 0  # type: ignore[method-assign]
+        session.Session.fetch = lambda *args, **keywords: 0  # type: ignore[method-assign]
 
     def do_staging(self, memory_bytes: int, directory: str, file_bytes: int | None = None) -> None:
         """How much is staged in memory, where the rest goes, and the longest file that this process may write."""
