@@ -15,12 +15,15 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus, Fields
 from pyccl.bench.figures import GIB, NS, Summary, gaps_within_ns, longest_gap_ns, summarize
+from pyccl.bench.places import InLab
+from pyccl.netlab import Lab, NetworkError, Scenario
+from pyccl.processes.children import Children
 
 VECTOR_BYTES: Final = 4096
 SMALL_STATE_BYTES: Final = 64 << 10
@@ -266,6 +269,29 @@ def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
     )
     holder_extra_bytes = max(int(records[name]["extra_bytes"]) for name in founders)
     return Arrivals(plan, arrivals, _quiet(ends, group.started_ns, quiet_until_ns), holder_extra_bytes)
+
+
+def measure_arrivals_in(scenario: Scenario, plan: ArrivalPlan, children: Children) -> Arrivals:
+    """As `measure_arrivals`, over the lines of a lab: founders on its first hosts, newcomers on the last, the master
+    beside the first.
+
+    Args:
+        plan: its world is that of the scenario.
+
+    Raises:
+        BenchError: no lab can be had here, or as `measure_arrivals`.
+    """
+    last = len(scenario.hosts) - 1
+
+    def host_of(name: str) -> int:
+        kind, _, number = name.partition(" ")
+        return {"founder": int(number or 0), "newcomer": last}.get(kind, 0)
+
+    try:
+        with Lab(scenario) as lab:
+            return measure_arrivals(replace(plan, world=last + 1), Conductor(children, InLab(lab, host_of)))
+    except NetworkError as error:
+        raise BenchError(ExitStatus.NO_LAB, str(error)) from error
 
 
 def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> None:

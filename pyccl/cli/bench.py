@@ -205,11 +205,27 @@ def join_command(world: int, iters: int, as_json: bool) -> None:
     "--data", type=click.Choice(tuple(content.KINDS)), default="random", show_default=True,
     help="What the state is made of; all but the first can be packed, weights hardly.",
 )  # fmt: skip
+@click.option(
+    "--scenario", "name", metavar="NAME|FILE",
+    help="Over the lines of a lab (pyccl netlab scenarios), newcomers on its last host; needs root and iproute2.",
+)  # fmt: skip
 @_AS_JSON
-def sync_command(world: int, mib: float, iters: int, data: str, as_json: bool) -> None:
+def sync_command(world: int, mib: float, iters: int, data: str, name: str | None, as_json: bool) -> None:
     """Time the transfer of a state to a newcomer that holds another one, from all members."""
     plan = churn.ArrivalPlan(world=world, iterations=iters, state_bytes=int(mib * MIB), data=data)
-    _arrivals("sync", plan, as_json)
+    if name is None:
+        _arrivals("sync", plan, as_json)
+        return
+    try:
+        scenario = netlab.load(name).with_options(hosts=world)
+    except netlab.ScenarioError as error:
+        raise click.UsageError(str(error)) from error
+
+    def measure() -> churn.Arrivals:
+        with Children() as children:
+            return churn.measure_arrivals_in(scenario, plan, children)
+
+    _report("sync", as_json, measure, churn.Arrivals.to_json, lambda result: show.arrivals(result, with_rate=True))
 
 
 @bench.command("loss", epilog=EPILOG)
