@@ -69,6 +69,7 @@ class Core:
         self._id = secrets.token_bytes(16)
         self._session: Session | None = None
         self._joining: Session | None = None  # while another thread or task is in connect(), for close()
+        self._when_dropped: weakref.finalize[..., Core] | None = None
         self._view = View(0, bytes(16), (), 0)
         self._pid = os.getpid()
 
@@ -126,10 +127,13 @@ class Core:
 
     def _adopt(self, session: Session) -> None:
         self._session, self._view = session, session.view
-        weakref.finalize(self, _leave_dropped, session, self._pid).atexit = False
+        self._when_dropped = weakref.finalize(self, _leave_dropped, session, self._pid)
+        self._when_dropped.atexit = False
 
     def _forget(self, session: Session) -> None:
         _SESSIONS.discard(session)
+        if session is self._session and self._when_dropped is not None:
+            self._when_dropped.detach()  # it would hold the session for as long as this object lives
 
     def _sessions_to_close(self) -> list[Session]:
         if os.getpid() != self._pid:

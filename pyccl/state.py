@@ -307,13 +307,19 @@ class SharedState:
         """What the layout says of each array, in the order of their names."""
         entries = []
         for name, array in self._arrays.items():
-            encoded, dtype = name.encode(), array.dtype.str.encode()
+            encoded, dtype = name.encode(), _type_string(array.dtype).encode()
             lengths = struct.pack("<IIII", len(encoded), len(dtype), array.ndim, name in self._unequal)
             entries.append(lengths + encoded + dtype + struct.pack(f"<{array.ndim}Q", *array.shape))
         return entries
 
     def __repr__(self) -> str:
         return f"<SharedState revision {self.revision}, {len(self._arrays)} arrays, {self.size_bytes} bytes>"
+
+
+def _type_string(dtype: np.dtype[Any]) -> str:
+    """NumPy's. Foreign types share some, such as "<V2" of bfloat16, and have their names instead."""
+    is_foreign = dtype.type.__module__ != np.__name__
+    return dtype.str[0] + dtype.name if is_foreign else dtype.str
 
 
 def check_state_file(file: StateFile) -> None:

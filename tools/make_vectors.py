@@ -351,7 +351,7 @@ def decode_uint8(block: bytes, dtype: str) -> bytes:
 
 CHUNK = 1 << 20
 CHUNK_DIGESTS = {"fast": (1, xxhash.xxh3_128_digest), "sha256": (2, lambda data: hashlib.sha256(data).digest())}
-# name, NumPy's type string, shape, bytes, may the content differ
+# name, type string, shape, bytes, may the content differ
 State = list[tuple[str, str, tuple[int, ...], int, int]]
 STATES: dict[str, State] = {
     "one_scalar": [("x", "<f8", (), 8, 0)],
@@ -362,6 +362,7 @@ STATES: dict[str, State] = {
     "order_is_that_of_the_utf8_bytes": [("ä", "|u1", (1,), 1, 0), ("z", "|u1", (2,), 2, 0), ("Z", "|u1", (3,), 3, 0)],
     "some_may_differ": [("rng", "<u8", (5,), 40, 1), ("w", "<f4", (2, 2), 16, 0)],
     "all_may_differ": [("rng", "<u8", (5,), 40, 1)],
+    "foreign_types": [("a", "<bfloat16", (3,), 6, 0), ("b", "<float8_e4m3fn", (3,), 3, 0), ("c", "<f2", (3,), 6, 0)],
 }
 
 

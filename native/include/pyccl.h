@@ -322,7 +322,8 @@ typedef struct pyccl_op pyccl_op;
 typedef struct pyccl_engine_options {
     uint8_t self_id[16];
     int64_t heartbeat_ns;            /* a link that sent nothing for this long sends HEARTBEAT                    */
-    int64_t silence_ns;              /* a link that heard nothing for this long is reported LINK_SILENT           */
+    int64_t silence_ns;              /* a link that heard nothing for this long is reported LINK_SILENT, and
+                                        again in each epoch that its peer is a member of, until LINK_HEARD            */
     pyccl_fsm_options fsm;
 } pyccl_engine_options;
 
@@ -383,7 +384,6 @@ typedef struct pyccl_region {        /* a published piece of shared state; offse
 typedef struct pyccl_link_stats {
     uint64_t tx_bytes, rx_bytes;
     uint32_t conns;
-    int64_t heard_ns_ago;
 } pyccl_link_stats;
 
 pyccl_status pyccl_engine_new(const pyccl_engine_options *options, pyccl_engine **out);  /* starts its thread */

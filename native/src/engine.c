@@ -255,6 +255,12 @@ static void pump_all(pyccl_engine *engine) {
         if (p->link.wants_send) link_pump(&p->link);
 }
 
+void engine_silent(pyccl_engine *engine, peer *p) {
+    p->silent = true;
+    const pyccl_event event = {.type = PYCCL_EVENT_LINK_SILENT, .slot = p->link.slot};
+    engine_event(engine, &event);
+}
+
 void engine_heard(pyccl_engine *engine, peer *p) {
     if (!p->silent) return;
     p->silent = false;
@@ -340,11 +346,8 @@ static void silence_check(pyccl_engine *engine, peer *p) {
     if (p->link.conn_count == 0 && p->rank < 0) return;
     if (link_is_paused(&p->link)) p->link.heard_ns = now;
     if (p->silent) return;
-    if (now - p->link.heard_ns >= engine->options.silence_ns) {
-        p->silent = true;
-        const pyccl_event event = {.type = PYCCL_EVENT_LINK_SILENT, .slot = p->link.slot};
-        engine_event(engine, &event);
-    } else sooner(&engine->check_ns, p->link.heard_ns + engine->options.silence_ns);
+    if (now - p->link.heard_ns >= engine->options.silence_ns) engine_silent(engine, p);
+    else sooner(&engine->check_ns, p->link.heard_ns + engine->options.silence_ns);
 }
 
 /* Only connections between two frames can beat; nothing is read, so nobody is called silent for what we did not hear. */

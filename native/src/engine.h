@@ -257,6 +257,8 @@ void engine_run(pyccl_engine *engine, command *c);                       /* on t
 bool engine_post(pyccl_engine *engine, command *c);                      /* on the thread, later; false: it has ended */
 pyccl_status engine_pulse_open(pyccl_engine *engine, int fd);            /* in place of the old one; -1: none */
 void engine_refuse(pyccl_engine *engine, peer *p);
+/* Complaints of silence outlive an epoch: whatever engine_silent has told, the first byte takes back with LINK_HEARD. */
+void engine_silent(pyccl_engine *engine, peer *p);
 void engine_heard(pyccl_engine *engine, peer *p);                        /* if it was silent, it is not any more */
 void engine_close_links(pyccl_engine *engine, peer *p);
 peer *engine_peer(const pyccl_engine *engine, uint32_t slot);            /* NULL: no such slot */

@@ -125,8 +125,7 @@ static void run_link_stats(pyccl_engine *engine, command *c) {
     const peer *p = engine_peer(engine, wanted->slot);
     c->status = p != NULL ? PYCCL_OK : PYCCL_ERR_ARGUMENT;
     if (p == NULL) return;
-    *wanted->stats = (pyccl_link_stats){.tx_bytes = p->link.tx_bytes, .rx_bytes = p->link.rx_bytes, .conns = p->link.conn_count,
-                                        .heard_ns_ago = engine->env.now_ns - p->link.heard_ns};
+    *wanted->stats = (pyccl_link_stats){.tx_bytes = p->link.tx_bytes, .rx_bytes = p->link.rx_bytes, .conns = p->link.conn_count};
 }
 
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out) {

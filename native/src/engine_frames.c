@@ -247,8 +247,8 @@ static void adopt(pyccl_engine *engine, const pyccl_epoch *epoch) {
         peer *p = engine_peer_get(engine, engine->members[rank]);
         PYCCL_ASSERT(p != NULL);
         p->rank = (int32_t)rank;
-        p->silent = false; /* whoever was told of it before may have ignored it: it was no member */
         engine->ranks[rank] = p;
+        if (p->silent) engine_silent(engine, p); /* who was told before may have ignored it: it was no member */
     }
 }
 

@@ -152,6 +152,26 @@ TEST(engine_reports_a_member_without_a_connection_as_silent) {
     cluster_close(&c);
 }
 
+/* A complaint is kept over an epoch, so what takes it back must come in the new one too. */
+TEST(engine_reports_silence_again_in_a_new_epoch_and_then_that_it_hears) {
+    cluster c;
+    cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, SECOND / 5);
+    int pair[2];
+    take_the_place_of_1(&c, pair);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_SILENT, NULL));
+    const pyccl_epoch epoch = {.number = 2, .id = {0x42}, .world = 2, .members = c.id[0]};
+    CHECK_EQ(pyccl_engine_epoch(c.engine[0], &epoch, NULL, 0), PYCCL_OK);
+    pyccl_event event = {0};
+    CHECK_EQ(pyccl_engine_events(c.engine[0], &event, 1), 1); /* told as the epoch begins, not at some later look */
+    CHECK_EQ(event.type, PYCCL_EVENT_LINK_SILENT);
+    uint8_t beat[64];
+    CHECK(recv(pair[1], beat, 64, MSG_WAITALL) == 64);
+    CHECK(send(pair[1], beat, 64, MSG_NOSIGNAL) == 64);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_HEARD, NULL));
+    close(pair[1]);
+    cluster_close(&c);
+}
+
 TEST(engine_reports_silence_again_on_a_new_connection) {
     cluster c;
     cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, SECOND / 5);

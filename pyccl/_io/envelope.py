@@ -1,22 +1,29 @@
 """Envelopes: one control message on a byte stream (proto/wire.md 2). msgpack lives here and nowhere else.
 
-Reads never take a byte past the envelope: after a handshake the same socket goes on with data frames.
+Reads never take a byte past the envelope: after a handshake the same socket goes on with data frames. Who listens to
+many gives whoever announces a body BODY_S to send it, and a long one takes one of so many places: a crowd that
+announces and then dawdles holds no more than these.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import msgpack
 import trio
 
+from pyccl._io.strangers import Places
 from pyccl._proto import limits
 from pyccl._proto.messages import Message, from_wire_untrusted, to_wire
 from pyccl.errors import RemoteProtocolError
 
 _LENGTH: Final = struct.Struct(">I")
+BODY_S: Final = 60.0  # from the announcement of a body to its end: 4 MiB at 0.6 Mbit/s
+LONG_BYTES: Final = 64 << 10  # what members say to each other in a quiet run is a hundredth of it
+LONG_MAX: Final = 64  # places for bodies that are longer
 
 
 def pack(message: Message) -> bytes:
@@ -72,10 +79,20 @@ async def _exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
     return bytes(taken)
 
 
+def long_places() -> Places:
+    """For the bodies that come in on all connections of one listener."""
+    return Places(LONG_MAX, BODY_S)
+
+
 async def receive(
-    stream: trio.abc.ReceiveStream, body_bytes_max: int | Callable[[], int] = limits.BODY_MAX_BYTES
+    stream: trio.abc.ReceiveStream,
+    body_bytes_max: int | Callable[[], int] = limits.BODY_MAX_BYTES,
+    places: Places | None = None,
 ) -> Message | None:
-    """The next message; None at a clean end of the stream. A callable is asked when the length is here."""
+    """The next message; None at a clean end of the stream. A callable is asked when the length is here.
+
+    places: shared with others that receive; then it is a RemoteProtocolError, too, if the body dawdles.
+    """
     head = await _exactly(stream, _LENGTH.size)
     if not head:
         return None
@@ -83,7 +100,17 @@ async def receive(
     most = body_bytes_max() if callable(body_bytes_max) else body_bytes_max
     if not 1 <= size <= most:
         raise RemoteProtocolError(f"an envelope of {size} bytes; at most {most} are allowed here")
-    body = await _exactly(stream, size)
+    body: bytes | None = None
+    with _patience(size, places):
+        body = await _exactly(stream, size)
+    if body is None:
+        raise RemoteProtocolError(f"an envelope of {size} bytes was announced and did not come in time")
     if not body:
         raise RemoteProtocolError("the stream ended inside an envelope")
     return unpack_untrusted(body)
+
+
+def _patience(size: int, places: Places | None) -> AbstractContextManager[object]:
+    if places is None:
+        return nullcontext()
+    return places.place() if size > LONG_BYTES else trio.move_on_after(BODY_S)

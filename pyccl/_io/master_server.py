@@ -1,7 +1,8 @@
 """The master's Trio shell: accepts control and pulse connections and carries out what MasterMachine decides.
 
-Bounds on strangers: so many at a time, so many bytes and seconds until the first message, so many bytes waiting for a
-receiver that does not read. None of them touches a member. Spec: proto/wire.md 1, 2.
+Bounds on strangers: so many at a time, so many bytes and seconds until the first message. Bounds on everybody: so many
+bytes that wait for one receiver that does not read, so many for all of them (the one with most goes), so many long
+messages under way at a time, and so many seconds for each. Spec: proto/wire.md 1, 2.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _DEAD_MS: Final = 15_000  # unacknowledged data: the host is gone
 CONNECTIONS_MAX: Final = 4096
 _STRANGERS_MAX: Final = 256  # of these, how many that have not said anything
 _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
+_WAITING_ALL_BYTES_MAX: Final = 256 << 20  # to all of them
+_MESSAGE_BYTES: Final = 64  # that a message costs beside its own
 _WRITE_AGAIN_S: Final = 0.5  # after the journal could not be written
 # What a connection may end with besides a clean end; the loss is its sender's.
 _SENDERS_LOSS: Final = (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
@@ -38,7 +41,7 @@ _SENDERS_LOSS: Final = (RemoteProtocolError, OSError, trio.BrokenResourceError, 
 log = logging.getLogger("pyccl.master")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Conn:
     stream: trio.SocketStream
     out: trio.MemorySendChannel[bytes]
@@ -50,7 +53,8 @@ class MasterServer:
     """One run's master on one listening socket.
 
     past: the run, and this start's term; what an earlier master left of it. It is in the journal already.
-    needs_majority, adopts: see MasterMachine.
+    needs_majority, adopts: see MasterMachine. waiting_bytes_max, waiting_all_bytes_max: for one receiver that does not
+    read, for all of them.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class MasterServer:
         connections_max: int = CONNECTIONS_MAX,
         needs_majority: bool = False,
         adopts: bool = False,
+        waiting_bytes_max: int = _WAITING_BYTES_MAX,
+        waiting_all_bytes_max: int = _WAITING_ALL_BYTES_MAX,
     ) -> None:
         self._past, self._journal = past, journal
         self._needs_majority, self._adopts = needs_majority, adopts
@@ -72,6 +78,10 @@ class MasterServer:
         self._write_wanted = trio.Event()
         self._connections_max = connections_max
         self._strangers = Places(min(_STRANGERS_MAX, connections_max // 2 + 1), limits.GREETING_S)
+        self._long = envelope.long_places()
+        self._waiting_bytes_max, self._waiting_all_bytes_max = waiting_bytes_max, waiting_all_bytes_max
+        self._writing: set[_Conn] = set()
+        self._waiting_bytes = 0  # of all of them
         self._notes = Notes(log)
         self._conns: dict[int, _Conn] = {}
         self._conn_last = 0
@@ -169,9 +179,12 @@ class MasterServer:
         self._conn_last += 1
         number = self._conn_last
         send, receive = trio.open_memory_channel[bytes](2**31)
+        conn = _Conn(stream, send, trio.CancelScope())
         try:
             async with trio.open_nursery() as nursery:
-                conn = self._conns[number] = _Conn(stream, send, nursery.cancel_scope)
+                conn.scope = nursery.cancel_scope
+                self._conns[number] = conn
+                self._writing.add(conn)
                 nursery.start_soon(self._write, conn, receive)
                 self._perform(self._machine.connected(number, trio.current_time()))
                 try:
@@ -183,20 +196,22 @@ class MasterServer:
                     nursery.cancel_scope.cancel()
         finally:
             self._conns.pop(number, None)
+            self._writing.discard(conn)
+            self._waits(conn, -conn.waiting_bytes)
             self._perform(self._machine.disconnected(number, trio.current_time()))
 
     async def _hear(self, stream: trio.SocketStream, number: int, first: Message) -> None:
         message: Message | None = first
         while message is not None and number in self._conns:
             self._perform(self._machine.receive(number, message, trio.current_time()))
-            message = await envelope.receive(stream, lambda: self._machine.body_bytes_max(number))
+            message = await envelope.receive(stream, lambda: self._machine.body_bytes_max(number), self._long)
 
     async def _write(self, conn: _Conn, messages: trio.MemoryReceiveChannel[bytes]) -> None:
         """Ends, and the connection with it, when the channel was closed and everything in it is written."""
         try:
             async for data in messages:
                 await conn.stream.send_all(data)
-                conn.waiting_bytes -= len(data)
+                self._waits(conn, -len(data) - _MESSAGE_BYTES)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         conn.scope.cancel()
@@ -209,17 +224,27 @@ class MasterServer:
 
     def _do_send(self, effect: master.Send) -> None:
         conn = self._conns.get(effect.conn)
-        if conn is None:
+        if conn is None or conn not in self._writing:
             return
         if effect.message is not self._packed[0]:  # one message to many comes many times in a row
             self._packed = effect.message, envelope.pack(effect.message)
         data = self._packed[1]
-        conn.waiting_bytes += len(data)
-        if conn.waiting_bytes > _WAITING_BYTES_MAX:
-            log.warning("connection_closed cause=slow_receiver waiting_bytes=%d", conn.waiting_bytes)
-            conn.scope.cancel()
-            return
+        self._waits(conn, len(data) + _MESSAGE_BYTES)
         conn.out.send_nowait(data)
+        if conn.waiting_bytes > self._waiting_bytes_max:
+            self._close_slow(conn)
+        elif self._waiting_bytes > self._waiting_all_bytes_max:
+            self._close_slow(max(self._writing, key=lambda other: other.waiting_bytes))
+
+    def _waits(self, conn: _Conn, more_bytes: int) -> None:
+        conn.waiting_bytes += more_bytes
+        self._waiting_bytes += more_bytes
+
+    def _close_slow(self, conn: _Conn) -> None:
+        log.warning("connection_closed cause=slow_receiver waiting_bytes=%d", conn.waiting_bytes)
+        self._writing.discard(conn)
+        self._waits(conn, -conn.waiting_bytes)  # at once: the next in this moment need not go, too
+        conn.scope.cancel()
 
     def _do_close(self, effect: master.Close) -> None:
         conn = self._conns.pop(effect.conn, None)

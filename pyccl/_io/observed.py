@@ -20,6 +20,7 @@ import trio
 from pyccl import errors
 from pyccl._io import staging, statestream
 from pyccl._io.statestream import OpenFile, Snapshot, StateServer
+from pyccl._proto import restoring
 from pyccl._proto.epoch import Member
 from pyccl._proto.messages import StateHello, StateOffer
 from pyccl.state import SharedState
@@ -101,10 +102,12 @@ class Observed:
 
         self._session.start_soon(ask_all, waiter)
         waiter.wait(max(0.0, min(deadline - time.monotonic(), OFFER_S + 1.0)))
-        found, offers = sorted(offers, key=lambda offer: (-offer.revision, offer.name)), []
-        for offer in found[1:]:
-            offer.close()
-        return found[0] if found else None
+        found, offers = offers, []  # one that comes after all is nobody's
+        best = restoring.best(found)
+        for offer in found:
+            if offer is not best:
+                offer.close()
+        return best
 
 
 class Offer:

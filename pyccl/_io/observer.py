@@ -43,11 +43,11 @@ from pyccl._proto.messages import (
     StateOffer,
     Welcome,
 )
+from pyccl._proto.restoring import SHUNNED_S, Sources
 
 _CONNECT_S: Final = 10.0
 _GREET_S: Final = 10.0
 _STRANGERS_MAX: Final = 64
-_SHUNNED_S: Final = 60.0  # a member whose file was none
 
 log = logging.getLogger("pyccl.observer")
 
@@ -73,7 +73,7 @@ class Observer:
         self._members_changed = trio.Event()
         self._server = StateServer(lambda: self._run_id, self.peer, self._incarnation, drops=False)
         self._strangers, self._notes = Places(_STRANGERS_MAX, _GREET_S), Notes(log)
-        self._shunned: dict[bytes, float] = {}  # incarnations, and until when
+        self._sources = Sources()
         last = max(store.kept, key=lambda kept: kept.written_ns, default=None)
         self._have = 0 if last is None else last.revision + 1
 
@@ -194,21 +194,18 @@ class Observer:
 
     async def _follow(self) -> None:
         """One member at a time, another when it ends or serves what is no state."""
-        turn = 0
         while True:
-            changed, now = self._members_changed, trio.current_time()
-            sources = [m for m in self._members if self._shunned.get(m.incarnation, now) <= now]
-            if not sources:
-                with trio.move_on_after(_SHUNNED_S):
+            changed = self._members_changed
+            source = self._sources.next(self._members, trio.current_time())
+            if source is None:
+                with trio.move_on_after(SHUNNED_S):
                     await changed.wait()
                 continue
-            source = sources[turn % len(sources)]
-            turn += 1
             try:
                 await self._take_from(source)
             except errors.StateFileError as e:
                 log.error("state_refused peer=%s cause=%s", source.peer.hex()[:8], e)
-                self._shunned[source.incarnation] = trio.current_time() + _SHUNNED_S
+                self._sources.shun(source, trio.current_time())
             except (errors.RemoteProtocolError, OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
                 log.info("source_lost peer=%s cause=%r", source.peer.hex()[:8], e)
             await trio.sleep(FIRST_S * (1 + random.random()))

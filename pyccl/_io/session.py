@@ -607,15 +607,6 @@ class Session:
             return
         log.info("epoch_entered number=%d world=%d peer=%s", epoch.number, len(epoch.peers), self.peer.hex()[:8])
         self._feed(self._machine.entered(epoch.number, trio.current_time()))
-        self._suspect_silent(epoch.peers)
-
-    def _suspect_silent(self, peers: tuple[bytes, ...]) -> None:
-        """A link that fell silent before its peer was a member was reported once, when nobody could be suspected."""
-        assert self.engine is not None and self._machine is not None and self._links is not None
-        for peer in peers:
-            slot = self._links.slot_of(peer)
-            if slot is not None and self.engine.heard_ago(slot) >= self._machine.peer_timeout:
-                self._suspect(slot, CAUSE_SILENT, "nothing heard since before it was a member")
 
     def _do_joined(self, effect: member.Joined) -> None:
         self._joined.finish()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from pyccl._io.statestream import Snapshot
+from pyccl._proto import restoring
 from pyccl.errors import PycclError, StateFileError
 from pyccl.state import check_state_file
 from pyccl.statefile import StateFile, sync_directory
@@ -74,8 +75,8 @@ class StateStore:
 
     @property
     def newest(self) -> Kept | None:
-        """By revision; the latest written of equal ones."""
-        return max(self.kept, key=lambda kept: (kept.revision, kept.written_ns), default=None)
+        """What is offered."""
+        return restoring.newest(self.kept)
 
     def incoming(self) -> int:
         """An empty file to receive into. The caller closes it."""
@@ -102,12 +103,9 @@ class StateStore:
             os.unlink(self.directory / ".incoming")
 
     def _prune(self) -> None:
-        """The newest revision stays, whatever came after it: a stale state may have gone on meanwhile."""
-        newest = self.newest
-        for kept in self.kept[: -self._keep]:
-            if kept is not newest:
-                kept.path.unlink(missing_ok=True)
-                self.kept.remove(kept)
+        for kept in restoring.to_drop(self.kept, self._keep):
+            kept.path.unlink(missing_ok=True)
+            self.kept.remove(kept)
 
 
 def whole(path: Path) -> Kept:

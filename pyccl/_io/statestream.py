@@ -5,7 +5,7 @@
 
 A server reads from an open file, whose bytes go from the page cache to the socket (sendfile), so it needs no memory;
 which file that is may change while it is being sent. Who receives checks the whole file, so a source is believed
-nothing. Spec: proto/wire.md 7.
+nothing. Neither side waits for the other one's next byte for ever: SILENCE_S, and a least pace. Spec: proto/wire.md 7.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import trio
 
 from pyccl._io import envelope
 from pyccl._io.strangers import Places
-from pyccl._proto import limits
+from pyccl._proto import limits, restoring
 from pyccl._proto.epoch import Member
 from pyccl._proto.messages import PeerRefused, StateHello, StateNone, StateOffer
 from pyccl.errors import RemoteProtocolError
@@ -31,6 +31,8 @@ _CONNECT_S: Final = 5.0
 _EARLY_MAX: Final = 64  # who ask, and the master has not told of them yet
 _SERVING_MAX: Final = 32
 _PIECE_BYTES: Final = 256 << 10
+_LEAST_BYTES: Final = 1 << 20  # in each _SPAN_S; 17 KiB/s
+_SPAN_S: Final = 60.0
 
 
 class OpenFile:
@@ -52,15 +54,29 @@ class Snapshot(OpenFile):
         self.size_bytes = os.fstat(fd).st_size
 
 
+class Pace:
+    """At least `least_bytes` move in each `span_s`, or TooSlowError: who trickles is no better than who is silent."""
+
+    def __init__(self, least_bytes: int = _LEAST_BYTES, span_s: float = _SPAN_S) -> None:
+        self._least_bytes, self._span_s = least_bytes, span_s
+        self._since, self._bytes = trio.current_time(), 0
+
+    def moved(self, size_bytes: int) -> None:
+        self._bytes += size_bytes
+        now = trio.current_time()
+        if now - self._since < self._span_s:
+            return
+        if self._bytes < self._least_bytes:
+            raise trio.TooSlowError(f"{self._bytes} bytes in {now - self._since:.0f} s")
+        self._since, self._bytes = now, 0
+
+
 class _Follower:
     def __init__(self, have: int, every: int) -> None:
-        self.have, self.every = have, every
-        self.busy = False  # receives one
+        self.have, self.every = have, every  # have: also what it is receiving
 
     def wants(self, revision: int) -> bool:
-        """A lower revision, too: the run has begun anew, or gone back to an older state."""
-        told = revision + 1
-        return self.have == 0 or told < self.have or told >= self.have + max(self.every, 1)
+        return restoring.wants(self.have, self.every, revision)
 
 
 class StateServer:
@@ -84,10 +100,12 @@ class StateServer:
         self._changed = trio.Event()
 
     def wants(self, revision: int) -> bool:
-        """Whether a follower waits for a snapshot of this revision, now. Any thread."""
-        return any(not follower.busy and follower.wants(revision) for follower in tuple(self._followers))
+        """Whether a follower waits for a snapshot of this revision, or will when it has what it is receiving: it may be
+        the last one. Any thread."""
+        return any(follower.wants(revision) for follower in tuple(self._followers))
 
     def offer(self, snapshot: Snapshot) -> None:
+        """In place of the one before, whoever has not had that."""
         self._snapshot = snapshot
         self._offered.set()
         self._offered = trio.Event()
@@ -136,12 +154,11 @@ class StateServer:
         """False: there was nothing."""
         snapshot, offered = self._snapshot, self._offered
         if snapshot is not None and follower.wants(snapshot.revision):
-            follower.busy = True
+            follower.have = snapshot.revision + 1
             with trio.fail_after(SILENCE_S):
                 offer = StateOffer(snapshot.revision, snapshot.size_bytes, snapshot.layout)
                 await stream.send_all(envelope.pack(offer))
-            await _send_file(stream, snapshot)
-            follower.have, follower.busy = snapshot.revision + 1, False
+            await send_file(stream, snapshot, Pace())
             return True
         with trio.fail_after(SILENCE_S):
             await stream.send_all(envelope.pack(StateNone()))
@@ -158,7 +175,8 @@ async def _cancel_at_end(stream: trio.SocketStream, scope: trio.CancelScope) -> 
     scope.cancel()
 
 
-async def _send_file(stream: trio.SocketStream, snapshot: Snapshot) -> None:
+async def send_file(stream: trio.SocketStream, snapshot: Snapshot, pace: Pace) -> None:
+    """All of its bytes. OSError, trio.TooSlowError."""
     at = 0
     while at < snapshot.size_bytes:
         try:
@@ -170,6 +188,7 @@ async def _send_file(stream: trio.SocketStream, snapshot: Snapshot) -> None:
         if sent == 0:
             raise OSError("a state file became shorter while it was served")
         at += sent
+        pace.moved(sent)
         await trio.lowlevel.checkpoint()
 
 
@@ -217,8 +236,10 @@ async def next_offer(stream: trio.SocketStream, patience_s: float = SILENCE_S) -
     raise RemoteProtocolError(f"no state from there: {reason}")
 
 
-async def receive_file(stream: trio.SocketStream, offer: StateOffer, fd: int) -> None:
-    """The bytes behind an offer, into an empty file whose space is taken first."""
+async def receive_file(stream: trio.abc.ReceiveStream, offer: StateOffer, fd: int) -> None:
+    """The bytes behind an offer, into an empty file whose space is taken first. trio.TooSlowError, OSError,
+    RemoteProtocolError."""
+    pace = Pace()
     if offer.size_bytes:
         os.posix_fallocate(fd, 0, offer.size_bytes)
     left = offer.size_bytes
@@ -228,6 +249,7 @@ async def receive_file(stream: trio.SocketStream, offer: StateOffer, fd: int) ->
         if not part:
             raise RemoteProtocolError(f"the source ended {left} bytes before the end of its state")
         left -= len(part)
+        pace.moved(len(part))
         rest = memoryview(part)
         while rest:
             rest = rest[os.write(fd, rest) :]

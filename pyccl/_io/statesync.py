@@ -33,7 +33,7 @@ from pyccl._io.session import Session, Waiter
 from pyccl._io.staging import Staging, runs
 from pyccl._io.statefetch import Fetcher, Piece
 from pyccl._native.handles import CHUNK_BYTES, FETCH_BYTES_MAX
-from pyccl._proto import layout
+from pyccl._proto import layout, restoring
 from pyccl._proto.election import (
     RECORD_BYTES,
     TIMEOUT_MS_MAX,
@@ -45,7 +45,6 @@ from pyccl._proto.election import (
     decode_untrusted,
     elect,
     encode,
-    nobody_votes,
 )
 from pyccl._proto.packing import Packing
 from pyccl.state import Bytes, SharedState, StateDigest
@@ -150,7 +149,7 @@ def _attempt(
             members, records = _records(gather, mine, started + timeout)
             decided = _decided(gather, state, records, started + timeout)
             newest = max(record.revision for record in records if record.strategy is not Strategy.RECEIVE_ONLY)
-            if asks and nobody_votes(records) and any(record.asks for record in records):
+            if asks and restoring.asks_first(records):
                 return newest
             if newest < least:
                 raise errors.PeerLostError(f"sync_shared_state: revision {least} could not be had from its observer")
@@ -273,11 +272,8 @@ def _restore(
         raise
     try:
         members, packed = gather(TAG_RECORDS, _OFFER.pack(0 if offer is None else offer.revision + 1), deadline)
-        offers: list[int] = [_OFFER.unpack(data)[0] for data in packed]
-        best = max(offers) - 1
-        if best <= newest:
-            return 0, ()
-        if offer is None or members[offers.index(best + 1)] != session.peer:
+        best, taker = restoring.taker(members, [_OFFER.unpack(data)[0] for data in packed], newest)
+        if offer is None or taker != session.peer:
             return best, ()
         return best, _take_offer(session, gather, state, offer, deadline)
     finally:
@@ -454,9 +450,8 @@ def _adopt(session: Session, state: SharedState, decided: Elected, fetched: _Fet
     # A chain over the committed syncs: who leaves it and goes on alone has another lineage from then on.
     chain = decided.lineage + decided.root + struct.pack("<Q", decided.revision)
     state.lineage = hashlib.sha256(chain).digest()[:16]
-    # A copy from a file may be stale: while nobody else has agreed to it, whoever brings a newer one is heard.
-    state.restored = state.restored and alone
-    state.voter = None if state.restored else session.incarnation
+    state.restored, votes = restoring.after_sync(state.restored, alone=alone)
+    state.voter = session.incarnation if votes else None
     if interrupt is not None:
         raise interrupt
 

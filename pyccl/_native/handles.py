@@ -194,11 +194,6 @@ class Engine:
         stats = self._link_stats(slot)
         return 0 if stats is None else int(stats.conns)
 
-    def heard_ago(self, slot: int) -> float:
-        """Seconds since anything was heard on the link; 0 for a slot that was removed."""
-        stats = self._link_stats(slot)
-        return 0.0 if stats is None else float(stats.heard_ns_ago / NS)
-
     def _link_stats(self, slot: int) -> Any:
         """pyccl_link_stats; None for a slot that was removed."""
         stats = ffi.new("pyccl_link_stats *")

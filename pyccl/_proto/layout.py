@@ -30,7 +30,7 @@ class Entry:
     """What is said of an array."""
 
     name: str
-    dtype: str  # NumPy's type string
+    dtype: str  # NumPy's type string, or the name of a foreign type
     shape: tuple[int, ...]
     content_may_differ: bool
 

@@ -48,6 +48,7 @@ OBSERVERS_OF_ALL_MAX: Final = 256
 GREETING_S: Final = 10.0  # from a connection to its Hello
 LINE_GAP_TIMEOUTS: Final = 0.5  # nobody at all heard for so many peer_timeouts: it may be the master's own line
 RECONNECT_S: Final = 5.0  # in which every member has tried again to reach a master that has come back
+MISSED_S: Final = 0.5  # of these for whom other members miss as well: its silence costs peer_timeout + 1 s
 PAUSE_S: Final = 1.0  # a longer gap between ticks means that we ourselves were stopped
 HEARTBEATS_PER_TIMEOUT: Final = 5
 LONE_SAFE_POINT_S: Final = 0.1  # a lone member's safe point that changes nothing takes this long

@@ -49,7 +49,6 @@ from pyccl._proto.messages import (
     Differs,
     Entered,
     EpochCommit,
-    EpochPropose,
     Evicted,
     Flush,
     Heartbeat,
@@ -91,7 +90,7 @@ from pyccl._proto.past import (
     fence,
     start_of,
 )
-from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Seen, lost_members, refused_at_once
+from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Line, Seen, lost_members, refused_at_once
 from pyccl._proto.takeover import Takeover
 from pyccl.errors import RemoteProtocolError
 
@@ -221,8 +220,9 @@ class MasterMachine:
 
     def _restore(self, past: Past, now: float) -> None:
         """The groups as they stood. Nobody is connected; what was proposed or asked is owed again."""
-        self._now = now
-        if any(known.commit is not None for known in past.groups.values()):
+        self._now = self._line_at = self._line_since = now
+        self._takeover.restore(past.recalled)
+        if past.recalled is not None or any(known.commit is not None for known in past.groups.values()):
             self._grace_until = now + limits.RECONNECT_S
         self._gone = past.gone.copy()
         for number, known in sorted(past.groups.items()):
@@ -234,9 +234,14 @@ class MasterMachine:
     def _restore_member(self, group: Group, member: Member) -> None:
         key = member.peer, member.incarnation
         if key not in self._peers:
-            self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._now)
+            self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._came_back_at())
         self._newcomers.pop(key, None)
         self._peers[key].standing, self._peers[key].said = Standing.MEMBER, Said()
+
+    def _came_back_at(self) -> float:
+        """Since when members that we know of only now had time to find us."""
+        is_new = self._now - self._line_since <= self.peer_timeout * limits.LINE_GAP_TIMEOUTS
+        return self._line_since if is_new else self._now
 
     def _new_group(self, number: int) -> Group:
         """Ballots and proposals are numbered from this start on: within an epoch none comes twice, in any term."""
@@ -324,8 +329,9 @@ class MasterMachine:
         if self._ticked_at is not None and now - self._ticked_at > limits.PAUSE_S:
             self._restart_timers(now - self._ticked_at)
         self._ticked_at = now
-        for conn, entry in sorted(self._conns.items()):
-            if entry.peer is None and conn not in self._observers and now - entry.since >= limits.GREETING_S:
+        late = [c for c, entry in self._conns.items() if entry.peer is None and now - entry.since >= limits.GREETING_S]
+        for conn in sorted(late):
+            if conn not in self._observers:
                 self._refuse(conn, f"no Hello within {limits.GREETING_S:.0f} s")
         for conn in self._observers.silent(now, self.peer_timeout):
             self._close(conn, "silent")
@@ -516,7 +522,7 @@ class MasterMachine:
             if group.ballot.undecided:
                 self._tell(record, Undecided(group.ballot.number, group.ballot.undecided))
         elif group.proposal is not None:
-            self._tell(record, _propose_message(group.proposal, record))
+            self._tell(record, group.proposal.message_to(record))
         elif group.version:
             self._tell_cancelled(group, record)
         if resume is not None and resume.frozen and resume.number == epoch.number:
@@ -726,7 +732,7 @@ class MasterMachine:
         self._tell_pending(group)
 
     def _step_lost_at_once(self, group: Group) -> bool:
-        if all(record.conn is not None for record in self._members(group)):
+        if all(record.conn is not None or record.lost for record in self._members(group)):
             return False
         lost = refused_at_once(self._seen(group))
         for peer, reason in lost:
@@ -772,11 +778,10 @@ class MasterMachine:
 
     def _step_ballot(self, group: Group) -> bool:
         """Open it, or open it anew, whenever those who are lost are not those it leaves out."""
-        staying = tuple(record.key for record in self._members(group) if not record.lost)
         ballot = group.ballot
-        if ballot is None and len(staying) == len(self._members(group)):
+        if ballot is None and not any(record.lost for record in self._members(group)):
             return False
-        if ballot is not None and ballot.members == staying:
+        if ballot is not None and ballot.members == self._staying(group):
             return False
         kind, detail = (ballot.kind, ballot.detail) if ballot is not None else (KIND_LOSS, "")
         blocked = ballot is not None and ballot.blocked
@@ -894,8 +899,10 @@ class MasterMachine:
         for record in members:
             for key, submitted in (record.said.arrived or {}).items():
                 highest[key] = max(submitted, highest.get(key, 0))
-        cuts = _cuts(highest, self._ranks(group))
-        longest = max(map(len, cuts.values()))
+        counts = [Count(*key, submitted) for key, submitted in sorted(highest.items())]
+        cut = tuple(count for count in counts if pair_of(count.space, count.tag) is None)
+        of_pairs = _cuts_of_pairs(counts[len(cut) :], self._ranks(group))  # their space is the last
+        longest = len(cut) + max(map(len, of_pairs.values()), default=0)
         if longest > limits.KEYS_MAX:
             text = f"{longest} different tags, a safe point holds {limits.KEYS_MAX}"
             self._open_ballot(group, KIND_MISMATCH, make_detail((), ("tag",), text))
@@ -907,7 +914,7 @@ class MasterMachine:
             group.epoch.plan,
         )
         group.version += 1
-        group.proposal = Proposal(group.version, epoch, cuts, tuple(r.key for r in newcomers), self._now)
+        group.proposal = Proposal(group.version, epoch, cut, of_pairs, tuple(r.key for r in newcomers), self._now)
         self._log(
             "epoch_proposed",
             group=group.group,
@@ -916,7 +923,7 @@ class MasterMachine:
             newcomers=[short(record.peer) for record in newcomers],
         )
         for record in everybody:
-            self._tell(record, _propose_message(group.proposal, record))
+            self._tell(record, group.proposal.message_to(record))
         return True
 
     def _cancel_proposal(self, group: Group, proposal: Proposal) -> None:
@@ -937,7 +944,7 @@ class MasterMachine:
     def _open_ballot(self, group: Group, kind: str, detail: str, *, blocked: bool = False) -> None:
         group.proposal = None  # the safe point starts over in the epoch this leads to
         group.ballot_number += 1
-        staying = tuple(record.key for record in self._members(group) if not record.lost)
+        staying = self._staying(group)
         group.ballot = Ballot(group.ballot_number, kind, detail, staying, self._now, blocked)
         self._log(
             "ballot_opened",
@@ -1063,7 +1070,7 @@ class MasterMachine:
             self._advance(group)
 
     def _newcomer_is_late(self, group: Group, record: Peer) -> str:
-        silent_s, proposal = self._now - max(record.heard_at, self._silent_since()), group.proposal
+        silent_s, proposal = self._now - max(record.heard_at, self._line().missed_since), group.proposal
         if silent_s >= self.peer_timeout:
             return f"silent for {silent_s:.1f} s"
         if proposal is None or record.key not in proposal.newcomers or record.said.ready == proposal.version:
@@ -1084,8 +1091,11 @@ class MasterMachine:
     def _evict_silent_members(self, group: Group) -> None:
         if group.epoch is None:
             return
+        heard_since = self._now - self.peer_timeout
+        if group.ballot is None and not any(r.complaints or r.heard_at <= heard_since for r in self._members(group)):
+            return  # nearly always, and asked ten times a second
         seen = self._seen(group)
-        judged = lost_members(seen, self._now, self.peer_timeout, self._silent_since())
+        judged = lost_members(seen, self._now, self.peer_timeout, self._line())
         lost = [(peer, reason, False) for peer, reason in judged]
         lost += [(peer, reason, True) for peer, reason in self._stuck(group)]
         if not lost and self._all_are_gone(group):
@@ -1126,18 +1136,17 @@ class MasterMachine:
                 self._grace_until = max(self._grace_until, self._now + limits.RECONNECT_S)
         self._line_at = self._now
 
-    def _silent_since(self) -> float:
-        """Silence before this says nothing of the silent."""
+    def _line(self) -> Line:
+        """Silence before this says nothing of the silent. Members that hear their peers need no time to find us."""
         quiet = self._now - self._line_at > self.peer_timeout * limits.LINE_GAP_TIMEOUTS
-        return max(self._now if quiet else self._line_since, self._grace_until)
+        since = self._now if quiet else self._line_since
+        return Line(max(since, min(self._grace_until, since + limits.MISSED_S)), max(since, self._grace_until))
 
     def _seen(self, group: Group) -> list[Seen]:
         """The members not given up, as suspicion judges them."""
         staying = [record for record in self._members(group) if not record.lost]
         late = self._late_at_safe_point(group, staying)
-        return [
-            Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, late)) for r in staying
-        ]
+        return [Seen(r.peer, r.conn is not None, r.heard_at, r.complaints, self._owes(group, r, late)) for r in staying]
 
     def _owes(self, group: Group, record: Peer, late: Peer | None) -> str:
         """The answer of this member that others wait for."""
@@ -1180,6 +1189,10 @@ class MasterMachine:
             group.roster = [self._peers[member.peer, member.incarnation] for member in members]
             group.roster_of = group.commit
         return group.roster
+
+    def _staying(self, group: Group) -> tuple[PeerKey, ...]:
+        """Whom a ballot names."""
+        return tuple((record.peer, record.incarnation) for record in self._members(group) if not record.lost)
 
     def _left_out(self, group: Group, epoch: Epoch) -> list[Peer]:
         """Members that are not in the epoch behind theirs."""
@@ -1308,18 +1321,12 @@ def _stands(epoch: Epoch) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
     return (epoch.number, epoch.id), (epoch.number - 1, epoch.previous)
 
 
-def _propose_message(proposal: Proposal, record: Peer) -> EpochPropose:
-    return EpochPropose(proposal.version, proposal.epoch, proposal.cuts.get(record.peer, ()))
-
-
-def _cuts(highest: Mapping[tuple[int, int], int], members: tuple[bytes, ...]) -> dict[bytes, tuple[Count, ...]]:
-    """The cut as each member needs it: of pairs only its own."""
-    counts = [Count(*key, submitted) for key, submitted in sorted(highest.items())]
-    cuts = {peer: [count for count in counts if pair_of(count.space, count.tag) is None] for peer in members}
+def _cuts_of_pairs(counts: Iterable[Count], members: tuple[bytes, ...]) -> dict[bytes, tuple[Count, ...]]:
+    """Each member needs to know of its own pairs only."""
+    cuts: dict[bytes, list[Count]] = {}
     for count in counts:
-        if pair_of(count.space, count.tag) is not None:
-            for peer in participants(count.space, count.tag, members):
-                cuts[peer].append(count)
+        for peer in participants(count.space, count.tag, members):
+            cuts.setdefault(peer, []).append(count)
     return {peer: tuple(cut) for peer, cut in cuts.items()}
 
 

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from pyccl._proto.epoch import NO_ID, Address, Epoch, Member
-from pyccl._proto.messages import Blocked, Count, EpochCommit, Hello, Report
+from pyccl._proto.messages import Blocked, Count, EpochCommit, EpochPropose, Hello, Report
 from pyccl._proto.suspicion import Complaint
 
 
@@ -66,10 +66,19 @@ class Peer:
 class Proposal:
     version: int
     epoch: Epoch
-    cuts: dict[bytes, tuple[Count, ...]]  # member -> what concerns it; newcomers have submitted nothing
+    cut: tuple[Count, ...]  # that concerns all members; newcomers have submitted nothing
+    of_pairs: dict[bytes, tuple[Count, ...]]  # member -> the rest of its cut, if there is any
     newcomers: tuple[PeerKey, ...]
     since: float
     stale: bool = False  # a count above the cut, or a newcomer gone: to be made again
+
+    told: dict[tuple[Count, ...], EpochPropose] = field(default_factory=dict)  # the message to all of the same cut
+
+    def message_to(self, record: Peer) -> EpochPropose:
+        cut = () if record.key in self.newcomers else self.cut + self.of_pairs.get(record.peer, ())
+        if cut not in self.told:
+            self.told[cut] = EpochPropose(self.version, self.epoch, cut)
+        return self.told[cut]
 
 
 @dataclass(slots=True)

@@ -57,6 +57,7 @@ from pyccl._proto.messages import (
     Resume,
     Settle,
     Suspect,
+    Term,
     Trust,
     Unblocked,
     Undecided,
@@ -216,6 +217,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.PENDING, Pending): State.PENDING,
     (State.PENDING, Alive): State.PENDING,
     (State.PENDING, Observers): State.PENDING,
+    (State.PENDING, Term): State.PENDING,
     (State.PENDING, EpochPropose): State.LINKING,
     (State.PENDING, EpochCommit): State.MEMBER,  # founded with us, or the commit we missed while disconnected
     (State.PENDING, Cancelled): State.PENDING,
@@ -224,6 +226,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.LINKING, Pending): State.LINKING,
     (State.LINKING, Alive): State.LINKING,
     (State.LINKING, Observers): State.LINKING,
+    (State.LINKING, Term): State.LINKING,
     (State.LINKING, EpochPropose): State.LINKING,
     (State.LINKING, EpochCommit): State.MEMBER,
     (State.LINKING, Cancelled): State.PENDING,
@@ -233,6 +236,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.MEMBER, Pending): State.MEMBER,
     (State.MEMBER, Alive): State.MEMBER,
     (State.MEMBER, Observers): State.MEMBER,
+    (State.MEMBER, Term): State.MEMBER,
     (State.MEMBER, EpochPropose): State.MEMBER,
     (State.MEMBER, EpochCommit): State.MEMBER,
     (State.MEMBER, Cancelled): State.MEMBER,
@@ -532,6 +536,13 @@ class MemberMachine:
         changed = self._on_observers(Observers(()), now) if self.observers else []
         return changed + (self._tell_again(now) if self.state is State.MEMBER else [])
 
+    def _on_term(self, message: Term, now: float) -> list[Effect]:
+        """What a later master has to begin above, should this one's journal be lost."""
+        if message.term < self.term:
+            raise RemoteProtocolError(f"the master's term goes back from {self.term} to {message.term}")
+        self.term = message.term
+        return []
+
     def _on_observers(self, message: Observers, now: float) -> list[Effect]:
         self.observers = message.observers
         return [ObserversChanged(message.observers)]
@@ -735,4 +746,5 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MemberMachine, Any, float], li
     Unknown: MemberMachine._on_unknown,
     Undecided: MemberMachine._on_undecided,
     Observers: MemberMachine._on_observers,
+    Term: MemberMachine._on_term,
 }

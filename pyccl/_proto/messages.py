@@ -8,6 +8,7 @@ the current one?) is judged by the machines.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -202,6 +203,14 @@ class _Record(_Kind):
         return [kind.dump(getattr(value, name)) for kind, name in zip(self.kinds, self.names, strict=True)]
 
 
+class _EpochRecord(_Record):
+    """Goes to each of its members, in a proposal that may differ for each and in a commit: the same list for all."""
+
+    def __init__(self, cls: type[Any], *kinds: _Kind, check: Any = None) -> None:
+        super().__init__(cls, *kinds, check=check)
+        self.dump = functools.lru_cache(maxsize=8)(self.dump)  # type: ignore[method-assign]
+
+
 class _Maybe(_Kind):
     def __init__(self, kind: _Kind) -> None:
         self.kind = kind
@@ -235,7 +244,7 @@ _VERDICTS: Final = _Array(
 _RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
 _MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
-_EPOCH: Final = _Record(
+_EPOCH: Final = _EpochRecord(
     Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
 )
 
@@ -568,6 +577,15 @@ class Observers(Message):
     observers: tuple[Member, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Term(Message):
+    """To whom it has welcomed: the master has heard of a later term than its own, and begun one above that."""
+
+    TYPE = 46
+    KINDS = (_U64,)
+    term: int
+
+
 # -- peer to peer, the handshake of data connections
 
 
@@ -641,7 +659,7 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
         *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
-        *(Unknown, Undecided, Members, Observers),
+        *(Unknown, Undecided, Members, Observers, Term),
         *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone),
     )
 }

@@ -53,11 +53,15 @@ class Adopted(Record):
 
 @dataclass(frozen=True, slots=True)
 class Committed(Record):
-    """The epoch of a group has changed: members, verdicts, kind. ``fenced``: who is out since the one before."""
+    """The epoch of a group has changed: members, verdicts, kind. ``fenced``: who is out since the one before.
+
+    recalled: not this master's decision but its members' word, in a run that was taken over.
+    """
 
     group: int
     commit: EpochCommit
     fenced: tuple[Fenced, ...] = ()
+    recalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,49 +90,60 @@ class PastGroup:
 
 @dataclass(slots=True)
 class Past:
+    """recalled: the groups of which the last epoch is their members' word; None: the run was never taken over."""
+
     run: bytes
     term: int = 0
     groups: dict[int, PastGroup] = field(default_factory=dict)
     gone: OrderedDict[tuple[bytes, bytes], str] = field(default_factory=OrderedDict)
+    recalled: frozenset[int] | None = None
 
     def apply(self, record: Record) -> None:
         if isinstance(record, Began):
             self.term = record.term
             return
         if isinstance(record, Adopted):
-            self.run, self.term = record.run, record.term
+            self.run, self.term, self.recalled = record.run, record.term, frozenset()
             self.groups.clear()
             self.gone.clear()
             return
         if isinstance(record, Forgotten):
             self.groups.pop(record.group, None)
+            self._recall(record.group, False)
             return
         assert isinstance(record, Committed | Dissolved), record
         group = self.groups.setdefault(record.group, PastGroup())
         if isinstance(record, Committed):
             group.commit = record.commit
             group.number, group.id = record.commit.epoch.number, record.commit.epoch.id
+            self._recall(record.group, record.recalled)
         else:
             group.commit = None
         fence(self.gone, record.fenced)
 
+    def _recall(self, group: int, recalled: bool) -> None:
+        if self.recalled is not None:
+            self.recalled = self.recalled | {group} if recalled else self.recalled - {group}
+
     def copy(self) -> Past:
         groups = {number: replace(group) for number, group in self.groups.items()}
-        return Past(self.run, self.term, groups, self.gone.copy())
+        return Past(self.run, self.term, groups, self.gone.copy(), self.recalled)
 
     def to_plain(self) -> list[Any]:
         groups = [
             [number, group.number, group.id, None if group.commit is None else to_wire(group.commit)]
             for number, group in sorted(self.groups.items())
         ]
-        return [self.run, self.term, groups, [[*key, reason] for key, reason in self.gone.items()]]
+        recalled = None if self.recalled is None else sorted(self.recalled)
+        return [self.run, self.term, groups, [[*key, reason] for key, reason in self.gone.items()], recalled]
 
     @classmethod
     def from_plain(cls, plain: Any) -> Past:
         """ValueError: it is none."""
         try:
-            run, term, groups, gone = plain
+            run, term, groups, gone, recalled = plain
             past = cls(_bytes(run), _int(term))
+            past.recalled = None if recalled is None else frozenset(map(_int, recalled))
             for number, last, last_id, commit in groups:
                 past.groups[_int(number)] = PastGroup(
                     _int(last), _bytes(last_id), None if commit is None else _commit(commit)
@@ -172,7 +187,8 @@ def record_to_plain(record: Record) -> list[Any]:
     if isinstance(record, Adopted):
         return [_ADOPTED, record.run, record.term]
     if isinstance(record, Committed):
-        return [_COMMITTED, record.group, to_wire(record.commit), [list(f) for f in record.fenced]]
+        fenced = [list(f) for f in record.fenced]
+        return [_COMMITTED, record.group, to_wire(record.commit), fenced, record.recalled]
     if isinstance(record, Forgotten):
         return [_FORGOTTEN, record.group]
     assert isinstance(record, Dissolved), record
@@ -190,8 +206,8 @@ def record_from_plain(plain: Any) -> Record:
             run, term = rest
             return Adopted(_bytes(run), _int(term))
         if kind == _COMMITTED:
-            group, commit, fenced = rest
-            return Committed(_int(group), _commit(commit), _fenced(fenced))
+            group, commit, fenced, recalled = rest
+            return Committed(_int(group), _commit(commit), _fenced(fenced), _bool(recalled))
         if kind == _FORGOTTEN:
             (group,) = rest
             return Forgotten(_int(group))
@@ -220,6 +236,12 @@ def _fenced(plain: Any) -> tuple[Fenced, ...]:
 def _int(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= limits.U64_MAX:
         raise ValueError(f"{value!r} is not an unsigned integer of 64 bits")
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{value!r} is no truth value")
     return value
 
 

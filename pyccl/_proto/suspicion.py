@@ -1,8 +1,9 @@
 """Who is to be evicted, and why: a pure function of what the master has heard and what members complain of.
 
 Nobody goes because one uplink or the master paused: silence needs a member's complaint and the master's own timer, or
-a silent member that others wait for. A pair that can't reach each other is given time to mend; then one side goes,
-never both. Rules: design.md 5 ("Eviction for silence") and 6.
+a silent member that others wait for. When the master, or its own line, has failed and is back, whom members miss as
+well has little more than its time-out to come back; whom the master misses alone has long. A pair that can't reach
+each other is given time to mend; then one side goes, never both. Rules: design.md 5 ("Eviction for silence") and 6.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from pyccl._proto.messages import CAUSE_PROTOCOL, CAUSE_REFUSED
+from pyccl._proto.messages import CAUSE_PROTOCOL, CAUSE_REFUSED, CAUSE_SILENT
 from pyccl._proto.mismatch import short
 
 CAUSE_UNREACHABLE: Final = "unreachable"  # not on the wire: an old member named in Unreachable
@@ -36,6 +37,14 @@ class Seen:
     owes: str = ""  # the answer of its that all the others wait for; "": none
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The master's own: since when it works. Silence and complaints from before count from then on."""
+
+    missed_since: float  # for whom another member does not hear either
+    since: float  # for everybody else
+
+
 def refused_at_once(members: Sequence[Seen]) -> list[tuple[bytes, str]]:
     """Control and data links both gone, and reconnecting refused: its process is dead, no timer is needed."""
     lost = []
@@ -48,19 +57,19 @@ def refused_at_once(members: Sequence[Seen]) -> list[tuple[bytes, str]]:
     return lost
 
 
-def lost_members(
-    members: Sequence[Seen], now: float, peer_timeout: float, line_since: float
-) -> list[tuple[bytes, str]]:
-    """(peer, reason) of all members to evict now. Members stand in the order of the epoch.
-
-    line_since: since when the master's own line works; silence and complaints count from then at the earliest.
-    """
+def lost_members(members: Sequence[Seen], now: float, peer_timeout: float, line: Line) -> list[tuple[bytes, str]]:
+    """(peer, reason) of all members to evict now. Members stand in the order of the epoch."""
     lost = dict(refused_at_once(members))
     for member in members:
-        silent_s = now - max(member.heard_at, line_since)
-        if silent_s < peer_timeout or member.peer in lost:
+        if member.peer in lost:
             continue
         by = [m for m in members if m.connected and m.peer != member.peer and member.peer in m.complaints]
+        missed = any(
+            _cause(m, member.peer) in (CAUSE_SILENT, CAUSE_REFUSED) and now - m.heard_at < peer_timeout for m in by
+        )
+        silent_s = now - max(member.heard_at, line.missed_since if missed else line.since)
+        if silent_s < peer_timeout:
+            continue
         if by:
             lost[member.peer] = f"silent for {silent_s:.1f} s, {short(by[0].peer)} does not hear it either"
         elif member.owes:
@@ -68,7 +77,7 @@ def lost_members(
         elif len(members) == 1 and not member.connected:
             lost[member.peer] = f"silent for {silent_s:.1f} s and nobody else is there"
     rest = [member for member in members if member.peer not in lost]
-    return [*lost.items(), *_partitions(rest, now, peer_timeout, line_since)]
+    return [*lost.items(), *_partitions(rest, now, peer_timeout, line.since)]
 
 
 def _partitions(members: Sequence[Seen], now: float, peer_timeout: float, line_since: float) -> list[tuple[bytes, str]]:

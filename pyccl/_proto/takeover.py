@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from pyccl._proto import limits
 from pyccl._proto.epoch import Member
 from pyccl._proto.master_records import Group
-from pyccl._proto.messages import EpochCommit, Hello, Recall, Resume, Unknown
+from pyccl._proto.messages import EpochCommit, Hello, Recall, Resume, Term, Unknown
 from pyccl._proto.mismatch import short
 from pyccl._proto.past import NONCE_BITS, START_MAX, Adopted, Began, Committed, Fenced, make_term, start_of
 from pyccl.errors import RemoteProtocolError
@@ -32,6 +32,10 @@ class Takeover:
         self._groups: set[int] | None = None  # whose epoch is their members' word; None: the run is our own
         self._held: deque[tuple[int, int, Hello]] = deque()  # (ticket, connection, what it waits to be answered)
         self._term_ticket = 0  # of the record of a later start, heard of from members
+
+    def restore(self, recalled: frozenset[int] | None) -> None:
+        """An earlier start of this master has taken the run over; these groups have not been decided for since."""
+        self._groups = None if recalled is None else set(recalled)
 
     @property
     def awaited(self) -> bool:
@@ -175,8 +179,13 @@ class Takeover:
         master.term = make_term(start, master.term & ((1 << NONCE_BITS) - 1))
 
     def _ask_again(self) -> None:
-        """The later term is durable: what is asked from here on, and what is open, has numbers that nobody has seen."""
+        """The later term is durable: what is asked from here on, and what is open, has numbers that nobody has seen.
+
+        Who sees them knows the term before, and tells it to the next master that knows nothing.
+        """
         master = self._master
+        for _, record in sorted(master._peers.items()):
+            master._tell(record, Term(master.term))
         base = start_of(master.term) << NONCE_BITS
         for group in master._groups.values():
             group.version = max(group.version, base)
@@ -202,4 +211,5 @@ class Takeover:
             master._restore_member(group, member)
         master._log("epoch_adopted", group=group.group, epoch=recall.epoch.number, members=len(recall.epoch.members))
         out = (record for record in master._members(group) if record.lost)
-        master._persist(Committed(group.group, group.deciding, tuple(Fenced(*r.key, r.lost) for r in out)), group)
+        fenced = tuple(Fenced(*r.key, r.lost) for r in out)
+        master._persist(Committed(group.group, group.deciding, fenced, recalled=True), group)

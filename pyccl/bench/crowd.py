@@ -2,7 +2,7 @@
 
 What the engine and the links would answer is answered at once: links are there, operations are drained, a flush finds
 OPERATIONS that run. So nearly all the time goes into the master, which is what is measured. A change of epoch comes to
-all groups at the same moment: a member of each leaves, then a newcomer comes to each.
+all groups at the same moment: a member of each leaves, then a newcomer comes to each. And then to the first alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pyccl._proto.messages import OpReport, OpState, Welcome
 from pyccl.bench.control import Control
 from pyccl.bench.figures import NS
 
+CHANGES: Final = ("loss", "join", "loss_alone", "join_alone")
 CHANGE_TIMEOUT_S: Final = 60.0
 OPERATIONS: Final = 4  # that each member has open when another leaves
 IDLE_S: Final = 0.1  # the master has used no processor time for so long: the change is over
@@ -150,14 +151,15 @@ class _Crowd:
         same = all(machine.epoch is not None and machine.epoch.id == first.id for machine in machines)
         return same and not any(one.at_safe_point for one in self.groups[group])
 
-    async def lose_one_each(self) -> None:
+    async def lose_one_each(self, groups: int) -> None:
+        """Of the first so many groups."""
         async with trio.open_nursery() as nursery:
-            for members in self.groups:
+            for members in self.groups[:groups]:
                 nursery.start_soon(members.pop().leave)
-        await self.until(lambda: all(self._agreed(group) for group in range(len(self.groups))))
+        await self.until(lambda: all(self._agreed(group) for group in range(groups)))
 
-    async def gain_one_each(self) -> None:
-        newcomers = [await self.come(group) for group in range(len(self.groups))]
+    async def gain_one_each(self, groups: int) -> None:
+        newcomers = [await self.come(group) for group in range(groups)]
         async with trio.open_nursery() as nursery:
             for group, newcomer in enumerate(newcomers):
                 nursery.start_soon(self._safe_point, group, [newcomer])
@@ -182,7 +184,7 @@ async def _until_idle(pid: int) -> None:
 
 
 async def _measure(settings: Settings, control: Control) -> dict[str, list[list[float]]]:
-    figures: dict[str, list[list[float]]] = {"loss": [], "join": []}  # [iteration]: the master's CPU, wall; seconds
+    figures: dict[str, list[list[float]]] = {name: [] for name in CHANGES}  # [iteration]: CPU of the master, wall; s
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
@@ -190,10 +192,11 @@ async def _measure(settings: Settings, control: Control) -> dict[str, list[list[
         await crowd.found(lambda: control.say("beat"))
         control.say("founded", groups=[len(members) for members in crowd.groups])
         for _ in range(settings.iterations):
-            for name, change in (("loss", crowd.lose_one_each), ("join", crowd.gain_one_each)):
+            for name in CHANGES:
+                change = crowd.gain_one_each if name.startswith("join") else crowd.lose_one_each
                 await _until_idle(settings.master_pid)
                 cpu, start_ns = cpu_s(settings.master_pid), time.monotonic_ns()
-                await change()
+                await change(1 if name.endswith("alone") else len(crowd.groups))
                 wall_s = (time.monotonic_ns() - start_ns) / NS
                 await _until_idle(settings.master_pid)
                 figures[name].append([cpu_s(settings.master_pid) - cpu, wall_s])

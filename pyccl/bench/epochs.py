@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pyccl.bench.conductor import MASTER, Conductor
+from pyccl.bench.crowd import CHANGES
 from pyccl.bench.figures import Summary, summarize
 
 CROWD: Final = "crowd"
-CHANGES: Final = ("loss", "join")
 PEER_TIMEOUT_S: Final = 60.0
 
 
@@ -21,7 +21,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """groups: their sizes. cpu_s, wall_s: name of the change -> [iteration], of all groups' changes together."""
+    """groups: their sizes. cpu_s, wall_s: name of the change -> [iteration], of all groups' changes together, or of the
+    first one's alone."""
 
     plan: Plan
     groups: tuple[int, ...]

@@ -10,6 +10,7 @@ from pyccl.bench.churn import Arrivals, Losses, Quiet, Restarts
 from pyccl.bench.epochs import Changes
 from pyccl.bench.figures import MIB, Summary
 from pyccl.bench.machine import Machine
+from pyccl.bench.memory import HOUR_S, Tracks
 from pyccl.bench.wan import Result as WanResult
 from pyccl.netlab.units import show_rate, show_time
 
@@ -219,11 +220,35 @@ def restarts(result: Restarts) -> list[str]:
 
 def epoch_changes(result: Changes) -> list[str]:
     rows = [["", "master's CPU, median", "min", "max", "wall, median", "min", "max"]]
-    for change, what in (("loss", "one member of each group leaves"), ("join", "a newcomer comes to each group")):
+    for change, what in (
+        ("loss", "one member of each group leaves"),
+        ("join", "a newcomer comes to each group"),
+        ("loss_alone", "one member of one group leaves"),
+        ("join_alone", "a newcomer comes to one group"),
+    ):
         rows.append([what, *(cell for name in ("cpu_s", "wall_s") for cell in _spread(result.summary(change, name)))])
     sizes = " + ".join(map(str, result.groups))
     what = (
-        f"a master and {result.plan.peers} simulated peers in groups of {sizes}, all of which change their epoch at "
-        f"the same moment, {result.plan.iterations} times each way"
+        f"a master and {result.plan.peers} simulated peers in groups of {sizes}, which change their epoch, all at the "
+        f"same moment or one alone, {result.plan.iterations} times each way"
     )
     return [what, "", *columns(rows), "", "wall: until the last peer has entered; the peers share one process"]
+
+
+def memory(result: Tracks) -> list[str]:
+    plan = result.plan
+    rows = [["", "anonymous, first", "last", "KiB/hour", "+-", "RSS, last", "KiB/hour", "descriptors"]]
+    for track in result.tracks:
+        first, last = track.samples[0], track.samples[-1]
+        growth, resident = track.slope(), track.slope("rss_bytes")
+        rows.append([
+            track.name, f"{first.anonymous_bytes / MIB:.2f} MiB", f"{last.anonymous_bytes / MIB:.2f} MiB",
+            f"{growth.bytes_per_hour / 1024:.1f}", f"{growth.plus_minus / 1024:.1f}", f"{last.rss_bytes / MIB:.2f} MiB",
+            f"{resident.bytes_per_hour / 1024:.1f}", f"{first.descriptors} -> {last.descriptors}",
+        ])  # fmt: skip
+    what = (
+        f"{plan.peers} members that stay and one that comes and goes ({result.visits} times), {result.rounds} rounds "
+        f"in {plan.minutes:g} minutes, of which {plan.warm_up_minutes:g} to warm up; {result.cpu_share:.0%} of a core"
+    )
+    hours = (plan.minutes - plan.warm_up_minutes) * 60 / HOUR_S
+    return [what, "", *columns(rows), "", f"line over {hours:.2f} h; +-: half of the 95 % interval"]

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from pyccl import netlab
-from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, show, wan
+from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, memory, show, wan
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
 from pyccl.processes.children import Children, Interrupted
@@ -48,7 +48,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: float) -> float:
 @click.group(epilog=EPILOG)
 def bench() -> None:
     """Measure on this machine: collectives on loopback or over long lines, kernels, digests, joins, syncs, losses,
-    restarts of the master, changes of epoch.
+    restarts of the master, changes of epoch, memory over hours.
 
     Each command starts the processes it needs, on loopback or in a lab of its own, and ends them. Figures depend on
     what else runs here: the machine's load is printed with them.
@@ -279,12 +279,47 @@ def restart_command(world: int, iters: int, down: float, as_json: bool) -> None:
 def epoch_command(peers: int, iters: int, as_json: bool) -> None:
     """Time a change of epoch in a master with many peers, which are simulated: control connections only.
 
-    Groups have 256 members at most; all of them change at the same moment.
+    Groups have 256 members at most; all of them change at the same moment, and then one alone.
     """
     plan = epochs.Plan(peers=peers, iterations=iters)
     _report(
         "epoch", as_json, lambda: _conduct(lambda conductor: epochs.measure(plan, conductor)),
         epochs.Changes.to_json, show.epoch_changes,
+    )  # fmt: skip
+
+
+@bench.command("memory", epilog=EPILOG)
+@click.option("--peers", type=click.IntRange(2, 64), default=4, show_default=True, help="Who stay; one comes and goes.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, 10_000, min_open=True), default=60.0, show_default=True, callback=_number,
+    help="Length of the run.",
+)  # fmt: skip
+@click.option(
+    "--warm-up", type=click.FloatRange(0, 10_000), default=10.0, show_default=True, metavar="MINUTES",
+    callback=_number, help="At the start, not part of the line.",
+)  # fmt: skip
+@click.option(
+    "--round", "round_s", type=click.FloatRange(0, 60), default=1.0, show_default=True, metavar="SECONDS",
+    callback=_number, help="From the start of a round to the next.",
+)  # fmt: skip
+@click.option(
+    "--sample", "sample_s", type=click.FloatRange(0.01, 30), default=5.0, show_default=True, metavar="SECONDS",
+    callback=_number, help="Between looks at the memory.",
+)  # fmt: skip
+@_AS_JSON
+def memory_command(
+    peers: int, minutes: float, warm_up: float, round_s: float, sample_s: float, as_json: bool
+) -> None:
+    """Watch the memory of a group that reduces, exchanges and synchronises while a peer comes and goes."""
+    if warm_up >= minutes:
+        raise click.UsageError(f"--warm-up {warm_up:g} leaves nothing of --minutes {minutes:g}")
+    plan = memory.Plan(
+        peers=peers, minutes=minutes, warm_up_minutes=warm_up, round_s=round_s, sample_s=sample_s,
+        away_s=2 * round_s,
+    )  # fmt: skip
+    _report(
+        "memory", as_json, lambda: _conduct(lambda conductor: memory.measure(plan, conductor)),
+        memory.Tracks.to_json, show.memory,
     )  # fmt: skip
 
 

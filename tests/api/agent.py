@@ -461,7 +461,7 @@ class Agent:
 
     def do_followed(self) -> bool:
         """Whether an observer waits here for the next state."""
-        return any(not follower.busy for follower in tuple(self.session().observed._server._followers))
+        return len(self.session().observed._server._followers) > 0
 
     def do_observers(self) -> list[str]:
         return [observer.peer.hex() for observer in self.session().observed.observers]
@@ -526,6 +526,25 @@ class Agent:
         """VmHWM starts anew from what is resident."""
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
+
+    def do_footprint(
+        self, elements: int, ops: int, in_place: bool, quantize: str | None = None, rounds: int = 3
+    ) -> int:
+        """Most resident bytes beyond those with the arrays, while so many all-reduces of float32 are in flight."""
+        comm = self.need()
+        arrays = [np.full(elements, self.index + 1, np.float32) for _ in range(ops)]
+        outs = [None if in_place else np.ones_like(array) for array in arrays]
+        comm.all_reduce(np.ones(1000, np.float32), quantize=quantize, timeout=DEADLINE_S)  # what is loaded late is
+        before = self.do_memory()["VmRSS"]
+        self.do_forget_peak()
+        for _ in range(rounds):
+            works = [
+                comm.all_reduce_async(array, "avg", out=out, tag=tag, quantize=quantize, timeout=DEADLINE_S)
+                for tag, (array, out) in enumerate(zip(arrays, outs, strict=True))
+            ]
+            for work in works:
+                work.wait()
+        return self.do_memory()["VmHWM"] - before
 
     def do_fork_off(self) -> None:
         """As if it had gone on alone: another lineage, and still a vote."""
@@ -621,6 +640,11 @@ class Agent:
     def do_resources(self) -> dict[str, Any]:
         gc.collect()
         return {"before": self.baseline, "now": self.resources()}
+
+    def do_sessions(self) -> int:
+        """How many there are in memory, those that are over too."""
+        gc.collect()
+        return sum(isinstance(found, session.Session) for found in gc.get_objects())
 
     def do_fork(self, exit_normally: bool = False) -> dict[str, Any]:
         """Use the communicator in a forked child."""

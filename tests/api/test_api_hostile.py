@@ -181,7 +181,17 @@ def early(known: Secrets, rng: random.Random) -> bytes:
     )
 
 
-def test_hundreds_of_connections_that_say_nothing_keep_nobody_out(cluster: Cluster, seed: int) -> None:
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """As many as the system allows us."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_two_thousand_connections_that_say_nothing_keep_nobody_out(cluster: Cluster, seed: int) -> None:
     rng = random.Random(seed)
     peers = cluster.members(2)
     known, address = Secrets.told(peers[0].ask("secrets")), peers[0].ask("secrets")["address"]
@@ -189,8 +199,8 @@ def test_hundreds_of_connections_that_say_nothing_keep_nobody_out(cluster: Clust
     halves = [b"", b"\0", b"\0\0\0\x40", b"\0\0\0\x40\x98\x01"]
     (newcomer,) = cluster.spawn(1)
     cluster.make([newcomer])
-    at_control = [rng.choice(halves) for _ in range(400)]
-    at_data = [*(rng.choice(halves) for _ in range(150)), *(early(known, rng) for _ in range(300))]
+    at_control = [rng.choice(halves) for _ in range(2000)]
+    at_data = [*(rng.choice(halves) for _ in range(1700)), *(early(known, rng) for _ in range(300))]
     with flood(cluster.master.address, at_control) as control, flood(address, at_data) as data:
         assert open_files(cluster.master) - files[cluster.master] < 300
         assert open_files(peers[0]) - files[peers[0]] < 400

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +18,9 @@ from states import give
 from zygote import DEADLINE_S, Zygote
 
 import pyccl
+from pyccl._io import envelope
+from pyccl._proto import limits
+from pyccl._proto.messages import StateHello
 
 MODEL: dict[str, dict[str, Any]] = {
     "w": {"seed": 1, "count": 700_000, "dtype": "float32", "index": 0},  # three chunks
@@ -26,6 +32,7 @@ OTHER: dict[str, dict[str, Any]] = {name: how | {"seed": 9} for name, how in MOD
 
 class Observer(Process):
     def __init__(self, zygote: Zygote, master: str, directory: Path, *options: str) -> None:
+        self.address = ""
         super().__init__(zygote, "observer", ["peer", master, "--dir", str(directory), *options])
         self._lines: list[str] = []
         self._ended = False
@@ -71,6 +78,7 @@ def start(cluster: Cluster, tmp_path: Path) -> Start:
     def started(*options: str, name: str = "kept") -> Observer:
         observer = Observer(cluster.zygote, cluster.master.address, tmp_path / name, *options)
         cluster.processes.append(observer)
+        observer.address = observer.until("listening on ")
         observer.until("observing")
         return observer
 
@@ -97,8 +105,8 @@ def train(peers: Sequence[Peer], rounds: int = 1) -> None:
 
 
 def train_kept(observer: Observer, peers: Sequence[Peer], last: int) -> None:
-    """From the state that they hold to revision `last`; each is kept before the next is made, which may be skipped
-    while an observer is busy."""
+    """From the state that they hold to revision `last`; each is kept before the next is made: of those that are made
+    while the observer is busy it gets the newest."""
     first = agreed(peers)[0]["revision"]
     observer.until(f"kept revision {first}")
     for revision in range(first + 1, last + 1):
@@ -173,6 +181,25 @@ def test_it_keeps_every_nth_revision_and_the_last_n(cluster: Cluster, start: Sta
         train(peers, 3)
         observer.until(f"kept revision {revision}")
     assert files(tmp_path / "kept") == [6, 9]
+
+
+def test_the_last_revision_is_kept_though_it_was_made_while_an_earlier_one_was_on_its_way(
+    cluster: Cluster, start: Start, tmp_path: Path
+) -> None:
+    peers = cluster.members(2)
+    give(peers, {"w": {"seed": 1, "count": 8 << 20, "dtype": "uint8", "index": 0}}, 0)  # no socket holds it
+    observer = start()
+    followed(peers)
+    observer.stop()
+    for revision in range(4):
+        digest = agreed(peers)[0]["state"]["digest"]
+        if revision < 3:
+            for peer in peers:
+                peer.ask("advance")
+    observer.resume()
+    path = observer.until("kept revision 3 ")
+    assert pyccl.SharedState.load(path).digest() == digest
+    assert files(tmp_path / "kept")[-1] == 3 and len(files(tmp_path / "kept")) <= 2  # 0, which was on its way
 
 
 def test_who_comes_back_when_all_are_gone_gets_the_state_from_it(cluster: Cluster, start: Start) -> None:
@@ -405,3 +432,61 @@ def test_a_plain_sync_asks_no_observer_while_somebody_votes(cluster: Cluster, st
     asked = sum("asked peer" in line for line in observer.log())
     assert agreed([*peers, newcomer])[0]["revision"] == 3
     assert sum("asked peer" in line for line in observer.log()) == asked
+
+
+def test_a_flood_at_its_port_neither_fills_it_nor_keeps_out_who_needs_the_state(
+    cluster: Cluster, start: Start
+) -> None:
+    """Two thousand connections: silent ones, halves of greetings, greetings for somebody else."""
+    peers = cluster.members(1)
+    model(peers, MODEL, 4)
+    observer = start()
+    followed(peers)
+    agreed(peers)
+    observer.until("kept revision 4")
+    digest = peers[0].ask("digest")
+    peers[0].ask("close")
+    host, port = observer.address.rsplit(":", 1)
+    before = len(os.listdir(f"/proc/{observer.pid}/fd"))
+    greetings = [b"", b"\0", b"\0\0\0\x40\x98", *map(nobody, range(5))]
+    with contextlib.ExitStack() as stack:
+        for number in range(2000):
+            conn = stack.enter_context(socket.create_connection((host, int(port)), timeout=DEADLINE_S))
+            with contextlib.suppress(ConnectionError):  # it may have had to make room already
+                conn.sendall(greetings[number % len(greetings)])
+        assert len(os.listdir(f"/proc/{observer.pid}/fd")) - before < 300
+        (back,) = cluster.members(1)
+        model([back], OTHER, 0)
+        known([back])
+        info = agreed([back])[0]
+    assert (info["revision"], info["state"]["digest"]) == (4, digest)
+
+
+def nobody(number: int) -> bytes:
+    """A greeting for somebody else."""
+    asker, target = (b"n" * 15 + bytes([number]), b"i" * 16), (b"t" * 16, b"t" * 16)
+    return envelope.pack(StateHello(limits.PROTOCOL_VERSION, b"r" * 16, *asker, *target, 0, 0))
+
+
+def test_all_trainers_killed_at_once_under_a_master_that_lives_and_the_state_comes_back(
+    cluster: Cluster, start: Start
+) -> None:
+    """Nobody is evicted by hand: the master waits TOTAL_LOSS_S for them, then the newcomer founds the group anew."""
+    peers = cluster.members(3)
+    model(peers, MODEL, 0)
+    observer = start()
+    followed(peers)
+    train_kept(observer, peers, 2)
+    digest = peers[0].ask("digest")
+    for peer in peers:
+        peer.doom()
+    for peer in peers:
+        peer.wait()
+    back = cluster.members(2)
+    model(back, OTHER, 0)
+    known(back)
+    infos = agreed(back)
+    assert (infos[0]["revision"], infos[0]["state"]["digest"]) == (2, digest)
+    followed(back)
+    train(back)
+    observer.until("kept revision 3")

@@ -30,6 +30,17 @@ def test_joins_and_leaves_leave_nothing_behind(cluster: Cluster) -> None:
         assert _resident_bytes(process) - resident < GROWTH_BYTES_MAX, process.name
 
 
+def test_who_comes_back_with_the_same_communicator_keeps_nothing_of_its_former_lives(cluster: Cluster) -> None:
+    rest = cluster.members(1)
+    (comer,) = cluster.spawn(1)
+    cluster.make([comer])
+    for _ in range(5):
+        cluster.admit(rest, [comer])
+        cluster.reduce([*rest, comer])
+        comer.ask("close")
+    assert comer.ask("sessions") == 1  # the last one knows why it ended
+
+
 def _come_and_go(cluster: Cluster, rest: list[Peer], comer: Peer) -> None:
     cluster.make([comer])
     cluster.admit(rest, [comer])

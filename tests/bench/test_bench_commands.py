@@ -143,7 +143,7 @@ def test_restart_prints_a_table() -> None:
 def test_epoch_tells_what_its_changes_cost_the_master() -> None:
     told = done("epoch", "--peers", "12", "--iters", "2")
     assert told["groups"] == [12]
-    for change in ("loss", "join"):
+    for change in ("loss", "join", "loss_alone", "join_alone"):
         assert told[change]["wall_s"]["min"] > 0 and told[change]["cpu_s"]["min"] >= 0
         assert [len(told["raw"][name][change]) for name in ("cpu_s", "wall_s")] == [2, 2]
 
@@ -152,6 +152,32 @@ def test_epoch_prints_a_table() -> None:
     finished = bench("epoch", "--peers", "5", "--iters", "1")
     assert finished.status == 0 and finished.left == [], finished.stderr
     assert "5 simulated peers in groups of 5" in finished.stdout
+
+
+MEMORY = ("memory", "--peers", "2", "--minutes", "0.1", "--warm-up", "0.01", "--round", "0.05", "--sample", "0.05")
+
+
+def test_memory_tells_a_line_for_the_master_and_every_peer_while_one_comes_and_goes() -> None:
+    told = done(*MEMORY)
+    assert [process["name"] for process in told["processes"]] == ["master", "founder 0", "founder 1", "comer"]
+    assert told["rounds"] > 0 and told["visits"] > 0 and told["cpu_share"] > 0
+    for process in told["processes"]:
+        assert process["anonymous_bytes"]["plus_minus"] >= 0
+        assert process["warm_up"] and all(sample["at_s"] < 0.6 for sample in process["warm_up"])
+        for sample in process["samples"]:
+            assert 0 < sample["anonymous_bytes"] <= sample["rss_bytes"] and sample["at_s"] >= 0.6
+            assert sample["descriptors"] > 0 and 0 < sample["pss_bytes"] <= sample["rss_bytes"]
+
+
+def test_memory_prints_a_table() -> None:
+    finished = bench(*MEMORY)
+    assert finished.status == 0 and finished.left == [], finished.stderr
+    assert "2 members that stay and one that comes and goes" in finished.stdout and "KiB/hour" in finished.stdout
+
+
+def test_memory_with_a_warm_up_as_long_as_the_run_is_a_bad_argument() -> None:
+    result = CliRunner().invoke(main, ["bench", "memory", "--minutes", "10", "--warm-up", "10"])
+    assert result.exit_code == 2 and "leaves nothing" in result.output
 
 
 def test_the_peers_of_epoch_are_in_groups_that_hold_them() -> None:

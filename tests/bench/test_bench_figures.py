@@ -16,6 +16,7 @@ from pyccl.bench.figures import (
     summarize,
 )
 from pyccl.bench.machine import cpu_model
+from pyccl.bench.memory import BLOCKS, HOUR_S, slope
 from pyccl.bench.show import columns, seconds
 
 
@@ -72,3 +73,20 @@ def test_times_are_shown_in_a_fitting_unit() -> None:
 
 def test_columns_align() -> None:
     assert columns([["", "median"], ["pyccl", "1 s"]]) == ["       median", "pyccl     1 s"]
+
+
+def test_the_slope_of_a_line_is_found_with_no_doubt() -> None:
+    found = slope([float(at) for at in range(100)], [5.0 + 2.0 * at for at in range(100)])
+    assert found.bytes_per_hour == pytest.approx(2 * HOUR_S) and found.plus_minus == pytest.approx(0, abs=1e-6)
+
+
+def test_one_spike_is_no_slope() -> None:
+    found = slope([float(at) for at in range(1000)], [0.0] * 450 + [4096.0] + [0.0] * 549)
+    assert abs(found.bytes_per_hour) < found.plus_minus
+
+
+def test_a_slope_needs_samples_throughout() -> None:
+    with pytest.raises(ValueError, match=f"{BLOCKS} spans"):
+        slope([0.0, 1.0, 2.0], [1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match=f"{BLOCKS} spans"):
+        slope([1.0] * 20, [1.0] * 20)

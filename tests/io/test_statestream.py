@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 import trio
+from trio.testing import MockClock, memory_stream_one_way_pair
 
 import pyccl
 from pyccl._io import envelope, links, statestream
@@ -113,6 +114,26 @@ def test_who_follows_gets_what_is_far_enough_and_what_went_back(tmp_path: Path) 
                     made.offer(snapshot(tmp_path, revision))
                     assert (await received(stream, tmp_path / "got")).revision == revision
                     assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
+def test_what_comes_while_a_file_is_on_its_way_is_sent_after_it_the_newest_alone(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = server()
+        async with serving(made) as there, await statestream.ask(RUN, ASKER, there, every=1) as stream:
+            assert await statestream.next_offer(stream) is None
+            made.offer(snapshot(tmp_path, 1))
+            offer = await statestream.next_offer(stream)
+            assert offer is not None and offer.revision == 1
+            assert not made.wants(1)  # it is receiving that
+            for revision in (2, 3, 4):
+                assert made.wants(revision)
+                made.offer(snapshot(tmp_path, revision))
+            with created(tmp_path / "first") as file:
+                await statestream.receive_file(stream, offer, file.fileno())
+            assert (await received(stream, tmp_path / "got")).revision == 4
+            assert await statestream.next_offer(stream) is None
 
     run(main)
 
@@ -300,3 +321,70 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         StateStore(tmp_path, keep=1)
     store.close()
     StateStore(tmp_path, keep=1).close()
+
+
+def test_a_source_that_trickles_is_given_up(tmp_path: Path) -> None:
+    """It is never silent for long."""
+
+    async def main() -> None:
+        send, receive = memory_stream_one_way_pair()
+
+        async def trickle() -> None:
+            while True:
+                await send.send_all(b"x" * 100)
+                await trio.sleep(statestream.SILENCE_S / 2)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trickle)
+            with created(tmp_path / "slow") as file, pytest.raises(trio.TooSlowError):
+                await statestream.receive_file(receive, StateOffer(1, 3_000_000, b"l" * 32), file.fileno())
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_steady_pace_is_fast_enough_however_long_it_takes() -> None:
+    async def main() -> None:
+        pace = statestream.Pace(1000, 10.0)
+        for _ in range(300):
+            await trio.sleep(1.0)
+            pace.moved(101)
+        pace = statestream.Pace(1000, 10.0)
+        for _ in range(9):
+            await trio.sleep(1.0)
+            pace.moved(99)
+        await trio.sleep(1.0)
+        with pytest.raises(trio.TooSlowError):
+            pace.moved(99)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_who_receives_too_slowly_is_not_served_on(tmp_path: Path) -> None:
+    class Stopwatch(statestream.Pace):
+        def moved(self, size_bytes: int) -> None:
+            self.total += size_bytes
+            if self.total > 1_000_000:
+                raise trio.TooSlowError
+
+        total = 0
+
+    async def main() -> None:
+        listener, address = await links.listen("127.0.0.1")
+        async with listener, trio.open_nursery() as nursery:
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            accepted = await listener.accept()
+            nursery.start_soon(_swallow, stream)
+            pace = Stopwatch()
+            with pytest.raises(trio.TooSlowError):
+                await statestream.send_file(accepted, snapshot(tmp_path, 1), pace)
+            assert pace.total < 3_000_000
+            await accepted.aclose()
+
+    run(main)
+
+
+async def _swallow(stream: trio.SocketStream) -> None:
+    async with stream:
+        while await stream.receive_some():
+            pass

@@ -7,6 +7,7 @@ import os
 import struct
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import xxhash
@@ -115,3 +116,15 @@ def test_one_bit_of_a_chunk_is_found_by_each_digest() -> None:
         spoiled = chunk.copy()
         spoiled[MIB - 1] ^= 128
         assert not kind.matches(spoiled, digest)
+
+
+def test_types_that_are_only_bytes_to_numpy_are_different_layouts_all_the_same() -> None:
+    """Their type strings are equal: "<V1" and "<V2" are what NumPy makes of a type that is not its own."""
+    names = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "int4", "uint4"]
+    foreign = [np.zeros(4, getattr(ml_dtypes, name)) for name in names]
+    assert len({array.dtype.str for array in foreign}) == 1
+    bytes_alone, halves = np.zeros(4, "V1"), np.zeros(4, "V2")
+    bfloats = np.zeros(4, ml_dtypes.bfloat16)
+    assert bfloats.dtype.str[1:] == halves.dtype.str[1:] == "V2"
+    arrays = [*foreign, bytes_alone, halves, bfloats, np.zeros(4, np.float16)]
+    assert len({pyccl.SharedState({"x": array}).digest() for array in arrays}) == len(arrays)

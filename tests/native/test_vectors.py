@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -86,7 +87,8 @@ def test_state_vectors_have_these_layouts_tables_and_roots() -> None:
     for name, digest, revision, arrays, layout, table, root in lines("states.txt"):
         held, unequal = {}, []
         for encoded, dtype, shape, may_differ in (array.split(",") for array in arrays.split(";")):
-            array = np.empty([int(size) for size in shape.split("x")] if shape != "-" else [], dtype)
+            foreign = getattr(ml_dtypes, dtype[1:], None)
+            array = np.empty([int(size) for size in shape.split("x")] if shape != "-" else [], foreign or dtype)
             bytes_ = array.reshape(-1).view(np.uint8)
             bytes_[:] = np.arange(bytes_.size, dtype=np.uint64) * 131 + 7 & 255
             held[bytes.fromhex(encoded).decode()] = array

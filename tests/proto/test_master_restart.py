@@ -36,6 +36,7 @@ from pyccl._proto.messages import (
     Resume,
     Settle,
     Suspect,
+    Term,
     Trust,
     Undecided,
     Unknown,
@@ -106,6 +107,10 @@ def test_the_first_members_of_a_new_run_have_no_time_of_grace() -> None:
     world.say(1, Suspect(peer_id(3), "silent"))
     world.pass_time(TIMEOUT_S + 0.2, beating=(1, 2))
     assert world.last(1, Flush).members == (peer_id(1), peer_id(2))
+
+
+def lost_in(world: World) -> list[str]:
+    return [fields["peer"] for event, fields in world.logs if event == "peer_lost"]
 
 
 # ---- durable first
@@ -322,12 +327,51 @@ def test_nobody_is_given_up_for_silence_before_all_had_time_to_come_back() -> No
     commit = commit_of(world)
     world.restart(after_s=100.0)
     world.resume(1, commit, frozen=True)
-    world.say(1, Suspect(peer_id(2), "silent"))
     world.pass_time(limits.RECONNECT_S + TIMEOUT_S - 0.3, beating=(1,))
-    assert not [fields for event, fields in world.logs if event == "peer_lost"]
+    assert not lost_in(world)
     world.resume(2, commit)
     world.pass_time(1.0, beating=(1, 2))
-    assert [fields["peer"] for event, fields in world.logs if event == "peer_lost"] == [peer_id(3).hex()[:8]]
+    assert lost_in(world) == [peer_id(3).hex()[:8]]
+
+
+@pytest.mark.parametrize("comes_after_s", [0.1, 1.5])
+@pytest.mark.parametrize("silent_after_s", [-20.0, -0.1, 0.0, 1.6])
+def test_silence_around_a_restart_costs_no_more_than_the_time_out_and_a_second(
+    comes_after_s: float, silent_after_s: float
+) -> None:
+    """Counted from the later of the two: the master is up, the silence began. 1 alone is back, and heard."""
+    world = group_of(3)
+    commit = commit_of(world)
+    world.restart(after_s=30.0)
+    up = world.now
+    world.pass_time(comes_after_s)
+    world.resume(1, commit)
+    world.resume(2, commit)
+    beating: tuple[int, ...] = (1, 2)
+    if silent_after_s > 0.0:
+        world.resume(3, commit)
+        beating = (1, 2, 3)
+    world.pass_time(max(0.0, up + silent_after_s - world.now), beating)
+    begins = max(up, up + silent_after_s)
+    complains_at = max(world.now, up + silent_after_s + TIMEOUT_S)
+    world.pass_time(complains_at - world.now, (1, 2))
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(begins + TIMEOUT_S - 0.1 - world.now, (1, 2))
+    assert not lost_in(world)
+    world.pass_time(begins + TIMEOUT_S + 1.0 - world.now, (1, 2))
+    assert lost_in(world) == [peer_id(3).hex()[:8]]
+
+
+def test_whom_nobody_alive_misses_has_long_to_come_back_to_a_restarted_master() -> None:
+    """2 complained and fell silent itself: what it said may be stale."""
+    world = group_of(3)
+    commit = commit_of(world)
+    world.restart(after_s=30.0)
+    world.resume(1, commit, frozen=True)
+    world.resume(2, commit, frozen=True)
+    world.say(2, Suspect(peer_id(3), "silent"))
+    world.pass_time(limits.RECONNECT_S + TIMEOUT_S - 0.3, beating=(1,))
+    assert not lost_in(world)
 
 
 def test_a_member_whose_process_is_gone_is_out_at_once_after_the_restart() -> None:
@@ -398,15 +442,15 @@ class Adopting(Journaled):
     """With a journal (--adopt-run) or without one (--no-journal)."""
 
     def __init__(self, journaled: bool) -> None:
-        self.journaled = journaled
+        self.journaled, self.adopts = journaled, True
         super().__init__()
         self.past = Past(b"N" * 16, make_term(1, 0x123))
         self.master = self.make_master()
 
     def make_master(self) -> MasterMachine:
         return MasterMachine(
-            *(self.past.run, self.past.term, TIMEOUT_S, "test"),
-            journaled=self.journaled, needs_majority=not self.journaled, adopts=True, past=self.past, now=self.now,
+            *(self.past.run, self.past.term, TIMEOUT_S, "test"), journaled=self.journaled,
+            needs_majority=not self.journaled, adopts=self.adopts, past=self.past, now=self.now,
         )  # fmt: skip
 
     def come_back(
@@ -446,6 +490,32 @@ def test_an_adopting_master_continues_the_run_of_those_who_come(journaled: bool)
         assert world.past.run == RUN and world.past.groups[0].commit == commit_of(world, 4)
 
 
+@pytest.mark.parametrize("journaled", [True, False])
+def test_silence_in_a_run_that_is_taken_over_counts_from_the_masters_start(journaled: bool) -> None:
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled)
+    world.pass_time(1.5)
+    for n in (1, 2):
+        world.come_back(n, commit)
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(TIMEOUT_S - 1.6, beating=(1, 2))
+    assert not lost_in(world)
+    world.pass_time(1.1, beating=(1, 2))
+    assert lost_in(world) == [peer_id(3).hex()[:8]]
+
+
+def test_a_master_that_was_up_for_long_gives_those_of_a_run_it_takes_over_time_to_come() -> None:
+    commit = commit_of(group_of(3))
+    world = Adopting(journaled=True)
+    world.hello(9)  # somebody is heard all the time
+    world.pass_time(10 * TIMEOUT_S)
+    world.come_back(1, commit)
+    world.come_back(2, commit)
+    world.say(1, Suspect(peer_id(3), "silent"))
+    world.pass_time(TIMEOUT_S - 0.2, beating=(1, 2))
+    assert not lost_in(world)
+
+
 def test_the_run_that_is_taken_over_is_durable_before_anybody_is_welcome() -> None:
     commit = commit_of(group_of(2))
     world = Adopting(journaled=True)
@@ -478,6 +548,35 @@ def test_who_is_one_commit_ahead_brings_the_others_with_it(journaled: bool) -> N
     assert world.last(3, Evicted).reason
     world.say(1, Settle(3))
     assert world.last(2, Flush).ballot > max(flush.ballot, 7 << 32)
+
+
+def test_a_restarted_master_knows_which_epochs_are_their_members_word() -> None:
+    """The operator has allowed it the first time; what it has decided since is its own word."""
+    world = group_of(3)
+    before = commit_of(world)
+    world.say(3, Leave())
+    for n in (1, 2):
+        world.say(n, Report(2, world.last(n, Flush).ballot, (OpReport(0, 0, 4, OpState.PREPARED, 5),)))
+    last = commit_of(world)
+    world = Adopting(journaled=True)
+    world.come_back(2, before)
+    assert world.past.recalled == {0}
+    world.adopts = False
+    world.restart()
+    world.resume(2, before)
+    assert not world.got(2, Cancelled), "1 may have the commit of what was proposed"
+    world.hello(9, group=7)
+    assert not world.got(9, EpochCommit), "members of that group may be on their way"
+    world.come_back(1, last)
+    assert commit_of(world, 2) == last
+    world.restart()
+    for n in (1, 2):
+        world.resume(n, last)
+    world.say(1, Settle(3))
+    for n in (1, 2):
+        world.say(n, Report(3, world.last(n, Flush).ballot))
+    assert commit_of(world).epoch.previous == last.epoch.id
+    assert world.past.recalled == frozenset()
 
 
 @pytest.mark.parametrize("journaled", [True, False])
@@ -572,6 +671,10 @@ def test_a_ballot_that_is_open_when_a_later_term_is_heard_of_is_asked_again() ->
     world.hello(3, resume=Resume(RUN, epoch.number, epoch.id, False))
     ballot = world.last(1, Flush).ballot
     assert ballot > first and ballot > 5 << 32
+    term = world.master.term
+    assert start_of(term) == 6 and world.got(1, Term) == [Term(term)] and not world.got(2, Term)
+    assert world.inbox[1].index(Term(term)) < world.inbox[1].index(world.last(1, Flush)), "before what it numbers"
+    assert world.last(2, Welcome).term == term
     for n in (1, 2, 3):
         assert world.last(n, Flush).ballot == ballot
         world.say(n, Report(epoch.number, ballot))
@@ -590,7 +693,9 @@ def test_nothing_is_asked_under_a_later_term_before_that_is_durable() -> None:
     world.say(2, recall_of(commit, make_term(2, 9)))
     world.hello(3, resume=Resume(RUN, epoch.number, epoch.id, False))
     assert world.last(1, Flush).ballot == first and not world.got(2, Welcome) and not world.got(3, Welcome)
+    assert not world.got(1, Term)
     world.flush()
+    assert world.got(1, Term) == [Term(world.past.term)]
     ballot = world.last(1, Flush).ballot
     assert ballot > max(first, start_of(make_term(2, 9)) << 32)
     for n in (1, 2, 3):

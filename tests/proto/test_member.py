@@ -35,6 +35,7 @@ from pyccl._proto.messages import (
     Resume,
     Settle,
     Suspect,
+    Term,
     Trust,
     Unblocked,
     Undecided,
@@ -130,6 +131,19 @@ def test_founder_joins_without_links() -> None:
     epoch = make_epoch(1, bytes(16), 1, (ME,))
     effects = machine.receive(EpochCommit(epoch, "found", world_size=1), 0.0)
     assert effects == [mb.Enter(epoch, (), True, False, 0, 1), mb.KeepLinks(()), mb.Joined(epoch)]
+
+
+def test_a_later_term_of_its_master_is_what_a_member_comes_back_with_and_recalls() -> None:
+    machine, epoch = in_epoch()
+    later = machine.term + (3 << 32)
+    assert machine.receive(Term(later), 1.0) == []
+    with pytest.raises(RemoteProtocolError, match="goes back"):
+        machine.receive(Term(later - 1), 1.0)
+    machine.disconnected(2.0)
+    (hello,) = sent(machine.connected(3.0))
+    assert isinstance(hello, Hello) and hello.resume is not None and hello.resume.term == later
+    (recall,) = sent(machine.receive(Unknown(b"N" * 16, True), 3.0))
+    assert isinstance(recall, Recall) and (recall.term, recall.epoch) == (later, epoch)
 
 
 def test_newcomer_that_loses_its_connection_greets_anew() -> None:

@@ -22,6 +22,7 @@ from pyccl._proto.messages import (
     OpVerdict,
     Report,
     Verdict,
+    to_wire,
 )
 from pyccl._proto.mismatch import blocked_detail, parse_detail
 from pyccl.errors import RemoteProtocolError
@@ -236,3 +237,17 @@ def test_report_on_a_foreign_pair_is_refused() -> None:
     world.say(3, Leave())
     world.say(1, Report(2, world.last(1, Flush).ballot, (op_report(1, 2, OpState.COMMITTED),)))
     assert 1 in world.closed
+
+
+def test_a_proposal_is_one_message_to_all_of_the_same_cut() -> None:
+    """It is packed once; and the epoch in it once more for all, whatever their cuts."""
+    world = group_of(3)
+    world.hello(4)
+    common, ours = Count(0, 1, 7), Count(SPACE, pair(0, 1), 3)
+    for n in (1, 2):
+        world.say(n, Arrive(2, (common, ours)))
+    world.say(3, Arrive(2, (common,)))
+    first, second, third, newcomer = (world.last(n, EpochPropose) for n in (1, 2, 3, 4))
+    assert first is second and first.cut == (common, ours)
+    assert third.cut == (common,) and newcomer.cut == ()
+    assert to_wire(first)[2] is to_wire(third)[2]

@@ -150,13 +150,13 @@ _ALL: Final = (
         "hearsay_evicts",
         "pyccl/_proto/suspicion.py",
         "one complaint evicts, whatever the master itself hears",
-        (("        if silent_s < peer_timeout or member.peer in lost:\n", "        if member.peer in lost:\n"),),
+        (("        if silent_s < peer_timeout:\n", "        if False:\n"),),
     ),
     Canary(
         "blame_others",
         _MASTER,
         "the master takes a failure of its own line for the silence of all members",
-        (("return max(self._now if quiet else self._line_since, self._grace_until)", "return 0.0"),),
+        (("since = self._now if quiet else self._line_since", "return Line(0.0, 0.0)"),),
     ),
     Canary(
         "resume_in_silence",

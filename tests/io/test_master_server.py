@@ -1,0 +1,161 @@
+"""The master's shell: receivers that do not read, and members that announce what they do not send."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import trio
+
+from pyccl._io import envelope
+from pyccl._io.envelope import LONG_MAX
+from pyccl._io.master_server import MasterServer
+from pyccl._proto import limits
+from pyccl._proto.epoch import Address
+from pyccl._proto.messages import (
+    Alive,
+    EpochCommit,
+    EpochPropose,
+    Heartbeat,
+    Hello,
+    Members,
+    Observe,
+    Ready,
+    Welcome,
+)
+from pyccl._proto.past import Past
+
+HANG_S = 60.0
+BUFFER_BYTES = 4096  # of each socket: what a test makes wait, waits in the master
+BEATS = 100
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        with trio.fail_after(HANG_S):
+            await main()
+
+    trio.run(limited)
+
+
+class Served:
+    """A master on loopback, and connections to it."""
+
+    def __init__(self, port: int, open_: AsyncExitStack) -> None:
+        self._port, self._open = port, open_
+        self._last = 0
+
+    async def connect(self) -> trio.SocketStream:
+        sock = trio.socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        try:
+            await sock.connect(("127.0.0.1", self._port))
+        except BaseException:
+            sock.close()
+            raise
+        return await self._open.enter_async_context(trio.SocketStream(sock))
+
+    def ids(self) -> tuple[bytes, bytes]:
+        self._last += 1
+        return struct.pack(">QQ", 1, self._last), struct.pack(">QQ", 2, self._last)
+
+    async def observer(self) -> trio.SocketStream:
+        """Welcome."""
+        stream = await self.connect()
+        await stream.send_all(envelope.pack(Observe(limits.PROTOCOL_VERSION, "test", 0, *self.ids())))
+        assert isinstance(await envelope.receive(stream), Welcome)
+        assert isinstance(await envelope.receive(stream), Members)
+        return stream
+
+    async def founder(self, group: int) -> trio.SocketStream:
+        """The one member of its group."""
+        stream = await self.connect()
+        hello = Hello(limits.PROTOCOL_VERSION, "test", group, *self.ids(), (Address("127.0.0.1", 1),))
+        await stream.send_all(envelope.pack(hello))
+        while True:
+            message = await envelope.receive(stream)
+            if isinstance(message, EpochPropose):
+                await stream.send_all(envelope.pack(Ready(message.epoch.number, message.version)))
+            if isinstance(message, EpochCommit):
+                return stream
+
+
+@asynccontextmanager
+async def served(waiting_bytes_max: int = 1 << 30, waiting_all_bytes_max: int = 1 << 30) -> AsyncIterator[Served]:
+    server = MasterServer(
+        Past(b"R" * 16, 1 << 32), None, 60.0, "test", needs_majority=True,
+        waiting_bytes_max=waiting_bytes_max, waiting_all_bytes_max=waiting_all_bytes_max,
+    )  # fmt: skip
+    sock = trio.socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)  # of those that are accepted, too
+    await sock.bind(("127.0.0.1", 0))
+    sock.listen(128)
+    async with AsyncExitStack() as open_, trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve, trio.SocketListener(sock))
+        yield Served(sock.getsockname()[1], open_)
+        nursery.cancel_scope.cancel()
+
+
+async def beat_until_cut_off(stream: trio.SocketStream) -> None:
+    """Each is answered, and no answer is read."""
+    try:
+        while True:
+            await stream.send_all(envelope.pack(Heartbeat()) * BEATS)
+    except trio.BrokenResourceError:
+        pass
+
+
+async def answered(stream: trio.SocketStream) -> None:
+    await stream.send_all(envelope.pack(Heartbeat()))
+    assert isinstance(await envelope.receive(stream), Alive)
+
+
+def test_who_does_not_read_what_it_asks_for_is_cut_off_and_nobody_else() -> None:
+    async def main() -> None:
+        async with served(waiting_bytes_max=1 << 16) as master:
+            other, greedy = await master.observer(), await master.observer()
+            await beat_until_cut_off(greedy)
+            await answered(other)
+            await answered(await master.observer())
+
+    run(main)
+
+
+def test_when_all_together_do_not_read_too_much_the_one_with_most_is_cut_off() -> None:
+    async def main() -> None:
+        async with served(waiting_all_bytes_max=1 << 20) as master:
+            modest, greedy = await master.observer(), await master.observer()
+            for _ in range(20):  # what waits for it stays below the greedy one's
+                await modest.send_all(envelope.pack(Heartbeat()) * BEATS)
+            await beat_until_cut_off(greedy)
+            for _ in range(20 * BEATS):
+                assert isinstance(await envelope.receive(modest), Alive)
+            await answered(modest)
+
+    run(main)
+
+
+def test_members_that_announce_long_messages_and_send_none_are_cut_off_from_the_oldest_on() -> None:
+    async def main() -> None:
+        async with served() as master:
+            quiet = await master.founder(0)
+            streams = [await master.founder(group) for group in range(1, LONG_MAX + 4)]
+            for stream in streams:
+                await stream.send_all(struct.pack(">I", limits.BODY_MAX_BYTES) + b"\x92")
+                await answered(quiet)
+            for stream in streams[:3]:
+                assert await _ended(stream)
+            await answered(quiet)
+
+    run(main)
+
+
+async def _ended(stream: trio.SocketStream) -> bool:
+    try:
+        while await stream.receive_some(1 << 16):
+            pass
+    except trio.BrokenResourceError:
+        pass
+    return True
