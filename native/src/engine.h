@@ -39,6 +39,7 @@
 #define ENGINE_TILE_FLOATS 65536     /* of the longest codec block */
 #define CONTROL_WAITING_MAX (1 << 18) /* control frames that wait for one peer when it sends another: more is hostile */
 #define ASKS_MAX 1024                /* queued at the one who serves, per peer */
+#define ASKS_PACKED_MAX 32           /* of them, to be packed: what is held for that; others are sent as they are */
 #define ASKS_SENT_MAX 256            /* unanswered at the one who asks, per peer */
 
 typedef enum sink_kind {             /* link_sink.kind */

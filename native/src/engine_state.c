@@ -81,10 +81,12 @@ static void tell_packer(pyccl_engine *engine, const peer *p, const ask *wanted) 
 }
 
 link_verdict state_asked(pyccl_engine *engine, peer *p, const pyccl_frame *frame) {
-    const ask wanted = {.sync = frame->seq, .offset = frame->offset, .size = (uint32_t)frame->value, .packing = frame->phase == 1};
+    ask wanted = {.sync = frame->seq, .offset = frame->offset, .size = (uint32_t)frame->value, .packing = frame->phase == 1};
+    uint32_t packed = 0;
     for (uint32_t i = 0; i < p->ask_count; i++) {
         ask *queued = &p->asks[(p->ask_head + i) % ASKS_MAX];
         const bool covered = ask_within(&wanted, queued);
+        packed += queued->packing || queued->packed != NULL;
         if (!covered && !ask_within(queued, &wanted)) continue;
         if (covered && wanted.packing) return LINK_GO; /* in whichever way it is queued */
         ask_plain(queued);
@@ -95,6 +97,7 @@ link_verdict state_asked(pyccl_engine *engine, peer *p, const pyccl_frame *frame
     if (p->ask_count == ASKS_MAX) return LINK_REFUSE;
     if (p->asks == NULL) p->asks = malloc(ASKS_MAX * sizeof *p->asks);
     if (p->asks == NULL) return LINK_REFUSE;
+    if (packed >= ASKS_PACKED_MAX) wanted.packing = false;
     p->asks[(p->ask_head + p->ask_count++) % ASKS_MAX] = wanted;
     if (wanted.packing) tell_packer(engine, p, &wanted);
     p->link.wants_send = true;

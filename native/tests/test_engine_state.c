@@ -1,5 +1,6 @@
 /* test_engine_state.c: shared state that one engine publishes and others fetch in pieces. */
 #include "engine_vectors.h"
+#include "engine.h"
 #include "frame.h"
 
 TEST(engine_fetches_published_state_in_pieces_across_regions) {
@@ -332,6 +333,23 @@ TEST(engine_keeps_what_is_packed_until_it_can_be_sent) {
     }
     const pyccl_frame frame = hear(hand, part);
     CHECK(frame.type == PYCCL_FRAME_STATE_PACKED && frame.length == PACKED_SIZE - 1 && frame.value == PACKED_SIZE);
+    hands_close(&c, hand);
+}
+
+TEST(engine_packs_for_a_peer_so_much_at_a_time_and_sends_the_rest_as_it_is) {
+    enum { ASKED = ASKS_PACKED_MAX + 2, SIZE = 1000 };
+    cluster c;
+    int hand[2];
+    two_hands(&c, hand);
+    static uint8_t source[ASKED * SIZE], part[PYCCL_PIECE_MAX];
+    const pyccl_region region = {source, sizeof source};
+    CHECK_EQ(pyccl_state_publish(c.engine[0], 7, &region, 1), PYCCL_OK);
+    for (uint64_t k = 0; k < ASKED; k++)
+        say(&c, hand[0], (pyccl_frame){.type = PYCCL_FRAME_STATE_ASK, .phase = 1, .seq = 7, .offset = k * SIZE, .value = SIZE}, NULL, 0);
+    for (uint64_t k = ASKS_PACKED_MAX; k < ASKED; k++) { /* the others wait for the packer */
+        const pyccl_frame frame = hear(hand, part);
+        CHECK(frame.type == PYCCL_FRAME_STATE_DATA && frame.length == SIZE && frame.offset >= ASKS_PACKED_MAX * SIZE);
+    }
     hands_close(&c, hand);
 }
 
