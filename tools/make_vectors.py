@@ -35,7 +35,7 @@ U64_MAX = 2**64 - 1
 
 FRAME_TYPES = {
     "open": 1, "data": 2, "done": 3, "abort": 4, "ask": 5, "answer": 6, "settled": 7,
-    "heartbeat": 8, "state_ask": 9, "state_data": 10, "state_none": 11,
+    "heartbeat": 8, "state_ask": 9, "state_data": 10, "state_none": 11, "state_packed": 12,
 }  # fmt: skip
 FRAME_FIELDS = (
     "type", "phase", "space", "epoch_number", "epoch_tag", "seq", "tag", "length", "offset", "value", "spec_hash",
@@ -90,6 +90,7 @@ TYPICAL = {
     "state_ask": frame("state_ask", **OF_STATE, value=4096),
     "state_data": frame("state_data", **OF_STATE, length=4096),
     "state_none": frame("state_none", **OF_STATE),
+    "state_packed": frame("state_packed", **OF_STATE, length=4095, value=4096),
 }
 # The ends of each range: (name, type, changes).
 FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
@@ -111,6 +112,9 @@ FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
     ("answer_value_most", "answer", {"value": 255}),
     ("state_ask_value_least", "state_ask", {"value": 1, "offset": 0}),
     ("state_ask_value_most", "state_ask", {"value": PIECE_MAX}),
+    ("state_ask_packed", "state_ask", {"phase": 1}),
+    ("state_packed_least", "state_packed", {"length": 1, "value": 2}),
+    ("state_packed_most", "state_packed", {"length": PIECE_MAX - 1, "value": PIECE_MAX}),
     ("state_data_length_least", "state_data", {"length": 1}),
     ("state_data_length_most", "state_data", {"length": PIECE_MAX}),
 ]  # fmt: skip
@@ -124,14 +128,15 @@ UNNAMED = {
     "answer": ("phase", "length", "offset", "spec_hash"),
     "settled": ("phase", "length", "offset", "value", "spec_hash"),
     "heartbeat": FRAME_FIELDS[1:],
-    "state_ask": ("phase", "space", "tag", "length", "spec_hash"),
+    "state_ask": ("space", "tag", "length", "spec_hash"),
     "state_data": ("phase", "space", "tag", "value", "spec_hash"),
     "state_none": ("phase", "space", "tag", "length", "value", "spec_hash"),
+    "state_packed": ("phase", "space", "tag", "spec_hash"),
 }
 # One step beyond each range.
 FRAMES_BEYOND_LIMITS: list[tuple[str, str, Fields]] = [
     ("type_zero", "done", {"type": 0}),
-    ("type_12", "done", {"type": 12}),
+    ("type_13", "done", {"type": 13}),
     ("type_255", "done", {"type": 255}),
     ("open_length_39", "open", {"length": 39}),
     ("open_length_41", "open", {"length": 41}),
@@ -153,6 +158,12 @@ FRAMES_BEYOND_LIMITS: list[tuple[str, str, Fields]] = [
     ("answer_value_256", "answer", {"value": 256}),
     ("state_ask_value_zero", "state_ask", {"value": 0}),
     ("state_ask_value_beyond", "state_ask", {"value": PIECE_MAX + 1}),
+    ("state_ask_phase_2", "state_ask", {"phase": 2}),
+    ("state_packed_length_zero", "state_packed", {"length": 0}),
+    ("state_packed_is_not_shorter", "state_packed", {"length": 4096}),
+    ("state_packed_value_zero", "state_packed", {"value": 0}),
+    ("state_packed_value_beyond", "state_packed", {"value": PIECE_MAX + 1}),
+    ("state_packed_value_high_half", "state_packed", {"value": 4096 + 2**32}),
     ("state_data_length_zero", "state_data", {"length": 0}),
     ("state_data_length_beyond", "state_data", {"length": PIECE_MAX + 1}),
 ]

@@ -114,7 +114,8 @@ typedef enum pyccl_frame_type {
     PYCCL_FRAME_HEARTBEAT = 8,       /* alive; epoch fields are 0                                                */
     PYCCL_FRAME_STATE_ASK = 9,       /* send `value` bytes of the published state `seq` from `offset`            */
     PYCCL_FRAME_STATE_DATA = 10,     /* those bytes                                                              */
-    PYCCL_FRAME_STATE_NONE = 11      /* not published here (any more)                                            */
+    PYCCL_FRAME_STATE_NONE = 11,     /* not published here (any more)                                            */
+    PYCCL_FRAME_STATE_PACKED = 12    /* all that was asked for, packed; value: how much that is                  */
 } pyccl_frame_type;
 
 typedef struct pyccl_frame {         /* the 64-byte header, decoded */
@@ -360,8 +361,9 @@ typedef enum pyccl_event_type {
     PYCCL_EVENT_LEAVE = 7,           /* an outcome can't be learned: leave the run                                   */
     PYCCL_EVENT_DIFFERS = 8,         /* `slot` opened (space, tag, seq) as `theirs`, we have `mine`; value: epoch     */
     PYCCL_EVENT_DRAINED = 9,         /* all below the cut is settled here; value: number of the pyccl_engine_cut call */
-    PYCCL_EVENT_STATE = 10,          /* a fetch ended; value: fetch id; code: status                                 */
-    PYCCL_EVENT_PULSE_DOWN = 11      /* the pulse connection to the master ended                                     */
+    PYCCL_EVENT_STATE = 10,          /* a fetch ended; value: fetch id; code: status; count: packed bytes, 0: as they are */
+    PYCCL_EVENT_PULSE_DOWN = 11,     /* the pulse connection to the master ended                                     */
+    PYCCL_EVENT_PACK = 12            /* `slot` takes these packed: value: sync, seq: offset, count: bytes; answer it  */
 } pyccl_event_type;
 
 typedef struct pyccl_event {
@@ -425,11 +427,15 @@ pyccl_status pyccl_op_take(const pyccl_op *op, void *dst, uint64_t dst_bytes);
 void pyccl_op_free(pyccl_op *op);                               /* NULL or an operation that has ended */
 
 /* Shared state: what is published under `sync` is served to members that ask. The memory must stay valid until
- * unpublish returns. A fetch ends with EVENT_STATE: OK, PEER_LOST (link or epoch ended) or ARGUMENT (not published). */
+ * unpublish returns. A fetch ends with EVENT_STATE: OK, PEER_LOST (link or epoch ended) or ARGUMENT (not published).
+ * packed: 1: the holder may pack the bytes. It is told with EVENT_PACK and answers with pyccl_state_packed: `data`, which
+ * is copied, or bytes = 0: as they are. ERR_ARGUMENT: nobody waits for that any more, or it is not shorter. */
 pyccl_status pyccl_state_publish(pyccl_engine *engine, uint64_t sync, const pyccl_region *regions, size_t count);
 pyccl_status pyccl_state_unpublish(pyccl_engine *engine, uint64_t sync);
 pyccl_status pyccl_state_fetch(pyccl_engine *engine, uint32_t slot, uint64_t sync, uint64_t offset, uint32_t size_bytes,
-                               void *dst, uint64_t fetch);
+                               void *dst, uint64_t fetch, int packed);
+pyccl_status pyccl_state_packed(pyccl_engine *engine, uint32_t slot, uint64_t sync, uint64_t offset, uint32_t size_bytes,
+                                const void *data, uint32_t bytes);
 /* Drop one fetch: dst is free when this returns, no event comes. ERR_ARGUMENT: it has ended, its event is on its way. */
 pyccl_status pyccl_state_cancel(pyccl_engine *engine, uint64_t fetch);
 pyccl_status pyccl_state_forget(pyccl_engine *engine);          /* as cancel, all fetches */

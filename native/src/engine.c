@@ -208,7 +208,7 @@ static void conn_take_down(pyccl_engine *engine, pyccl_conn *conn) {
     ops_conn_lost(engine, p, index);
     if (p->link.conn_count > 0) return;
     p->reset_owed = true;
-    p->ask_count = 0;
+    state_drop_asks(p);
     link_control_clear(&p->link);
 }
 
@@ -474,6 +474,7 @@ static void engine_delete(pyccl_engine *engine) {
         peer *p = engine->peers;
         engine->peers = p->next;
         link_fini(&p->link);
+        state_drop_asks(p);
         free(p->asks);
         free(p);
     }

@@ -39,6 +39,7 @@
 #define ENGINE_TILE_FLOATS 65536     /* of the longest codec block */
 #define CONTROL_WAITING_MAX (1 << 18) /* control frames that wait for one peer when it sends another: more is hostile */
 #define ASKS_MAX 1024                /* queued at the one who serves, per peer */
+#define ASKS_PACKED_MAX 32           /* of them, to be packed: what is held for that; others are sent as they are */
 #define ASKS_SENT_MAX 256            /* unanswered at the one who asks, per peer */
 
 typedef enum sink_kind {             /* link_sink.kind */
@@ -159,9 +160,12 @@ typedef struct early_piece early_piece;
 typedef struct publication publication;
 typedef struct fetch fetch;
 
-typedef struct ask {
+typedef struct ask {                 /* what is left of it */
     uint64_t sync, offset;
     uint32_t size;
+    bool packing;                    /* the caller has been told, and has not answered */
+    uint32_t packed_bytes;           /* 0: as they are */
+    uint8_t *packed;
 } ask;
 
 struct peer {
@@ -322,6 +326,7 @@ void early_clear_peer(pyccl_engine *engine, const peer *p);
 link_verdict state_asked(pyccl_engine *engine, peer *p, const pyccl_frame *frame);
 bool state_load_next(pyccl_engine *engine, peer *p, link_load *load);
 link_verdict state_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn);
+link_verdict state_packed_begin(peer *p, pyccl_conn *conn);
 void state_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn);
 void state_data_cancel(pyccl_conn *conn);
 void state_none(pyccl_engine *engine, peer *p, const pyccl_frame *frame);
@@ -329,6 +334,7 @@ void state_moved(pyccl_engine *engine, const fetch *f);
 int64_t state_check(pyccl_engine *engine, peer *p);      /* ask again for what does not come; returns when to look again */
 void state_conn_lost(pyccl_engine *engine, peer *p);     /* ask again over what is left, or end the fetches */
 void state_end_fetches(pyccl_engine *engine, peer *p, pyccl_status status);
+void state_drop_asks(peer *p);                           /* what it asked for and was not sent */
 void state_clear(pyccl_engine *engine, peer *p);         /* asks and fetches of the old epoch */
 void state_fini(pyccl_engine *engine);
 

@@ -65,6 +65,7 @@ static void run_peer_remove(pyccl_engine *engine, command *c) {
     engine->slots[p->link.slot] = NULL;
     link_bury(&engine->env); /* its connections point to it; commands run when no batch of events is open */
     link_fini(&p->link);
+    state_drop_asks(p);
     free(p->asks);
     free(p);
 }

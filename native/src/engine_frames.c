@@ -57,6 +57,7 @@ static link_verdict frame_begin(void *ctx, pyccl_conn *conn) {
     switch (conn->frame.type) {
     case PYCCL_FRAME_DATA: return data_begin(engine, p, conn);
     case PYCCL_FRAME_STATE_DATA: return state_data_begin(engine, p, conn);
+    case PYCCL_FRAME_STATE_PACKED: return state_packed_begin(p, conn);
     default:
         conn->sink.kind = SINK_CONTROL;
         if (conn->frame.length > 0) conn->sink.dst = conn->small;

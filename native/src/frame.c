@@ -82,9 +82,10 @@ static const frame_rule FRAME_RULES[] = {
     [PYCCL_FRAME_ANSWER] = {.length = ZERO, .value = OUTCOME_VALUE, OF_OPERATION},
     [PYCCL_FRAME_SETTLED] = {.length = ZERO, .value = ZERO, OF_OPERATION},
     [PYCCL_FRAME_HEARTBEAT] = {.length = ZERO, .value = ZERO},
-    [PYCCL_FRAME_STATE_ASK] = {.length = ZERO, .value = PIECE, OF_STATE},
+    [PYCCL_FRAME_STATE_ASK] = {.length = ZERO, .value = PIECE, OF_STATE, .phase = true},
     [PYCCL_FRAME_STATE_DATA] = {.length = PIECE, .value = ZERO, OF_STATE},
     [PYCCL_FRAME_STATE_NONE] = {.length = ZERO, .value = ZERO, OF_STATE},
+    [PYCCL_FRAME_STATE_PACKED] = {.length = PIECE, .value = PIECE, OF_STATE},
 };
 
 static bool in_range(uint64_t x, field_range range) { return range.low <= x && x <= range.high; }
@@ -93,9 +94,10 @@ static bool in_range(uint64_t x, field_range range) { return range.low <= x && x
 static bool weight_valid(uint64_t bits) { return bits < UINT64_C(0x7FF) << 52; }
 
 bool frame_valid(const pyccl_frame *frame) {
-    if (frame->type < PYCCL_FRAME_OPEN || frame->type > PYCCL_FRAME_STATE_NONE) return false;
+    if (frame->type < PYCCL_FRAME_OPEN || frame->type > PYCCL_FRAME_STATE_PACKED) return false;
     const frame_rule *rule = &FRAME_RULES[frame->type];
     if (frame->type == PYCCL_FRAME_OPEN && !weight_valid(frame->offset)) return false;
+    if (frame->type == PYCCL_FRAME_STATE_PACKED && frame->length >= frame->value) return false;
     return in_range(frame->length, rule->length) && in_range(frame->value, rule->value) &&
            frame->phase <= (rule->phase ? 1 : 0) && frame->space <= (rule->space ? PYCCL_SPACE_PAIR : 0) &&
            (rule->epoch || (frame->epoch_number == 0 && frame->epoch_tag == 0)) &&

@@ -6,6 +6,8 @@
 
 #include "pyccl.h"
 
+#define STATE_UNIT_BYTES 65536       /* parts of the answer to a STATE_ASK begin and end at multiples of this */
+
 /* True when every field is within the limits of proto/wire.md 3.2. */
 bool frame_spec_valid(const pyccl_spec *spec);
 

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,6 +31,7 @@ from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import LinkEvents, Links, listen
 from pyccl._io.observed import Observed
+from pyccl._io.packer import Bytes, Packer
 from pyccl._io.resolver import Resolver
 from pyccl._native import status
 from pyccl._native.handles import Engine, Event, EventType, Op
@@ -140,7 +141,8 @@ class Session:
         self._members: dict[int, tuple[bytes, ...]] = {}
         self._mismatch: tuple[str, tuple[str, ...], tuple[str, ...]] = ("", (), ())
         self.blocked: set[object] = set()  # one for each caller that waits in an operation: for mismatch detection
-        self._fetches: dict[int, Callable[[int], None]] = {}
+        self._fetches: dict[int, Callable[[int, int], None]] = {}
+        self._packers: dict[int, Packer] = {}  # sync -> who packs what is published under it
         self._fetch_last = 0
         self._fetch_lock = threading.Lock()
         self.observed = Observed(self, peer, incarnation)
@@ -251,19 +253,33 @@ class Session:
         links = self._links
         return None if links is None else links.slot_of(peer)
 
-    def fetch(self, slot: int, sync: int, offset: int, dst: object, then: Callable[[int], None]) -> int:
-        """Read published state from a holder; `then(status)` is called in the Trio thread when it ended. Its number."""
+    def fetch(
+        self, slot: int, sync: int, offset: int, dst: object, then: Callable[[int, int], None], *, packed: bool
+    ) -> int:
+        """Read published state from a holder; `then(status, packed bytes)` is called in the Trio thread when it ended.
+        packed: it may come so; 0 packed bytes: it did not. Its number."""
         engine = self.need_engine()
         with self._fetch_lock:
             self._fetch_last += 1
             fetch = self._fetch_last
             self._fetches[fetch] = then
         try:
-            engine.fetch(slot, sync, offset, dst, fetch)
+            engine.fetch(slot, sync, offset, dst, fetch, packed)
         except errors.UsageError:  # the holder was removed, or the engine stopped, since the caller looked
             self._fetches.pop(fetch, None)
-            then(status.PEER_LOST)
+            then(status.PEER_LOST, 0)
         return fetch
+
+    def publish(self, sync: int, arrays: Sequence[Bytes]) -> None:
+        """Serve these bytes, one array behind the other, as they are or packed, until ``unpublish``."""
+        engine = self.need_engine()
+        engine.publish(sync, arrays)
+        self._packers[sync] = Packer(engine, sync, arrays)
+
+    def unpublish(self, sync: int, engine: Engine) -> None:
+        """The memory is the caller's again. engine: that it was published on, which may have stopped since."""
+        self._packers.pop(sync).close()
+        engine.unpublish(sync)
 
     def cancel_fetch(self, fetch: int) -> bool:
         """True: its buffer is the caller's again and its `then` is not called. False: it was, or is about to be."""
@@ -332,7 +348,7 @@ class Session:
                 self.engine.stop(status.EVICTED if isinstance(final, errors.EvictedError) else status.CLOSED)
                 self.engine = self._links = None  # it is freed, with its descriptors, once no operation refers to it
             for then in list(self._fetches.values()):
-                then(status.CLOSED)
+                then(status.CLOSED, 0)
             self._fetches.clear()
             for waiter in (self._joined, self._topology):
                 if waiter is not None:
@@ -730,7 +746,15 @@ class Session:
         self.engine.fetched(event.value)
         then = self._fetches.pop(event.value, None)
         if then is not None:
-            then(event.code)
+            then(event.code, event.count)
+
+    def _on_pack(self, event: Event) -> None:
+        assert self.engine is not None
+        packer = self._packers.get(event.value)
+        if packer is None:  # it was published for a moment longer
+            self.engine.packed(event.slot, event.value, event.seq, event.count, b"")
+        else:
+            packer.ask(event.slot, event.seq, event.count)
 
     def _on_pulse_down(self, event: Event) -> None:
         self._pulse_wanted.set()
@@ -812,6 +836,7 @@ _EVENTS: Final[dict[int, Callable[[Session, Event], None]]] = {
     EventType.DIFFERS: Session._on_differs,
     EventType.DRAINED: Session._on_drained,
     EventType.STATE: Session._on_state,
+    EventType.PACK: Session._on_pack,
     EventType.PULSE_DOWN: Session._on_pulse_down,
 }
 __all__ = ["Session", "SessionConfig", "View", "Waiter"]

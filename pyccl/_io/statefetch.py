@@ -7,6 +7,8 @@ tail, or of a lone request that has waited for a while. Who is robbed is asked f
 than others, and must let twice the time pass before it may rob in turn, until it delivers something: so a slow or
 stuck holder holds up nobody, and two slow ones don't snatch a piece from each other for ever.
 
+Pieces are asked for packed while `packing` says so (`_proto.packing`); it is told what comes.
+
 A holder whose bytes are refused has lied (or its caller has changed the arrays): it is named, left, and asked nothing
 more. Completions come through a queue from the Trio thread.
 Threads: one, the caller of ``run``.
@@ -25,9 +27,11 @@ from typing import Any, Final
 import numpy as np
 
 from pyccl import errors
+from pyccl._io import packer
 from pyccl._io.session import Session
 from pyccl._native import status
 from pyccl._native.handles import FETCH_BYTES_MAX
+from pyccl._proto.packing import Packing
 
 WINDOW: Final = 32  # requests at a time, of one FETCH_BYTES_MAX each: 32 MiB, as much as a line of 1 Gbit/s and 250 ms
 _IN_FLIGHT: Final = 8  # of them, at one holder
@@ -54,6 +58,7 @@ class _Request:
     piece: Piece
     buffer: Bytes  # FETCH_BYTES_MAX long
     asked_s: float
+    packed: bool  # how it was asked for
     number: int = 0
 
 
@@ -67,12 +72,14 @@ class _Holder:
 class Fetcher:
     """One sync's sources. `syncs`: the id under which each of `holders` serves."""
 
-    def __init__(self, session: Session, holders: Iterable[bytes], syncs: dict[bytes, int], deadline: float) -> None:
-        self._session, self._syncs, self._deadline = session, syncs, deadline
+    def __init__(
+        self, session: Session, holders: Iterable[bytes], syncs: dict[bytes, int], deadline: float, packing: Packing
+    ) -> None:
+        self._session, self._syncs, self._deadline, self._packing = session, syncs, deadline, packing
         self._holders = {peer: _Holder() for peer in sorted(holders)}
         self._buffers: list[Bytes] = []  # free ones
-        self._done: queue.SimpleQueue[tuple[bytes, _Request, int]] = queue.SimpleQueue()
-        self.fetched: dict[bytes, int] = {}  # holder -> bytes accepted from it
+        self._done: queue.SimpleQueue[tuple[bytes, _Request, int, int]] = queue.SimpleQueue()
+        self.fetched: dict[bytes, int] = {}  # holder -> bytes accepted from it, as they came over the wire
         self.liars: list[bytes] = []
 
     @property
@@ -106,7 +113,7 @@ class Fetcher:
         while peer in self._holders:
             holder = self._holders[peer]
             while todo and len(holder.requests) < _IN_FLIGHT and self._slot(peer) is not None:
-                self._ask(peer, todo.popleft())
+                self._ask(peer, todo.popleft(), packed=False)
             left = len(todo) + len(holder.requests)
             if left == 0:
                 return True
@@ -141,7 +148,7 @@ class Fetcher:
             peer = self._least_busy(share)
             if peer is None:
                 return
-            self._ask(peer, todo.popleft())
+            self._ask(peer, todo.popleft(), packed=self._packing.packed)
 
     def _least_busy(self, share: int) -> bytes | None:
         """Of the holders that can be asked now and have fewer than `share` requests open: the one with the fewest."""
@@ -157,19 +164,21 @@ class Fetcher:
         rests = time.monotonic() < self._holders[peer].rests_until_s
         return None if rests else self._session.slot_of(peer)
 
-    def _ask(self, peer: bytes, piece: Piece) -> None:
+    def _ask(self, peer: bytes, piece: Piece, *, packed: bool) -> None:
         slot = self._slot(peer)
         buffer = self._buffers.pop() if self._buffers else np.empty(FETCH_BYTES_MAX, np.uint8)
-        request = _Request(piece, buffer, time.monotonic())
+        request = _Request(piece, buffer, time.monotonic(), packed)
 
-        def then(code: int) -> None:
-            self._done.put((peer, request, code))
+        def then(code: int, packed_bytes: int) -> None:
+            self._done.put((peer, request, code, packed_bytes))
 
         self._holders[peer].requests.append(request)
         if slot is None:  # lost since the caller looked
-            then(status.PEER_LOST)
+            then(status.PEER_LOST, 0)
             return
-        request.number = self._session.fetch(slot, self._syncs[peer], piece.offset, buffer[: piece.size_bytes], then)
+        request.number = self._session.fetch(
+            slot, self._syncs[peer], piece.offset, buffer[: piece.size_bytes], then, packed=packed
+        )
 
     def _recall(self, requests: Iterable[_Request]) -> list[Piece]:
         """Take these requests back; the pieces of those that have not ended by now."""
@@ -205,13 +214,13 @@ class Fetcher:
         if pieces:
             victim.robbed = min(victim.robbed + 1, _ROBBED_MAX)
         for piece in pieces:
-            self._ask(thief, piece)
+            self._ask(thief, piece, packed=self._packing.packed)
 
     def _accept(self, todo: deque[Piece], take: Callable[[Piece, Bytes], bool]) -> None:
         """Wait a moment for a request to end, and see what it brought."""
         self._check()
         try:
-            peer, request, code = self._done.get(timeout=_POLL_S)
+            peer, request, code, packed_bytes = self._done.get(timeout=_POLL_S)
         except queue.Empty:
             return
         holder = self._holders.get(peer)
@@ -219,8 +228,8 @@ class Fetcher:
             return  # of a holder that was dropped: its pieces are asked of others
         holder.requests.remove(request)
         piece = request.piece
-        if code == status.OK and take(piece, request.buffer[: piece.size_bytes]):
-            self.fetched[peer] = self.fetched.get(peer, 0) + piece.size_bytes
+        if code == status.OK and self._take(request, packed_bytes, take):
+            self.fetched[peer] = self.fetched.get(peer, 0) + (packed_bytes or piece.size_bytes)
             self._buffers.append(request.buffer)
             holder.robbed = 0
             return
@@ -235,6 +244,22 @@ class Fetcher:
             self._drop(peer)
         else:
             holder.rests_until_s = time.monotonic() + _REST_S
+
+    def _take(self, request: _Request, packed_bytes: int, take: Callable[[Piece, Bytes], bool]) -> bool:
+        """Whether these are the right bytes."""
+        size_bytes, was = request.piece.size_bytes, self._packing.packed
+        data: Bytes | None = request.buffer[:size_bytes]
+        if packed_bytes:
+            data = packer.unpack_untrusted(request.buffer[:packed_bytes], size_bytes)
+        if data is None or not take(request.piece, data):
+            return False
+        now = time.monotonic()
+        self._packing.arrived(now, packed_bytes or size_bytes, size_bytes, asked_packed=request.packed)
+        if packed_bytes == 0 and self._packing.wants_sample(now):
+            self._packing.sampled(size_bytes, *packer.sample(data))
+        if self._packing.packed != was:
+            log.info("state_packing packed=%s reason=%r", not was, self._packing.reason)
+        return True
 
     def _drop(self, peer: bytes) -> None:
         """Ask it for nothing more; the caller asks others for what is open there."""

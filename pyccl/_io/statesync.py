@@ -46,6 +46,7 @@ from pyccl._proto.election import (
     elect,
     encode,
 )
+from pyccl._proto.packing import Packing
 from pyccl.state import Bytes, SharedState, StateDigest
 
 TAG_RECORDS: Final = 1
@@ -67,8 +68,10 @@ class SyncInfo:
     """What a sync did here. Peers are named by id (hex).
 
     revision: of the state that every member holds now. changed: names of the arrays whose bytes were replaced here.
-    rx_bytes, tx_bytes: of chunks fetched from members and served to them. holders: had the state. apart: send-only
-    members that hold another one, and got an error. liars: served bytes here that did not match their digest.
+    chunk_bytes: of the chunks that were fetched. rx_bytes, tx_bytes: as they came over the wire from members and went
+    to them, which is less where they were packed. packing: what was measured and decided about that here, for people.
+    holders: had the state. apart: send-only members that hold another one, and got an error. liars: served bytes here
+    that did not match their digest.
     """
 
     revision: int
@@ -80,6 +83,8 @@ class SyncInfo:
     seconds: float
     apart: tuple[str, ...] = ()
     liars: tuple[str, ...] = ()
+    chunk_bytes: int = 0
+    packing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ class _Fetched:
     from_each: Mapping[bytes, int] = field(default_factory=dict)
     liars: tuple[bytes, ...] = ()
     error: errors.StagingError | None = None
+    packing: str = ""
 
 
 def sync_shared_state(
@@ -137,7 +143,7 @@ def _attempt(
     tree = state.tree()
     engine, sync = session.need_engine(), secrets.randbits(64)
     with contextlib.ExitStack() as cleanup:
-        engine.publish(sync, [*state.compared.values(), np.frombuffer(tree.table, np.uint8)])
+        session.publish(sync, [*state.compared.values(), np.frombuffer(tree.table, np.uint8)])
         try:
             mine = _record(session, state, tree, strategy, sync, timeout)
             members, records = _records(gather, mine, started + timeout)
@@ -160,7 +166,7 @@ def _attempt(
                     raise
             served = _commit(session, gather, members, decided, fetched, deadline + _SETTLE_S)
         finally:
-            engine.unpublish(sync)
+            session.unpublish(sync, engine)
         if session.peer in decided.apart:
             raise _stands_apart(session, state, tree, decided)
         _adopt(session, state, decided, fetched, alone=members == (session.peer,))
@@ -304,7 +310,8 @@ def _fetch(
     cleanup: contextlib.ExitStack,
 ) -> _Fetched:
     """The chunks that differ from the elected state, checked, in staging, which `cleanup` closes."""
-    fetcher = Fetcher(session, decided.holders, {record.peer: record.sync for record in records}, deadline)
+    packing = Packing(len(decided.holders))
+    fetcher = Fetcher(session, decided.holders, {record.peer: record.sync for record in records}, deadline, packing)
     try:
         table = _fetch_table(fetcher, state, tree, decided)
         if table is None:
@@ -321,7 +328,10 @@ def _fetch(
             return right
 
         whole = fetcher.run(list(wanted), take)
-        return _Fetched(_WHOLE if whole else _LOST, tuple(chunks), staging, dict(fetcher.fetched), tuple(fetcher.liars))
+        return _Fetched(
+            _WHOLE if whole else _LOST, tuple(chunks), staging, dict(fetcher.fetched), tuple(fetcher.liars),
+            packing=packing.reason,
+        )  # fmt: skip
     except errors.StagingError as e:
         return _Fetched(_UNSTAGED, error=e)
     finally:
@@ -468,4 +478,6 @@ def _info(decided: Elected, fetched: _Fetched, served: int, members: Sequence[by
         seconds=seconds,
         apart=named(decided.apart),
         liars=named(fetched.liars),
+        chunk_bytes=sum(chunk.size_bytes for chunk in fetched.chunks),
+        packing=fetched.packing,
     )

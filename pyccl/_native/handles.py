@@ -53,6 +53,7 @@ class EventType:
     DRAINED: Final[int] = lib.PYCCL_EVENT_DRAINED
     STATE: Final[int] = lib.PYCCL_EVENT_STATE
     PULSE_DOWN: Final[int] = lib.PYCCL_EVENT_PULSE_DOWN
+    PACK: Final[int] = lib.PYCCL_EVENT_PACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,15 +350,19 @@ class Engine:
         lib.pyccl_state_unpublish(self._engine, sync)
         self._published.pop(sync, None)
 
-    def fetch(self, slot: int, sync: int, offset: int, dst: object, fetch: int) -> None:
-        """Ask a holder for bytes; EventType.STATE with value=fetch ends it."""
+    def fetch(self, slot: int, sync: int, offset: int, dst: object, fetch: int, packed: bool) -> None:
+        """Ask a holder for bytes; EventType.STATE with value=fetch ends it; count: how many packed ones came."""
         pin = ffi.from_buffer("uint8_t[]", dst, require_writable=True)
         self._fetches[fetch] = pin
         try:
-            check(lib.pyccl_state_fetch(self._engine, slot, sync, offset, len(pin), pin, fetch), "fetch")
+            check(lib.pyccl_state_fetch(self._engine, slot, sync, offset, len(pin), pin, fetch, packed), "fetch")
         except BaseException:
             self._fetches.pop(fetch, None)
             raise
+
+    def packed(self, slot: int, sync: int, offset: int, size_bytes: int, data: bytes) -> None:
+        """Answer EventType.PACK; b"": as it is. Nothing happens if nobody waits for it any more."""
+        lib.pyccl_state_packed(self._engine, slot, sync, offset, size_bytes, data, len(data))
 
     def fetched(self, fetch: int) -> None:
         """The event of this fetch came: its buffer is the caller's again."""

@@ -1,4 +1,4 @@
-"""``pyccl bench all-reduce``: the time of an all-reduce on loopback, alternating with torch's Gloo where asked.
+"""``pyccl bench all-reduce``: the time of an all-reduce, alternating with torch's Gloo where asked.
 
 The time of an iteration is that of the slowest rank: from the first rank's start, at a moment that all agreed on, to
 the last rank's return. Bytes on the wire are the kernel's counts on the sockets of each system (what pyccl's ranks send
@@ -19,7 +19,11 @@ PEER_TIMEOUT_S: Final = 30.0  # a machine that measures may be busy; nobody is t
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. size_bytes: of each rank's tensor; warmup: rounds before those that count."""
+    """What to measure.
+
+    size_bytes: of each rank's tensor. warmup: rounds before those that count. ahead_ns: how far ahead the moment is
+    that all ranks agree on to start at.
+    """
 
     world: int = 2
     size_bytes: int = 64 << 20
@@ -31,6 +35,7 @@ class Plan:
     connections: int | str = "auto"
     in_place: bool = True
     gloo: bool = False
+    ahead_ns: int = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,11 @@ def measure(plan: Plan, conductor: Conductor) -> Result:
     plan = replace(plan, size_bytes=max(plan.size_bytes // itemsize, 1) * itemsize)
     conductor.start_master(PEER_TIMEOUT_S)
     names = [f"rank {number}" for number in range(plan.world)]
-    conductor.start_all(names, "all-reduce", lambda number: asdict(plan))
+    places = conductor.places
+    conductor.start_all(
+        names, "all-reduce",
+        lambda number: asdict(plan) | {"address": places.address(names[number]), "interface": places.interface},
+    )  # fmt: skip
     reports = conductor.wait("result", names)
     ranks = [report["systems"] for report in sorted(reports.values(), key=lambda report: report["rank"])]
     for system in ranks[0]:

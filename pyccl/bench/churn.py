@@ -15,12 +15,15 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus, Fields
 from pyccl.bench.figures import GIB, NS, Summary, gaps_within_ns, longest_gap_ns, summarize
+from pyccl.bench.places import InLab
+from pyccl.netlab import Lab, NetworkError, Scenario
+from pyccl.processes.children import Children
 
 VECTOR_BYTES: Final = 4096
 SMALL_STATE_BYTES: Final = 64 << 10
@@ -39,14 +42,16 @@ class ArrivalPlan:
     iterations: int = 5
     state_bytes: int = SMALL_STATE_BYTES
     vector_bytes: int = VECTOR_BYTES
+    data: str = "random"  # a kind of `content`
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """One newcomer.
 
-    stall_s: longest pause of any member that overlaps its coming. rx_bytes: of state. wire_rx_bytes: on its TCP sockets
-    from connect() to the end of the sync. cpu_s: of all processes but the master's, while they were in the sync.
+    stall_s: longest pause of any member that overlaps its coming. chunk_bytes: of state; rx_bytes: as they came, some
+    perhaps packed; packing: what was measured of that. wire_rx_bytes: on its TCP sockets from connect() to the end of
+    the sync. cpu_s: of all processes but the master's, while they were in the sync.
     extra_bytes: most resident memory beyond what it had, with its state, just before the sync.
     """
 
@@ -54,6 +59,8 @@ class Arrival:
     sync_s: float
     stall_s: float
     rx_bytes: int
+    chunk_bytes: int
+    packing: str
     source_bytes: tuple[int, ...]  # sent by each holder
     wire_rx_bytes: int
     cpu_s: float
@@ -65,11 +72,11 @@ class Arrival:
 
     @property
     def mb_per_s(self) -> float:
-        return self.rx_bytes / self.sync_s / 1e6
+        return self.chunk_bytes / self.sync_s / 1e6
 
     @property
     def cpu_s_per_gib(self) -> float:
-        return self.cpu_s / (self.rx_bytes / GIB)
+        return self.cpu_s / (self.chunk_bytes / GIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +199,11 @@ class _Group:
         state_bytes: int,
         peer_timeout_s: float,
         journal: Path | None = None,
+        data: str = "random",
     ) -> None:
         self._conductor = conductor
-        self._vector_bytes, self._state_bytes = vector_bytes, max(state_bytes // 8, 1) * 8
+        self._vector_bytes, self._state_bytes = vector_bytes, max(state_bytes, 1)
+        self._data = data
         self._later = 0
         self.started_ns = 0  # the founders were synchronised
         conductor.start_master(peer_timeout_s, journal)
@@ -218,7 +227,7 @@ class _Group:
     def _settings(self, founders: int, seed: int, leave_after: int) -> dict[str, object]:
         return {
             "founders": founders, "size_bytes": self._vector_bytes, "state_bytes": self._state_bytes,
-            "seed": seed, "leave_after": leave_after,
+            "seed": seed, "data": self._data, "leave_after": leave_after,
         }  # fmt: skip
 
     def wait_for_world(self, names: Sequence[str], members: int) -> dict[str, Fields]:
@@ -240,7 +249,7 @@ def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
     Raises:
         BenchError: a process failed, or a newcomer did not get the members' state.
     """
-    group = _Group(conductor, plan.vector_bytes, plan.state_bytes, peer_timeout_s=30.0)
+    group = _Group(conductor, plan.vector_bytes, plan.state_bytes, peer_timeout_s=30.0, data=plan.data)
     founders = group.found(plan.world - 1)
     comings: list[tuple[Fields, Fields]] = []
     quiet_until_ns = 0
@@ -260,6 +269,29 @@ def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
     )
     holder_extra_bytes = max(int(records[name]["extra_bytes"]) for name in founders)
     return Arrivals(plan, arrivals, _quiet(ends, group.started_ns, quiet_until_ns), holder_extra_bytes)
+
+
+def measure_arrivals_in(scenario: Scenario, plan: ArrivalPlan, children: Children) -> Arrivals:
+    """As `measure_arrivals`, over the lines of a lab: founders on its first hosts, newcomers on the last, the master
+    beside the first.
+
+    Args:
+        plan: its world is that of the scenario.
+
+    Raises:
+        BenchError: no lab can be had here, or as `measure_arrivals`.
+    """
+    last = len(scenario.hosts) - 1
+
+    def host_of(name: str) -> int:
+        kind, _, number = name.partition(" ")
+        return {"founder": int(number or 0), "newcomer": last}.get(kind, 0)
+
+    try:
+        with Lab(scenario) as lab:
+            return measure_arrivals(replace(plan, world=last + 1), Conductor(children, InLab(lab, host_of)))
+    except NetworkError as error:
+        raise BenchError(ExitStatus.NO_LAB, str(error)) from error
 
 
 def _check_state(members: dict[str, Fields], newcomers: Sequence[Fields]) -> None:
@@ -283,6 +315,8 @@ def _arrival(
         sync_s=(synced - member) / NS,
         stall_s=_longest(ends, started, synced),
         rx_bytes=joined["rx_bytes"],
+        chunk_bytes=joined["chunk_bytes"],
+        packing=joined["packing"],
         source_bytes=tuple(int(syncs[number]["tx_bytes"]) for syncs in served),
         wire_rx_bytes=joined["wire_rx_bytes"],
         cpu_s=joined["cpu_s"] + sum(syncs[number]["cpu_s"] for syncs in served),

@@ -1,4 +1,4 @@
-"""Owner of a benchmark's processes: a master of its own on a free loopback port, and the peers.
+"""Owner of a benchmark's processes: a master of its own on a free port, and the peers; on loopback or in a lab.
 
 Children report in lines of JSON (`control`); ``wait`` collects one event from each of some of them. A child that ends
 unasked, an error that it reports or a long silence of all ends the benchmark with a BenchError. Nothing sleeps.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pyccl.bench.places import Loopback, Places
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 
 MASTER: Final = "master"
@@ -32,6 +33,7 @@ class ExitStatus(enum.IntEnum):
     ARGUMENTS = 2
     NO_TORCH = 3
     WRONG_VALUES = 4
+    NO_LAB = 5
     CHILD_FAILED = 6
     STALLED = 7
 
@@ -47,8 +49,12 @@ class BenchError(Exception):
 class Conductor:
     """Starts and hears the processes of one benchmark; `children` ends them."""
 
-    def __init__(self, children: Children, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, children: Children, places: Places | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """places: where they run; loopback unless given."""
         self._children, self._clock = children, clock
+        self.places = Loopback() if places is None else places
         self._heard: dict[str, list[Fields]] = {}
         self._may_end: set[str] = set()
         self._finished: set[str] = set()
@@ -59,7 +65,9 @@ class Conductor:
     def start_master(self, peer_timeout_s: float, journal: Path | None = None) -> None:
         self._master_options = ["--log-level", "warning", "--peer-timeout", str(peer_timeout_s)]
         self._master_options += ["--journal", str(journal)] if journal is not None else ["--no-journal"]
-        self._start_master("127.0.0.1:0")
+        if self.places.address(MASTER) != Loopback.host:
+            self._master_options.append("--insecure")
+        self._start_master(f"{self.places.address(MASTER)}:0")
 
     def kill_master(self) -> None:
         self.kill(self._masters[-1])
@@ -74,7 +82,9 @@ class Conductor:
         self._masters.append(name)
         self._heard[name] = []
         arguments = ["pyccl.cli.master", "--listen", listen, *self._master_options]
-        self._children.start(name, "pyccl.processes.leash", arguments)
+        self._children.start(
+            name, "pyccl.processes.leash", arguments, self.places.environment(MASTER), self.places.before(MASTER)
+        )
         while not self._address:
             self._take_one(SILENCE_S)
 
@@ -82,7 +92,8 @@ class Conductor:
         """Start a peer; it loads what it needs, says "ready" and waits for "go"."""
         told = json.dumps({"task": task, "master": self._address, **settings})
         self._heard[name] = []
-        self._children.start(name, "pyccl.bench.peer", [told], ONE_THREAD)
+        environment = {**ONE_THREAD, **self.places.environment(name)}
+        self._children.start(name, "pyccl.bench.peer", [told], environment, self.places.before(name))
 
     def tell(self, names: Iterable[str], word: str) -> None:
         for name in names:

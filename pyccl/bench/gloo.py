@@ -1,27 +1,36 @@
-"""torch's Gloo for the same work in the same processes, over TCP on 127.0.0.1. Imports torch when it is made."""
+"""torch's Gloo for the same work in the same processes, over TCP. Imports torch when it is made."""
 
 from __future__ import annotations
 
 import datetime
 import importlib
+import ipaddress
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from pyccl.bench import wire
 
-HOST: Final = "127.0.0.1"
 INSTALL: Final = "--vs gloo needs torch: pip install torch"
 OPERATION_TIMEOUT_S: Final = 60
 DTYPES: Final = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 _OPS: Final = {"sum": "SUM", "avg": "AVG", "prod": "PRODUCT", "min": "MIN", "max": "MAX"}
 
 
-def load() -> Any:
-    """Import torch; ahead of anything timed. Loopback is the only interface Gloo gets."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+@dataclass(frozen=True, slots=True)
+class Network:
+    """This rank's IPv4 address and the interface that it is on: the only one that Gloo gets."""
+
+    address: str
+    interface: str
+
+
+def load(interface: str) -> Any:
+    """Import torch; ahead of anything timed."""
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
     return importlib.import_module("torch")
 
 
@@ -30,17 +39,24 @@ class Gloo:
 
     Args:
         rank, world: of this process.
-        share: gives every rank the number that rank 0 calls it with; it carries the store's port.
+        share: gives every rank the number that rank 0 calls it with; it carries the store's address and port.
         array: what ``run`` reduces in place.
     """
 
     def __init__(
-        self, rank: int, world: int, share: Callable[[int], int], array: np.ndarray[Any, Any], op: str
+        self,
+        rank: int,
+        world: int,
+        share: Callable[[int], int],
+        array: np.ndarray[Any, Any],
+        op: str,
+        network: Network,
     ) -> None:
-        torch = load()
+        torch = load(network.interface)
         self._dist: Any = torch.distributed
         before = wire.sockets()
-        self._store = self._open_store(rank, world, share)  # what init_method="tcp://" makes, on a port that is free
+        # What init_method="tcp://" makes, on a port that is free.
+        self._store = self._open_store(rank, world, share, network.address)
         self._dist.init_process_group("gloo", store=self._store, rank=rank, world_size=world)
         self._tensor: Any = _tensor(torch, array)
         self._op: Any = getattr(self._dist.ReduceOp, _OPS[op])
@@ -54,13 +70,15 @@ class Gloo:
             self.run()
         self.sockets = wire.sockets() - before
 
-    def _open_store(self, rank: int, world: int, share: Callable[[int], int]) -> Any:
+    def _open_store(self, rank: int, world: int, share: Callable[[int], int], address: str) -> Any:
         timeout = datetime.timedelta(seconds=OPERATION_TIMEOUT_S)
         if rank == 0:
-            store = self._dist.TCPStore(HOST, 0, world, True, timeout=timeout, wait_for_workers=False)
+            store = self._dist.TCPStore(address, 0, world, True, timeout=timeout, wait_for_workers=False)
+            share(int(ipaddress.IPv4Address(address)))
             share(store.port)
             return store
-        return self._dist.TCPStore(HOST, share(0), world, False, timeout=timeout)
+        of_first = str(ipaddress.IPv4Address(share(0)))
+        return self._dist.TCPStore(of_first, share(0), world, False, timeout=timeout)
 
     def run(self) -> None:
         """One all-reduce."""

@@ -19,6 +19,7 @@ import numpy as np
 
 import pyccl
 from pyccl.bench import wire
+from pyccl.bench.content import content
 from pyccl.bench.control import Control
 
 CONNECT_TIMEOUT_S: Final = 60.0
@@ -38,13 +39,13 @@ class Settings:
     size_bytes: int  # of the vector that is reduced
     state_bytes: int
     seed: int  # of the state's content before the first sync
+    data: str  # a kind of `content`
     leave_after: int  # all-reduces after which it leaves; 0: stays until told to stop
 
 
 def run(settings: Settings, control: Control) -> None:
     """Join, synchronise, reduce until told to stop."""
-    numbers = np.random.default_rng(settings.seed).integers(0, 1 << 63, settings.state_bytes // 8, np.int64)
-    state = pyccl.SharedState({"state": numbers})
+    state = pyccl.SharedState({"state": content(settings.data, settings.seed, settings.state_bytes)})
     control.say("ready")
     control.wait("go")
     comm = pyccl.Communicator(settings.master)
@@ -61,8 +62,8 @@ def run(settings: Settings, control: Control) -> None:
         synced_ns, cpu_s = time.monotonic_ns(), _cpu_s() - cpu_s
         control.say(
             "joined", started_ns=started_ns, member_ns=member_ns, synced_ns=synced_ns, rx_bytes=sync.rx_bytes,
-            changed=len(sync.changed), holders=len(sync.holders), sync_s=sync.seconds, cpu_s=cpu_s,
-            wire_rx_bytes=wire.traffic((wire.sockets() - others).tcp).rx_bytes,
+            chunk_bytes=sync.chunk_bytes, packing=sync.packing, changed=len(sync.changed), holders=len(sync.holders),
+            sync_s=sync.seconds, cpu_s=cpu_s, wire_rx_bytes=wire.traffic((wire.sockets() - others).tcp).rx_bytes,
         )  # fmt: skip
         ends_ns, served = _loop(comm, state, settings, control)
     peak_bytes = memory_bytes("VmHWM", STATUS.read_text(encoding="ascii"))

@@ -21,12 +21,11 @@ import pyccl
 from pyccl.bench import wire
 from pyccl.bench.control import Control
 from pyccl.bench.figures import NS, ring_bytes
-from pyccl.bench.gloo import Gloo, load
+from pyccl.bench.gloo import Gloo, Network, load
 
 CONNECT_TIMEOUT_S: Final = 60.0
 OPERATION_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
-AHEAD_NS: Final = 1_000_000
 PERIOD: Final = 65_521  # elements after which an input repeats; prime, so that pieces and blocks do not line up with it
 WIRE_SHARE_MIN: Final = 0.9  # of what an all-reduce must send: less was not carried by the sockets that we watch
 
@@ -48,6 +47,9 @@ class Settings:
     connections: int | str
     in_place: bool
     gloo: bool
+    ahead_ns: int
+    address: str  # of this rank, and the interface that it is on
+    interface: str
 
 
 @dataclass(slots=True)
@@ -117,7 +119,8 @@ class GlooSystem:
     def __init__(self, comm: pyccl.Communicator, source: Array, settings: Settings) -> None:
         self._comm, self._source, self._x = comm, source, source.copy()
         rank = comm.members.index(comm.peer_id)
-        self.gloo = Gloo(rank, settings.world, self._share, self._x, settings.op)
+        network = Network(settings.address, settings.interface)
+        self.gloo = Gloo(rank, settings.world, self._share, self._x, settings.op, network)
 
     def _share(self, number: int) -> int:
         """The greatest of all ranks' numbers."""
@@ -187,9 +190,9 @@ def check(result: Array, settings: Settings, quantized: bool) -> float:
     return worst
 
 
-def start_together(comm: pyccl.Communicator) -> None:
+def start_together(comm: pyccl.Communicator, ahead_ns: int) -> None:
     """Until a moment that all agree on, on the machine's clock: a barrier's ranks return one after the other."""
-    moment_ns = np.array([time.monotonic_ns() + AHEAD_NS], np.int64)
+    moment_ns = np.array([time.monotonic_ns() + ahead_ns], np.int64)
     comm.all_reduce(moment_ns, op="max", timeout=OPERATION_TIMEOUT_S)
     while (left_ns := int(moment_ns[0]) - time.monotonic_ns()) > 0:
         time.sleep(left_ns / NS)
@@ -198,7 +201,7 @@ def start_together(comm: pyccl.Communicator) -> None:
 def run(settings: Settings, control: Control) -> None:
     """Join the others, measure, report."""
     if settings.gloo:
-        load()
+        load(settings.interface)
     dtype = dtype_of(settings.dtype)
     control.say("ready")
     control.wait("go")
@@ -240,7 +243,7 @@ def _measure(
             beat_s = time.monotonic()
             control.say("beat")
         system.fill()
-        start_together(comm)
+        start_together(comm, settings.ahead_ns)
         before = resource.getrusage(resource.RUSAGE_SELF)
         start_ns = time.monotonic_ns()
         system.run()

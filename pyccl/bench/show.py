@@ -11,6 +11,8 @@ from pyccl.bench.epochs import Changes
 from pyccl.bench.figures import MIB, Summary
 from pyccl.bench.machine import Machine
 from pyccl.bench.memory import HOUR_S, Tracks
+from pyccl.bench.wan import Result as WanResult
+from pyccl.netlab.units import show_rate, show_time
 
 
 def heading(command: str, machine: Machine, versions: Mapping[str, str | None]) -> list[str]:
@@ -67,6 +69,11 @@ def all_reduce(result: Result) -> list[str]:
         "",
         "bus: 2(N-1)/N x bytes / median; CPU: user and system time of all ranks for each GiB of one rank's tensor",
     ]
+    return lines + _beside_gloo(result)
+
+
+def _beside_gloo(result: Result) -> list[str]:
+    plan, lines = result.plan, []
     if result.ratio is not None:
         cpu = "-" if result.cpu_ratio is None else f"{result.cpu_ratio:.3f}"
         lines.append(f"pyccl / gloo: median {result.ratio:.3f}, CPU {cpu}; Gloo's bytes were counted on TCP sockets")
@@ -75,6 +82,38 @@ def all_reduce(result: Result) -> list[str]:
         if not plan.in_place:
             lines.append("Gloo always reduces in place, pyccl here into another array")
     return lines
+
+
+def wan(result: WanResult) -> list[str]:
+    """A row for each system."""
+    plan, scenario = result.reduced.plan, result.scenario
+    rows = [["", "median", "min", "max", "Mbit/s", "of the line", "MiB sent/rank", "CPU s/GiB"]]
+    for system, rate in zip(result.reduced.systems, result.rates, strict=True):
+        share = "-" if rate.line_share is None else f"{rate.line_share:.1%}"
+        rows.append(
+            [
+                system.name, *_spread(system.seconds), f"{rate.mbit_s:.1f}", share,
+                f"{system.wire_tx_bytes / MIB:.2f}", f"{system.cpu_s_per_gib:.3f}",
+            ]
+        )  # fmt: skip
+    hosts = [f"{host.name} {show_rate(host.up.rate)} up, {show_rate(host.down.rate)} down" for host in scenario.hosts]
+    what = (
+        f"all-reduce of {plan.size_bytes / MIB:g} MiB of {plan.dtype}, op {plan.op}, quantize "
+        f"{plan.quantize or 'none'}, {plan.world} peers, connections {plan.connections}"
+    )
+    lost, dropped = result.counts.lost, result.counts.dropped
+    return [
+        what,
+        f"scenario {scenario.name}: {scenario.description}",
+        f"hosts: {'; '.join(hosts)}; round trip {show_time(scenario.rtt_ns)}",
+        f"{plan.iterations} iterations after {plan.warmup} to warm up; timed from first start to last return",
+        "",
+        *columns(rows),
+        "",
+        "Mbit/s: 2(N-1)/N x bytes of the tensor / median; of the line: what a peer sent of the slowest line's rate",
+        *_beside_gloo(result.reduced),
+        f"lines: {lost} packets lost, {dropped} dropped by queues; {result.counts.punctuality()}",
+    ]
 
 
 def kernel_rates(rates: Iterable[kernels.Rate]) -> list[str]:
@@ -130,7 +169,10 @@ def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
     lines = [what, "", *columns(rows)]
     if with_rate:
         rate, cpu = result.summary("mb_per_s"), result.summary("cpu_s_per_gib")
-        lines.append(f"rate of the sync, digests included: {rate.median:.0f} MB/s ({rate.min:.0f}..{rate.max:.0f})")
+        lines.append(
+            f"rate of the sync, digests included: {rate.median:.0f} MB/s ({rate.min:.0f}..{rate.max:.0f}), "
+            f"{rate.median * 8:.0f} Mbit/s"
+        )
         lines.append(f"CPU time for each GiB that came: {cpu.median:.2f} s/GiB ({cpu.min:.2f}..{cpu.max:.2f})")
         extra = result.summary("extra_bytes")
         lines.append(
@@ -143,6 +185,8 @@ def arrivals(result: Arrivals, with_rate: bool) -> list[str]:
             f"newcomer {number + 1} received {arrival.rx_bytes / MIB:.2f} MiB = {shares} from its sources,"
             f" {arrival.wire_rx_bytes / MIB:.2f} MiB on its sockets since connect()"
         )
+        if with_rate:
+            lines.append(f"  zstd: {arrival.packing}")
     return [*lines, _quiet(result.quiet)]
 
 

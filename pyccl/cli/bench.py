@@ -9,7 +9,8 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from pyccl.bench import all_reduce, churn, digest, epochs, gloo, kernels, machine, memory, show
+from pyccl import netlab
+from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, memory, show, wan
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
 from pyccl.processes.children import Children, Interrupted
@@ -23,6 +24,7 @@ Exit status:
   2  bad arguments, or the library does not offer what was asked for
   3  --vs gloo without torch
   4  a result was wrong, or processes held different bits
+  5  no lab can be built here (it needs root and iproute2)
   6  a process failed
   7  no report from any process for a minute and a half
   128 + n  ended by signal n (Ctrl-C: 130)
@@ -45,11 +47,11 @@ def _number(ctx: click.Context, param: click.Parameter, value: float) -> float:
 
 @click.group(epilog=EPILOG)
 def bench() -> None:
-    """Measure on this machine: collectives on loopback, kernels, digests, joins, syncs, losses,
+    """Measure on this machine: collectives on loopback or over long lines, kernels, digests, joins, syncs, losses,
     restarts of the master, changes of epoch, memory over hours.
 
-    Each command starts the processes it needs, on loopback, and ends them. Figures depend on what else runs here: the
-    machine's load is printed with them.
+    Each command starts the processes it needs, on loopback or in a lab of its own, and ends them. Figures depend on
+    what else runs here: the machine's load is printed with them.
     """
 
 
@@ -93,9 +95,8 @@ def all_reduce_command(
     connections: int | str, in_place: bool, vs: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Time an all-reduce between processes on loopback."""
-    if vs == "gloo" and not machine.is_installed("torch"):
-        click.echo(f"pyccl bench: {gloo.INSTALL}", err=True)
-        sys.exit(ExitStatus.NO_TORCH)
+    if vs == "gloo":
+        _need_torch()
     if vs == "gloo" and dtype not in gloo.DTYPES:
         raise click.UsageError(f"--vs gloo: Gloo does not reduce {dtype}, only {', '.join(gloo.DTYPES)}")
     if dtype == "bfloat16" and not machine.is_installed("ml_dtypes"):
@@ -108,6 +109,51 @@ def all_reduce_command(
         "all-reduce", as_json, lambda: _conduct(lambda conductor: all_reduce.measure(plan, conductor)),
         all_reduce.Result.to_json, show.all_reduce, "torch",
     )  # fmt: skip
+
+
+@bench.command("wan", epilog=EPILOG)
+@click.option(
+    "--scenario", "name", default="pacific", show_default=True, metavar="NAME|FILE", help="See pyccl netlab scenarios."
+)
+@click.option("--world", type=click.IntRange(2, 64), help="Hosts, a peer on each; as in the scenario unless given.")
+@click.option("--rate", metavar="RATE", help="Of every host's line, both ways: 400mbit.")
+@click.option("--delay", metavar="TIME", help="One way between any two hosts: 75ms.")
+@click.option("--loss", type=float, metavar="SHARE", help="Of the packets between any two hosts: 1e-4.")
+@click.option("--seed", type=int, metavar="N", help="Of the losses.")
+@_mib("Size of each peer's tensor.", 64)
+@_iters(5)
+@click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
+@click.option("--quantize", metavar="CODEC", help="As of all_reduce(quantize=...), for pyccl only.")
+@click.option(
+    "--connections", default="auto", show_default=True, callback=_connections, metavar="auto|N",
+    help="TCP connections for each pair, 1 to 64.",
+)  # fmt: skip
+@click.option("--vs", type=click.Choice(["gloo"]), help="Alternate with torch's Gloo in the same processes.")
+@_AS_JSON
+def wan_command(
+    name: str, world: int | None, rate: str | None, delay: str | None, loss: float | None, seed: int | None,
+    mib: float, iters: int, warmup: int, quantize: str | None, connections: int | str, vs: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Time an all-reduce of float32 over the long lines of a lab. Needs root and iproute2.
+
+    A peer on each host of the scenario, the master beside the first one; the lines are emulated on this machine.
+    """
+    try:
+        scenario = netlab.load(name).with_options(rate=rate, delay=delay, loss=loss, hosts=world, seed=seed)
+    except netlab.ScenarioError as error:
+        raise click.UsageError(str(error)) from error
+    if vs == "gloo":
+        _need_torch()
+    plan = all_reduce.Plan(
+        size_bytes=int(mib * MIB), iterations=iters, warmup=warmup, quantize=quantize, connections=connections,
+        gloo=vs == "gloo",
+    )  # fmt: skip
+
+    def measure() -> wan.Result:
+        with Children() as children:
+            return wan.measure(scenario, plan, children)
+
+    _report("wan", as_json, measure, wan.Result.to_json, show.wan, "torch")
 
 
 @bench.command("kernels")
@@ -155,10 +201,31 @@ def join_command(world: int, iters: int, as_json: bool) -> None:
 @_world(2, 4, "Members once the newcomer is in; all others hold the state.")
 @_mib("Size of the state.", 128)
 @_iters(3)
+@click.option(
+    "--data", type=click.Choice(tuple(content.KINDS)), default="random", show_default=True,
+    help="What the state is made of; all but the first can be packed, weights hardly.",
+)  # fmt: skip
+@click.option(
+    "--scenario", "name", metavar="NAME|FILE",
+    help="Over the lines of a lab (pyccl netlab scenarios), newcomers on its last host; needs root and iproute2.",
+)  # fmt: skip
 @_AS_JSON
-def sync_command(world: int, mib: float, iters: int, as_json: bool) -> None:
+def sync_command(world: int, mib: float, iters: int, data: str, name: str | None, as_json: bool) -> None:
     """Time the transfer of a state to a newcomer that holds another one, from all members."""
-    _arrivals("sync", churn.ArrivalPlan(world=world, iterations=iters, state_bytes=int(mib * MIB)), as_json)
+    plan = churn.ArrivalPlan(world=world, iterations=iters, state_bytes=int(mib * MIB), data=data)
+    if name is None:
+        _arrivals("sync", plan, as_json)
+        return
+    try:
+        scenario = netlab.load(name).with_options(hosts=world)
+    except netlab.ScenarioError as error:
+        raise click.UsageError(str(error)) from error
+
+    def measure() -> churn.Arrivals:
+        with Children() as children:
+            return churn.measure_arrivals_in(scenario, plan, children)
+
+    _report("sync", as_json, measure, churn.Arrivals.to_json, lambda result: show.arrivals(result, with_rate=True))
 
 
 @bench.command("loss", epilog=EPILOG)
@@ -254,6 +321,12 @@ def memory_command(
         "memory", as_json, lambda: _conduct(lambda conductor: memory.measure(plan, conductor)),
         memory.Tracks.to_json, show.memory,
     )  # fmt: skip
+
+
+def _need_torch() -> None:
+    if not machine.is_installed("torch"):
+        click.echo(f"pyccl bench: {gloo.INSTALL}", err=True)
+        sys.exit(ExitStatus.NO_TORCH)
 
 
 def _arrivals(name: str, plan: churn.ArrivalPlan, as_json: bool) -> None:

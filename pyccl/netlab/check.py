@@ -22,7 +22,7 @@ from pyccl.netlab.lab import MTU, Lab
 from pyccl.netlab.units import show_rate
 
 PINGS: Final = 20
-PING_TIMEOUT_S: Final = 5.0
+QUIET_S: Final = 1.0  # beyond the delay of a way, after which nothing comes any more
 PING_BYTES: Final = 84  # an IP packet
 LATE_MS: Final = 1.0  # that the best of all pings may be late
 LOSS_SECONDS: Final = 3.0
@@ -85,9 +85,10 @@ def _finding(
 
 
 def _round_trip(lab: Lab, source: int, target: int) -> Finding:
-    times = [time_ms for time_ms in (_ping(lab, source, target, n) for n in range(PINGS)) if time_ms is not None]
     ways = ((source, target), (target, source))
     asked = sum(lab.scenario.delay_ns(*way) for way in ways) / 1e6
+    answers = [_ping(lab, source, target, number, QUIET_S + asked / 1e3) for number in range(PINGS)]
+    times = [time_ms for time_ms in answers if time_ms is not None]
     if not times:
         return _finding(lab, ways[0], What.ROUND_TRIP, asked, math.inf, False, f"none of {PINGS} pings came back")
     note = f"median {statistics.median(times):.2f} ms of {len(times)} pings"
@@ -106,12 +107,12 @@ def _on_the_line_ms(lab: Lab, ways: tuple[tuple[int, int], tuple[int, int]]) -> 
     return sum(PING_BYTES * 8 / rate * 1e3 for rate in rates)
 
 
-def _ping(lab: Lab, source: int, target: int, number: int) -> float | None:
+def _ping(lab: Lab, source: int, target: int, number: int, timeout_s: float) -> float | None:
     """Milliseconds until the target's kernel has answered; None: it was lost."""
     request = _echo_request(number)
     made = lab.call(source, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
     with made as sock:
-        sock.settimeout(PING_TIMEOUT_S)
+        sock.settimeout(timeout_s)
         start_ns = time.monotonic_ns()
         sock.sendto(request, (lab.addresses[target], 0))
         try:
@@ -144,7 +145,7 @@ def _loss(lab: Lab, source: int, target: int) -> Finding:
     count = min(max(least, math.ceil(LOSS_EXPECTED / asked) if asked > 0 else least), most)
     before = lab.counts()
     with _receiver(lab, target) as into, _sender(lab, source) as out:
-        arrived = _Arrivals(into)
+        arrived = _Arrivals(into, QUIET_S + lab.scenario.delay_ns(source, target) / 1e9)
         start_s = time.monotonic()
         for number in range(count):
             out.sendto(bytes(LOSS_BYTES - 28), into.getsockname())
@@ -152,7 +153,7 @@ def _loss(lab: Lab, source: int, target: int) -> Finding:
                 ahead_s = number * LOSS_BYTES * 8 / min(pace_bps, 1e9) - (time.monotonic() - start_s)
                 if ahead_s > 0:
                     time.sleep(ahead_s)
-        lost = count - arrived.count(count)
+        lost = count - arrived.count()
     after = lab.counts()
     dropped = after.lost - before.lost + after.dropped - before.dropped
     passed = loss_passes(asked, count, lost) and dropped == lost
@@ -166,12 +167,12 @@ def loss_passes(asked: float, count: int, lost: int) -> bool:
 
 
 class _Arrivals:
-    """Counts datagrams in a thread."""
+    """Counts datagrams in a thread, so that the socket's buffer does not fill while others are sent."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, quiet_s: float) -> None:
         self._sock, self._count = sock, 0
-        self._changed = threading.Condition()
-        sock.settimeout(PING_TIMEOUT_S)
+        self._all_sent = threading.Event()
+        sock.settimeout(quiet_s)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -179,20 +180,16 @@ class _Arrivals:
         while True:
             try:
                 self._sock.recv(2048)
-            except TimeoutError:
-                return
-            with self._changed:
                 self._count += 1
-                self._changed.notify_all()
+            except TimeoutError:
+                if self._all_sent.is_set():
+                    return
 
-    def count(self, all_sent: int) -> int:
-        """All that were sent, or those that came until none came for a while."""
-        with self._changed:
-            while self._count < all_sent and self._changed.wait(PING_TIMEOUT_S / 2):
-                pass
-            counted = self._count
+    def count(self) -> int:
+        """Until none came for a while; all must have been sent."""
+        self._all_sent.set()
         self._thread.join()
-        return counted
+        return self._count
 
 
 # ---- rate

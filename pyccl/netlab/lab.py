@@ -52,6 +52,8 @@ class Interface:
 class Lab:
     """Hosts, by rank. NetworkError: it can't be built here."""
 
+    interface_name: Final = DEVICE
+
     def __init__(self, scenario: Scenario) -> None:
         need_tools()
         self.scenario = scenario

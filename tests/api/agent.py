@@ -39,10 +39,10 @@ from zygote import serve
 
 import pyccl
 from pyccl import communicator
-from pyccl._io import links, session, staging, statestream
+from pyccl._io import links, packer, session, staging, statestream, statesync
 from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
-from pyccl._proto import limits
+from pyccl._proto import limits, packing
 from pyccl.cli import master, peer
 from pyccl.cli.log import without_traceback
 
@@ -488,7 +488,7 @@ class Agent:
 
     def do_starve(self) -> None:
         """Whatever is asked of a holder from now on does not come."""
-        session.Session.fetch = lambda *args: 0  # type: ignore[method-assign]
+        session.Session.fetch = lambda *args, **keywords: 0  # type: ignore[method-assign]
 
     def do_staging(self, memory_bytes: int, directory: str, file_bytes: int | None = None) -> None:
         """How much is staged in memory, where the rest goes, and the longest file that this process may write."""
@@ -577,8 +577,25 @@ class Agent:
             "holders": info.holders,
             "members": info.members,
             "apart": info.apart,
+            "chunk_bytes": info.chunk_bytes,
+            "packing": info.packing,
             "liars": info.liars,
         }
+
+    def do_always_pack(self, spoil: bool = False) -> None:
+        """As if it had been measured that packing pays. spoil: as a holder, pack other bytes than were asked for."""
+
+        class Always(packing.Packing):
+            packed = True
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                if name != "packed":
+                    super().__setattr__(name, value)
+
+        statesync.Packing = Always  # type: ignore[misc]
+        if spoil:
+            pack = packer.pack
+            packer.pack = lambda data: pack(data ^ 1)
 
     def do_told_state(self) -> dict[str, Any]:
         return self.told_state()

@@ -388,7 +388,7 @@ async def test_sync_cancelled_while_chunks_are_fetched(cluster: Cluster, monkeyp
         theirs = holder.call("sync")
         asked = []
         with monkeypatch.context() as patch:
-            patch.setattr(local.session, "fetch", lambda *request: asked.append(request))  # it gets no answer
+            patch.setattr(local.session, "fetch", lambda *request, **how: asked.append(request))  # it gets no answer
             async with trio.open_nursery() as nursery:
                 task = Task(nursery, lambda: local.comm.sync_shared_state(state, timeout=DEADLINE_S))
                 await until(lambda: bool(asked))

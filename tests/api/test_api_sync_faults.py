@@ -268,3 +268,46 @@ def test_a_newcomer_and_a_divergent_member_fetch_beside_each_other(cluster: Clus
     infos = sync([*members, *newcomers])
     assert infos[0]["state"]["digest"] == digest
     assert [info["rx_bytes"] // CHUNK for info in infos] == [0, 1, 0, 0, CHUNKS, CHUNKS]
+
+
+# ---- packed
+
+
+def flags(seed: int) -> dict[str, dict[str, object]]:
+    """Bytes of 0 and 1, which zstd packs to less than a third."""
+    return {"w": {"seed": seed, "count": CHUNKS * CHUNK, "dtype": "bool", "index": 0}}
+
+
+def packing_far_behind(cluster: Cluster, holders: int) -> tuple[list[Peer], Peer]:
+    *good, odd = peers = cluster.members(holders + 1)
+    give(peers, flags(1), 1)
+    sync(peers)
+    give([odd], flags(2), 1)
+    odd.ask("always_pack")
+    return good, odd
+
+
+def test_chunks_come_packed_and_a_holder_that_is_killed_midway_is_replaced(cluster: Cluster) -> None:
+    good, odd = packing_far_behind(cluster, holders=3)
+    digest = good[0].ask("digest")
+    victim = cluster.rng.choice(good)
+    pause_midway(odd)
+    calls = started([*good, odd])
+    odd.wait_event("hook")
+    victim.kill()
+    odd.ask("release", phase="sync.chunk")
+    calls.pop(victim).died()
+    ended_alike(cluster, list(calls.values()), digest)
+    info = calls[odd].value()
+    assert info["chunk_bytes"] == CHUNKS * CHUNK and 0 < info["rx_bytes"] < CHUNKS * CHUNK // 2
+
+
+def test_a_holder_that_packs_other_bytes_is_named_and_left(cluster: Cluster) -> None:
+    good, odd = packing_far_behind(cluster, holders=2)
+    digest = good[0].ask("digest")
+    good[1].ask("always_pack", spoil=True)
+    calls = started([*good, odd])
+    ended_alike(cluster, list(calls.values()), digest)
+    info = calls[odd].value()
+    assert info["liars"] == [good[1].id] and calls[good[1]].value()["tx_bytes"] == 0
+    assert info["chunk_bytes"] == CHUNKS * CHUNK and 0 < info["rx_bytes"] < CHUNKS * CHUNK // 2

@@ -80,6 +80,7 @@ def test_gloo_without_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPat
         ["loss", "--world", "2"],
         ["loss", "--cause", "boredom"],
         ["sync", "--iters", "0"],
+        ["sync", "--data", "nothing"],
         ["nothing"],
     ],
     ids=" ".join,
@@ -106,7 +107,8 @@ def test_sync_tells_bytes_of_each_source() -> None:
     check_summary(told["sync_cpu_s_per_gib"])
     (arrival,) = told["arrivals"]
     assert len(arrival["source_bytes"]) == 2
-    assert arrival["rx_bytes"] == sum(arrival["source_bytes"]) == 3 << 20
+    assert arrival["rx_bytes"] == sum(arrival["source_bytes"]) == arrival["chunk_bytes"] == 3 << 20
+    assert arrival["packing"] and told["settings"]["data"] == "random"
 
 
 def test_sync_tells_the_memory_of_newcomer_and_holder() -> None:

@@ -13,7 +13,7 @@ from pyccl.bench.reduce_peer import PERIOD, Settings, check, expected, pattern
 
 SETTINGS = Settings(
     master="", world=3, size_bytes=0, iterations=1, warmup=0, dtype="float32", op="sum", quantize=None,
-    connections="auto", in_place=True, gloo=False,
+    connections="auto", in_place=True, gloo=False, ahead_ns=0, address="127.0.0.1", interface="lo",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pyccl._io import statefetch
 from pyccl._io.statefetch import WINDOW, Fetcher, Piece
 from pyccl._native import status
 from pyccl._native.handles import FETCH_BYTES_MAX
+from pyccl._proto.packing import Packing
 
 SEED = 20310504
 STUCK: Callable[[int], int | None] = lambda offset: None  # noqa: E731
@@ -47,7 +48,9 @@ class FakeSession:
     def slot_of(self, peer: bytes) -> int | None:
         return list(self.answers).index(peer) if peer in self.view.members else None
 
-    def fetch(self, slot: int, sync: int, offset: int, dst: Any, then: Callable[[int], None]) -> int:
+    def fetch(
+        self, slot: int, sync: int, offset: int, dst: Any, then: Callable[[int, int], None], *, packed: bool
+    ) -> int:
         self._last += 1
         who = list(self.answers)[slot]
         assert sync == 100 + who[0]
@@ -55,7 +58,7 @@ class FakeSession:
 
         def deliver() -> None:
             dst[:] = offset % 251
-            then(status.OK)
+            then(status.OK, 0)
 
         self.open[self._last] = who, deliver
         self.most_open = max(self.most_open, len(self.open))
@@ -66,7 +69,7 @@ class FakeSession:
             if code == status.OK:
                 deliver()
             else:
-                then(status.OK if code == LIE else code)
+                then(status.OK if code == LIE else code, 0)
         return self._last
 
     def revive(self, who: bytes) -> None:
@@ -115,7 +118,7 @@ def pieces(count: int) -> list[Piece]:
 
 def fetcher(session: FakeSession, deadline: float = FOREVER) -> Fetcher:
     syncs = {who: 100 + who[0] for who in session.answers}
-    return Fetcher(session, session.answers, syncs, deadline)  # type: ignore[arg-type]
+    return Fetcher(session, session.answers, syncs, deadline, Packing(len(syncs)))  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
