@@ -31,6 +31,7 @@ extern "C" {
 #define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
 #define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
 #define PYCCL_EARLY_MAX 4096        /* operations one peer may open, or open and give up, before we submit them */
+#define PYCCL_CULPRIT_NOBODY 257    /* in ABORT and ANSWER, above the status: 0 the sender gave it up, 1.. its rank + 1 */
 #define PYCCL_CONNS_MAX 64          /* connections of one pair */
 #define PYCCL_TAGS_MAX 65536        /* different tags between two restarts of numbers: a control message holds as many */
 
@@ -107,9 +108,9 @@ typedef enum pyccl_frame_type {
     PYCCL_FRAME_OPEN = 1,            /* sender submitted (tag, seq); payload: spec; value: all below it is settled */
     PYCCL_FRAME_DATA = 2,            /* a piece of a contribution (phase 0) or of a result (phase 1)             */
     PYCCL_FRAME_DONE = 3,            /* sender holds its whole result; value: 64-bit result hash                 */
-    PYCCL_FRAME_ABORT = 4,           /* sender ended it in failure before DONE; value: -status                   */
+    PYCCL_FRAME_ABORT = 4,           /* it ended in failure before DONE; value: -status | culprit << 8           */
     PYCCL_FRAME_ASK = 5,             /* sender is prepared and past its deadline: what became of it?             */
-    PYCCL_FRAME_ANSWER = 6,          /* value: 0 committed, -status failed; not sent while unsettled             */
+    PYCCL_FRAME_ANSWER = 6,          /* value: 0 committed, else as in ABORT; not sent while unsettled           */
     PYCCL_FRAME_SETTLED = 7,         /* everything of this tag below seq is settled at the sender                */
     PYCCL_FRAME_HEARTBEAT = 8,       /* alive; epoch fields are 0                                                */
     PYCCL_FRAME_STATE_ASK = 9,       /* send `value` bytes of the published state `seq` from `offset`            */

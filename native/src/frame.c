@@ -29,7 +29,7 @@
 
 #define FRAME_MAGIC UINT32_C(0x31435950) /* "PYC1" */
 #define FRAME_CHECKED_BYTES 60           /* what the checksum covers */
-#define FRAME_STATUS_MAX 255             /* of minus a status, in ABORT and ANSWER */
+#define FRAME_FAILURE_MAX (UINT64_C(255) | (uint64_t)PYCCL_CULPRIT_NOBODY << 8) /* in ABORT and ANSWER: minus the status, culprit */
 #define SPEC_COUNT_MAX (UINT64_C(1) << 48)
 
 static void put_u32(uint8_t *at, uint32_t x) {
@@ -68,8 +68,8 @@ typedef struct frame_rule { /* one row of the table in wire.md 3; what is not na
 #define ANY {0, UINT64_MAX}
 #define ZERO {0, 0}
 #define PIECE {1, PYCCL_PIECE_MAX}
-#define STATUS_VALUE {1, FRAME_STATUS_MAX}
-#define OUTCOME_VALUE {0, FRAME_STATUS_MAX}
+#define FAILURE_VALUE {1, FRAME_FAILURE_MAX}
+#define OUTCOME_VALUE {0, FRAME_FAILURE_MAX}
 #define OF_OPERATION .space = true, .epoch = true, .seq = true, .tag = true
 #define OF_STATE .epoch = true, .seq = true, .offset = true
 
@@ -77,7 +77,7 @@ static const frame_rule FRAME_RULES[] = {
     [PYCCL_FRAME_OPEN] = {.length = {PYCCL_SPEC_SIZE, PYCCL_SPEC_SIZE}, .value = ANY, OF_OPERATION, .offset = true},
     [PYCCL_FRAME_DATA] = {.length = PIECE, .value = ZERO, OF_OPERATION, .phase = true, .offset = true, .spec_hash = true},
     [PYCCL_FRAME_DONE] = {.length = ZERO, .value = ANY, OF_OPERATION},
-    [PYCCL_FRAME_ABORT] = {.length = ZERO, .value = STATUS_VALUE, OF_OPERATION},
+    [PYCCL_FRAME_ABORT] = {.length = ZERO, .value = FAILURE_VALUE, OF_OPERATION},
     [PYCCL_FRAME_ASK] = {.length = ZERO, .value = ZERO, OF_OPERATION},
     [PYCCL_FRAME_ANSWER] = {.length = ZERO, .value = OUTCOME_VALUE, OF_OPERATION},
     [PYCCL_FRAME_SETTLED] = {.length = ZERO, .value = ZERO, OF_OPERATION},
@@ -93,11 +93,15 @@ static bool in_range(uint64_t x, field_range range) { return range.low <= x && x
 /* Of an IEEE double: finite, sign bit 0. */
 static bool weight_valid(uint64_t bits) { return bits < UINT64_C(0x7FF) << 52; }
 
+/* A failure has a status, whoever is named with it. */
+static bool failure_valid(uint64_t value) { return value == 0 || (value & 255) != 0; }
+
 bool frame_valid(const pyccl_frame *frame) {
     if (frame->type < PYCCL_FRAME_OPEN || frame->type > PYCCL_FRAME_STATE_PACKED) return false;
     const frame_rule *rule = &FRAME_RULES[frame->type];
     if (frame->type == PYCCL_FRAME_OPEN && !weight_valid(frame->offset)) return false;
     if (frame->type == PYCCL_FRAME_STATE_PACKED && frame->length >= frame->value) return false;
+    if ((frame->type == PYCCL_FRAME_ABORT || frame->type == PYCCL_FRAME_ANSWER) && !failure_valid(frame->value)) return false;
     return in_range(frame->length, rule->length) && in_range(frame->value, rule->value) &&
            frame->phase <= (rule->phase ? 1 : 0) && frame->space <= (rule->space ? PYCCL_SPACE_PAIR : 0) &&
            (rule->epoch || (frame->epoch_number == 0 && frame->epoch_tag == 0)) &&

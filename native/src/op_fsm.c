@@ -53,7 +53,7 @@ typedef struct fsm_op {
     uint32_t attempts;
     int64_t submitted_ns, deadline_ns, progress_ns, leave_ns;
     int32_t abort_status;                  /* EARLY: a peer already aborted it                      */
-    uint32_t abort_rank;
+    uint8_t culprit[PYCCL_ID_SIZE];        /* FAILED, or EARLY and aborted: who gave it up; zero: not known */
     uint8_t have_spec, have_other, result, asked, told_differs;
     rank_set opened, done, settled;
     rank_set submitted;                    /* who has shown that it has given the number to a submit */
@@ -354,14 +354,27 @@ static void fail_action(pyccl_fsm *fsm, uint64_t cookie, uint64_t seq, int32_t s
     if (peer != NULL) memcpy(action->peer, peer, PYCCL_ID_SIZE);
 }
 
+static void name_culprit(fsm_op *op, const uint8_t *peer) {
+    if (peer != NULL) memcpy(op->culprit, peer, PYCCL_ID_SIZE);
+    else memset(op->culprit, 0, PYCCL_ID_SIZE);
+}
+
 static void op_fail(pyccl_fsm *fsm, fsm_op *op, int32_t status, const uint8_t *peer, int64_t now_ns) {
     fail_action(fsm, op->cookie, op->seq, status, op->attempts, peer);
     live_remove(fsm, op);
     op->state = FAILED;
     op->cookie = 0;
     op->abort_status = status;
+    name_culprit(op, peer);
     set_add(&op->settled, fsm->rank);
     tag_mark_dirty(fsm, op->tag, now_ns);
+}
+
+/* What ABORT and ANSWER say of it. */
+static uint64_t failure_value(const pyccl_fsm *fsm, const fsm_op *op) {
+    const uint32_t rank = member_rank(fsm, op->culprit);
+    const uint64_t named = rank == fsm->rank ? 0 : rank < fsm->world ? rank + UINT64_C(1) : PYCCL_CULPRIT_NOBODY;
+    return (uint64_t)-op->abort_status | named << 8;
 }
 
 /* A failure of our own before DONE: allowed also while frozen, but then the tombstone tells the others later. */
@@ -369,6 +382,7 @@ static void op_fail_alone(pyccl_fsm *fsm, fsm_op *op, int32_t status, int64_t no
     PYCCL_ASSERT(op->state == RUNNING);
     if (!fsm->frozen) send_all(fsm, op->tag, op->seq, PYCCL_FRAME_ABORT, (uint64_t)-status, NULL);
     op_fail(fsm, op, status, NULL, now_ns);
+    name_culprit(op, fsm->members[fsm->rank]);
 }
 
 /* The hash most participants hold (the lowest of equals) is taken as right; returns the first rank that differs from it,
@@ -453,22 +467,6 @@ static void op_begin(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
     action->seq = op->seq;
 }
 
-/* Whom a failure learned from `rank` is blamed on; NULL: that is not known here. Who sent DONE did not fail alone: it passes
- * on the failure of one who did not. */
-static const uint8_t *culprit_of(const pyccl_fsm *fsm, const fsm_op *op, int32_t status, uint32_t rank) {
-    const int nobody = status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST ||
-                       status == PYCCL_ERR_ARGUMENT || status == PYCCL_ERR_MASTER_AWAY;
-    if (nobody) return NULL;
-    if (!set_has(&op->done, rank)) return fsm->members[rank];
-    const uint8_t *culprit = NULL;
-    for (uint32_t other = 0; other < fsm->world; other++) {
-        if (other == fsm->rank || !takes_part(fsm, op->tag, other) || set_has(&op->done, other)) continue;
-        if (culprit != NULL) return NULL;
-        culprit = fsm->members[other];
-    }
-    return culprit;
-}
-
 /* Take the next number of the tag for a submit and start it, unless something known already ends it. */
 static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t now_ns) {
     uint64_t seq = tag->next_seq++;
@@ -493,6 +491,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
         op->state = FAILED;
         op->cookie = 0;
         op->abort_status = from->status;
+        name_culprit(op, fsm->members[fsm->rank]);
         set_add(&op->settled, fsm->rank);
         send_all(fsm, tag, seq, PYCCL_FRAME_ABORT, (uint64_t)-from->status, NULL);
         tag_mark_dirty(fsm, tag, now_ns);
@@ -500,7 +499,8 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
     }
     live_add(fsm, op);
     if (early.abort_status != 0) {
-        op_fail(fsm, op, early.abort_status, culprit_of(fsm, op, early.abort_status, early.abort_rank), now_ns);
+        static const uint8_t nobody[PYCCL_ID_SIZE];
+        op_fail(fsm, op, early.abort_status, memcmp(early.culprit, nobody, sizeof nobody) != 0 ? early.culprit : NULL, now_ns);
         return;
     }
     if (lacks_root(fsm, &op->spec)) {
@@ -772,7 +772,7 @@ static void settled_below(pyccl_fsm *fsm, uint8_t space, uint32_t tag_number, ui
 static void tell_failed(pyccl_fsm *fsm, const fsm_op *op, uint32_t to) {
     if (op->abort_status == PYCCL_ERR_RESULT_DIFFERS && set_has(&op->done, fsm->rank))
         send_one(fsm, op->tag, op->seq, PYCCL_FRAME_DONE, to, op->hash[fsm->rank], NULL);
-    else send_one(fsm, op->tag, op->seq, PYCCL_FRAME_ABORT, to, (uint64_t)-op->abort_status, NULL);
+    else send_one(fsm, op->tag, op->seq, PYCCL_FRAME_ABORT, to, failure_value(fsm, op), NULL);
 }
 
 static pyccl_status on_open(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
@@ -832,34 +832,57 @@ static pyccl_status on_done(pyccl_fsm *fsm, const pyccl_message *message, int64_
     return PYCCL_OK;
 }
 
+static int names_nobody(int32_t status) {
+    return status == PYCCL_ERR_RESULT_DIFFERS || status == PYCCL_ERR_PEER_LOST || status == PYCCL_ERR_ARGUMENT ||
+           status == PYCCL_ERR_MASTER_AWAY;
+}
+
 static int32_t abort_status(uint64_t value) {
-    switch (-(int32_t)value) {
+    const int32_t status = -(int32_t)(value & 255);
+    switch (status) {
     case PYCCL_ERR_ARGUMENT:
     case PYCCL_ERR_DEADLINE:
     case PYCCL_ERR_STALLED:
     case PYCCL_ERR_MASTER_AWAY:
     case PYCCL_ERR_RESULT_DIFFERS:
     case PYCCL_ERR_MISMATCH:
-    case PYCCL_ERR_PEER_LOST: return -(int32_t)value;
+    case PYCCL_ERR_PEER_LOST: return status;
     default: return PYCCL_ERR_CANCELLED;
     }
 }
 
+/* Whether the value of an ABORT or ANSWER is a status, and above it names a participant. */
+static int is_failure_untrusted(const pyccl_fsm *fsm, const pyccl_message *message) {
+    const uint64_t named = message->value >> 8;
+    if ((message->value & 255) == 0) return 0;
+    if (named == 0 || named == PYCCL_CULPRIT_NOBODY) return 1;
+    return named <= fsm->world &&
+           (message->space != PYCCL_SPACE_PAIR || named - 1 == message->rank || named - 1 == fsm->rank);
+}
+
+/* Who gave the operation up, by the sender's word; NULL: that is not known. Who sent DONE did not. */
+static const uint8_t *culprit_of(const pyccl_fsm *fsm, const fsm_op *op, const pyccl_message *message) {
+    const uint64_t named = message->value >> 8;
+    if (named == PYCCL_CULPRIT_NOBODY || names_nobody(abort_status(message->value))) return NULL;
+    const uint32_t rank = named == 0 ? message->rank : (uint32_t)(named - 1);
+    return rank == fsm->rank || set_has(&op->done, rank) ? NULL : fsm->members[rank];
+}
+
 static pyccl_status on_abort(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
     pyccl_status rc;
-    if (message->value == 0 || message->value > 255) return PYCCL_ERR_FRAME;
+    if (!is_failure_untrusted(fsm, message)) return PYCCL_ERR_FRAME;
     fsm_op *op = op_for_peer(fsm, message, &rc);
     if (op == NULL) return rc;
     int32_t status = abort_status(message->value);
     if (op->state == EARLY) {
         if (op->abort_status == 0) {
             op->abort_status = status;
-            op->abort_rank = message->rank;
+            name_culprit(op, culprit_of(fsm, op, message));
         }
     } else if (op->state == RUNNING || op->state == PREPARED) {
         /* Who failed alone never sent DONE and never will: nobody can have committed. The sender may pass that on after
          * a DONE of its own (it was prepared when it learned of it; a repeated OPEN or a link reset asked it). */
-        op_fail(fsm, op, status, culprit_of(fsm, op, status, message->rank), now_ns);
+        op_fail(fsm, op, status, culprit_of(fsm, op, message), now_ns);
     }
     return PYCCL_OK;
 }
@@ -868,18 +891,15 @@ static void on_ask(pyccl_fsm *fsm, const pyccl_message *message) {
     const fsm_op *op = op_find(tag_find(fsm, message->space, message->tag, message->rank), message->seq);
     if (op != NULL && (op->state == COMMITTED || op->state == FAILED))
         send_one(fsm, op->tag, op->seq, PYCCL_FRAME_ANSWER, message->rank,
-                 op->state == COMMITTED ? 0 : (uint64_t)-op->abort_status, NULL);
+                 op->state == COMMITTED ? 0 : failure_value(fsm, op), NULL);
 }
 
 static pyccl_status on_answer(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
     fsm_op *op = op_find(tag_find(fsm, message->space, message->tag, message->rank), message->seq);
-    if (message->value > 255) return PYCCL_ERR_FRAME;
+    if (message->value != 0 && !is_failure_untrusted(fsm, message)) return PYCCL_ERR_FRAME;
     if (op == NULL || op->state != PREPARED || !op->asked) return PYCCL_OK;  /* settled meanwhile */
     if (message->value == 0) op_commit(fsm, op, now_ns);
-    else {
-        int32_t status = abort_status(message->value);
-        op_fail(fsm, op, status, culprit_of(fsm, op, status, message->rank), now_ns);
-    }
+    else op_fail(fsm, op, abort_status(message->value), culprit_of(fsm, op, message), now_ns);
     return PYCCL_OK;
 }
 

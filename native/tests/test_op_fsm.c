@@ -255,17 +255,53 @@ TEST(fsm_abort_fails_a_prepared_operation) {
 TEST(fsm_takes_an_abort_from_a_peer_that_was_prepared_and_passes_it_on) {
     rig *r = prepared();
     CHECK(receive(r, PYCCL_FRAME_DONE, 1, 0, 55) == PYCCL_OK);
-    CHECK(receive(r, PYCCL_FRAME_ABORT, 1, 0, 30) == PYCCL_OK);  /* member 2's; its own ABORT to us is still on its way */
+    CHECK(receive(r, PYCCL_FRAME_ABORT, 1, 0, 30 | 3 << 8) == PYCCL_OK);  /* member 2's; its own to us is still on its way */
     CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, 2));
 }
 
-TEST(fsm_names_nobody_where_a_failure_was_passed_on_and_several_may_have_failed) {
+/* Member 3 gave it up; 1 had sent no DONE when it heard of that, and passes it on before 3's own word is here. */
+TEST(fsm_names_who_gave_up_and_not_who_passed_it_on) {
+    for (int answer = 0; answer < 2; answer++) {
+        rig *r = rig_new(15, 0);
+        submit(r, 1);
+        for (uint32_t peer = 1; peer < 4; peer++) receive(r, PYCCL_FRAME_OPEN, peer, 0, 0);
+        if (answer) result(r, 1, 55);
+        if (answer) tick(r, DEADLINE);
+        receive(r, answer ? PYCCL_FRAME_ANSWER : PYCCL_FRAME_ABORT, 1, 0, 30 | 4 << 8);
+        CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, 3));
+        receive(r, PYCCL_FRAME_ASK, 2, 0, 0);
+        CHECK_EQ(sent(r, PYCCL_FRAME_ANSWER, 2)->value, 30 | 4 << 8);  /* as do we */
+        receive(r, PYCCL_FRAME_OPEN, 2, 0, 0);
+        CHECK_EQ(sent(r, PYCCL_FRAME_ABORT, 2)->value, 30 | 4 << 8);
+    }
+}
+
+TEST(fsm_names_nobody_where_the_word_of_a_failure_can_not_be_right) {
+    static const uint64_t named[] = {PYCCL_CULPRIT_NOBODY, 1, 2};  /* not known; ourselves; one that sent DONE */
+    for (size_t k = 0; k < 3; k++) {
+        rig *r = rig_new(15, 0);
+        submit(r, 1);
+        receive(r, PYCCL_FRAME_DONE, 1, 0, 55);
+        receive(r, PYCCL_FRAME_ABORT, 2, 0, 30 | named[k] << 8);
+        CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, -1));
+        receive(r, PYCCL_FRAME_ASK, 3, 0, 0);
+        CHECK_EQ(sent(r, PYCCL_FRAME_ANSWER, 3)->value, 30 | PYCCL_CULPRIT_NOBODY << 8);
+    }
+}
+
+/* Ranks move and names stay: 2 gave it up, 1 is lost. Then 2 is. */
+TEST(fsm_a_tombstone_names_its_culprit_in_the_ranks_of_the_epoch) {
     rig *r = rig_new(15, 0);
     submit(r, 1);
-    for (uint32_t peer = 1; peer < 4; peer++) receive(r, PYCCL_FRAME_OPEN, peer, 0, 0);
-    receive(r, PYCCL_FRAME_DONE, 1, 0, 55);
-    receive(r, PYCCL_FRAME_ABORT, 1, 0, 30);
-    CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, -1));
+    receive(r, PYCCL_FRAME_ABORT, 2, 0, 32);
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 13, 0, 0, 0, NULL, 0) == PYCCL_OK);
+    receive(r, PYCCL_FRAME_ASK, 2, 0, 0);
+    CHECK_EQ(sent(r, PYCCL_FRAME_ANSWER, 2)->value, 32 | 2 << 8);
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 9, 0, 0, 0, NULL, 0) == PYCCL_OK);
+    receive(r, PYCCL_FRAME_ASK, 1, 0, 0);
+    CHECK_EQ(sent(r, PYCCL_FRAME_ANSWER, 1)->value, 32 | PYCCL_CULPRIT_NOBODY << 8);
 }
 
 /* After a link reset a tombstone tells us before we have submitted; it may have failed through another. */
@@ -280,7 +316,7 @@ TEST(fsm_early_abort_names_nobody_where_its_sender_is_not_to_blame) {
     rig *r = rig_new(7, 0);
     for (uint32_t peer = 1; peer < 3; peer++) receive(r, PYCCL_FRAME_OPEN, peer, 0, 0);
     receive(r, PYCCL_FRAME_DONE, 2, 0, 55);
-    receive(r, PYCCL_FRAME_ABORT, 2, 0, 30);
+    receive(r, PYCCL_FRAME_ABORT, 2, 0, 30 | 2 << 8);
     submit(r, 1);
     CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, 1));
 }
@@ -383,7 +419,7 @@ TEST(fsm_that_saw_a_difference_repeats_its_done_so_that_others_name_the_same) {
     pyccl_fsm_freeze(r->fsm, r->now);
     CHECK(enter(r, 7, 0, 0, 0, NULL, 0) == PYCCL_OK);
     receive(r, PYCCL_FRAME_OPEN, 1, 0, 0);     /* in the next epoch it is a tombstone like any other */
-    CHECK(sent(r, PYCCL_FRAME_ABORT, 1) && sent(r, PYCCL_FRAME_ABORT, 1)->value == 41);
+    CHECK(sent(r, PYCCL_FRAME_ABORT, 1) && (sent(r, PYCCL_FRAME_ABORT, 1)->value & 255) == 41);
     r = running();
     receive(r, PYCCL_FRAME_ABORT, 2, 0, 41);
     CHECK(failed_with(r, 1, PYCCL_ERR_RESULT_DIFFERS, -1));  /* whom it is about is not known */
@@ -989,6 +1025,8 @@ TEST(fsm_refuses_messages_no_honest_peer_sends) {
     CHECK(receive(r, PYCCL_FRAME_ABORT, 1, 0, 0) == PYCCL_ERR_FRAME);
     CHECK(receive(r, PYCCL_FRAME_ABORT, 1, 0, 256) == PYCCL_ERR_FRAME);
     CHECK(receive(r, PYCCL_FRAME_ANSWER, 1, 0, 256) == PYCCL_ERR_FRAME);
+    CHECK(receive(r, PYCCL_FRAME_ABORT, 1, 0, 30 | 4 << 8) == PYCCL_ERR_FRAME);  /* of a world of three */
+    CHECK(receive(r, PYCCL_FRAME_ANSWER, 1, 0, 30 | UINT64_C(1) << 32) == PYCCL_ERR_FRAME);
     CHECK(receive(r, PYCCL_FRAME_HEARTBEAT, 1, 0, 0) == PYCCL_ERR_FRAME);
     CHECK(receive(r, (pyccl_frame_type)99, 1, 0, 0) == PYCCL_ERR_FRAME);
     CHECK(r->count == 0 && pyccl_fsm_open_count(r->fsm) == 1);
