@@ -42,7 +42,8 @@
 #define PIPES_MAX 2048
 #define STEPS_MAX 32
 #define LINE_MAX_SIZE 4096
-#define READS_MAX 64 /* of one host before the others have their turn */
+#define READS_MAX 64  /* of one host before the others have their turn */
+#define WRITES_MAX 64 /* before hosts are read again: what a device does not hold is lost without having been counted */
 #define LATE_NS 1000000
 
 enum exit_status { EXIT_ARGUMENTS = 2, EXIT_MEMORY = 3, EXIT_SYSTEM = 4, EXIT_LEFT = 5 };
@@ -73,20 +74,27 @@ typedef struct host {
 /* A frame as it was read; its segments travel by themselves. */
 typedef struct frame {
     uint32_t references;
+    uint32_t run;  /* the last one of this turn with segments of it */
+    uint64_t turn; /* that `run` belongs to */
     packet_shape shape;
     uint8_t bytes[];
 } frame;
 
 typedef struct packet {
-    int64_t due_ns;
-    uint64_t number; /* of two that are due at once the first goes first */
     frame *frame;
     route *route;
     uint32_t segment, step;
     struct packet *next; /* of unused ones */
 } packet;
 
-/* Segments of one frame that arrive together. */
+/* The heap compares these without touching the packets, which are far apart in memory. */
+typedef struct entry {
+    int64_t due_ns;
+    uint64_t number; /* of two that are due at once the first goes first */
+    packet *packet;
+} entry;
+
+/* Segments of one frame that arrive in one turn: neighbours, though others may have come between them. */
 typedef struct run {
     frame *frame;
     uint32_t first, count, to;
@@ -100,11 +108,13 @@ typedef struct emulator {
     route *routes; /* [from][to], hosts_count of each */
     ino_t namespaces[HOSTS_MAX];
     uint32_t hosts_count, pipes_count, namespaces_count;
-    packet **heap, *unused;
+    entry *heap;
+    packet *unused;
     size_t heap_size, heap_capacity;
     uint64_t number;
-    run run;
-    uint64_t delivered, late, late_sum_ns;
+    run runs[WRITES_MAX];
+    uint32_t runs_count;
+    uint64_t turn, delivered, late, late_sum_ns;
     int64_t late_max_ns;
     bool realtime;
 } emulator;
@@ -122,28 +132,28 @@ static int64_t now_ns(void) {
 
 /* ---- what is on its way: a binary heap */
 
-static bool before(const packet *a, const packet *b) {
+static bool before(const entry *a, const entry *b) {
     return a->due_ns != b->due_ns ? a->due_ns < b->due_ns : a->number < b->number;
 }
 
-static void heap_push(emulator *e, packet *p) {
+static void heap_push(emulator *e, packet *p, int64_t due_ns) {
     if (e->heap_size == e->heap_capacity) {
         e->heap_capacity = e->heap_capacity == 0 ? 4096 : 2 * e->heap_capacity;
-        e->heap = realloc(e->heap, e->heap_capacity * sizeof(packet *));
+        e->heap = realloc(e->heap, e->heap_capacity * sizeof *e->heap);
         if (e->heap == NULL) fail(EXIT_MEMORY, "out of memory");
     }
-    p->number = e->number++;
+    entry pushed = {.due_ns = due_ns, .number = e->number++, .packet = p};
     size_t i = e->heap_size++;
-    for (; i > 0 && before(p, e->heap[(i - 1) / 2]); i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = p;
+    for (; i > 0 && before(&pushed, &e->heap[(i - 1) / 2]); i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
+    e->heap[i] = pushed;
 }
 
-static packet *heap_pop(emulator *e) {
-    packet *top = e->heap[0], *last = e->heap[--e->heap_size];
+static entry heap_pop(emulator *e) {
+    entry top = e->heap[0], last = e->heap[--e->heap_size];
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < e->heap_size; i = child) {
-        if (child + 1 < e->heap_size && before(e->heap[child + 1], e->heap[child])) child++;
-        if (!before(e->heap[child], last)) break;
+        if (child + 1 < e->heap_size && before(&e->heap[child + 1], &e->heap[child])) child++;
+        if (!before(&e->heap[child], &last)) break;
         e->heap[i] = e->heap[child];
     }
     e->heap[i] = last;
@@ -171,38 +181,39 @@ static void packet_drop(emulator *e, packet *p) {
 
 /* ---- delivery */
 
-static void run_flush(emulator *e) {
-    frame *f = e->run.frame;
-    if (f == NULL) return;
+static void run_write(emulator *e, const run *r) {
+    frame *f = r->frame;
     uint8_t head[PACKET_HEAD_MAX];
     uint32_t head_size, payload_at, payload_size;
-    packet_join(f->bytes, &f->shape, e->run.first, e->run.count, head, &head_size, &payload_at, &payload_size);
+    packet_join(f->bytes, &f->shape, r->first, r->count, head, &head_size, &payload_at, &payload_size);
     struct iovec parts[2] = {{head, head_size}, {f->bytes + payload_at, payload_size}};
-    host *to = &e->hosts[e->run.to];
+    host *to = &e->hosts[r->to];
     ssize_t written = writev(to->fd, parts, 2);
     if (written == (ssize_t)(head_size + payload_size)) {
-        to->rx_packets += e->run.count;
-        to->rx_bytes += (head_size - PACKET_VNET_SIZE) * (uint64_t)e->run.count + payload_size;
+        to->rx_packets += r->count;
+        to->rx_bytes += (head_size - PACKET_VNET_SIZE) * (uint64_t)r->count + payload_size;
     } else {
-        to->refused += e->run.count; /* its interface is down */
+        to->refused += r->count; /* its interface is down */
     }
     frame_release(f);
-    e->run.frame = NULL;
 }
 
-static void deliver(emulator *e, packet *p, int64_t now) {
-    int64_t late_ns = now - p->due_ns;
+/* The packet's segment becomes part of a run; there is room for one more. */
+
+static void deliver(emulator *e, packet *p, int64_t late_ns) {
     e->delivered++;
     e->late += late_ns > LATE_NS;
     e->late_sum_ns += (uint64_t)late_ns;
     if (late_ns > e->late_max_ns) e->late_max_ns = late_ns;
-    run *r = &e->run;
-    if (r->frame == p->frame && r->first + r->count == p->segment) {
+    frame *f = p->frame;
+    run *r = f->turn == e->turn ? &e->runs[f->run] : NULL;
+    if (r != NULL && r->first + r->count == p->segment) {
         r->count++;
     } else {
-        run_flush(e);
-        p->frame->references++;
-        *r = (run){.frame = p->frame, .first = p->segment, .count = 1, .to = p->route->to};
+        f->references++;
+        f->turn = e->turn;
+        f->run = e->runs_count++;
+        e->runs[f->run] = (run){.frame = f, .first = p->segment, .count = 1, .to = p->route->to};
     }
     packet_drop(e, p);
 }
@@ -211,22 +222,22 @@ static void deliver(emulator *e, packet *p, int64_t now) {
 static void advance(emulator *e, packet *p, int64_t at) {
     route *way = p->route;
     uint32_t size = packet_size(&p->frame->shape, p->segment);
-    p->due_ns = at;
+    int64_t due_ns = at;
     while (p->step < way->steps_count) {
         step *s = &way->steps[p->step];
-        if (p->due_ns > at && s->kind != STEP_DELAY) break; /* its turn comes */
+        if (due_ns > at && s->kind != STEP_DELAY) break; /* its turn comes */
         p->step++;
         bool passes = true;
         switch (s->kind) {
-        case STEP_PIPE: passes = line_pipe_enter(&e->pipes[s->pipe], at, size, &p->due_ns); break;
-        case STEP_DELAY: p->due_ns += s->delay_ns; break;
+        case STEP_PIPE: passes = line_pipe_enter(&e->pipes[s->pipe], at, size, &due_ns); break;
+        case STEP_DELAY: due_ns += s->delay_ns; break;
         case STEP_LOSS:
             passes = !line_lost(way->key, way->drawn++, s->loss);
             way->lost += !passes;
             break;
         case STEP_CAP:
             if (p->frame->shape.flow != 0)
-                passes = line_flows_enter(&s->flows, p->frame->shape.flow, at, size, &p->due_ns);
+                passes = line_flows_enter(&s->flows, p->frame->shape.flow, at, size, &due_ns);
             break;
         }
         if (!passes) {
@@ -234,20 +245,23 @@ static void advance(emulator *e, packet *p, int64_t at) {
             return;
         }
     }
-    heap_push(e, p);
+    heap_push(e, p, due_ns);
 }
 
-/* All that is due. */
-static void turn(emulator *e) {
+/* What is due, as much as is good at once. False: there is more. */
+static bool turn(emulator *e) {
     int64_t now = now_ns();
-    while (e->heap_size > 0 && e->heap[0]->due_ns <= now) {
-        packet *p = heap_pop(e);
-        if (p->step == p->route->steps_count)
-            deliver(e, p, now);
+    e->turn++;
+    e->runs_count = 0;
+    while (e->heap_size > 0 && e->heap[0].due_ns <= now && e->runs_count < WRITES_MAX) {
+        entry next = heap_pop(e);
+        if (next.packet->step == next.packet->route->steps_count)
+            deliver(e, next.packet, now - next.due_ns);
         else
-            advance(e, p, p->due_ns);
+            advance(e, next.packet, next.due_ns);
     }
-    run_flush(e);
+    for (uint32_t i = 0; i < e->runs_count; i++) run_write(e, &e->runs[i]);
+    return e->runs_count < WRITES_MAX;
 }
 
 /* ---- what hosts send */
@@ -272,6 +286,7 @@ static void accept_frame(emulator *e, uint32_t from, const uint8_t *bytes, size_
     frame *f = malloc(sizeof *f + size);
     if (f == NULL) fail(EXIT_MEMORY, "out of memory");
     f->references = shape.segments;
+    f->turn = 0; /* none */
     f->shape = shape;
     memcpy(f->bytes, bytes, size);
     int64_t now = now_ns();
@@ -466,11 +481,12 @@ static void carry(emulator *e) {
         if (flags < 0 || fcntl(e->hosts[i].fd, F_SETFL, flags | O_NONBLOCK) != 0) fail(EXIT_SYSTEM, "a host's device");
     }
     int64_t turned_ns = 0;
+    bool behind = false;
     for (;;) {
         struct timespec wait, *limit = NULL;
         if (e->heap_size > 0) {
-            int64_t wake_ns = e->heap[0]->due_ns, now = now_ns();
-            if (wake_ns < turned_ns + e->grain_ns) wake_ns = turned_ns + e->grain_ns;
+            int64_t wake_ns = e->heap[0].due_ns, now = now_ns();
+            if (!behind && wake_ns < turned_ns + e->grain_ns) wake_ns = turned_ns + e->grain_ns;
             int64_t left_ns = wake_ns > now ? wake_ns - now : 0;
             wait = (struct timespec){.tv_sec = left_ns / NS_PER_S, .tv_nsec = left_ns % NS_PER_S};
             limit = &wait;
@@ -482,8 +498,8 @@ static void carry(emulator *e) {
                 if (watched[i + 1].revents & POLLIN) take_in(e, i);
             if (watched[0].revents != 0 && !hear_owner(e)) return;
         }
-        if (now_ns() - turned_ns >= e->grain_ns) {
-            turn(e);
+        if (behind || now_ns() - turned_ns >= e->grain_ns) {
+            behind = !turn(e);
             turned_ns = now_ns();
         }
     }

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -249,6 +249,13 @@ def carriers(mark: str) -> list[int]:
     return found
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("end", ["kill", "close"])
 def test_nothing_remains_of_a_lab_whatever_ends_its_owner(end: str) -> None:
     mark = os.urandom(8).hex()
@@ -259,17 +266,14 @@ def test_nothing_remains_of_a_lab_whatever_ends_its_owner(end: str) -> None:
         assert owner.stdout is not None and owner.stdin is not None
         lines = {owner.stdout.readline().split()[0] for _ in range(2)}
         assert lines == {"emulator", "started"}
-        assert len(carriers(mark)) >= 4  # it, the emulator, and both on host 0
+        wait_until(lambda: len(carriers(mark)) >= 4)  # it, the emulator, and both on host 0
         if end == "kill":
             owner.send_signal(signal.SIGKILL)
         else:
             owner.stdin.write("\n")
             owner.stdin.flush()
         owner.wait(WAIT_S)
-        deadline_s = time.monotonic() + WAIT_S
-        while left := carriers(mark):
-            assert time.monotonic() < deadline_s, left
-            time.sleep(0.01)
+        wait_until(lambda: not carriers(mark))
     assert owner.returncode == (-signal.SIGKILL if end == "kill" else 0)
 
 
