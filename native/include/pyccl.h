@@ -83,7 +83,14 @@ typedef enum pyccl_dtype {
 
 typedef enum pyccl_reduce_op { PYCCL_SUM = 1, PYCCL_AVG = 2, PYCCL_PROD = 3, PYCCL_MIN = 4, PYCCL_MAX = 5 } pyccl_reduce_op;
 typedef enum pyccl_space { PYCCL_SPACE_USER = 0, PYCCL_SPACE_INTERNAL = 1, PYCCL_SPACE_PAIR = 2 } pyccl_space;
-typedef enum pyccl_codec { PYCCL_CODEC_NONE = 0, PYCCL_CODEC_UINT8 = 1 } pyccl_codec;  /* proto/wire.md 3.6 */
+typedef enum pyccl_codec {           /* proto/wire.md 3.6 */
+    PYCCL_CODEC_NONE = 0,
+    PYCCL_CODEC_UINT8 = 1,
+    PYCCL_CODEC_INT8 = 2,
+    PYCCL_CODEC_FP8_E4M3 = 3,
+    PYCCL_CODEC_FP4_E3M0 = 4,
+    PYCCL_CODEC_BFLOAT16 = 5
+} pyccl_codec;
 typedef enum pyccl_algorithm { PYCCL_DIRECT = 1 } pyccl_algorithm;
 
 /* What an operation is; equal on all participants or it is a mismatch. Encoded in OPEN (proto/wire.md 3.2). */
