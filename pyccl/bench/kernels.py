@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -18,6 +18,9 @@ import numpy as np
 
 from pyccl._native._pyccl import ffi, lib
 from pyccl.bench.figures import GIB, MIB, NS, Summary, summarize
+from pyccl.reference import QUANTIZE_BLOCK
+
+Array = np.ndarray[Any, Any]
 
 CACHE_BYTES: Final = 1 * MIB
 INPUTS: Final = 2  # arrays that are folded
@@ -32,8 +35,11 @@ DTYPES: Final = (
     "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
 )  # fmt: skip
 CODEC_DTYPES: Final = ("float32", "float16", "bfloat16")
-
-Array = np.ndarray[Any, Any]
+ERROR_BLOCKS: Final = 256  # that errors are taken over
+DATA: Final[dict[str, Callable[[np.random.Generator, int], Array]]] = {
+    "normal": lambda rng, count: rng.standard_normal(count),
+    "heavy tails": lambda rng, count: rng.standard_t(3, count),  # Student's t with 3 degrees of freedom
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,21 @@ class Rate:
             "what": self.what, "dtype": self.dtype, "op": self.op, "kernel": self.kernel, "place": self.place,
             "gib_per_s": self.gib_per_s.to_json(),
         }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CodecError:
+    """What a trip through a codec costs float32 elements."""
+
+    codec: str
+    data: str  # a key of DATA
+    block: int
+    bits: float  # of an element on the wire, heads included
+    rms: float  # of the error, over that of the data
+    worst: float  # the largest error, over the largest element
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def sample(run: Callable[[], object], size_bytes: int, sample_s: float = SAMPLE_S) -> Summary:
@@ -167,6 +188,24 @@ def codecs() -> dict[str, int]:
         for name in dir(lib)
         if name.startswith("PYCCL_CODEC_") and name != "PYCCL_CODEC_NONE"
     }
+
+
+def codec_errors() -> list[CodecError]:
+    """Every codec on the same elements, with the block that all_reduce takes when it is not told another."""
+    count, block = ERROR_BLOCKS * QUANTIZE_BLOCK, QUANTIZE_BLOCK
+    found = []
+    for data, drawn in DATA.items():
+        x = drawn(np.random.default_rng(1), count).astype(np.float32)
+        for codec, number in codecs().items():
+            encoded, decoded = np.empty(int(lib.pyccl_codec_size(number, block, count)), np.uint8), np.empty_like(x)
+            pins = [_pin(array.view(np.uint8)) for array in (x, encoded, decoded)]
+            assert lib.pyccl_codec_encode(number, lib.PYCCL_FLOAT32, block, pins[0], count, pins[1]) == lib.PYCCL_OK
+            assert lib.pyccl_codec_decode(number, lib.PYCCL_FLOAT32, block, pins[1], count, pins[2]) == lib.PYCCL_OK
+            error, size = np.abs(x.astype(np.float64) - decoded), np.abs(x.astype(np.float64))
+            rms = float(np.sqrt((error**2).mean() / (size**2).mean()))
+            worst = float(error.max() / size.max())
+            found.append(CodecError(codec, data, block, 8 * encoded.size / count, rms, worst))
+    return found
 
 
 def _codecs(dtype: str, place: str, size_bytes: int, sample_s: float) -> Iterator[Rate]:
