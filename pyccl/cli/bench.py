@@ -82,7 +82,7 @@ def _world(least: int, default: int, text: str) -> Callable[[Callable[..., None]
 @click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
 @click.option("--dtype", type=click.Choice(kernels.DTYPES), default="float32", show_default=True)
 @click.option("--op", type=click.Choice(kernels.OPS), default="sum", show_default=True)
-@click.option("--quantize", metavar="CODEC", help="As of all_reduce(quantize=...), for pyccl only.")
+@click.option("--quantize", metavar="CODEC", help="As all_reduce(quantize=...); pyccl only.")
 @click.option(
     "--connections", default="auto", show_default=True, callback=_connections, metavar="auto|N",
     help="TCP connections for each pair, 1 to 64.",
