@@ -149,11 +149,11 @@ def _int8_decode(data: bytes, count: int) -> Float32:
     return _cut(np.frombuffer(data[4:], np.int8).astype(np.float32) * scale)
 
 
-# Sizes of the codes 0..126: 0, 2**-9, ..., 7 * 2**-9, 2**-6, 1.125 * 2**-6, ..., 448. Code 127 is NaN, bit 7 the sign.
+# Sizes of the codes 0..127: 0, 2**-9, ..., 7 * 2**-9, 2**-6, 1.125 * 2**-6, ..., 448, NaN. Bit 7 is the sign.
 _E4M3: Final = np.array(
-    [code * 2.0**-9 if code < 8 else (1 + code % 8 / 8) * 2.0 ** (code // 8 - 7) for code in range(127)]
+    [code * 2.0**-9 if code < 8 else (1 + code % 8 / 8) * 2.0 ** (code // 8 - 7) for code in range(127)] + [np.nan]
 )
-_E4M3_HALFWAY: Final = (_E4M3[:-1] + _E4M3[1:]) / 2
+_E4M3_HALFWAY: Final = np.append((_E4M3[:-2] + _E4M3[1:-1]) / 2, np.inf)
 
 
 def _fp8_encode(x: Float32) -> bytes:
@@ -163,7 +163,7 @@ def _fp8_encode(x: Float32) -> bytes:
         t = x * (_f32(1.0) / scale)
         size = np.abs(t).astype(np.float64)
         nearest = np.searchsorted(_E4M3_HALFWAY, size, side="left")  # the smaller code of a tie
-        tie = np.isin(size, _E4M3_HALFWAY)
+        tie = size == _E4M3_HALFWAY[nearest]
         codes = ((nearest + (tie & (nearest % 2 == 1))) | np.where(np.signbit(t), 0x80, 0)).astype(np.uint8)
     return _head(scale) + codes.tobytes()
 
@@ -173,7 +173,7 @@ def _fp8_decode(data: bytes, count: int) -> Float32:
     if not _legal(scale, 0xFF):
         return np.full(count, _NAN)
     codes = np.frombuffer(data[4:], np.uint8)
-    sizes = np.append(_E4M3, np.nan)[codes & 0x7F].astype(np.float32)
+    sizes = _E4M3[codes & 0x7F].astype(np.float32)
     x = _cut(np.where(codes & 0x80, -sizes, sizes) * scale)
     return np.where(np.isnan(x), _NAN, x)
 
