@@ -2,7 +2,7 @@
 
 Rates are GiB of elements a second: those that a fold of two arrays reads (both) or an encoder reads, those that a
 decoder writes. "cache" works on about 1 MiB in all, input and output together, "memory" on the size that is asked
-for. Functions that this build of the core lacks are left out.
+for, in codecs piece after piece. Functions that this build of the core lacks are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any, Final
 
 import numpy as np
@@ -24,7 +25,8 @@ Array = np.ndarray[Any, Any]
 
 CACHE_BYTES: Final = 1 * MIB
 INPUTS: Final = 2  # arrays that are folded
-BLOCK: Final = 4096  # elements of a codec block
+BLOCK: Final = QUANTIZE_BLOCK
+PIECE: Final = 1 << 18  # elements that a call encodes, as an all-reduce does
 SAMPLE_S: Final = 0.001  # shorter than a scheduler's slice: on a busy machine most samples are undisturbed
 SAMPLES: Final = (5, 25)  # at least, at most
 BUDGET_S: Final = 0.2  # after which the least will do
@@ -192,7 +194,7 @@ def codecs() -> dict[str, int]:
 
 def codec_errors() -> list[CodecError]:
     """Every codec on the same elements, with the block that all_reduce takes when it is not told another."""
-    count, block = ERROR_BLOCKS * QUANTIZE_BLOCK, QUANTIZE_BLOCK
+    count, block = ERROR_BLOCKS * BLOCK, BLOCK
     found = []
     for data, drawn in DATA.items():
         x = drawn(np.random.default_rng(1), count).astype(np.float32)
@@ -208,22 +210,30 @@ def codec_errors() -> list[CodecError]:
     return found
 
 
+def _in_turn(function: Callable[..., object], calls: list[tuple[Any, ...]]) -> Callable[[], object]:
+    """A call with the next arguments each time."""
+    following = cycle(calls)
+    return lambda: function(*next(following))
+
+
 def _codecs(dtype: str, place: str, size_bytes: int, sample_s: float) -> Iterator[Rate]:
     code = _code(dtype)
     if code is None:
         return
     item_bytes = int(lib.pyccl_dtype_size(code))
+    count = max(size_bytes // (item_bytes + 1), 1)
+    part = min(count, PIECE)
+    values = _elements(dtype, count // part * part, 1)
     for codec, number in codecs().items():
-        count = max(size_bytes // (item_bytes + 1), 1)
-        values = _elements(dtype, count, 1)
-        encoded = np.empty(int(lib.pyccl_codec_size(number, BLOCK, count)), np.uint8)
-        into = (number, code, BLOCK, _pin(values), count, _pin(encoded))
-        back = (number, code, BLOCK, _pin(encoded), count, _pin(values))
-        if lib.pyccl_codec_encode(*into) != lib.PYCCL_OK:
-            continue
+        part_bytes = int(lib.pyccl_codec_size(number, BLOCK, part))
+        encoded = np.full(count // part * part_bytes, 0, np.uint8)  # written once: no page is new while it is measured
+        x, codes = _pin(values), _pin(encoded)
+        places = [(x + i * part * item_bytes, codes + i * part_bytes) for i in range(count // part)]
+        into = _in_turn(lib.pyccl_codec_encode, [(number, code, BLOCK, at, part, to) for at, to in places])
+        back = _in_turn(lib.pyccl_codec_decode, [(number, code, BLOCK, to, part, at) for at, to in places])
         for name in kernels_here():
             with kernel(name):
-                encode = sample(partial(lib.pyccl_codec_encode, *into), values.nbytes, sample_s)
-                decode = sample(partial(lib.pyccl_codec_decode, *back), values.nbytes, sample_s)
+                encode = sample(into, part * item_bytes, sample_s)
+                decode = sample(back, part * item_bytes, sample_s)
             yield Rate(f"encode {codec}", dtype, "", name, place, encode)
             yield Rate(f"decode {codec}", dtype, "", name, place, decode)
