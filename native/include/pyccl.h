@@ -171,7 +171,7 @@ pyccl_status pyccl_reduce(uint8_t dtype, uint8_t op, const void *const *in, cons
  * ERR_ARGUMENT: no such codec, a dtype that is no float, or block 0. */
 size_t pyccl_codec_size(uint8_t codec, uint32_t block, size_t count);   /* bytes of `count` elements encoded; 0: no such codec */
 pyccl_status pyccl_codec_encode(uint8_t codec, uint8_t dtype, uint32_t block, const void *in, size_t count, uint8_t *out);
-/* Any pyccl_codec_size bytes decode to something, the same everywhere; what no encoder writes decodes to NaN. */
+/* Any pyccl_codec_size bytes decode to something, the same everywhere: a block whose head no encoder writes, to NaN. */
 pyccl_status pyccl_codec_decode(uint8_t codec, uint8_t dtype, uint32_t block, const uint8_t *in, size_t count, void *out);
 /* Decode every input to float32 and fold as pyccl_reduce does, tile by tile: same bytes, no arrays in between. */
 pyccl_status pyccl_codec_reduce(uint8_t codec, uint8_t op, uint32_t block, const uint8_t *const *in, const double *weights,
