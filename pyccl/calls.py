@@ -17,6 +17,7 @@ from pyccl._native.handles import TIMEOUT_S_MAX, Kind, Spec
 from pyccl._proto import limits
 from pyccl._proto.election import Strategy
 from pyccl.arrays import Buffer, as_buffer, check_out, numpy_dtype
+from pyccl.codecs import CODECS, codec_of
 from pyccl.state import SharedState
 
 OPERATION_TIMEOUT_S: Final = 1800.0
@@ -51,7 +52,7 @@ _STRATEGIES: Final[dict[str, Strategy]] = {
     "receive_only": Strategy.RECEIVE_ONLY,
     "send_only": Strategy.SEND_ONLY,
 }
-_CODECS: Final[dict[str, int]] = {"uint8": lib.PYCCL_CODEC_UINT8}
+_CODECS: Final[dict[str, int]] = {name: getattr(lib, f"PYCCL_CODEC_{name.upper()}") for name in CODECS}
 
 
 class Call(NamedTuple):
@@ -212,15 +213,13 @@ def _codec(quantize: str | None, block: int, x: Buffer) -> tuple[int, int]:
     """(codec, block) of the spec."""
     if quantize is None:
         return lib.PYCCL_CODEC_NONE, 0
-    codec = _CODECS.get(quantize)
-    if codec is None:
-        raise errors.UsageError(f"quantize={quantize!r} is not one of {', '.join(_CODECS)}")
+    codec_of(quantize)
     if not x.is_float:
         raise errors.UsageError(f"quantize={quantize!r} needs floats, not {x.dtype}")
     check_range("quantize_block", block, lib.PYCCL_BLOCK_MIN, lib.PYCCL_BLOCK_MAX)
     if block & (block - 1):
         raise errors.UsageError(f"quantize_block={block}: a power of two is needed")
-    return codec, int(block)
+    return _CODECS[quantize], int(block)
 
 
 def _weight(weight: float, op: int) -> float:

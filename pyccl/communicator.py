@@ -160,10 +160,11 @@ class Communicator(Core):
             out: array of the same shape and dtype that does not overlap ``x`` in part; undefined after an error.
             tag: 0..2**32-1, pairs operations that run at the same time: the n-th call with a tag on one member
                 belongs to the n-th on the others.
-            quantize: None, or "uint8" (floats only): blocks of ``quantize_block`` elements (a power of two, 64..65536)
-                travel as one byte an element with an offset and a scale. Each contribution is rounded once and, with
-                more than two members, the result once more; still the same bits everywhere. A block with a NaN or
-                an infinity becomes NaN. Equal on all members. Codec: proto/wire.md 3.6.
+            quantize: None, "uint8" (affine), "int8" (symmetric), "fp8_e4m3", "fp4_e3m0" or "bfloat16"; floats only.
+                Blocks of ``quantize_block`` elements (a power of two, 64..65536) travel as codes of 8, 8, 8, 4 or 16
+                bits with a scale each (bfloat16: none). Each contribution is rounded once and, with more than two
+                members, the result once more; still the same bits everywhere. A block with a NaN or an infinity
+                becomes NaN; bfloat16 passes them on. Equal on all members. Errors: docs/codecs.md.
             algorithm: "auto" or "direct".
             weight: of this member's ``x`` in an "avg": finite, >= 0; the sum of the weighted inputs is divided by the
                 sum of the weights. UsageError on all members when that is 0.

@@ -1,7 +1,7 @@
 """The oracle: what an all-reduce gives, bit for bit, in NumPy and without the C core.
 
-Written from proto/wire.md 3.6 and 3.7, to be compared with what the engine gives on every dtype, operation, world and
-codec. It is slow and means to be obvious.
+Written from proto/wire.md 3.7 (codecs: codecs.py, from 3.6), to be compared with what the engine gives on every dtype,
+operation, world and codec. It is slow and means to be obvious.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from pyccl import codecs
+from pyccl.codecs import Float32
 from pyccl.errors import UsageError
 
 Array = np.ndarray[Any, Any]
-Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 OPS: Final = ("sum", "avg", "prod", "min", "max")
 QUANTIZE_BLOCK: Final = 1024  # elements that share one scale, unless the caller says otherwise
 _NAN_BITS: Final = {2: 0x7E00, 4: 0x7FC00000, 8: 0x7FF8000000000000}
-_BFLOAT16_NAN: Final = 0x7FC0
-_FLOAT32_MAX: Final = np.float32(np.finfo(np.float32).max)
 _UINT: Final = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -55,10 +54,9 @@ def reference_all_reduce(
     with np.errstate(all="ignore"):
         if quantize is None:
             return _reduce(flat, op, scales).reshape(shape)
-        decoded = [_uint8_decode(_uint8_encode(_to_float32(x), quantize_block)) for x in flat]
-        folded = _reduce(decoded, op, scales)
+        folded = _reduce([_coded(_to_float32(x), quantize, quantize_block) for x in flat], op, scales)
         if len(arrays) > 2:  # two members swap and fold on both sides: nothing is rounded a second time
-            folded = _uint8_decode(_uint8_encode(folded, quantize_block))
+            folded = _coded(folded, quantize, quantize_block)
         return _from_float32(folded, dtype).reshape(shape)
 
 
@@ -76,8 +74,10 @@ def _check(
     floats = _is_float(arrays[0].dtype)
     if op == "avg" and not floats:
         raise UsageError(f"op='avg' needs floats, not {arrays[0].dtype}")
-    if quantize is not None and (quantize != "uint8" or not floats):
-        raise UsageError(f"quantize={quantize!r} of {arrays[0].dtype}: 'uint8' and floats are what there is")
+    if quantize is not None:
+        codecs.codec_of(quantize)
+        if not floats:
+            raise UsageError(f"quantize={quantize!r} needs floats, not {arrays[0].dtype}")
     if weights is not None:
         if op != "avg" or len(weights) != len(arrays):
             raise UsageError("weights are for 'avg', one per input")
@@ -87,6 +87,11 @@ def _check(
             total = float(kind(_sum64(weights)))
         if not all(np.isfinite(w) and w >= 0 for w in seen) or not 0 < total < np.inf:
             raise UsageError(f"weights are finite, not negative, and their total is so and not 0, in {kind.__name__}")
+
+
+def _coded(x: Float32, codec: str, block: int) -> Float32:
+    """What its codes decode to."""
+    return codecs.decode(codecs.encode(x, codec, block), codec, block, x.size)
 
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -162,60 +167,5 @@ def _to_float32(x: Array) -> Float32:
 def _from_float32(x: Float32, dtype: np.dtype[Any]) -> Array:
     """Rounded once, to nearest even; NaN canonical."""
     if _is_bfloat16(dtype):
-        bits = x.view(np.uint32).astype(np.uint64)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        rounded[np.isnan(x)] = _BFLOAT16_NAN
-        return rounded.view(dtype)
+        return codecs.bfloat16_bits(x).view(dtype)
     return _canonical(x.astype(dtype))
-
-
-# ---- codec uint8, proto/wire.md 3.6 ---------------------------------------------------------------------------------
-
-
-def _blocks(count: int, block: int) -> list[slice]:
-    return [slice(at, min(at + block, count)) for at in range(0, count, block)]
-
-
-_Encoded = list[tuple[np.float32, np.float32, np.ndarray[Any, np.dtype[np.uint8]]]]
-
-
-def _uint8_encode(x: Float32, block: int) -> _Encoded:
-    return [_encode_block(x[at]) for at in _blocks(x.size, block)]
-
-
-def _encode_block(x: Float32) -> tuple[np.float32, np.float32, np.ndarray[Any, np.dtype[np.uint8]]]:
-    f32 = np.float32
-    codes = np.zeros(x.size, np.uint8)
-    if not np.isfinite(x).all():
-        return f32(np.nan), f32(np.nan), codes
-    low, high = f32(x.min()) + f32(0.0), f32(x.max()) + f32(0.0)  # + 0.0: a low of -0 is written as +0
-    if low == high:
-        return low, f32(0.0), codes
-    scale = max(_sixteen_bits(f32((np.float64(high) - np.float64(low)) / np.float64(255.0))), f32(2.0**-125))
-    inverse = f32(1.0) / (scale * f32(0.5))
-    steps = (x * f32(0.5) - low * f32(0.5)) * inverse
-    return low, scale, np.rint(steps).astype(np.uint8)
-
-
-def _sixteen_bits(x: np.float32) -> np.float32:
-    """Rounded to 16 significant bits, ties to even: times a byte it is exact in float32."""
-    mantissa, exponent = np.frexp(np.float64(x))
-    return np.float32(np.ldexp(np.rint(np.ldexp(mantissa, 16)), int(exponent) - 16))
-
-
-def _uint8_decode(encoded: _Encoded) -> Float32:
-    """As float32, cut to its finite range."""
-    parts = [np.clip(_decode_block(*block), -_FLOAT32_MAX, _FLOAT32_MAX) for block in encoded]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
-
-
-def _decode_block(low: np.float32, scale: np.float32, codes: np.ndarray[Any, np.dtype[np.uint8]]) -> Float32:
-    f32 = np.float32
-    bits = np.array([scale], np.float32).view(np.uint32)[0]
-    if not np.isfinite(low) or not np.isfinite(scale) or bits >> 31 or bits & 0xFF:
-        return np.full(codes.size, np.array([_NAN_BITS[4]], np.uint32).view(np.float32)[0])
-    steps = codes.astype(np.float32)
-    x = low + steps * scale
-    if scale > f32(2.0**120):  # the product could overflow
-        x = (low * f32(0.5) + steps * (scale * f32(0.5))) * f32(2.0)
-    return x

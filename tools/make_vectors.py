@@ -22,8 +22,9 @@ import hashlib
 import math
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -268,6 +269,12 @@ def spec_lines() -> Iterator[str]:
         if "root" not in OF_KIND.get(kind, {}):
             yield refused(f"{kind}_root_not_zero", spec(kind, root=bytes(15) + b"\1"))
     yield refused("exchange_with_oneself", spec("exchange", root=bytes(16)))
+    for codec in (2, 3, 4, 5):
+        yield ok(f"codec_{codec}", spec("all_reduce", dtype=DTYPES["float32"], codec=codec, block=1024))
+        yield refused(f"codec_{codec}_without_block", spec("all_reduce", dtype=DTYPES["float32"], codec=codec))
+        yield refused(f"codec_{codec}_of_integers", spec("all_reduce", dtype=DTYPES["int8"], codec=codec, block=1024))
+    for codec in (6, 255):
+        yield refused(f"codec_{codec}", spec("all_reduce", dtype=DTYPES["float32"], codec=codec, block=1024))
     for dtype_name, dtype in DTYPES.items():
         coded = spec("all_reduce", dtype=dtype, codec=1, block=64)
         yield ok(f"coded_{dtype_name}", coded) if "float" in dtype_name else refused(f"coded_{dtype_name}", coded)
@@ -324,7 +331,13 @@ def pack_float(dtype: str, x: float) -> bytes:
     if dtype == "bfloat16":
         (bits,) = struct.unpack("<I", struct.pack("<f", x))
         return struct.pack("<H", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+    if dtype == "float16" and abs(x) >= 65520:
+        x = math.copysign(math.inf, x)
     return struct.pack({"float32": "<f", "float64": "<d", "float16": "<e"}[dtype], x)
+
+
+Encode = Callable[[list[float]], bytes]
+Decode = Callable[[bytes, int], list[float]]
 
 
 def encode_uint8(elements: list[float]) -> bytes:
@@ -341,15 +354,109 @@ def encode_uint8(elements: list[float]) -> bytes:
     return struct.pack("<ff", low, scale) + bytes(codes)
 
 
-def decode_uint8(block: bytes, dtype: str) -> bytes:
+def decode_uint8(block: bytes, count: int) -> list[float]:
     low, scale = struct.unpack("<ff", block[:8])
     (scale_bits,) = struct.unpack("<I", block[4:8])
-    most, half = DTYPE_MOST[dtype], 0.5 if scale > 2.0**120 else 1.0
-    legal = math.isfinite(low) and scale_bits < 0x7F800000 and scale_bits % 256 == 0
+    half = 0.5 if scale > 2.0**120 else 1.0
+    if not (math.isfinite(low) and scale_bits < 0x7F800000 and scale_bits % 256 == 0):
+        return [math.nan] * count
+    return [f32(f32(low * half) + f32(code * (scale * half))) / half for code in block[8:]]
+
+
+def cut_scale(elements: list[float], most: int, nothing: float) -> float:
+    """16 significant bits of the peak / most, the rest cut off; 0 where every code is 0."""
+    if not all(math.isfinite(x) for x in elements):
+        return math.nan
+    peak = max(abs(x) for x in elements)
+    mantissa, exponent = math.frexp(f32(peak / most))
+    return 0.0 if peak <= nothing else max(math.ldexp(math.floor(mantissa * 2**16), exponent - 16), 2.0**-125)
+
+
+def head_of(scale: float) -> bytes:
+    return bytes.fromhex(DTYPE_NAN["float32"]) if math.isnan(scale) else struct.pack("<f", scale)
+
+
+def scale_of(block: bytes, spare: int) -> float:
+    """NaN where no encoder writes it."""
+    (bits,) = struct.unpack("<I", block[:4])
+    return float(struct.unpack("<f", block[:4])[0]) if bits < 0x7F800000 and bits & spare == 0 else math.nan
+
+
+def encode_int8(elements: list[float]) -> bytes:
+    scale = cut_scale(elements, 127, 2.0**-126)
+    codes = [round(f32(x * f32(1 / scale))) if scale > 0 else 0 for x in elements]
+    return head_of(scale) + struct.pack(f"<{len(codes)}b", *codes)
+
+
+def decode_int8(block: bytes, count: int) -> list[float]:
+    return [f32(code * scale_of(block, 0xFF)) for code in struct.unpack(f"<{count}b", block[4:])]
+
+
+E4M3 = [code * 2.0**-9 if code < 8 else (8 + code % 8) * 2.0 ** (code // 8 - 10) for code in range(127)]
+
+
+def encode_fp8(elements: list[float]) -> bytes:
+    scale = cut_scale(elements, 448, 2.0**-135)
+    codes = bytearray(len(elements))
+    for i, x in enumerate(elements if scale > 0 else ()):
+        t = f32(x * f32(1 / scale))
+        codes[i] = min(range(127), key=lambda code: (abs(E4M3[code] - abs(t)), code % 2))  # a tie: the even one
+        codes[i] |= 0x80 if math.copysign(1, t) < 0 else 0
+    return head_of(scale) + bytes(codes)
+
+
+def decode_fp8(block: bytes, count: int) -> list[float]:
+    scale, sizes = scale_of(block, 0xFF), [*E4M3, math.nan]
+    return [f32((-1 if code & 0x80 else 1) * sizes[code & 0x7F] * scale) for code in block[4:]]
+
+
+def encode_fp4(elements: list[float]) -> bytes:
+    finite = all(math.isfinite(x) for x in elements)
+    scale = max(abs(x) for x in elements) if finite else math.nan
+    codes = []
+    for x in elements:
+        least = [2.0**-7 * scale] + [0.75 * 2.0 ** (code - 7) * scale for code in range(2, 8)]  # exact
+        code = sum(abs(x) >= size for size in least) if scale > 0 else 0
+        codes.append(code | (8 if code and x < 0 else 0))
+    codes += [0] * (len(codes) % 2)
+    return head_of(scale) + bytes(low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True))
+
+
+def decode_fp4(block: bytes, count: int) -> list[float]:
+    scale = scale_of(block, 0)
+    codes = [nibble for pair in block[4:] for nibble in (pair & 15, pair >> 4)][:count]
+    return [f32((-1 if code & 8 else 1) * (2.0 ** (code % 8 - 7) if code % 8 else 0.0) * scale) for code in codes]
+
+
+def encode_bfloat16(elements: list[float]) -> bytes:
+    return b"".join(pack_float("bfloat16", x) for x in elements)
+
+
+def decode_bfloat16(block: bytes, count: int) -> list[float]:
+    return unpack_floats("bfloat16", block)
+
+
+class Codec(NamedTuple):
+    number: int
+    encode: Encode
+    decode: Decode
+
+
+CODECS = {
+    "uint8": Codec(1, encode_uint8, decode_uint8),
+    "int8": Codec(2, encode_int8, decode_int8),
+    "fp8_e4m3": Codec(3, encode_fp8, decode_fp8),
+    "fp4_e3m0": Codec(4, encode_fp4, decode_fp4),
+    "bfloat16": Codec(5, encode_bfloat16, decode_bfloat16),
+}
+
+
+def decode_as(codec: str, block: bytes, count: int, dtype: str) -> bytes:
+    """Cut to the finite range of the dtype, but for bfloat16, and rounded to it."""
     out = b""
-    for code in block[8:]:
-        x = f32(f32(low * half) + f32(code * (scale * half))) / half if legal else math.nan
-        out += pack_float(dtype, x if math.isnan(x) else min(max(f32(x), -most), most))
+    for x in CODECS[codec].decode(block, count):
+        most = math.inf if codec == "bfloat16" else DTYPE_MOST[dtype]
+        out += pack_float(dtype, x if math.isnan(x) else min(max(x, -most), most))
     return out
 
 
@@ -447,26 +554,60 @@ CODEC_INPUTS: list[Block] = [
     ("plain", "bfloat16", 8, [math.sin(i * 1.1) * 3 for i in range(13)]),
     ("most", "bfloat16", 8, [DTYPE_MOST["bfloat16"], -DTYPE_MOST["bfloat16"], 0.0]),
 ]
-HOSTILE_HEADS = {  # low, scale
-    "scale_with_spare_bits": "0000803f0100803f", "scale_negative": "0000803f000080bf",
-    "scale_minus_zero": "0000803f00000080",
-    "scale_infinite": "0000803f0000807f", "low_infinite": "000080ff0000803f", "low_nan": "0100807f0000803f",
-    "overflowing": "00ff7f7f00ff7f7f", "scale_denormal": "0100008000010000", "low_minus_zero": "000000800000803f",
+# Where codes lie halfway between two, and the examples of optimizers.md for fp4.
+CODEC_TIES: list[tuple[str, str, list[float]]] = [
+    ("int8", "own_ties", [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 125.5, -127.0, -0.0]),
+    ("fp8_e4m3", "own_ties", [448.0, 432.0, 17.0, 19.0, -17.0, 2.0**-10, -3 * 2.0**-10, 5 * 2.0**-10, -0.0]),
+    ("fp8_e4m3", "edge_of_the_normals", [448.0, 0.015625, 0.0146484375, 0.0151, -0.0137, 0.0166]),
+    ("fp4_e3m0", "examples", [2.0, -1.4, 0.1, 0.01, -0.0, 0.0]),
+    ("fp4_e3m0", "own_ties", [-1.0, 0.75, -0.375, 0.1875, 0.09375, 0.046875, -0.0234375, 0.0078125, 0.0078124]),
+    ("fp4_e3m0", "inexact_boundaries", [f32(x) for x in (1.1, 0.825, 0.8250001, 0.4125, -0.0085937)]),
+    ("bfloat16", "own_ties", [1.00390625, 1.01171875, -1.00390625, 2.0**-134, 3 * 2.0**-134, f32(1.0039063)]),
+    ("bfloat16", "rounds_to_infinity", [DTYPE_MOST["float32"], 2.0**128 - 2.0**119, 2.0**128 - 2.0**120]),
+]
+HOSTILE_SCALES = {
+    "spare_bits": "0100803f", "negative": "000080bf", "minus_zero": "00000080", "zero": "00000000",
+    "infinite": "0000807f", "nan": "0100807f", "overflowing": "00ff7f7f", "largest": "ffff7f7f",
+    "denormal": "00010000", "least": "01000000",
 }  # fmt: skip
+HOSTILE_LOWS = {
+    "low_infinite": "000080ff0000803f", "low_nan": "0100807f0000803f", "low_and_scale_overflowing": "00ff7f7f00ff7f7f",
+    "low_minus_zero": "000000800000803f", "low_and_scale_denormal": "0100008000010000",
+}  # fmt: skip
+HOSTILE_CODES = {"int8": "00017f8081ff", "fp8_e4m3": "0001077e7f80fffe", "fp4_e3m0": "0818f7ef", "uint8": "000180ff"}
+
+
+def codec_line(codec: str, name: str, dtype: str, block: int, elements: list[float]) -> str:
+    data = b"".join(pack_float(dtype, x) for x in elements)
+    values = unpack_floats(dtype, data)
+    parts = [values[i : i + block] for i in range(0, len(values), block)]
+    blocks = [CODECS[codec].encode(part) for part in parts]
+    decoded = b"".join(decode_as(codec, one, len(part), dtype) for one, part in zip(blocks, parts, strict=True))
+    line = f"{codec}_{name}_{dtype} {CODECS[codec].number} {DTYPES[dtype]} {block} {len(values)} {data.hex()}"
+    return f"{line} {b''.join(blocks).hex()} {decoded.hex()}"
+
+
+def hostile_line(codec: str, name: str, dtype: str, encoded: bytes, count: int) -> str:
+    decoded = decode_as(codec, encoded, count, dtype).hex()
+    return f"{codec}_{name}_{dtype} {CODECS[codec].number} {DTYPES[dtype]} {count} {count} - {encoded.hex()} {decoded}"
 
 
 def codec_lines() -> Iterator[str]:
-    for name, dtype, block, elements in CODEC_INPUTS:
-        data = b"".join(pack_float(dtype, x) for x in elements)
-        values = unpack_floats(dtype, data)
-        blocks = [encode_uint8(values[i : i + block]) for i in range(0, len(values), block)]
-        decoded = b"".join(decode_uint8(one, dtype) for one in blocks)
-        line = f"{name}_{dtype} 1 {DTYPES[dtype]} {block} {len(values)} {data.hex()}"
-        yield f"{line} {b''.join(blocks).hex()} {decoded.hex()}"
-    for name, head in HOSTILE_HEADS.items():
-        for dtype in DTYPE_BYTES:
-            encoded = bytes.fromhex(head) + bytes([0, 1, 128, 255])
-            yield f"{name}_{dtype} 1 {DTYPES[dtype]} 4 4 - {encoded.hex()} {decode_uint8(encoded, dtype).hex()}"
+    for codec in CODECS:
+        for name, dtype, block, elements in CODEC_INPUTS:
+            yield codec_line(codec, name, dtype, block, elements)
+    for codec, name, elements in CODEC_TIES:
+        yield codec_line(codec, name, "float32", 16, elements)
+    for dtype in DTYPE_BYTES:
+        for name, head in HOSTILE_LOWS.items():
+            yield hostile_line("uint8", name, dtype, bytes.fromhex(head + HOSTILE_CODES["uint8"]), 4)
+        for codec, codes in HOSTILE_CODES.items():
+            low, count = "0000803f" if codec == "uint8" else "", len(codes) // (1 if codec == "fp4_e3m0" else 2)
+            for name, scale in HOSTILE_SCALES.items():
+                yield hostile_line(codec, f"scale_{name}", dtype, bytes.fromhex(low + scale + codes), count)
+        nans = bytes.fromhex("c07f807f80ffc1ff017f7f7f01000080")
+        yield hostile_line("bfloat16", "nans_infinities_denormals", dtype, nans, 8)
+    yield hostile_line("fp4_e3m0", "last_half_not_zero", "float32", bytes.fromhex("0000803f17f7"), 3)
 
 
 FILES = {

@@ -83,7 +83,14 @@ typedef enum pyccl_dtype {
 
 typedef enum pyccl_reduce_op { PYCCL_SUM = 1, PYCCL_AVG = 2, PYCCL_PROD = 3, PYCCL_MIN = 4, PYCCL_MAX = 5 } pyccl_reduce_op;
 typedef enum pyccl_space { PYCCL_SPACE_USER = 0, PYCCL_SPACE_INTERNAL = 1, PYCCL_SPACE_PAIR = 2 } pyccl_space;
-typedef enum pyccl_codec { PYCCL_CODEC_NONE = 0, PYCCL_CODEC_UINT8 = 1 } pyccl_codec;  /* proto/wire.md 3.6 */
+typedef enum pyccl_codec {           /* proto/wire.md 3.6 */
+    PYCCL_CODEC_NONE = 0,
+    PYCCL_CODEC_UINT8 = 1,
+    PYCCL_CODEC_INT8 = 2,
+    PYCCL_CODEC_FP8_E4M3 = 3,
+    PYCCL_CODEC_FP4_E3M0 = 4,
+    PYCCL_CODEC_BFLOAT16 = 5
+} pyccl_codec;
 typedef enum pyccl_algorithm { PYCCL_DIRECT = 1 } pyccl_algorithm;
 
 /* What an operation is; equal on all participants or it is a mismatch. Encoded in OPEN (proto/wire.md 3.2). */
@@ -164,7 +171,7 @@ pyccl_status pyccl_reduce(uint8_t dtype, uint8_t op, const void *const *in, cons
  * ERR_ARGUMENT: no such codec, a dtype that is no float, or block 0. */
 size_t pyccl_codec_size(uint8_t codec, uint32_t block, size_t count);   /* bytes of `count` elements encoded; 0: no such codec */
 pyccl_status pyccl_codec_encode(uint8_t codec, uint8_t dtype, uint32_t block, const void *in, size_t count, uint8_t *out);
-/* Any pyccl_codec_size bytes decode to something, the same everywhere; what no encoder writes decodes to NaN. */
+/* Any pyccl_codec_size bytes decode to something, the same everywhere: a block whose head no encoder writes, to NaN. */
 pyccl_status pyccl_codec_decode(uint8_t codec, uint8_t dtype, uint32_t block, const uint8_t *in, size_t count, void *out);
 /* Decode every input to float32 and fold as pyccl_reduce does, tile by tile: same bytes, no arrays in between. */
 pyccl_status pyccl_codec_reduce(uint8_t codec, uint8_t op, uint32_t block, const uint8_t *const *in, const double *weights,

@@ -162,7 +162,7 @@ static bool spec_codec_valid(const pyccl_spec *spec) {
     const bool floats = spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 || spec->dtype == PYCCL_FLOAT16 ||
                         spec->dtype == PYCCL_BFLOAT16;
     if (spec->codec == PYCCL_CODEC_NONE) return spec->block == 0;
-    return spec->codec == PYCCL_CODEC_UINT8 && spec->kind == PYCCL_ALL_REDUCE && floats && spec->block >= PYCCL_BLOCK_MIN &&
+    return pyccl_codec_size(spec->codec, PYCCL_BLOCK_MIN, 1) > 0 && spec->kind == PYCCL_ALL_REDUCE && floats && spec->block >= PYCCL_BLOCK_MIN &&
            spec->block <= PYCCL_BLOCK_MAX && (spec->block & (spec->block - 1)) == 0;
 }
 

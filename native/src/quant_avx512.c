@@ -4,7 +4,7 @@
 
 #include "quant_simd.h"
 
-const quant_kernels quant_avx512 = {range_run, affine_encode_run, affine_decode_run};
+const quant_kernels quant_avx512 = QUANT_KERNELS(range_run, peak_run);
 #else
 typedef int quant_avx512_is_empty; /* ISO C wants something here */
 #endif

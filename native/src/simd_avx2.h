@@ -11,8 +11,9 @@
 
 typedef __m256 vf;
 typedef __m256d vd;
+typedef int32_t vi __attribute__((vector_size(sizeof(vf))));
 #define VF_WIDTH 8
-#define CODE_GROUP 4 /* vectors that codes_store takes at a time */
+#define CODE_GROUP 4 /* vectors that become codes at a time */
 
 ELEMENT vf f32_splat(float x) { return _mm256_set1_ps(x); }
 ELEMENT vd f64_splat(double x) { return _mm256_set1_pd(x); }
@@ -90,16 +91,42 @@ ELEMENT float f32_max_of(vf x) {
 ELEMENT vf nan_seen(vf seen, vf x, vf y) { return _mm256_or_ps(seen, _mm256_cmp_ps(x, y, _CMP_UNORD_Q)); }
 ELEMENT int nan_any(vf seen) { return _mm256_movemask_ps(_mm256_cmp_ps(seen, seen, _CMP_UNORD_Q)) != 0; }
 
-/* Numbers 0..255.5 rounded to nearest even, as bytes. */
-ELEMENT void codes_store(uint8_t *at, const vf t[CODE_GROUP]) {
-    const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(t[0]), _mm256_cvtps_epi32(t[1]));
-    const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(t[2]), _mm256_cvtps_epi32(t[3]));
+/* ---- integers, for codes ---- */
+
+ELEMENT vi i32_max(vi x, vi y) { return (vi)_mm256_max_epi32((__m256i)x, (__m256i)y); }
+ELEMENT vi i32_nearest(vf x) { return (vi)_mm256_cvtps_epi32(x); } /* ties to even */
+ELEMENT vf f32_from_i32(vi x) { return _mm256_cvtepi32_ps((__m256i)x); }
+
+/* VF_WIDTH bytes as integers. */
+ELEMENT vi u8_load(const uint8_t *at) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)at)); }
+ELEMENT vi i8_load(const uint8_t *at) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)at)); }
+
+/* Numbers 0..255 as bytes. */
+ELEMENT __m256i bytes_of(const vi codes[CODE_GROUP]) {
+    const __m256i low = _mm256_packs_epi32((__m256i)codes[0], (__m256i)codes[1]);
+    const __m256i high = _mm256_packs_epi32((__m256i)codes[2], (__m256i)codes[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packing works within halves */
-    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-    _mm256_storeu_si256((__m256i *)(void *)at, bytes);
+    return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
 }
-ELEMENT vf codes_load(const uint8_t *at) { /* reads VF_WIDTH bytes */
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)at)));
+ELEMENT void bytes_store(uint8_t *at, const vi codes[CODE_GROUP]) {
+    _mm256_storeu_si256((__m256i *)(void *)at, bytes_of(codes));
+}
+
+/* Numbers 0..15, two in a byte, the first in the low half. */
+ELEMENT void nibbles_store(uint8_t *at, const vi codes[CODE_GROUP]) {
+    const __m256i pairs = _mm256_maddubs_epi16(bytes_of(codes), _mm256_set1_epi16(0x1001)); /* first + 16 * second */
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+    store128(at, _mm256_castsi256_si128(bytes));
+}
+ELEMENT vi nibbles_load(const uint8_t *at) { /* whatever is above the four bits */
+    int32_t eight;
+    memcpy(&eight, at, sizeof eight);
+    return (vi)_mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+}
+/* level[code & 7], negative where code & 8. */
+ELEMENT vf levels_pick(const float level[8], vi code) {
+    const vf size = _mm256_permutevar8x32_ps(_mm256_loadu_ps(level), (__m256i)code);
+    return (vf)((vi)size | ((code & 8) << 28));
 }
 
 #endif

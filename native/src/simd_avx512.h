@@ -8,6 +8,7 @@
 
 typedef __m512 vf;
 typedef __m512d vd;
+typedef int32_t vi __attribute__((vector_size(sizeof(vf))));
 #define VF_WIDTH 16
 #define CODE_GROUP 1
 
@@ -72,11 +73,29 @@ ELEMENT float f32_max_of(vf x) { return _mm512_reduce_max_ps(x); }
 ELEMENT vf nan_seen(vf seen, vf x, vf y) { return f32_nan_where(_mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q), seen); }
 ELEMENT int nan_any(vf seen) { return _mm512_cmp_ps_mask(seen, seen, _CMP_UNORD_Q) != 0; }
 
-ELEMENT void codes_store(uint8_t *at, const vf t[CODE_GROUP]) {
-    _mm_storeu_si128((__m128i *)(void *)at, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(t[0])));
+ELEMENT vi i32_max(vi x, vi y) { return (vi)_mm512_max_epi32((__m512i)x, (__m512i)y); }
+ELEMENT vi i32_nearest(vf x) { return (vi)_mm512_cvtps_epi32(x); }
+ELEMENT vf f32_from_i32(vi x) { return _mm512_cvtepi32_ps((__m512i)x); }
+
+ELEMENT __m128i load128(const uint8_t *at) { return _mm_loadu_si128((const __m128i *)(const void *)at); }
+ELEMENT vi u8_load(const uint8_t *at) { return (vi)_mm512_cvtepu8_epi32(load128(at)); }
+ELEMENT vi i8_load(const uint8_t *at) { return (vi)_mm512_cvtepi8_epi32(load128(at)); }
+
+ELEMENT void bytes_store(uint8_t *at, const vi codes[CODE_GROUP]) {
+    _mm_storeu_si128((__m128i *)(void *)at, _mm512_cvtepi32_epi8((__m512i)codes[0]));
 }
-ELEMENT vf codes_load(const uint8_t *at) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)));
+ELEMENT void nibbles_store(uint8_t *at, const vi codes[CODE_GROUP]) {
+    const __m128i pairs = _mm_maddubs_epi16(_mm512_cvtepi32_epi8((__m512i)codes[0]), _mm_set1_epi16(0x1001));
+    _mm_storel_epi64((__m128i *)(void *)at, _mm_packus_epi16(pairs, pairs));
+}
+ELEMENT vi nibbles_load(const uint8_t *at) {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)at);
+    return (vi)_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4)));
+}
+ELEMENT vf levels_pick(const float level[8], vi code) {
+    const __m512 sizes = _mm512_castps256_ps512(_mm256_loadu_ps(level));
+    const vf size = _mm512_permutexvar_ps((__m512i)(code & 7), sizes);
+    return (vf)((vi)size | ((code & 8) << 28));
 }
 
 #endif

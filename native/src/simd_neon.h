@@ -8,6 +8,7 @@
 
 typedef float32x4_t vf;
 typedef float64x2_t vd;
+typedef int32_t vi __attribute__((vector_size(sizeof(vf))));
 #define VF_WIDTH 4
 #define CODE_GROUP 4
 
@@ -54,16 +55,43 @@ ELEMENT float f32_max_of(vf x) { return vmaxvq_f32(x); }
 ELEMENT vf nan_seen(vf seen, vf x, vf y) { return vmaxq_f32(seen, vmaxq_f32(x, y)); }
 ELEMENT int nan_any(vf seen) { return vminvq_u32(vceqq_f32(seen, seen)) == 0; }
 
-ELEMENT void codes_store(uint8_t *at, const vf t[CODE_GROUP]) {
-    const uint16x8_t low = vcombine_u16(vmovn_u32(vcvtnq_u32_f32(t[0])), vmovn_u32(vcvtnq_u32_f32(t[1])));
-    const uint16x8_t high = vcombine_u16(vmovn_u32(vcvtnq_u32_f32(t[2])), vmovn_u32(vcvtnq_u32_f32(t[3])));
-    vst1q_u8(at, vcombine_u8(vmovn_u16(low), vmovn_u16(high)));
-}
-ELEMENT vf codes_load(const uint8_t *at) {
+ELEMENT vi i32_max(vi x, vi y) { return (vi)vmaxq_s32((int32x4_t)x, (int32x4_t)y); }
+ELEMENT vi i32_nearest(vf x) { return (vi)vcvtnq_s32_f32(x); }
+ELEMENT vf f32_from_i32(vi x) { return vcvtq_f32_s32((int32x4_t)x); }
+
+ELEMENT vi u8_load(const uint8_t *at) {
     uint32_t four;
     memcpy(&four, at, sizeof four);
-    const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
-    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide)));
+    return (vi)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+}
+ELEMENT vi i8_load(const uint8_t *at) {
+    uint32_t four;
+    memcpy(&four, at, sizeof four);
+    return (vi)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
+}
+
+ELEMENT uint8x16_t bytes_of(const vi codes[CODE_GROUP]) {
+    const uint16x8_t low = vcombine_u16(vmovn_u32((uint32x4_t)codes[0]), vmovn_u32((uint32x4_t)codes[1]));
+    const uint16x8_t high = vcombine_u16(vmovn_u32((uint32x4_t)codes[2]), vmovn_u32((uint32x4_t)codes[3]));
+    return vcombine_u8(vmovn_u16(low), vmovn_u16(high));
+}
+ELEMENT void bytes_store(uint8_t *at, const vi codes[CODE_GROUP]) { vst1q_u8(at, bytes_of(codes)); }
+ELEMENT void nibbles_store(uint8_t *at, const vi codes[CODE_GROUP]) {
+    const uint16x8_t pairs = vreinterpretq_u16_u8(bytes_of(codes));
+    vst1_u8(at, vmovn_u16(vorrq_u16(pairs, vshrq_n_u16(pairs, 4))));
+}
+ELEMENT vi nibbles_load(const uint8_t *at) {
+    uint16_t four;
+    memcpy(&four, at, sizeof four);
+    const vi shifts = {0, -4, -8, -12};
+    return (vi)vshlq_u32(vdupq_n_u32(four), (int32x4_t)shifts);
+}
+ELEMENT vf levels_pick(const float level[8], vi code) { /* by bytes: 4 * code + 0, 1, 2, 3 */
+    const uint8_t *at = (const uint8_t *)(const void *)level;
+    const uint8x16x2_t table = {{vld1q_u8(at), vld1q_u8(at + 16)}};
+    const vi places = (code & 7) * 0x04040404 + 0x03020100;
+    const uint8x16_t size = vqtbl2q_u8(table, (uint8x16_t)places);
+    return (vf)((vi)size | ((code & 8) << 28));
 }
 
 #endif

@@ -70,7 +70,8 @@ TEST(direct_codec_blocks_are_not_divided) {
         for (size_t c = 0; c < sizeof COUNTS / sizeof *COUNTS; c++)
             for (uint32_t block = PYCCL_BLOCK_MIN; block <= PYCCL_BLOCK_MAX; block *= 4)
                 for (size_t d = 0; d < sizeof dtypes; d++) {
-                    const pyccl_spec spec = {.kind = PYCCL_ALL_REDUCE, .dtype = dtypes[d], .op = PYCCL_SUM, .codec = PYCCL_CODEC_UINT8,
+                    const pyccl_spec spec = {.kind = PYCCL_ALL_REDUCE, .dtype = dtypes[d], .op = PYCCL_SUM,
+                                             .codec = (uint8_t)(PYCCL_CODEC_UINT8 + (c + d + block / 64) % PYCCL_CODEC_BFLOAT16),
                                              .algorithm = PYCCL_DIRECT, .block = block, .count = COUNTS[c]};
                     direct_plan plan;
                     direct_plan_init(&plan, &spec, world, 0, 0);

@@ -130,6 +130,10 @@ static void dtypes_suite(uint32_t world) {
 TEST(engine_all_reduce_of_every_dtype_by_two) { dtypes_suite(2); }
 TEST(engine_all_reduce_of_every_dtype_by_three) { dtypes_suite(3); }
 
+static const uint8_t CODECS[] = {PYCCL_CODEC_UINT8, PYCCL_CODEC_INT8, PYCCL_CODEC_FP8_E4M3, PYCCL_CODEC_FP4_E3M0, PYCCL_CODEC_BFLOAT16};
+enum { CODEC_COUNT = sizeof CODECS / sizeof *CODECS };
+
+/* Every codec with every dtype and op, and with most counts and blocks. */
 static void codec_suite(uint32_t world, wire how) {
     static const uint8_t dtypes[] = {PYCCL_FLOAT16, PYCCL_BFLOAT16, PYCCL_FLOAT32, PYCCL_FLOAT64};
     static const uint32_t blocks[] = {64, 4096, 65536};
@@ -140,7 +144,7 @@ static void codec_suite(uint32_t world, wire how) {
         for (uint8_t op = PYCCL_SUM; op <= LAST_OP; op++)
             for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
                 pyccl_spec spec = reduce_spec(dtypes[d], op, counts[k], 0);
-                spec.codec = PYCCL_CODEC_UINT8;
+                spec.codec = CODECS[(k + op + 2 * d) % CODEC_COUNT];
                 spec.block = blocks[(k + op + d) % 3];
                 check_any(&c, spec, NULL, (int)(k + op + d) / 3 % 2);
             }
@@ -152,25 +156,28 @@ TEST(engine_codec_rounds_twice_by_three) { codec_suite(3, OVER_UNIX); }
 TEST(engine_codec_rounds_twice_by_five) { codec_suite(5, OVER_TCP); }
 
 TEST(engine_codec_counts_encoded_bytes) {
+    static const uint64_t block_bytes[CODEC_COUNT] = {4096 + 8, 4096 + 4, 4096 + 4, 2048 + 4, 8192};
     for (uint32_t world = 2; world <= 3; world++) {
         cluster c;
         cluster_open(&c, world, 1, OVER_TCP);
-        pyccl_spec spec = reduce_spec(PYCCL_FLOAT32, PYCCL_AVG, 3 * 4096 * 10, 0);
-        spec.codec = PYCCL_CODEC_UINT8;
-        spec.block = 4096;
-        vectors v = vectors_any(&spec, NULL, world, 1);
-        pyccl_op *ops[3];
-        for (uint32_t i = 0; i < world; i++) ops[i] = submit(&c, i, spec, v.in[i], v.out[i], 0);
-        for (uint32_t i = 0; i < world; i++) {
-            pyccl_op_info info;
-            CHECK_EQ(pyccl_op_wait(ops[i], PATIENCE), PYCCL_OK);
-            pyccl_op_info_get(ops[i], &info);
-            const uint64_t vector = 30 * (4096 + 8), moved = world == 2 ? vector : vector / 3 * 4;
-            CHECK_EQ(info.tx_bytes, moved);
-            CHECK_EQ(info.rx_bytes, moved);
-            CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        for (size_t k = 0; k < CODEC_COUNT; k++) {
+            pyccl_spec spec = reduce_spec(PYCCL_FLOAT32, PYCCL_AVG, 3 * 4096 * 10, 0);
+            spec.codec = CODECS[k];
+            spec.block = 4096;
+            vectors v = vectors_any(&spec, NULL, world, 1);
+            pyccl_op *ops[3];
+            for (uint32_t i = 0; i < world; i++) ops[i] = submit(&c, i, spec, v.in[i], v.out[i], 0);
+            for (uint32_t i = 0; i < world; i++) {
+                pyccl_op_info info;
+                CHECK_EQ(pyccl_op_wait(ops[i], PATIENCE), PYCCL_OK);
+                pyccl_op_info_get(ops[i], &info);
+                const uint64_t vector = 30 * block_bytes[k], moved = world == 2 ? vector : vector / 3 * 4;
+                CHECK_EQ(info.tx_bytes, moved);
+                CHECK_EQ(info.rx_bytes, moved);
+                CHECK_EQ(finish(ops[i]), PYCCL_OK);
+            }
+            vectors_free(&v);
         }
-        vectors_free(&v);
         cluster_close(&c);
     }
 }
@@ -186,7 +193,7 @@ TEST(engine_avg_counts_weights) {
                 check_any(&c, reduce_spec(PYCCL_FLOAT32, PYCCL_AVG, count, 0), weights[k], k % 2);
                 check_any(&c, reduce_spec(PYCCL_FLOAT64, PYCCL_AVG, count, 0), weights[k], k % 2);
                 pyccl_spec coded = reduce_spec(PYCCL_BFLOAT16, PYCCL_AVG, count, 0);
-                coded.codec = PYCCL_CODEC_UINT8;
+                coded.codec = CODECS[k + count % 2];
                 coded.block = 1024;
                 check_any(&c, coded, weights[k], k % 2);
             }

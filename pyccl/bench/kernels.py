@@ -2,7 +2,7 @@
 
 Rates are GiB of elements a second: those that a fold of two arrays reads (both) or an encoder reads, those that a
 decoder writes. "cache" works on about 1 MiB in all, input and output together, "memory" on the size that is asked
-for. Functions that this build of the core lacks are left out.
+for, in codecs piece after piece. Functions that this build of the core lacks are left out.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any, Final
 
 import numpy as np
 
 from pyccl._native._pyccl import ffi, lib
 from pyccl.bench.figures import GIB, MIB, NS, Summary, summarize
+from pyccl.reference import QUANTIZE_BLOCK
+
+Array = np.ndarray[Any, Any]
 
 CACHE_BYTES: Final = 1 * MIB
 INPUTS: Final = 2  # arrays that are folded
-BLOCK: Final = 4096  # elements of a codec block
+BLOCK: Final = QUANTIZE_BLOCK
+PIECE: Final = 1 << 18  # elements that a call encodes, as an all-reduce does
 SAMPLE_S: Final = 0.001  # shorter than a scheduler's slice: on a busy machine most samples are undisturbed
 SAMPLES: Final = (5, 25)  # at least, at most
 BUDGET_S: Final = 0.2  # after which the least will do
@@ -32,8 +37,11 @@ DTYPES: Final = (
     "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
 )  # fmt: skip
 CODEC_DTYPES: Final = ("float32", "float16", "bfloat16")
-
-Array = np.ndarray[Any, Any]
+ERROR_BLOCKS: Final = 256  # that errors are taken over
+DATA: Final[dict[str, Callable[[np.random.Generator, int], Array]]] = {
+    "normal": lambda rng, count: rng.standard_normal(count),
+    "heavy tails": lambda rng, count: rng.standard_t(3, count),  # Student's t with 3 degrees of freedom
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,21 @@ class Rate:
             "what": self.what, "dtype": self.dtype, "op": self.op, "kernel": self.kernel, "place": self.place,
             "gib_per_s": self.gib_per_s.to_json(),
         }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CodecError:
+    """What a trip through a codec costs float32 elements."""
+
+    codec: str
+    data: str  # a key of DATA
+    block: int
+    bits: float  # of an element on the wire, heads included
+    rms: float  # of the error, over that of the data
+    worst: float  # the largest error, over the largest element
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def sample(run: Callable[[], object], size_bytes: int, sample_s: float = SAMPLE_S) -> Summary:
@@ -169,22 +192,48 @@ def codecs() -> dict[str, int]:
     }
 
 
+def codec_errors() -> list[CodecError]:
+    """Every codec on the same elements, with the block that all_reduce takes when it is not told another."""
+    count, block = ERROR_BLOCKS * BLOCK, BLOCK
+    found = []
+    for data, drawn in DATA.items():
+        x = drawn(np.random.default_rng(1), count).astype(np.float32)
+        for codec, number in codecs().items():
+            encoded, decoded = np.empty(int(lib.pyccl_codec_size(number, block, count)), np.uint8), np.empty_like(x)
+            pins = [_pin(array.view(np.uint8)) for array in (x, encoded, decoded)]
+            assert lib.pyccl_codec_encode(number, lib.PYCCL_FLOAT32, block, pins[0], count, pins[1]) == lib.PYCCL_OK
+            assert lib.pyccl_codec_decode(number, lib.PYCCL_FLOAT32, block, pins[1], count, pins[2]) == lib.PYCCL_OK
+            error, size = np.abs(x.astype(np.float64) - decoded), np.abs(x.astype(np.float64))
+            rms = float(np.sqrt((error**2).mean() / (size**2).mean()))
+            worst = float(error.max() / size.max())
+            found.append(CodecError(codec, data, block, 8 * encoded.size / count, rms, worst))
+    return found
+
+
+def _in_turn(function: Callable[..., object], calls: list[tuple[Any, ...]]) -> Callable[[], object]:
+    """A call with the next arguments each time."""
+    following = cycle(calls)
+    return lambda: function(*next(following))
+
+
 def _codecs(dtype: str, place: str, size_bytes: int, sample_s: float) -> Iterator[Rate]:
     code = _code(dtype)
     if code is None:
         return
     item_bytes = int(lib.pyccl_dtype_size(code))
+    count = max(size_bytes // (item_bytes + 1), 1)
+    part = min(count, PIECE)
+    values = _elements(dtype, count // part * part, 1)
     for codec, number in codecs().items():
-        count = max(size_bytes // (item_bytes + 1), 1)
-        values = _elements(dtype, count, 1)
-        encoded = np.empty(int(lib.pyccl_codec_size(number, BLOCK, count)), np.uint8)
-        into = (number, code, BLOCK, _pin(values), count, _pin(encoded))
-        back = (number, code, BLOCK, _pin(encoded), count, _pin(values))
-        if lib.pyccl_codec_encode(*into) != lib.PYCCL_OK:
-            continue
+        part_bytes = int(lib.pyccl_codec_size(number, BLOCK, part))
+        encoded = np.full(count // part * part_bytes, 0, np.uint8)  # written once: no page is new while it is measured
+        x, codes = _pin(values), _pin(encoded)
+        places = [(x + i * part * item_bytes, codes + i * part_bytes) for i in range(count // part)]
+        into = _in_turn(lib.pyccl_codec_encode, [(number, code, BLOCK, at, part, to) for at, to in places])
+        back = _in_turn(lib.pyccl_codec_decode, [(number, code, BLOCK, to, part, at) for at, to in places])
         for name in kernels_here():
             with kernel(name):
-                encode = sample(partial(lib.pyccl_codec_encode, *into), values.nbytes, sample_s)
-                decode = sample(partial(lib.pyccl_codec_decode, *back), values.nbytes, sample_s)
+                encode = sample(into, part * item_bytes, sample_s)
+                decode = sample(back, part * item_bytes, sample_s)
             yield Rate(f"encode {codec}", dtype, "", name, place, encode)
             yield Rate(f"decode {codec}", dtype, "", name, place, decode)

@@ -27,6 +27,8 @@ CONNECT_TIMEOUT_S: Final = 60.0
 OPERATION_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
 PERIOD: Final = 65_521  # elements after which an input repeats; prime, so that pieces and blocks do not line up with it
+# Of a codec, over the largest element and rounded up (docs/codecs.md); of float8 and float4 over the element itself.
+CODEC_ERROR: Final = {"uint8": 1 / 250, "int8": 1 / 250, "fp8_e4m3": 1 / 15, "fp4_e3m0": 1 / 2.9, "bfloat16": 1 / 250}
 WIRE_SHARE_MIN: Final = 0.9  # of what an all-reduce must send: less was not carried by the sockets that we watch
 
 Array = np.ndarray[Any, Any]
@@ -164,21 +166,22 @@ def expected(dtype: np.dtype[Any], op: str, world: int) -> Array:
     return folded / world if op == "avg" else folded
 
 
-def tolerance(dtype: np.dtype[Any], op: str, world: int, quantized: bool) -> float:
-    """How far a right result may be from ``expected``: roundings of the dtype, or of two trips through 8 bits."""
+def tolerance(dtype: np.dtype[Any], op: str, world: int, quantize: str | None) -> float:
+    """How far a right result may be from ``expected``: roundings of the dtype, or of trips through a codec."""
     if dtype.kind in "iu":
         return 0.0
     bits = {"float64": 52, "float32": 23, "float16": 10}.get(dtype.name, 7)
     largest = {"sum": 1.5 * world, "prod": 1.5**world}.get(op, 1.5)
-    rounding = largest * (world + 1) * 2.0**-bits
-    return rounding + (2 * largest * (world + 1) / 255 if quantized else 0.0)
+    trips = world + 1 if op == "prod" else 2  # errors of factors multiply, those of terms add up to that of one
+    coded = 0.0 if quantize is None else largest * ((1 + CODEC_ERROR[quantize]) ** trips - 1)
+    return largest * (world + 1) * 2.0**-bits + coded
 
 
-def check(result: Array, settings: Settings, quantized: bool) -> float:
+def check(result: Array, settings: Settings, quantize: str | None) -> float:
     """Greatest deviation of a result from what it must be, over what is allowed: wrong above 1."""
     dtype = result.dtype
     want = expected(dtype, settings.op, settings.world)
-    allowed = tolerance(dtype, settings.op, settings.world, quantized)
+    allowed = tolerance(dtype, settings.op, settings.world, quantize)
     worst = 0.0
     for start in range(0, result.size, PERIOD):
         part = result[start : start + PERIOD]
@@ -254,9 +257,9 @@ def _measure(
     reports: dict[str, dict[str, object]] = {}
     for system in systems:  # one round that is checked, then those that only warm up
         iterate(system, Record())
-        quantized = settings.quantize is not None and system.name == "pyccl"
+        quantize = settings.quantize if system.name == "pyccl" else None
         reports[system.name] = {
-            "deviation": check(system.result(), settings, quantized),
+            "deviation": check(system.result(), settings, quantize),
             "result_digest": hashlib.blake2b(system.result().view(np.uint8).data, digest_size=16).hexdigest(),
         }
     for _ in range(settings.warmup):

@@ -13,6 +13,7 @@ from pyccl.bench.machine import Machine
 from pyccl.bench.memory import HOUR_S, Tracks
 from pyccl.bench.wan import Result as WanResult
 from pyccl.netlab.units import show_rate, show_time
+from pyccl.reference import QUANTIZE_BLOCK
 
 
 def heading(command: str, machine: Machine, versions: Mapping[str, str | None]) -> list[str]:
@@ -130,6 +131,12 @@ def kernel_rates(rates: Iterable[kernels.Rate]) -> list[str]:
     rows += [[what, *(cells.get(name, "-") for name in names)] for what, cells in table.items()]
     note = "One thread; counted: elements that a reduce (of two arrays) or an encoder reads, or that a decoder writes."
     return [*columns(rows), "", note]
+
+
+def codec_errors(errors: Iterable[kernels.CodecError]) -> list[str]:
+    rows = [["codec, error of float32", "bits", "data", "rms / rms", "worst / largest"]]
+    rows += [[e.codec, f"{e.bits:.2f}", e.data, f"{e.rms:.2e}", f"{e.worst:.2e}"] for e in errors]
+    return ["", *columns(rows), "", f"Blocks of {QUANTIZE_BLOCK}; bits: of an element on the wire, heads included."]
 
 
 def digest_rates(rates: Iterable[digest.Rate]) -> list[str]:

@@ -82,7 +82,7 @@ def _world(least: int, default: int, text: str) -> Callable[[Callable[..., None]
 @click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
 @click.option("--dtype", type=click.Choice(kernels.DTYPES), default="float32", show_default=True)
 @click.option("--op", type=click.Choice(kernels.OPS), default="sum", show_default=True)
-@click.option("--quantize", metavar="CODEC", help="As of all_reduce(quantize=...), for pyccl only.")
+@click.option("--quantize", metavar="CODEC", help="As all_reduce(quantize=...); pyccl only.")
 @click.option(
     "--connections", default="auto", show_default=True, callback=_connections, metavar="auto|N",
     help="TCP connections for each pair, 1 to 64.",
@@ -162,14 +162,17 @@ def wan_command(
 @click.option("--op", "ops", type=click.Choice(kernels.OPS), multiple=True, help="Only this one; repeatable.")
 @_AS_JSON
 def kernels_command(mib: float, dtypes: tuple[str, ...], ops: tuple[str, ...], as_json: bool) -> None:
-    """Rates of the element kernels and codecs, one thread, each instruction set that this CPU has."""
+    """Rates of the element kernels and codecs, one thread, each instruction set that this CPU has; what codecs lose."""
     _report(
         "kernels", as_json,
-        lambda: kernels.measure(int(mib * MIB), dtypes or kernels.DTYPES, ops or kernels.OPS),
-        lambda rates: {
-            "settings": {"mib": mib}, "unit": "GiB/s of elements", "rates": [rate.to_json() for rate in rates]
+        lambda: (
+            kernels.measure(int(mib * MIB), dtypes or kernels.DTYPES, ops or kernels.OPS), kernels.codec_errors()
+        ),
+        lambda told: {
+            "settings": {"mib": mib}, "unit": "GiB/s of elements", "rates": [rate.to_json() for rate in told[0]],
+            "codec_errors": [error.to_json() for error in told[1]],
         },
-        show.kernel_rates,
+        lambda told: [*show.kernel_rates(told[0]), *show.codec_errors(told[1])],
     )  # fmt: skip
 
 

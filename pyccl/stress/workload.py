@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from pyccl.codecs import CODECS
 from pyccl.reference import reference_all_reduce
 from pyccl.state import SharedState
 
@@ -69,7 +70,7 @@ def plan(seed: int, revision: int) -> tuple[Op, ...]:
 def _op(rng: random.Random, index: int, tag: int, kinds: Sequence[str]) -> Op:
     dtype = rng.choice(kinds)
     is_float = dtype not in INTEGERS
-    quantize = "uint8" if is_float and rng.random() < 0.5 else None
+    quantize = rng.choice(tuple(CODECS)) if is_float and rng.random() < 0.5 else None
     op = rng.choice(("sum", "avg", "prod", "min", "max") if is_float else ("sum", "prod", "min", "max"))
     most = COUNT_QUANTIZED_MAX if quantize else COUNT_MAX
     large = quantize is None and rng.randrange(LARGE_EVERY) == 0

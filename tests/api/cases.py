@@ -15,10 +15,12 @@ import numpy as np
 from oracle import DTYPES, FLOATS, KINDS, OPS, Array, draw, sha
 
 import pyccl
+from pyccl.codecs import CODECS
 
 PIECE_BYTES: Final = 1 << 18
 _GUARD_BYTES: Final = 64
 _GUARD: Final = 0xA5
+_CODECS: Final = tuple(CODECS)
 _BLOCKS: Final = (64, 128, 1024, 4096, 65536)
 # Of one member each. The last ones lead to totals that can't divide: UsageError for everybody.
 _WEIGHTS: Final = (1.0, 1.0, 2.0, 0.5, 0.0, 1 / 3, 1e-3, 1e6, 1e-40, 3e38, 1e-60, 1e39)
@@ -67,7 +69,7 @@ class Case:
 
 
 def draw_cases(seed: int, world: int, rounds: int) -> list[Case]:
-    """In each round: every dtype with every op and codec that it has, and the other collectives with every dtype."""
+    """In each round: every dtype with every op that it has, with two codecs; and the other collectives with it."""
     rng = random.Random(seed)
     cases = [case for _ in range(rounds) for case in _round(rng, world)]
     rng.shuffle(cases)
@@ -80,9 +82,10 @@ def _round(rng: random.Random, world: int) -> Iterator[Case]:
         for op in OPS if floats else [op for op in OPS if op != "avg"]:
             yield _case(rng, "all_reduce", dtype, world, op=op)
             if floats:
-                yield _case(rng, "all_reduce", dtype, world, op=op, quantize="uint8", block=rng.choice(_BLOCKS))
+                for codec in rng.sample(_CODECS, 2):
+                    yield _case(rng, "all_reduce", dtype, world, op=op, quantize=codec, block=rng.choice(_BLOCKS))
         if floats:
-            for codec in (None, "uint8"):
+            for codec in (None, rng.choice(_CODECS)):
                 for pool in (_WEIGHTS, _WEIGHTS[:-_WILD_WEIGHTS], _WEIGHTS[:3]):
                     weights = tuple(rng.choice(pool) for _ in range(world))
                     yield _case(
@@ -93,7 +96,7 @@ def _round(rng: random.Random, world: int) -> Iterator[Case]:
         yield _case(rng, "all_gather", dtype, world)
         yield _case(
             rng, "all_reduce_many", dtype, world, arrays=rng.randint(0, 5), in_flight=rng.randint(1, 4),
-            op=rng.choice(OPS) if floats else "sum", quantize=rng.choice([None, "uint8"]) if floats else None,
+            op=rng.choice(OPS) if floats else "sum", quantize=rng.choice([None, *_CODECS]) if floats else None,
         )  # fmt: skip
 
 

@@ -396,7 +396,8 @@ class Cluster:
         assert members == sorted(members) and infos[0]["world_size"] == len(members)
         dtype, kind = spec.get("dtype", "float32"), spec.get("kind", "plain")
         inputs = [draw(seed, index, count, dtype, kind) for index in self.inputs(members)]
-        expected = sha(pyccl.reference_all_reduce(inputs, op=spec.get("op", "sum")))
+        known = {key: spec[key] for key in ("op", "quantize", "quantize_block") if key in spec}
+        expected = sha(pyccl.reference_all_reduce(inputs, **known))
         for value in values:
             assert value["sha"] == expected, f"seed {self.seed}: other bits than the oracle's, {spec} count={count}"
             assert value["kept"], f"seed {self.seed}: the input was changed although there was an out"

@@ -39,7 +39,7 @@ def opened(peers: list[Peer], do: str, **wanted: Any) -> list[Call]:
         ("dtype", {"dtype": "int32"}),
         ("op", {"op": "max"}),
         ("retry", {"retry": False}),
-        ("codec, block", {"quantize": "uint8"}),
+        ("codec, block", {"quantize": "fp4_e3m0"}),
     ],
 )
 def test_another_spec_is_an_error_on_all(cluster: Cluster, peers: list[Peer], field: str, spec: dict[str, Any]) -> None:
@@ -56,6 +56,14 @@ def test_another_block_of_the_codec_is_an_error_on_all(cluster: Cluster, peers: 
     *rest, odd = peers
     calls = opened(rest, "all_reduce", **same)
     all_name([*calls, odd.call("all_reduce", **same, quantize_block=64)], ["block"], [odd])
+    cluster.reduce(peers)
+
+
+def test_another_codec_is_an_error_on_all(cluster: Cluster, peers: list[Peer]) -> None:
+    same = {"seed": 1, "count": 1000}
+    odd, *rest = peers
+    calls = opened(rest, "all_reduce", **same, quantize="int8")
+    all_name([*calls, odd.call("all_reduce", **same, quantize="fp8_e4m3")], ["codec"], [odd])
     cluster.reduce(peers)
 
 

@@ -15,6 +15,7 @@ from cluster import Cluster, Peer
 from zygote import Zygote
 
 from pyccl._native._pyccl import lib
+from pyccl.codecs import CODECS, size_bytes
 
 LONG = os.environ.get("PYCCL_TEST_LONG") == "1"
 AT_ONCE = 25  # cases in one command: none takes long, so each answer guards against a hang
@@ -108,3 +109,14 @@ def test_an_operation_whose_handle_is_dropped_runs_to_its_end(cluster: Cluster) 
         call.value()
     for peer in peers:
         peer.ask("close")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_info_counts_the_encoded_bytes_of_a_codec(cluster: Cluster, codec: str) -> None:
+    """Each of three sends two thirds of the vector to the owners and its own third twice."""
+    peers, count, block = cluster.members(3), 3 * 64 * 100, 64
+    calls = [peer.call("all_reduce", seed=9, count=count, quantize=codec, quantize_block=block) for peer in peers]
+    values = [call.value() for call in calls]
+    cluster.check(values, 9, count, quantize=codec, quantize_block=block)
+    for value in values:
+        assert value["info"]["tx_bytes"] == value["info"]["rx_bytes"] == size_bytes(codec, block, count) * 4 // 3

@@ -16,6 +16,7 @@ import pyccl
 from pyccl.bench import machine
 from pyccl.bench.crowd import group_sizes
 from pyccl.cli.main import main
+from pyccl.codecs import CODECS, size_bytes
 
 
 def test_all_reduce_tells_raw_times_of_every_rank() -> None:
@@ -203,6 +204,19 @@ def test_kernels_print_a_table_that_says_what_is_counted() -> None:
     finished = bench("kernels", "--mib", "0.1", "--dtype", "float32", "--op", "sum")
     assert finished.status == 0, finished.stderr
     assert "GiB/s of elements" in finished.stdout and "reduce float32 sum" in finished.stdout
+    assert "codec, error of float32" in finished.stdout
+
+
+def test_kernels_tell_rate_and_error_of_every_codec() -> None:
+    told = done("kernels", "--mib", "0.1", "--dtype", "float32", "--op", "max")
+    whats = {rate["what"] for rate in told["rates"]}
+    assert {f"{way} {codec}" for way in ("encode", "decode") for codec in CODECS} < whats
+    errors = {(error["codec"], error["data"]): error for error in told["codec_errors"]}
+    assert len(errors) == 2 * len(CODECS) == len(told["codec_errors"])
+    for (codec, _), error in errors.items():
+        assert error["bits"] == 8 * size_bytes(codec, error["block"], error["block"]) / error["block"]
+        assert 0 < error["worst"] <= 0.26 and 0 < error["rms"] < 0.25
+    assert errors["int8", "normal"]["rms"] < errors["fp8_e4m3", "normal"]["rms"] < errors["fp4_e3m0", "normal"]["rms"]
 
 
 def test_digest_tells_own_rates_and_others() -> None:
