@@ -22,7 +22,7 @@ from pyccl.errors import (
     StateFileError,
     UsageError,
 )
-from pyccl.reference import reference_all_reduce
+from pyccl.reference import reference_all_reduce, reference_reduce_scatter
 from pyccl.state import SharedState
 
 __version__ = _version("pyccl-p2p")
@@ -49,4 +49,5 @@ __all__ = [
     "aio",
     "connect",
     "reference_all_reduce",
+    "reference_reduce_scatter",
 ]

@@ -315,6 +315,29 @@ class Communicator(Core):
         return out
 
     @enable_ki_protection
+    async def reduce_scatter(
+        self,
+        x: Any,
+        op: ReduceOp | str = ReduceOp.SUM,
+        *,
+        tag: int = 0,
+        quantize: str | None = None,
+        weight: float = 1.0,
+        retry: bool = True,
+        timeout: float = OPERATION_TIMEOUT_S,
+        quantize_block: int = QUANTIZE_BLOCK,
+    ) -> Array:
+        """As ``pyccl.Communicator.reduce_scatter``."""
+        session = self._require()
+        call, scattered = calls.reduce_scatter(x, op, tag, quantize, weight, retry, timeout, quantize_block)
+        await checkpoint_if_cancelled()
+        work = self._start(session, call)
+        info = await work.wait()
+        out = scattered.empty(info.members.index(self.peer_id), info.world_size)
+        await work._take(out)
+        return out
+
+    @enable_ki_protection
     async def all_reduce_many(
         self,
         arrays: Sequence[Any],

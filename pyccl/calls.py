@@ -6,6 +6,7 @@ Arguments go in, a ``Call`` comes out: nothing is sent, nothing waits. A UsageEr
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -47,6 +48,7 @@ _OPS: Final[dict[str, int]] = {
     ReduceOp.MAX: lib.PYCCL_MAX,
 }
 _AVG: Final[int] = lib.PYCCL_AVG
+ALGORITHMS: Final[dict[str, int]] = {"auto": lib.PYCCL_AUTO, "direct": lib.PYCCL_DIRECT, "ring": lib.PYCCL_RING}
 _STRATEGIES: Final[dict[str, Strategy]] = {
     "enforce_popular": Strategy.ENFORCE_POPULAR,
     "receive_only": Strategy.RECEIVE_ONLY,
@@ -83,10 +85,10 @@ def all_reduce(
     code = _reduce_op(op, source)
     check_out(source, target)
     codec, block = _codec(quantize, quantize_block, source)
-    if algorithm not in ("auto", "direct"):
-        raise errors.UsageError(f"algorithm={algorithm!r}: this version has 'auto' and 'direct'")
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise errors.UsageError(f"algorithm={algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     spec = Spec(
-        Kind.ALL_REDUCE, source.code, code, codec,
+        Kind.ALL_REDUCE, source.code, code, codec, ALGORITHMS[algorithm],
         retry=bool(retry), tag=_tag(tag), block=block, elements=source.count,
     )  # fmt: skip
     return Call("all_reduce", spec, source, target, seconds("timeout", timeout), _weight(weight, code))
@@ -116,6 +118,44 @@ def all_gather(x: Any, tag: int, retry: bool, timeout: float) -> tuple[Call, Gat
     gathered = Gathered(tuple(buffer.shape), numpy_dtype(buffer))
     spec = Spec(Kind.ALL_GATHER, buffer.code, retry=bool(retry), tag=_tag(tag), elements=buffer.count)
     return Call("all_gather", spec, buffer, None, seconds("timeout", timeout)), gathered
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """What a reduce_scatter returns: the rows of a member, of `dtype`, each of the shape `shape[1:]`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def empty(self, rank: int, world_size: int) -> Array:
+        """For the part of one member, as numpy.array_split cuts."""
+        rows, longer = divmod(self.shape[0], world_size)
+        return np.empty((rows + (rank < longer), *self.shape[1:]), self.dtype)
+
+
+def reduce_scatter(
+    x: Any,
+    op: ReduceOp | str,
+    tag: int,
+    quantize: str | None,
+    weight: float,
+    retry: bool,
+    timeout: float,
+    quantize_block: int,
+) -> tuple[Call, Scattered]:
+    buffer = as_buffer("x", x, writable=False)
+    shape = tuple(buffer.shape)
+    if not shape:
+        raise errors.UsageError("x has no axis that could be split")
+    code = _reduce_op(op, buffer)
+    codec, block = _codec(quantize, quantize_block, buffer)
+    row = max(1, math.prod(shape[1:]))
+    spec = Spec(
+        Kind.REDUCE_SCATTER, buffer.code, code, codec, retry=bool(retry), tag=_tag(tag), block=block,
+        elements=buffer.count, root=row.to_bytes(8, "little") + bytes(8),
+    )  # fmt: skip
+    call = Call("reduce_scatter", spec, buffer, None, seconds("timeout", timeout), _weight(weight, code))
+    return call, Scattered(shape, numpy_dtype(buffer))
 
 
 def exchange(me: bytes, x: Any, out: Any, partner: str, tag: int, timeout: float) -> Call:

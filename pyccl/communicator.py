@@ -145,7 +145,8 @@ class Communicator(Core):
     ) -> ReduceInfo:
         """Reduce ``x`` over all members of the epoch; the result is in ``out``, or in ``x`` itself without ``out``.
 
-        Every member gets the same bits: each element is folded by one member in rank order.
+        Every member gets the same bits, in an order of additions that members, algorithm and plan fix: in rank order,
+        or along the ring.
 
         Args:
             x: any shape, C-contiguous; (u)int8/16/32/64, float16, bfloat16, float32 or float64; shape and dtype equal
@@ -165,7 +166,9 @@ class Communicator(Core):
                 bits with a scale each (bfloat16: none). Each contribution is rounded once and, with more than two
                 members, the result once more; still the same bits everywhere. A block with a NaN or an infinity
                 becomes NaN; bfloat16 passes them on. Equal on all members. Errors: docs/codecs.md.
-            algorithm: "auto" or "direct".
+            algorithm: "direct": everybody sends to the owner of each share; "ring": each to the next member alone,
+                for groups that are large or whose lines differ (two members swap, whatever is said); "auto": what the
+                epoch's plan says, "direct" without one. Equal on all members. `algorithm` of the info tells what ran.
             weight: of this member's ``x`` in an "avg": finite, >= 0; the sum of the weighted inputs is divided by the
                 sum of the weights. UsageError on all members when that is 0.
             retry: run it again among the survivors when a member is lost; False raises PeerLostError instead.
@@ -240,6 +243,39 @@ class Communicator(Core):
             work = self._start(session, call, begun)
             info = work.wait()
         out = gathered.empty(info.world_size)
+        work._take(out)
+        return out
+
+    def reduce_scatter(
+        self,
+        x: Any,
+        op: ReduceOp | str = ReduceOp.SUM,
+        *,
+        tag: int = 0,
+        quantize: str | None = None,
+        weight: float = 1.0,
+        retry: bool = True,
+        timeout: float = OPERATION_TIMEOUT_S,
+        quantize_block: int = QUANTIZE_BLOCK,
+    ) -> Array:
+        """Reduce ``x`` over all members; each gets its own part of the result, cut along axis 0.
+
+        Args:
+            x: as for ``all_reduce``, of at least one dimension; shape and dtype equal on all members; not changed.
+            op, tag, weight, retry, timeout: as for ``all_reduce``.
+            quantize, quantize_block: as for ``all_reduce``, but each contribution is rounded once and the part, which
+                travels no further, not again. Blocks are counted from the first element of each part.
+        Returns:
+            A new NumPy array: part `rank` of ``numpy.array_split(reduced, world_size)`` among those who contributed,
+            which after a loss are those of the view. Empty where there are more members than rows.
+        Raises: as ``all_reduce``; UsageError where ``x`` has no dimension.
+        """
+        session = self._require()
+        call, scattered = calls.reduce_scatter(x, op, tag, quantize, weight, retry, timeout, quantize_block)
+        with given_up_on_error() as begun:
+            work = self._start(session, call, begun)
+            info = work.wait()
+        out = scattered.empty(info.members.index(self.peer_id), info.world_size)
         work._take(out)
         return out
 

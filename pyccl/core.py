@@ -34,6 +34,7 @@ from pyccl.calls import Array, Call
 from pyccl.state import SharedState
 
 _EPOCHS_CACHED: Final = 16
+_ALGORITHMS: Final = {number: name for name, number in calls.ALGORITHMS.items()}
 _SESSIONS: Final[set[Session]] = set()  # open ones, to end them at interpreter exit
 
 
@@ -42,7 +43,8 @@ class ReduceInfo:
     """How an operation went.
 
     world_size, members (peer ids in hex, in rank order), epoch: those who contributed, two in an exchange. attempts:
-    epochs it ran in. tx_bytes, rx_bytes: payload sent and received here for it. seconds: from the call to its end.
+    epochs it ran in. algorithm: what ran, "direct" (also where two swap) or "ring". tx_bytes, rx_bytes: payload sent
+    and received here for it. seconds: from the call to its end.
     """
 
     world_size: int
@@ -172,7 +174,7 @@ class Core:
             raise session.mismatch_error(what)
         if left_run(info):
             raise session.last_error()
-        if info.status == status.ARGUMENT and what.startswith("all_reduce"):  # what one member can't see by itself
+        if info.status == status.ARGUMENT and what in ("all_reduce", "reduce_scatter"):  # seen by all together
             raise errors.UsageError(
                 f"{what}: avg can't divide by the members' weights, which add up to 0 or to more than a float holds"
             )
@@ -180,8 +182,9 @@ class Core:
             raise status.error_of(info.status, what, info.peer.hex() or None)
         members = hex_ids(session.members_of(info.epoch))
         return ReduceInfo(
-            len(members), members, info.epoch, info.attempts, "direct", info.tx_bytes, info.rx_bytes, info.seconds
-        )
+            len(members), members, info.epoch, info.attempts, _ALGORITHMS[info.algorithm],
+            info.tx_bytes, info.rx_bytes, info.seconds,
+        )  # fmt: skip
 
 
 @lru_cache(_EPOCHS_CACHED)
@@ -206,7 +209,7 @@ class Work:
         return self._op.done()
 
     def _take(self, out: Array) -> None:
-        """Copy the result that an all_gather without ``out`` has kept, and give up the handle."""
+        """Copy the result that the engine has kept, and give up the handle."""
         take(self._op, out)
 
     def wait(self, timeout: float | None = None) -> ReduceInfo:
@@ -251,7 +254,7 @@ class Work:
 
 
 def take(op: Op, out: Array) -> None:
-    """The result that an all_gather without ``out`` has kept; the handle is free then."""
+    """The result that the engine has kept; the handle is free then."""
     try:
         if out.size:
             op.take(out.reshape(-1).view(np.uint8))

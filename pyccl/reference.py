@@ -1,11 +1,12 @@
-"""The oracle: what an all-reduce gives, bit for bit, in NumPy and without the C core.
+"""The oracle: what all_reduce and reduce_scatter give, bit for bit, in NumPy and without the C core.
 
-Written from proto/wire.md 3.7 (codecs: codecs.py, from 3.6), to be compared with what the engine gives on every dtype,
-operation, world and codec. It is slow and means to be obvious.
+Written from proto/wire.md 3.3 and 3.7 (codecs: codecs.py, from 3.6), to be compared with what the engine gives on every
+dtype, operation, world, algorithm and codec. It is slow and means to be obvious.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -31,6 +32,8 @@ def reference_all_reduce(
     algorithm: str = "auto",
     weights: Sequence[float] | None = None,
     quantize_block: int = QUANTIZE_BLOCK,
+    ring: Sequence[int] | None = None,
+    shares: Sequence[int] | None = None,
 ) -> Array:
     """The exact bits that every member's ``all_reduce`` gives.
 
@@ -38,7 +41,10 @@ def reference_all_reduce(
         inputs: one array of each member, in rank order (bytewise order of peer ids); equal shapes and dtypes.
             bfloat16 as ``ml_dtypes.bfloat16``.
         op, quantize, quantize_block: as for ``Communicator.all_reduce``.
-        algorithm: "auto" or "direct", which fold in rank order.
+        algorithm: "direct" folds in rank order, "ring" along the ring, but not with two members; "auto": as without a
+            plan, "direct".
+        ring, shares: of the epoch's plan, for "ring": the ranks in the order of the ring (None: rank order) and the
+            weights of their shares (None: equal ones).
         weights: for "avg", one per input; None stands for 1.0 each.
     Returns:
         A new array of the same shape and dtype.
@@ -48,16 +54,102 @@ def reference_all_reduce(
     """
     arrays = [np.ascontiguousarray(x) for x in inputs]
     _check(arrays, op, quantize, algorithm, weights)
+    order = _ring_order(len(arrays), ring)
     shape, dtype = arrays[0].shape, arrays[0].dtype
     flat = [x.reshape(-1) for x in arrays]
-    scales = None if weights is None or all(w == 1.0 for w in weights) else [float(w) for w in weights]
+    scales = _scales(weights)
+    in_ring = algorithm == "ring" and len(arrays) > 2
+    block = 1 if quantize is None else quantize_block
+    cut = _cut(flat[0].size, len(arrays), block, shares) if in_ring else []
     with np.errstate(all="ignore"):
         if quantize is None:
-            return _reduce(flat, op, scales).reshape(shape)
-        folded = _reduce([_coded(_to_float32(x), quantize, quantize_block) for x in flat], op, scales)
+            folded = _reduce_along(order, cut, flat, op, scales) if in_ring else _reduce(flat, op, scales)
+            return folded.reshape(shape)
+        decoded = [_coded(_to_float32(x), quantize, quantize_block) for x in flat]
+        folded = _reduce_along(order, cut, decoded, op, scales) if in_ring else _reduce(decoded, op, scales)
         if len(arrays) > 2:  # two members swap and fold on both sides: nothing is rounded a second time
             folded = _coded(folded, quantize, quantize_block)
         return _from_float32(folded, dtype).reshape(shape)
+
+
+def reference_reduce_scatter(
+    inputs: Sequence[Array],
+    *,
+    op: str = "sum",
+    quantize: str | None = None,
+    weights: Sequence[float] | None = None,
+    quantize_block: int = QUANTIZE_BLOCK,
+) -> list[Array]:
+    """The exact bits that ``reduce_scatter`` gives to each member, in rank order.
+
+    Args: as ``reference_all_reduce``; at least one dimension.
+    Raises: as ``reference_all_reduce``.
+    """
+    arrays = [np.ascontiguousarray(x) for x in inputs]
+    _check(arrays, op, quantize, "direct", weights)
+    if np.ndim(inputs[0]) == 0:
+        raise UsageError("the inputs have no axis that could be split")
+    return [_reduce_part(part, op, quantize, _scales(weights), quantize_block) for part in _parts(arrays)]
+
+
+def _parts(arrays: Sequence[Array]) -> list[list[Array]]:
+    """[rank][input]"""
+    split = [np.array_split(x, len(arrays)) for x in arrays]
+    return [list(part) for part in zip(*split, strict=True)]
+
+
+def _reduce_part(
+    part: list[Array], op: str, quantize: str | None, scales: list[float] | None, quantize_block: int
+) -> Array:
+    """Of its owner: what travels is encoded, the result does not travel."""
+    shape, dtype = part[0].shape, part[0].dtype
+    flat = [x.reshape(-1) for x in part]
+    with np.errstate(all="ignore"):
+        if quantize is None:
+            return _reduce(flat, op, scales).reshape(shape)
+        decoded = [_coded(_to_float32(x), quantize, quantize_block) for x in flat]
+        return _from_float32(_reduce(decoded, op, scales), dtype).reshape(shape)
+
+
+def _scales(weights: Sequence[float] | None) -> list[float] | None:
+    return None if weights is None or all(w == 1.0 for w in weights) else [float(w) for w in weights]
+
+
+# ---- ring -----------------------------------------------------------------------------------------------------------
+
+
+def _ring_order(world: int, ring: Sequence[int] | None) -> list[int]:
+    order = list(range(world)) if ring is None else [int(rank) for rank in ring]
+    if sorted(order) != list(range(world)):
+        raise UsageError(f"ring={order} is no order of {world} members")
+    return order
+
+
+def _cut(count: int, world: int, block: int, shares: Sequence[int] | None) -> list[slice]:
+    """The share of each rank: whole blocks."""
+    if shares is not None and (len(shares) != world or min(shares) < 0 or sum(shares) == 0):
+        raise UsageError(f"shares={list(shares)} are no weights of {world} members")
+    blocks = -(-count // block)
+    if shares is None:
+        sizes = [blocks // world + (rank < blocks % world) for rank in range(world)]
+        starts = [sum(sizes[:rank]) for rank in range(world + 1)]
+    else:
+        starts = [blocks * sum(shares[:rank]) // sum(shares) for rank in range(world + 1)]
+    return [slice(min(a * block, count), min(b * block, count)) for a, b in itertools.pairwise(starts)]
+
+
+def _reduce_along(
+    order: list[int], cut: list[slice], flat: Sequence[Array], op: str, weights: Sequence[float] | None
+) -> Array:
+    """Each share begins behind its owner in the ring and ends there; the divisor is that of rank order."""
+    divisor = None if weights is None else _sum64(weights)
+    parts = []
+    for owner, at in enumerate(cut):
+        place = order.index(owner) + 1
+        turn = order[place:] + order[:place]
+        turned = None if weights is None else [weights[rank] for rank in turn]
+        parts.append(_reduce([flat[rank][at] for rank in turn], op, turned, divisor))
+    return np.concatenate(parts)
 
 
 def _check(
@@ -69,8 +161,8 @@ def _check(
         raise UsageError("the inputs differ in shape or dtype")
     if op not in OPS:
         raise UsageError(f"op={op!r} is not one of {', '.join(OPS)}")
-    if algorithm not in ("auto", "direct"):
-        raise UsageError(f"algorithm={algorithm!r} is not 'auto' or 'direct'")
+    if algorithm not in ("auto", "direct", "ring"):
+        raise UsageError(f"algorithm={algorithm!r} is not 'auto', 'direct' or 'ring'")
     floats = _is_float(arrays[0].dtype)
     if op == "avg" and not floats:
         raise UsageError(f"op='avg' needs floats, not {arrays[0].dtype}")
@@ -105,8 +197,11 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
 # ---- folds ----------------------------------------------------------------------------------------------------------
 
 
-def _reduce(flat: Sequence[Array], op: str, weights: Sequence[float] | None) -> Array:
-    """((x0 . x1) . x2) ...: one rounding for each operation, float16 and bfloat16 in float32 with one at the end."""
+def _reduce(
+    flat: Sequence[Array], op: str, weights: Sequence[float] | None, divisor: float | None = None
+) -> Array:
+    """((x0 . x1) . x2) ...: one rounding for each operation, float16 and bfloat16 in float32 with one at the end.
+    divisor: None stands for the sum of the weights in this order."""
     dtype = flat[0].dtype
     if not _is_float(dtype):
         return _fold(flat, op)
@@ -116,7 +211,7 @@ def _reduce(flat: Sequence[Array], op: str, weights: Sequence[float] | None) -> 
         folded = _fold(wide, op)
     else:
         terms = wide if weights is None else [x * kind(w) for x, w in zip(wide, weights, strict=True)]
-        total = float(len(wide)) if weights is None else _sum64(weights)
+        total = float(len(wide)) if weights is None else _sum64(weights) if divisor is None else divisor
         folded = _fold(terms, "sum") / kind(total)
     return _canonical(folded) if dtype == wide[0].dtype else _from_float32(folded, dtype)
 

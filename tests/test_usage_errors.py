@@ -124,7 +124,8 @@ def test_broadcast_refuses_what_all_reduce_refuses(comm: pyccl.Communicator) -> 
         ({"quantize": "uint3"}, "quantize='uint3' is not one of uint8, int8, fp8_e4m3, fp4_e3m0, bfloat16"),
         ({"quantize": ["uint8"]}, "quantize="),
         ({"quantize": "bfloat16", "quantize_block": 131072}, "quantize_block=131072"),
-        ({"algorithm": "ring"}, "algorithm='ring'"),
+        ({"algorithm": "tree"}, "algorithm='tree'"),
+        ({"algorithm": 2}, "algorithm=2"),
         ({"weight": 2.0}, "weight=2.0"),
         ({"op": "avg", "weight": -1.0}, "weight=-1.0"),
         ({"op": "avg", "weight": float("nan")}, "weight=nan"),
@@ -137,6 +138,32 @@ def test_all_reduce_refuses_bad_keywords(comm: pyccl.Communicator, keywords: dic
     with pytest.raises(pyccl.UsageError, match=match):
         comm.all_reduce(x, **keywords)
     assert np.array_equal(x, array())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"op": "mean"}, "op='mean'"),
+        ({"tag": -1}, "tag=-1"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"quantize": "uint3"}, "quantize='uint3'"),
+        ({"quantize": "uint8", "quantize_block": 100}, "quantize_block=100"),
+        ({"weight": 2.0}, "weight=2.0"),
+        ({"op": "avg", "weight": -1.0}, "weight=-1.0"),
+    ],
+)
+def test_reduce_scatter_refuses_bad_keywords(comm: pyccl.Communicator, keywords: dict[str, Any], match: str) -> None:
+    with pytest.raises(pyccl.UsageError, match=match):
+        comm.reduce_scatter(array(), **keywords)
+
+
+def test_reduce_scatter_refuses_what_has_no_axis_and_avg_of_integers(comm: pyccl.Communicator) -> None:
+    with pytest.raises(pyccl.UsageError, match="no axis"):
+        comm.reduce_scatter(np.zeros(()))
+    with pytest.raises(pyccl.UsageError, match="no axis"):
+        pyccl.reference_reduce_scatter([np.zeros(())])
+    with pytest.raises(pyccl.UsageError, match="avg"):
+        comm.reduce_scatter(array(np.int32), op="avg")
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -187,6 +214,9 @@ def test_what_is_right_passes_the_checks_and_finds_itself_alone(comm: pyccl.Comm
         lambda: comm.all_reduce(array(count=0)),
         lambda: comm.all_reduce(np.zeros((0, 4)), out=np.zeros((0, 4))),
         lambda: comm.all_reduce(np.zeros((3, 0), np.int8), op="max"),
+        lambda: comm.all_reduce(array(), algorithm="ring"),
+        lambda: comm.reduce_scatter(frozen()),
+        lambda: comm.reduce_scatter(np.zeros((3, 0)), "max", quantize="uint8"),
         lambda: comm.broadcast(frozen(), root=comm.peer_id),
         lambda: comm.barrier(tag=2**32 - 1),
     ):

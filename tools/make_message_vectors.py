@@ -30,16 +30,25 @@ PAIR_LAST = U32 | 254 << 32 | 255 << 40
 Body = list[object]
 
 
-def epoch(number: int = 1, previous: bytes = ZERO, peers: str = "AB", flip: int = 0) -> Body:
+def plan(shares: tuple[int, ...] = (), ring: tuple[int, ...] = (), **head: int) -> bytes:
+    """Of an epoch with two members, right or wrong."""
+    flags = head.get("flags", bool(shares) + 2 * bool(ring))
+    fixed = struct.pack("<BBHQ", head.get("version", 1), flags, head.get("members", 2), head.get("ring_from", U64))
+    return fixed + struct.pack(f"<{len(shares)}I{len(ring)}H", *shares, *ring)
+
+
+def epoch(
+    number: int = 1, previous: bytes = ZERO, peers: str = "AB", flip: int = 0, plan: bytes = b""
+) -> Body:
     """An epoch as it travels, its id by proto/wire.md 4."""
     known: dict[str, tuple[bytes, bytes, Body]] = {"A": (PEER_A, INC_A, [*ADDRESSES]), "B": (PEER_B, INC_B, [])}
     members = [known[peer] for peer in peers]
     content = previous + struct.pack("<QQI", 7, number, len(members))
     for peer, incarnation, _ in members:
         content += peer + incarnation
-    ident = bytearray(hashlib.sha256(content + b"direct").digest()[:16])
+    ident = bytearray(hashlib.sha256(content + plan).digest()[:16])
     ident[0] ^= flip
-    return [number, bytes(ident), previous, 7, members, b"direct"]
+    return [number, bytes(ident), previous, 7, members, plan]
 
 
 GOOD: dict[str, Body] = {
@@ -75,6 +84,10 @@ GOOD: dict[str, Body] = {
     "welcome": [32, 1, "0.1.0", RUN, 7, 5000, False],
     "rejected": [33, "protocol 2"],
     "epoch_propose": [34, U64, epoch(2, b"E" * 16), [[0, 0, 4]]],
+    "epoch_propose_shares": [34, 1, epoch(2, b"E" * 16, plan=plan(shares=(0, U32))), []],
+    "epoch_propose_ring": [34, 1, epoch(2, b"E" * 16, plan=plan(ring=(1, 0), ring_from=0)), []],
+    "epoch_propose_ring_from": [34, 1, epoch(2, b"E" * 16, plan=plan(ring_from=U64 - 1)), []],
+    "epoch_propose_all_of_a_plan": [34, 1, epoch(2, b"E" * 16, plan=plan((3, 1), (1, 0), ring_from=1 << 20)), []],
     "epoch_commit_by_majority": [35, epoch(2, b"E" * 16), "loss", [], "", 2, False],
     "epoch_commit_found": [35, epoch(1, peers="A"), "found", [], "", 1, True],
     "epoch_commit_loss": [35, epoch(2, b"E" * 16), "loss", [[0, 0, 4, 1], [0, 0, 5, 2]], "", 2, True],
@@ -158,6 +171,18 @@ BAD: dict[str, object] = {
     "epoch_commit_no_members": [35, epoch(1, peers=""), "found", [], "", 1, True],
     "epoch_commit_members_out_of_order": [35, epoch(1, peers="BA"), "found", [], "", 1, True],
     "epoch_commit_member_twice": [35, epoch(1, peers="AA"), "found", [], "", 1, True],
+    "epoch_plan_that_says_nothing": [34, 1, epoch(2, b"E" * 16, plan=plan()), []],
+    "epoch_plan_of_5_bytes": [34, 1, epoch(2, b"E" * 16, plan=plan()[:5]), []],
+    "epoch_plan_version_2": [34, 1, epoch(2, b"E" * 16, plan=plan((1, 1), version=2)), []],
+    "epoch_plan_flags_4": [34, 1, epoch(2, b"E" * 16, plan=plan(flags=4, ring_from=1)), []],
+    "epoch_plan_for_3_members": [34, 1, epoch(2, b"E" * 16, plan=plan((1, 1, 1), members=3)), []],
+    "epoch_plan_shares_missing": [34, 1, epoch(2, b"E" * 16, plan=plan(flags=1)), []],
+    "epoch_plan_shares_too_many": [34, 1, epoch(2, b"E" * 16, plan=plan((1, 1, 1))), []],
+    "epoch_plan_shares_all_zero": [34, 1, epoch(2, b"E" * 16, plan=plan((0, 0))), []],
+    "epoch_plan_ring_rank_twice": [34, 1, epoch(2, b"E" * 16, plan=plan(ring=(1, 1))), []],
+    "epoch_plan_ring_rank_beyond": [34, 1, epoch(2, b"E" * 16, plan=plan(ring=(0, 2))), []],
+    "epoch_plan_and_more": [34, 1, epoch(2, b"E" * 16, plan=plan(ring=(1, 0)) + b"\0"), []],
+    "epoch_plan_not_of_its_id": [34, 1, [*epoch(2, b"E" * 16)[:-1], plan(ring=(1, 0))], []],
     "flush_257_members": [36, 1, 1, 2, [PEER_A] * 257],
     "observe_9_addresses": [20, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1]] * 9],
     "members_257": [44, 1, [[PEER_A, INC_A, []]] * 257],

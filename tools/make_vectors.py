@@ -202,7 +202,7 @@ def frame_lines() -> Iterator[str]:
 
 
 Spec = dict[str, int | bytes]
-KINDS = {"all_reduce": 1, "broadcast": 2, "barrier": 3, "all_gather": 4, "exchange": 5}
+KINDS = {"all_reduce": 1, "broadcast": 2, "barrier": 3, "all_gather": 4, "exchange": 5, "reduce_scatter": 6}
 DTYPES = {
     "int32": 1, "int64": 2, "float32": 3, "float64": 4, "uint8": 5, "int8": 6, "uint16": 7, "int16": 8, "uint32": 9,
     "uint64": 10, "float16": 11, "bfloat16": 12,
@@ -210,9 +210,16 @@ DTYPES = {
 OPS = {"sum": 1, "avg": 2, "prod": 3, "min": 4, "max": 5}
 COUNT_MAX = 2**48
 ROOT = bytes(range(0xA0, 0xB0))
+
+
+def row(elements: int) -> bytes:
+    """The root of a reduce_scatter."""
+    return struct.pack("<QQ", elements, 0)
+
+
 OF_KIND: dict[str, Spec] = {
     "all_reduce": {"op": 1}, "broadcast": {"root": ROOT}, "barrier": {"count": 0, "dtype": 5},
-    "exchange": {"space": 2, "root": ROOT},
+    "exchange": {"space": 2, "root": ROOT}, "reduce_scatter": {"op": 1, "root": row(1)},
 }  # fmt: skip
 
 
@@ -241,9 +248,10 @@ def spec_lines() -> Iterator[str]:
 
     for dtype_name, dtype in DTYPES.items():
         for op_name, op in OPS.items():
-            name, fields = f"all_reduce_{op_name}_{dtype_name}", spec("all_reduce", dtype=dtype, op=op)
-            good = op_name != "avg" or "float" in dtype_name
-            yield ok(name, fields) if good else refused(name, fields)
+            for kind in ("all_reduce", "reduce_scatter"):
+                name, fields = f"{kind}_{op_name}_{dtype_name}", spec(kind, dtype=dtype, op=op)
+                good = op_name != "avg" or "float" in dtype_name
+                yield ok(name, fields) if good else refused(name, fields)
         for kind in ("broadcast", "barrier", "all_gather", "exchange"):
             yield ok(f"{kind}_{dtype_name}", spec(kind, dtype=dtype))
     for kind in KINDS:
@@ -256,16 +264,21 @@ def spec_lines() -> Iterator[str]:
         yield refused(f"{kind}_count_beyond", spec(kind, count=COUNT_MAX + 1))
         yield refused(f"{kind}_count_all_ones", spec(kind, count=U64_MAX))
         for field, wrong in (
-            ("dtype", 0), ("dtype", 13), ("dtype", 255), ("codec", 1), ("algorithm", 0), ("algorithm", 2), ("retry", 2),
-            ("space", 0 if kind == "exchange" else 2), ("space", 3), ("reserved", 1), ("block", 1),
+            ("dtype", 0), ("dtype", 13), ("dtype", 255), ("codec", 1), ("algorithm", 3), ("algorithm", 255),
+            ("retry", 2), ("space", 0 if kind == "exchange" else 2), ("space", 3), ("reserved", 1), ("block", 1),
         ):  # fmt: skip
             yield refused(f"{kind}_{field}_{wrong}", spec(kind, **{field: wrong}))
-        if kind == "all_reduce":
+        for algorithm in (0, 2):
+            other = spec(kind, algorithm=algorithm)
+            name = f"{kind}_algorithm_{algorithm}"
+            yield ok(name, other) if kind == "all_reduce" else refused(name, other)
+        reduces = kind in ("all_reduce", "reduce_scatter")
+        if reduces:
             yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (0, 6, 255))
         else:
             yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (1, 5, 255))
         coded = spec(kind, dtype=DTYPES["float32"], codec=1, block=4096)
-        yield ok(f"{kind}_coded", coded) if kind == "all_reduce" else refused(f"{kind}_coded", coded)
+        yield ok(f"{kind}_coded", coded) if reduces else refused(f"{kind}_coded", coded)
         if "root" not in OF_KIND.get(kind, {}):
             yield refused(f"{kind}_root_not_zero", spec(kind, root=bytes(15) + b"\1"))
     yield refused("exchange_with_oneself", spec("exchange", root=bytes(16)))
@@ -275,6 +288,13 @@ def spec_lines() -> Iterator[str]:
         yield refused(f"codec_{codec}_of_integers", spec("all_reduce", dtype=DTYPES["int8"], codec=codec, block=1024))
     for codec in (6, 255):
         yield refused(f"codec_{codec}", spec("all_reduce", dtype=DTYPES["float32"], codec=codec, block=1024))
+    for elements, count, good in (
+        (1_000_003, 1_000_003, True), (7, 21, True), (7, 0, True), (COUNT_MAX, COUNT_MAX, True), (COUNT_MAX, 0, True),
+        (0, 21, False), (7, 20, False), (22, 21, False), (COUNT_MAX + 1, 0, False), (U64_MAX, 0, False),
+    ):  # fmt: skip
+        name, fields = f"row_of_{elements}_in_{count}", spec("reduce_scatter", root=row(elements), count=count)
+        yield ok(name, fields) if good else refused(name, fields)
+    yield refused("row_and_more", spec("reduce_scatter", root=row(1)[:15] + b"\1"))
     for dtype_name, dtype in DTYPES.items():
         coded = spec("all_reduce", dtype=dtype, codec=1, block=64)
         yield ok(f"coded_{dtype_name}", coded) if "float" in dtype_name else refused(f"coded_{dtype_name}", coded)
@@ -283,7 +303,7 @@ def spec_lines() -> Iterator[str]:
     for block in (0, 32, 63, 4095, 4097, 96, 131072, U32_MAX):
         yield refused(f"block_{block}", spec("all_reduce", dtype=DTYPES["float32"], codec=1, block=block))
     yield refused("barrier_count_one", spec("barrier", count=1))
-    yield from (refused(f"kind_{kind}", spec("all_gather", kind=kind)) for kind in (0, 6, 255))
+    yield from (refused(f"kind_{kind}", spec("all_gather", kind=kind)) for kind in (0, 7, 255))
     yield refused("all_zero", spec("all_gather") | dict.fromkeys(SPEC_FIELDS[:-1], 0))
 
 

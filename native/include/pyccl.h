@@ -63,7 +63,8 @@ typedef enum pyccl_kind {
     PYCCL_BROADCAST = 2,
     PYCCL_BARRIER = 3,
     PYCCL_ALL_GATHER = 4,
-    PYCCL_EXCHANGE = 5               /* two members swap their inputs; space PAIR, nobody else takes part */
+    PYCCL_EXCHANGE = 5,              /* two members swap their inputs; space PAIR, nobody else takes part */
+    PYCCL_REDUCE_SCATTER = 6         /* each keeps its own part of what an all_reduce would give */
 } pyccl_kind;
 
 typedef enum pyccl_dtype {
@@ -91,22 +92,23 @@ typedef enum pyccl_codec {           /* proto/wire.md 3.6 */
     PYCCL_CODEC_FP4_E3M0 = 4,
     PYCCL_CODEC_BFLOAT16 = 5
 } pyccl_codec;
-typedef enum pyccl_algorithm { PYCCL_DIRECT = 1 } pyccl_algorithm;
+typedef enum pyccl_algorithm { PYCCL_AUTO = 0, PYCCL_DIRECT = 1, PYCCL_RING = 2 } pyccl_algorithm; /* AUTO: the plan decides */
 
 /* What an operation is; equal on all participants or it is a mismatch. Encoded in OPEN (proto/wire.md 3.2). */
 typedef struct pyccl_spec {
     uint8_t kind;                    /* pyccl_kind */
     uint8_t dtype;                   /* pyccl_dtype */
     uint8_t op;                      /* pyccl_reduce_op; 0 where nothing is reduced */
-    uint8_t codec;                   /* pyccl_codec; all_reduce of floats only */
-    uint8_t algorithm;               /* pyccl_algorithm */
+    uint8_t codec;                   /* pyccl_codec; all_reduce and reduce_scatter of floats only */
+    uint8_t algorithm;               /* pyccl_algorithm; DIRECT but for an all_reduce */
     uint8_t retry;                   /* 1: a loss epoch runs it again, 0: it fails with PEER_LOST; exchange: 1 */
     uint8_t space;                   /* pyccl_space: tags of users, of the library and of pairs do not meet */
     uint8_t reserved;                /* 0 */
     uint32_t tag;
     uint32_t block;                  /* elements in one codec block: PYCCL_BLOCK_MIN..MAX; 0 without a codec */
     uint64_t count;                  /* elements of each participant's input */
-    uint8_t root[16];                /* broadcast: the peer id of the source; exchange: XOR of the two ids; else zero */
+    uint8_t root[16];                /* broadcast: the peer id of the source; exchange: XOR of the two ids; reduce_scatter:
+                                        elements of a row as u64, little-endian, then zero; else zero */
 } pyccl_spec;
 
 /* ---- frames ------------------------------------------------------------------------------------------------ */
@@ -193,6 +195,13 @@ typedef struct pyccl_fsm_options {
     int64_t tell_ns;                 /* settled numbers nobody was told of are announced after this long         */
 } pyccl_fsm_options;
 
+/* How the members of an epoch share the work. Pointers may be NULL, see there; arrays are copied. */
+typedef struct pyccl_plan {
+    const uint32_t *shares;          /* [world]: weights of the shares that ranks own, not all 0; NULL: equal ones */
+    const uint32_t *ring;            /* [world]: the ranks, each once, in the order of the ring; NULL: rank order */
+    uint64_t ring_from_bytes;        /* an all_reduce of algorithm AUTO of so many bytes takes the ring; UINT64_MAX: none */
+} pyccl_plan;
+
 typedef struct pyccl_epoch {
     uint64_t number;
     uint8_t id[16];
@@ -200,6 +209,7 @@ typedef struct pyccl_epoch {
     uint8_t restart;                 /* 1: numbers restart at 0 (safe point, mismatch); 0: a loss epoch keeps them */
     uint8_t mismatch;                /* 1: what the verdicts do not commit fails with MISMATCH                   */
     const uint8_t *members;          /* world * 16 bytes, in bytewise order */
+    const pyccl_plan *plan;          /* of the engine; NULL: equal shares, never a ring unless asked for */
 } pyccl_epoch;
 
 typedef enum pyccl_op_state {        /* in reports; an operation that is not reported counts as running */
@@ -339,9 +349,9 @@ typedef struct pyccl_op_args {
     pyccl_spec spec;
     const void *src;                 /* spec.count elements (broadcast: read at the root only) */
     void *dst;                       /* result; may equal src (in place), else must not overlap it. exchange: the partner's
-                                        input. all_gather: world * count elements (dst_bytes says how much there is,
-                                        ERR_ARGUMENT when too little), or NULL: see pyccl_op_take. What is not src is
-                                        undefined after a failure */
+                                        input. all_gather: world * count elements, reduce_scatter: our part (dst_bytes
+                                        says how much there is, ERR_ARGUMENT when too little), or NULL: see
+                                        pyccl_op_take. What is not src is undefined after a failure */
     uint64_t dst_bytes;
     double weight;                   /* of our input to an avg: finite, >= 0, total > 0 (or ERR_ARGUMENT on all); else 1 */
     int64_t timeout_ns;              /* from now to the result; <= 0 is ERR_ARGUMENT */
@@ -351,7 +361,7 @@ typedef struct pyccl_op_args {
 
 typedef struct pyccl_op_info {
     int32_t status;
-    uint32_t attempts, world, algorithm;  /* world: who took part */
+    uint32_t attempts, world, algorithm;  /* world: who took part; algorithm: what ran, never AUTO; 0: it never ran */
     uint64_t epoch_number, tx_bytes, rx_bytes;
     uint64_t seq;
     int64_t elapsed_ns;
@@ -429,8 +439,8 @@ pyccl_status pyccl_op_wait(pyccl_op *op, int64_t timeout_ns);   /* PENDING, or t
 int pyccl_op_done(const pyccl_op *op);
 void pyccl_op_cancel(pyccl_op *op, pyccl_status why);           /* as pyccl_fsm_cancel; wait afterwards */
 void pyccl_op_info_get(const pyccl_op *op, pyccl_op_info *out);
-/* The result of an all_gather that was submitted without dst and has succeeded: info.world * count elements, copied to
- * dst; as often as wanted until op_free. ERR_ARGUMENT: no such result, or dst_bytes is less than it. */
+/* The result of an all_gather (info.world * count elements) or reduce_scatter (our part) that was submitted without dst
+ * and has succeeded, copied to dst; as often as wanted until op_free. ERR_ARGUMENT: no such result, or dst_bytes is less. */
 pyccl_status pyccl_op_take(const pyccl_op *op, void *dst, uint64_t dst_bytes);
 void pyccl_op_free(pyccl_op *op);                               /* NULL or an operation that has ended */
 

@@ -479,6 +479,7 @@ static void engine_delete(pyccl_engine *engine) {
         free(p);
     }
     pyccl_fsm_free(engine->fsm);
+    plan_release(engine->plan);
     state_fini(engine);
     memory_fini(engine);
     if (engine->wake_fd >= 0) (void)close(engine->wake_fd);

@@ -6,6 +6,7 @@
  *   engine_api.c    pyccl_op_*: submit, wait, cancel, how an operation ends
  *   engine_ops.c    attempts: which pieces are here, which go out, commit
  *   engine_fold.c   the result of an attempt: folds, codecs, weights, undo
+ *   engine_ring.c   folds along a ring
  *   engine_memory.c result buffers and piece buffers that are used again
  *   engine_early.c  pieces of operations that are not submitted here yet
  *   engine_state.c  the state service: publications, asks, fetches
@@ -27,7 +28,7 @@
 #include <stdint.h>
 
 #include "../include/pyccl.h"
-#include "direct.h"
+#include "schedule.h"
 #include "link.h"
 #include "status.h"
 
@@ -79,9 +80,10 @@ struct pyccl_op {
     uint64_t cookie;                 /* 0: not in the table */
     attempt *attempt;                /* NULL: none runs */
     uint64_t tx_bytes, rx_bytes, seq;
-    void *kept;                      /* result of an all_gather without dst, after the commit: see pyccl_op_take */
+    void *kept;                      /* result that has no dst, after the commit: see pyccl_op_take */
     uint64_t kept_bytes;
     uint32_t world;                  /* of the epoch it ran in last; 0: it never ran */
+    uint8_t algorithm;               /* pyccl_algorithm that ran there */
     uint64_t epoch_number;
     uint8_t epoch_id[16];
     atomic_int ended;                /* a futex */
@@ -97,19 +99,27 @@ typedef struct peer_tx {             /* what one attempt has to send to one rank
     uint32_t rank;
     bool open;                       /* the peer has opened the operation: the eager window does not bind */
     bool waits;                      /* nothing but the eager window holds it back */
-    bool results;                    /* results of our share go to it */
-    uint64_t contributions;          /* pieces of its share that we contribute to; 0: none */
-    uint64_t contribution_next;      /* next of these */
+    uint64_t items[2];               /* per phase, of the schedule; 0: nothing goes there */
+    uint64_t contribution_first;     /* items of phase 0 that start here: our own input, */
+    uint64_t contributions;          /* so many */
+    uint64_t contribution_next;      /* of these, how many were taken */
+    uint64_t partial_next;           /* next in attempt->partials */
     uint64_t result_next;            /* next in attempt->ready */
-    uint64_t returned;               /* pieces that came back for our contributions: its own (swap), or results of its share */
-    uint64_t lost;                   /* pieces that went over a connection that ended */
+    uint64_t returned;               /* pieces that came back for our contributions: its own (swap), or results of them */
+    uint64_t lost;                   /* items that went over a connection that ended */
     uint64_t eager_bytes;            /* taken from the peer's eager window */
-    uint8_t *carrier[2];             /* per phase and piece: connection index, or one of: */
+    uint8_t *carrier[2];             /* per phase and item: connection index, or one of: */
 #define CARRIER_NONE 0xFF
 #define CARRIER_LOST 0xFE
+#define CARRIER_ARRIVED 0xFD         /* what came back shows that it is there */
 } peer_tx;
 
 typedef enum piece_state { PIECE_NONE = 0, PIECE_ARRIVING, PIECE_DONE } piece_state;
+
+typedef struct shared_plan {         /* attempts outlive their epoch by a moment */
+    uint32_t users;
+    epoch_plan plan;
+} shared_plan;
 
 struct attempt {
     owner_kind owner;                /* first */
@@ -117,7 +127,8 @@ struct attempt {
     pyccl_op *op;
     uint64_t seq, ordinal;           /* ordinal: the older goes first on a link */
     uint32_t spec_hash;
-    direct_plan plan;
+    shared_plan *plan;
+    schedule schedule;
     const uint8_t *src;
     uint8_t *result;                 /* where the whole result comes together; NULL: it is empty, or src is it */
     void *scratch;                   /* result or undo, of ours */
@@ -125,26 +136,29 @@ struct attempt {
     bool past_cache;                 /* too big for the caches: what is put aside goes past them */
     uint8_t *undo;                   /* old bytes of what the result has overwritten; NULL: they need not come back */
     uint8_t *saved;                  /* [slot]: undo holds the old bytes of this piece */
-    uint64_t *slot_at;               /* [owner]: a piece of the result has the slot slot_at[owner] + piece */
+    uint64_t *slot_at;               /* [owner]: a piece has the slot slot_at[owner] + piece, in a ring its item */
     uint8_t *codes;                  /* codec: our input, encoded: [slot * code_stride], where `encoded`[slot] */
     uint8_t *encoded;
-    uint8_t *result_codes;           /* our share of the result, encoded: [own piece * code_stride] */
+    uint8_t *result_codes;           /* what we send of the result, encoded: [own piece or, ring, slot; * code_stride] */
     size_t codes_bytes;
     uint64_t code_stride;
     double *weights;                 /* [rank]: avg only */
     uint32_t weights_missing;        /* ranks whose OPEN, and so whose weight, is not here */
     bool weighted;                   /* one is not 1 */
     bool committed;
-    uint64_t *held;                  /* own pieces with all contributions that wait for weights */
+    uint64_t *held;                  /* pieces (ring: slots) with all contributions that wait for weights */
     uint64_t held_count;
     uint64_t own_pieces;             /* of our share */
-    uint8_t **contribution;          /* [rank * own_pieces + piece]: all_reduce only */
+    uint64_t *arrived_at[2];         /* per phase: [rank], where the items begin that come from there */
+    uint8_t *arrived[2];             /* per phase: piece_state [arrived_at[rank] + item] */
+    uint8_t **contribution;          /* [arrived_at[0][rank] + item] where they are folded; ring: the sum that goes on, too */
+    uint64_t contribution_count;
     uint16_t *missing;               /* [own piece]: contributions not here yet */
-    uint8_t *arrived[2];             /* piece_state; phase 0: [rank * own_pieces + piece] */
-    uint64_t *arrived_at;            /* phase 1: arrived[1][arrived_at[owner] + piece] */
-    uint64_t *ready;                 /* own pieces that are reduced, in that order */
+    uint64_t *partials;              /* ring: items of phase 0 whose sum is ready to go on, in that order */
+    uint64_t partial_count;
+    uint64_t *ready;                 /* items of phase 1 that are ready to go out, in that order */
     uint64_t ready_count;
-    uint64_t pieces_left;            /* of the whole result */
+    uint64_t pieces_left;            /* of the result that we keep */
     uint64_t hash;
     bool told;                       /* pyccl_fsm_result was called */
     bool has_local;                  /* pieces that need nothing from the network wait for ops_work */
@@ -226,6 +240,7 @@ struct pyccl_engine {
     peer *peers;
     bool in_epoch;
     uint32_t world, rank;
+    shared_plan *plan;               /* of the last epoch; NULL: there was none */
     uint64_t epoch_number, epoch_tag;
     uint8_t epoch_id[16];
     uint8_t members[PYCCL_WORLD_MAX][PYCCL_ID_SIZE];
@@ -240,7 +255,7 @@ struct pyccl_engine {
     uint32_t local_work;             /* attempts with has_local */
     struct { void *memory; size_t bytes; } scratch[SCRATCH_KEPT];
     void *pieces[PIECES_KEPT];
-    float *tile;                     /* ENGINE_TILE_FLOATS of scratch; NULL until a codec is used */
+    float *tile;                     /* 2 * ENGINE_TILE_FLOATS of scratch; NULL until a codec is used */
     uint32_t piece_count;
     early_piece *early[EARLY_BUCKETS];
     publication *publications;
@@ -294,16 +309,34 @@ void ops_data_cancel(pyccl_conn *conn);
 /* A piece that lies in `*data` (piece_alloc(length)); it may be taken (*data = NULL). False: protocol error. */
 bool ops_deliver(pyccl_engine *engine, peer *p, pyccl_op *op, const pyccl_frame *frame, uint8_t **data);
 
-void ops_result_ready(pyccl_engine *engine, attempt *a, uint64_t piece); /* of our share */
+void ops_result_ready(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece); /* it can go on, if it has to */
+void ops_partial_ready(pyccl_engine *engine, attempt *a, uint64_t item);  /* ring */
+void ops_partial_used(pyccl_engine *engine, attempt *a, uint64_t item);   /* ring: the result is here, its parts are not needed */
+shared_plan *plan_share(shared_plan *plan);
+void plan_release(shared_plan *plan);                                    /* NULL: nothing */
 
 /* engine_fold.c */
-const uint8_t *fold_source(attempt *a, uint32_t phase, uint32_t to, uint64_t piece); /* a piece as it goes to `to` */
+const uint8_t *fold_source(attempt *a, uint32_t phase, uint32_t to, uint64_t item); /* an item as it goes to `to` */
 uint8_t *fold_place(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece); /* where a piece of the result may be written */
-void fold_contribution(pyccl_engine *engine, attempt *a, uint64_t piece);   /* another one to a piece of our share is here */
+uint8_t *fold_result_codes(const attempt *a, uint32_t owner, uint64_t piece);
+void fold_contribution(pyccl_engine *engine, attempt *a, uint64_t item);    /* another one is here */
 void fold_result(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *codes); /* in its place, or codes */
 void fold_local(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece);
 pyccl_status fold_weight(pyccl_engine *engine, attempt *a, uint32_t rank, double weight); /* ERR_ARGUMENT: the total is 0 */
+uint64_t fold_hash(const attempt *a);                                     /* of the whole result, for DONE */
 void fold_restore(pyccl_engine *engine, attempt *a);                     /* the caller's memory is as it was submitted */
+
+bool fold_is_coded(const attempt *a);
+const uint8_t *fold_input(const attempt *a, uint32_t owner, uint64_t piece); /* ours, as it was submitted */
+const uint8_t *fold_encoded_input(attempt *a, uint32_t owner, uint64_t piece);
+const double *fold_weights(const attempt *a);                             /* NULL: all 1 */
+uint64_t fold_tile_elements(const attempt *a);
+/* A tile of the finished float32 sum of a piece: encoded to `*codes` (NULL: not), and in the dtype to `out`. */
+void fold_finish_tile(const attempt *a, float *sum, uint64_t elements, uint8_t **codes, uint8_t *out);
+void fold_piece_is_whole(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *bytes);
+
+/* engine_ring.c */
+void ring_fold(pyccl_engine *engine, attempt *a, uint64_t item);          /* what arrived, and our input */
 
 /* engine_memory.c; NULL: no memory. Both kinds may also be given to free(). */
 void copy_past(void *to, const void *from, size_t bytes);                /* memcpy past the caches */

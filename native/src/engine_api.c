@@ -59,7 +59,7 @@ void engine_op_end(pyccl_op *op, int32_t status, uint32_t attempts, const uint8_
     const pyccl_event event = {.type = PYCCL_EVENT_OP, .slot = UINT32_MAX, .code = status, .value = op->args.user,
                                .seq = op->seq, .tag = op->args.spec.tag, .space = op->args.spec.space};
     const bool notify = op->args.notify != 0;
-    op->info = (pyccl_op_info){.status = status, .attempts = attempts, .world = op->world, .algorithm = op->args.spec.algorithm,
+    op->info = (pyccl_op_info){.status = status, .attempts = attempts, .world = op->world, .algorithm = op->algorithm,
                                .epoch_number = op->epoch_number, .tx_bytes = op->tx_bytes, .rx_bytes = op->rx_bytes,
                                .seq = op->seq, .elapsed_ns = engine_clock() - op->submitted_ns};
     memcpy(op->info.epoch_id, op->epoch_id, sizeof op->info.epoch_id);
@@ -100,12 +100,13 @@ static pyccl_status args_check(const pyccl_engine *engine, const pyccl_op_args *
     const pyccl_spec *spec = &args->spec;
     if (!frame_spec_valid(spec) || !weight_valid(args) || args->timeout_ns <= 0) return PYCCL_ERR_ARGUMENT;
     if (spec->kind == PYCCL_BARRIER || spec->count == 0) return PYCCL_OK;
-    const bool root = memcmp(spec->root, engine->options.self_id, PYCCL_ID_SIZE) == 0, gather = spec->kind == PYCCL_ALL_GATHER;
-    const bool reads = spec->kind != PYCCL_BROADCAST || root, writes = !gather && (spec->kind != PYCCL_BROADCAST || !root);
+    const bool root = memcmp(spec->root, engine->options.self_id, PYCCL_ID_SIZE) == 0;
+    const bool apart = spec->kind == PYCCL_ALL_GATHER || spec->kind == PYCCL_REDUCE_SCATTER;
+    const bool reads = spec->kind != PYCCL_BROADCAST || root, writes = !apart && (spec->kind != PYCCL_BROADCAST || !root);
     if ((reads && args->src == NULL) || (writes && args->dst == NULL)) return PYCCL_ERR_ARGUMENT;
     const uint64_t bytes = spec->count * pyccl_dtype_size(spec->dtype);
-    if (!reads || args->dst == NULL || (args->dst == args->src && !gather)) return PYCCL_OK;
-    return overlap(args->src, bytes, args->dst, gather ? args->dst_bytes : bytes) ? PYCCL_ERR_ARGUMENT : PYCCL_OK;
+    if (!reads || args->dst == NULL || (args->dst == args->src && !apart)) return PYCCL_OK;
+    return overlap(args->src, bytes, args->dst, apart ? args->dst_bytes : bytes) ? PYCCL_ERR_ARGUMENT : PYCCL_OK;
 }
 
 static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pyccl_op **out) {
@@ -186,7 +187,8 @@ void pyccl_op_info_get(const pyccl_op *op, pyccl_op_info *out) {
 
 pyccl_status pyccl_op_take(const pyccl_op *op, void *dst, uint64_t dst_bytes) {
     if (!pyccl_op_done(op) || op->info.status != PYCCL_OK) return PYCCL_ERR_ARGUMENT;
-    if (op->args.spec.kind != PYCCL_ALL_GATHER || op->args.dst != NULL || dst_bytes < op->kept_bytes) return PYCCL_ERR_ARGUMENT;
+    const bool keeps = op->args.spec.kind == PYCCL_ALL_GATHER || op->args.spec.kind == PYCCL_REDUCE_SCATTER;
+    if (!keeps || op->args.dst != NULL || dst_bytes < op->kept_bytes) return PYCCL_ERR_ARGUMENT;
     if (op->kept_bytes > 0) memcpy(dst, op->kept, op->kept_bytes);
     return PYCCL_OK;
 }

@@ -117,7 +117,7 @@ static early_piece *take_whole(early_piece **bucket, const pyccl_spec *spec, uin
 
 void early_replay(pyccl_engine *engine, pyccl_op *op, uint64_t seq) {
     early_piece **bucket = bucket_of(engine, op->args.spec.space, op->args.spec.tag, seq);
-    const peer *partner = engine->ranks[op->attempt->plan.root];
+    const peer *partner = engine->ranks[op->attempt->schedule.root];
     early_piece *piece;
     while ((piece = take_whole(bucket, &op->args.spec, seq, partner)) != NULL) {
         peer *from = piece->from;

@@ -4,6 +4,7 @@
  * A frame is judged twice: when its header is here, to say where its payload goes, and when it is whole, because the
  * epoch may have changed or frozen in between. Between two frames all actions of the machine have been carried out.
  * Threads: the engine's thread only.                               Spec: proto/wire.md 3, 5 */
+#include <stdlib.h>
 #include <string.h>
 
 #include "engine.h"
@@ -232,7 +233,10 @@ void engine_forget_epoch(pyccl_engine *engine) {
     engine->world = 0;
 }
 
-static void adopt(pyccl_engine *engine, const pyccl_epoch *epoch) {
+/* Takes `plan`. */
+static void adopt(pyccl_engine *engine, const pyccl_epoch *epoch, shared_plan *plan) {
+    plan_release(engine->plan);
+    engine->plan = plan;
     engine->in_epoch = true;
     engine->moved_ns = engine->env.now_ns;
     engine->world = epoch->world;
@@ -263,10 +267,17 @@ pyccl_status engine_enter_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, 
     if (epoch->world < 1 || epoch->world > PYCCL_WORLD_MAX || epoch->rank >= epoch->world || epoch->members == NULL ||
         memcmp(epoch->members + (size_t)epoch->rank * PYCCL_ID_SIZE, engine->options.self_id, PYCCL_ID_SIZE) != 0)
         return PYCCL_ERR_ARGUMENT;
-    const pyccl_status rc = pyccl_fsm_epoch(engine->fsm, epoch, verdicts, count, engine->env.now_ns);
-    if (rc != PYCCL_OK) return rc;
+    shared_plan *plan = calloc(1, sizeof *plan);
+    if (plan == NULL) return PYCCL_ERR_NOMEM;
+    plan->users = 1;
+    pyccl_status rc = epoch_plan_init(&plan->plan, epoch->plan, epoch->world);
+    if (rc == PYCCL_OK) rc = pyccl_fsm_epoch(engine->fsm, epoch, verdicts, count, engine->env.now_ns);
+    if (rc != PYCCL_OK) {
+        plan_release(plan);
+        return rc;
+    }
     engine_forget_epoch(engine);
-    adopt(engine, epoch);
+    adopt(engine, epoch, plan);
     engine->tick_stale = true;
     engine_act(engine);
     resume_paused(engine);

@@ -13,7 +13,7 @@
 #include "engine.h"
 
 #define LINE_BYTES 64
-#define PIECE_POOLED_MIN (DIRECT_PIECE_BYTES / 2) /* smaller ones: exact, so that early pieces cost what they count */
+#define PIECE_POOLED_MIN (SCHEDULE_PIECE_BYTES / 2) /* smaller ones: exact, so that early pieces cost what they count */
 #define HUGE_BYTES ((size_t)2 << 20)
 #define AHEAD_BYTES 2048             /* read ahead: the CPU's own reading ahead stops at each page */
 

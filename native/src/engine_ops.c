@@ -1,5 +1,5 @@
 /* engine_ops.c: attempts. An attempt is one run of one operation in one epoch: what has arrived, what has gone to whom
- * over which connection. The machine (op_fsm.c) says when one starts, stops and commits; the schedule (direct.c) says
+ * over which connection. The machine (op_fsm.c) says when one starts, stops and commits; the schedule (schedule.c) says
  * what has to move; engine_fold.c makes the result.
  *
  * Receiving: a piece is NONE, ARRIVING (a connection writes it to its place) or DONE. A second copy that comes while
@@ -84,62 +84,62 @@ static uint32_t root_rank(const pyccl_engine *engine, const pyccl_spec *spec) {
     return rank;
 }
 
-static uint64_t pieces_from(const attempt *a, uint32_t phase, uint32_t rank) {
-    if (phase == DIRECT_CONTRIBUTION) return direct_contributes(&a->plan, rank, a->plan.rank) ? a->own_pieces : 0;
-    return direct_receives(&a->plan, rank, a->plan.rank) ? direct_pieces(&a->plan, rank) : 0;
-}
-
-/* The tables of what arrives. */
+/* The tables of what arrives, and of what is ready to go out. */
 static pyccl_status attempt_tables(attempt *a) {
-    const uint32_t world = a->plan.world;
-    uint64_t results = 0;
-    a->arrived_at = calloc(world, sizeof *a->arrived_at);
-    a->slot_at = calloc(world, sizeof *a->slot_at);
-    if (a->arrived_at == NULL || a->slot_at == NULL) return PYCCL_ERR_NOMEM;
-    a->pieces_left = direct_result_pieces(&a->plan);
-    for (uint32_t owner = 0; owner < world; owner++) {
-        a->arrived_at[owner] = results;
-        results += pieces_from(a, DIRECT_RESULT, owner);
-        if (owner > 0 && !a->plan.swap && a->plan.kind != PYCCL_EXCHANGE) a->slot_at[owner] = a->slot_at[owner - 1] + direct_pieces(&a->plan, owner - 1);
+    const schedule *s = &a->schedule;
+    uint64_t items[2] = {0, 0};
+    a->slot_at = calloc(s->world, sizeof *a->slot_at);
+    for (int phase = 0; phase < 2; phase++) a->arrived_at[phase] = calloc(s->world, sizeof *a->arrived_at[phase]);
+    if (a->slot_at == NULL || a->arrived_at[0] == NULL || a->arrived_at[1] == NULL) return PYCCL_ERR_NOMEM;
+    for (uint32_t rank = 0; rank < s->world; rank++) {
+        for (uint32_t phase = 0; phase < 2; phase++) {
+            a->arrived_at[phase][rank] = items[phase];
+            items[phase] += schedule_items(s, phase, rank, s->rank);
+        }
+        if (rank > 0 && !s->swap && s->kind != PYCCL_EXCHANGE) a->slot_at[rank] = a->slot_at[rank - 1] + schedule_pieces(s, rank - 1);
     }
-    const uint64_t contributions = direct_contributors(&a->plan, a->plan.rank) > 0 ? world * a->own_pieces : 0;
-    a->arrived[DIRECT_CONTRIBUTION] = calloc(contributions + 1, 1);
-    a->arrived[DIRECT_RESULT] = calloc(results + 1, 1);
+    const uint64_t ready = s->ring ? items[SCHEDULE_RESULT] : a->own_pieces, partials = s->ring ? items[SCHEDULE_CONTRIBUTION] : 0;
+    a->pieces_left = schedule_kept_pieces(s);
+    a->contribution_count = schedule_folds(s) ? items[SCHEDULE_CONTRIBUTION] : 0;
+    for (int phase = 0; phase < 2; phase++) a->arrived[phase] = calloc(items[phase] + 1, 1);
     a->missing = calloc(a->own_pieces + 1, sizeof *a->missing);
-    a->ready = calloc(a->own_pieces + 1, sizeof *a->ready);
-    a->contribution = calloc(a->plan.kind == PYCCL_ALL_REDUCE ? contributions + 1 : 1, sizeof *a->contribution);
-    if (a->arrived[0] == NULL || a->arrived[1] == NULL || a->missing == NULL || a->ready == NULL || a->contribution == NULL)
+    a->ready = calloc(ready + 1, sizeof *a->ready);
+    a->partials = calloc(partials + 1, sizeof *a->partials);
+    a->contribution = calloc(a->contribution_count + 1, sizeof *a->contribution);
+    if (a->arrived[0] == NULL || a->arrived[1] == NULL || a->missing == NULL || a->ready == NULL || a->partials == NULL || a->contribution == NULL)
         return PYCCL_ERR_NOMEM;
-    for (uint64_t piece = 0; piece < a->own_pieces; piece++)
-        a->missing[piece] = (uint16_t)direct_contributors(&a->plan, a->plan.rank);
+    for (uint64_t piece = 0; piece < a->own_pieces; piece++) a->missing[piece] = (uint16_t)schedule_contributors(s, s->rank);
     return PYCCL_OK;
 }
 
 static pyccl_status attempt_weights(attempt *a) {
     if (a->op->args.spec.op != PYCCL_AVG) return PYCCL_OK;
-    a->weights = calloc(a->plan.world, sizeof *a->weights);
-    a->held = calloc(a->own_pieces + 1, sizeof *a->held);
+    a->weights = calloc(a->schedule.world, sizeof *a->weights);
+    a->held = calloc((a->schedule.ring ? a->contribution_count : a->own_pieces) + 1, sizeof *a->held);
     if (a->weights == NULL || a->held == NULL) return PYCCL_ERR_NOMEM;
-    a->weights[a->plan.rank] = a->op->args.weight;
-    a->weights_missing = a->plan.world - 1;
+    a->weights[a->schedule.rank] = a->op->args.weight;
+    a->weights_missing = a->schedule.world - 1;
     return PYCCL_OK;
 }
 
 static pyccl_status attempt_peers(attempt *a) {
-    a->peers = calloc(a->plan.world, sizeof *a->peers);
+    const schedule *s = &a->schedule;
+    a->peers = calloc(s->world, sizeof *a->peers);
     if (a->peers == NULL) return PYCCL_ERR_NOMEM;
-    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
+    for (uint32_t rank = 0; rank < s->world; rank++) {
         peer_tx *t = &a->peers[rank];
         t->attempt = a;
         t->rank = rank;
-        t->results = direct_receives(&a->plan, a->plan.rank, rank);
-        t->contributions = direct_contributes(&a->plan, a->plan.rank, rank) ? direct_pieces(&a->plan, rank) : 0;
-        const uint64_t bytes = t->contributions + (t->results ? a->own_pieces : 0);
-        if (bytes == 0) continue;
-        t->carrier[0] = malloc(bytes);
+        for (uint32_t phase = 0; phase < 2; phase++) t->items[phase] = schedule_items(s, phase, s->rank, rank);
+        const uint64_t items = t->items[0] + t->items[1];
+        if (items == 0) continue;
+        const uint32_t begins = s->ring ? schedule_previous(s, s->rank) : 0; /* whose share begins its way round with us */
+        t->contribution_first = s->ring ? a->slot_at[begins] : 0;
+        t->contributions = s->ring ? schedule_pieces(s, begins) : t->items[SCHEDULE_CONTRIBUTION];
+        t->carrier[0] = malloc(items);
         if (t->carrier[0] == NULL) return PYCCL_ERR_NOMEM;
-        t->carrier[1] = t->carrier[0] + t->contributions;
-        memset(t->carrier[0], CARRIER_NONE, bytes);
+        t->carrier[1] = t->carrier[0] + t->items[0];
+        memset(t->carrier[0], CARRIER_NONE, items);
     }
     return PYCCL_OK;
 }
@@ -148,13 +148,13 @@ static pyccl_status attempt_peers(attempt *a) {
  * must be put back if there is no commit is saved piece by piece: see engine_fold.c. */
 static pyccl_status attempt_result(pyccl_engine *engine, attempt *a) {
     const pyccl_op_args *args = &a->op->args;
-    const uint64_t bytes = direct_result_bytes(&a->plan);
-    const bool gather = a->plan.kind == PYCCL_ALL_GATHER;
-    if (gather && args->dst != NULL && args->dst_bytes < bytes) return PYCCL_ERR_ARGUMENT;
-    if (bytes == 0 || (a->plan.kind == PYCCL_BROADCAST && a->plan.root == a->plan.rank)) return PYCCL_OK;
+    const uint64_t bytes = schedule_kept_bytes(&a->schedule);
+    const bool apart = a->schedule.kind == PYCCL_ALL_GATHER || a->schedule.kind == PYCCL_REDUCE_SCATTER;
+    if (apart && args->dst != NULL && args->dst_bytes < bytes) return PYCCL_ERR_ARGUMENT;
+    if (bytes == 0 || (a->schedule.kind == PYCCL_BROADCAST && a->schedule.root == a->schedule.rank)) return PYCCL_OK;
     a->result = args->dst;
     a->past_cache = bytes >= PAST_CACHE_BYTES;
-    const bool overwrites = a->plan.kind == PYCCL_BROADCAST || (!gather && args->dst == args->src);
+    const bool overwrites = a->schedule.kind == PYCCL_BROADCAST || (!apart && args->dst == args->src);
     if (args->dst != NULL && !overwrites) return PYCCL_OK;
     a->scratch = scratch_take(engine, bytes, &a->scratch_bytes);
     if (a->scratch == NULL) return PYCCL_ERR_NOMEM;
@@ -163,30 +163,43 @@ static pyccl_status attempt_result(pyccl_engine *engine, attempt *a) {
         return PYCCL_OK;
     }
     a->undo = a->scratch;
-    a->saved = calloc(direct_result_pieces(&a->plan), 1);
+    a->saved = calloc(schedule_input_pieces(&a->schedule), 1);
     return a->saved != NULL ? PYCCL_OK : PYCCL_ERR_NOMEM;
 }
 
-/* Codes: of our input to every piece, and of our share of the result where it goes to others. */
+/* Codes: of our input to every piece, and of what we send of the result. */
 static pyccl_status attempt_codes(pyccl_engine *engine, attempt *a) {
-    if (a->plan.codec == PYCCL_CODEC_NONE || a->plan.count == 0) return PYCCL_OK;
-    const uint64_t inputs = direct_result_pieces(&a->plan), results = a->plan.swap ? 0 : a->own_pieces;
-    a->code_stride = direct_piece_bytes(&a->plan, 0, 0); /* the first share is the longest */
+    const schedule *s = &a->schedule;
+    if (!fold_is_coded(a) || s->count == 0) return PYCCL_OK;
+    const uint64_t inputs = schedule_input_pieces(s);
+    const uint64_t results = s->swap || s->kind == PYCCL_REDUCE_SCATTER ? 0 : s->ring ? inputs : a->own_pieces;
+    a->code_stride = schedule_piece_bytes_max(s);
     a->encoded = calloc(inputs, 1);
     a->codes = scratch_take(engine, (inputs + results) * a->code_stride, &a->codes_bytes);
-    if (engine->tile == NULL) engine->tile = malloc(ENGINE_TILE_FLOATS * sizeof(float));
+    if (engine->tile == NULL) engine->tile = malloc(2 * ENGINE_TILE_FLOATS * sizeof(float));
     if (a->encoded == NULL || a->codes == NULL || engine->tile == NULL) return PYCCL_ERR_NOMEM;
-    a->result_codes = a->codes + inputs * a->code_stride;
+    if (results > 0) a->result_codes = a->codes + inputs * a->code_stride;
     return PYCCL_OK;
 }
 
+/* What is left of buffers; in a ring they are of other sizes than what arrived in them. */
+static void contributions_free(pyccl_engine *engine, attempt *a) {
+    const schedule *s = &a->schedule;
+    if (a->contribution == NULL) return;
+    for (uint32_t rank = 0; rank < s->world && a->contribution_count > 0; rank++)
+        for (uint64_t item = 0; item < schedule_items(s, SCHEDULE_CONTRIBUTION, rank, s->rank); item++) {
+            uint8_t *buffer = a->contribution[a->arrived_at[SCHEDULE_CONTRIBUTION][rank] + item];
+            if (buffer == NULL) continue;
+            if (s->ring) free(buffer);
+            else piece_free(engine, buffer, schedule_item_bytes(s, SCHEDULE_CONTRIBUTION, rank, s->rank, item));
+        }
+    free(a->contribution);
+}
+
 static void attempt_free(pyccl_engine *engine, attempt *a) {
-    if (a->contribution != NULL && a->plan.kind == PYCCL_ALL_REDUCE)
-        for (uint64_t i = 0; i < a->plan.world * a->own_pieces; i++)
-            if (a->contribution[i] != NULL)
-                piece_free(engine, a->contribution[i], direct_piece_bytes(&a->plan, a->plan.rank, i % a->own_pieces));
+    contributions_free(engine, a);
     if (a->peers != NULL)
-        for (uint32_t rank = 0; rank < a->plan.world; rank++) free(a->peers[rank].carrier[0]);
+        for (uint32_t rank = 0; rank < a->schedule.world; rank++) free(a->peers[rank].carrier[0]);
     scratch_give(engine, a->scratch, a->scratch_bytes);
     scratch_give(engine, a->codes, a->codes_bytes);
     free(a->encoded);
@@ -195,13 +208,24 @@ static void attempt_free(pyccl_engine *engine, attempt *a) {
     free(a->weights);
     free(a->held);
     free(a->peers);
-    free(a->contribution);
     free(a->missing);
+    free(a->partials);
     free(a->ready);
-    free(a->arrived[0]);
-    free(a->arrived[1]);
-    free(a->arrived_at);
+    for (int phase = 0; phase < 2; phase++) {
+        free(a->arrived[phase]);
+        free(a->arrived_at[phase]);
+    }
+    plan_release(a->plan);
     free(a);
+}
+
+shared_plan *plan_share(shared_plan *plan) {
+    plan->users++;
+    return plan;
+}
+
+void plan_release(shared_plan *plan) {
+    if (plan != NULL && --plan->users == 0) free(plan);
 }
 
 static pyccl_status attempt_new(pyccl_engine *engine, pyccl_op *op, uint64_t seq, attempt **out) {
@@ -217,8 +241,9 @@ static pyccl_status attempt_new(pyccl_engine *engine, pyccl_op *op, uint64_t seq
     a->ordinal = ++engine->ordinals;
     a->spec_hash = pyccl_spec_hash(&op->args.spec);
     a->src = op->args.src;
-    direct_plan_init(&a->plan, &op->args.spec, engine->world, engine->rank, root);
-    a->own_pieces = direct_pieces(&a->plan, engine->rank);
+    a->plan = plan_share(engine->plan);
+    schedule_init(&a->schedule, &op->args.spec, &a->plan->plan, engine->rank, root);
+    a->own_pieces = schedule_pieces(&a->schedule, engine->rank);
     pyccl_status rc = attempt_tables(a);
     if (rc == PYCCL_OK) rc = attempt_peers(a);
     if (rc == PYCCL_OK) rc = attempt_weights(a);
@@ -232,7 +257,7 @@ static pyccl_status attempt_new(pyccl_engine *engine, pyccl_op *op, uint64_t seq
 void ops_stop(pyccl_engine *engine, pyccl_op *op) {
     attempt *a = op->attempt;
     if (a == NULL) return;
-    for (uint32_t rank = 0; rank < a->plan.world; rank++) {
+    for (uint32_t rank = 0; rank < a->schedule.world; rank++) {
         tx_unqueue(&a->peers[rank]);
         tx_stop_waiting(engine, &a->peers[rank]);
     }
@@ -249,11 +274,41 @@ void ops_stop(pyccl_engine *engine, pyccl_op *op) {
 
 /* ---- the result ---- */
 
-/* A piece of our share is whole: it goes to everybody who needs it. */
-void ops_result_ready(pyccl_engine *engine, attempt *a, uint64_t piece) {
+void ops_result_ready(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece) {
+    const schedule *s = &a->schedule;
+    if (s->ring) {
+        const uint32_t next = schedule_next(s, s->rank);
+        if (owner == next) return; /* it has been round */
+        a->ready[a->ready_count++] = a->slot_at[owner] + piece;
+        tx_enqueue(engine, &a->peers[next]);
+        return;
+    }
+    if (owner != s->rank) return;
     a->ready[a->ready_count++] = piece;
-    for (uint32_t rank = 0; rank < a->plan.world; rank++)
-        if (a->peers[rank].results) tx_enqueue(engine, &a->peers[rank]);
+    for (uint32_t rank = 0; rank < s->world; rank++)
+        if (a->peers[rank].items[SCHEDULE_RESULT] > 0) tx_enqueue(engine, &a->peers[rank]);
+}
+
+void ops_partial_ready(pyccl_engine *engine, attempt *a, uint64_t item) {
+    a->partials[a->partial_count++] = item;
+    tx_enqueue(engine, &a->peers[schedule_next(&a->schedule, a->schedule.rank)]);
+}
+
+/* Whoever sends a result early has broken the rules, and some connection may still be sending the sum. */
+void ops_partial_used(pyccl_engine *engine, attempt *a, uint64_t item) {
+    const schedule *s = &a->schedule;
+    uint32_t owner;
+    uint64_t piece;
+    schedule_item(s, SCHEDULE_CONTRIBUTION, schedule_previous(s, s->rank), s->rank, item, &owner, &piece);
+    peer_tx *t = &a->peers[schedule_next(s, s->rank)];
+    uint8_t *carrier = &t->carrier[SCHEDULE_CONTRIBUTION][item], **sum = &a->contribution[item];
+    const peer *p = engine->ranks[t->rank];
+    if (*carrier == CARRIER_NONE) return;
+    if (*sum != NULL && p != NULL && link_reads(&p->link, *sum, schedule_partial_bytes(s, owner, piece))) return;
+    if (*carrier == CARRIER_LOST) t->lost--;
+    *carrier = CARRIER_ARRIVED;
+    piece_free(engine, *sum, schedule_partial_bytes(s, owner, piece));
+    *sum = NULL;
 }
 
 /* Tell the machine once the whole result is here. */
@@ -261,16 +316,16 @@ static void tell_if_whole(pyccl_engine *engine, attempt *a) {
     if (a->pieces_left > 0 || a->weights_missing > 0 || a->told) return;
     a->told = true;
     engine->tick_stale = true;
-    pyccl_fsm_result(engine->fsm, a->op->cookie, a->hash, engine->env.now_ns);
+    pyccl_fsm_result(engine->fsm, a->op->cookie, fold_hash(a), engine->env.now_ns);
 }
 
 void ops_commit(pyccl_op *op) {
     attempt *a = op->attempt;
     PYCCL_ASSERT(a != NULL && a->told);
     a->committed = true;
-    if (a->plan.kind != PYCCL_ALL_GATHER || op->args.dst != NULL) return;
+    if ((a->schedule.kind != PYCCL_ALL_GATHER && a->schedule.kind != PYCCL_REDUCE_SCATTER) || op->args.dst != NULL) return;
     op->kept = a->scratch;
-    op->kept_bytes = direct_result_bytes(&a->plan);
+    op->kept_bytes = schedule_kept_bytes(&a->schedule);
     a->scratch = NULL;
 }
 
@@ -278,9 +333,9 @@ void ops_commit(pyccl_op *op) {
 
 /* At most `budget` pieces of one attempt. */
 static void attempt_work(pyccl_engine *engine, attempt *a, int budget) {
-    while (a->local_share < a->plan.world && budget > 0) {
-        if (!direct_is_local(&a->plan, a->local_share, a->plan.rank) ||
-            a->local_piece >= direct_pieces(&a->plan, a->local_share)) {
+    while (a->local_share < a->schedule.world && budget > 0) {
+        if (!schedule_is_local(&a->schedule, a->local_share, a->schedule.rank) ||
+            a->local_piece >= schedule_pieces(&a->schedule, a->local_share)) {
             a->local_share++;
             a->local_piece = 0;
             continue;
@@ -288,7 +343,7 @@ static void attempt_work(pyccl_engine *engine, attempt *a, int budget) {
         fold_local(engine, a, a->local_share, a->local_piece++);
         budget--;
     }
-    if (a->has_local && a->local_share == a->plan.world) {
+    if (a->has_local && a->local_share == a->schedule.world) {
         a->has_local = false;
         engine->local_work--;
     }
@@ -315,13 +370,14 @@ void ops_start(pyccl_engine *engine, pyccl_op *op, uint64_t seq) {
     op->attempt = a;
     op->seq = seq;
     op->world = op->args.spec.kind == PYCCL_EXCHANGE ? 2 : engine->world;
+    op->algorithm = schedule_algorithm(&a->schedule);
     op->epoch_number = engine->epoch_number;
     memcpy(op->epoch_id, engine->epoch_id, sizeof op->epoch_id);
     a->prev = engine->attempts_last;
     if (a->prev != NULL) a->prev->next = a;
     else engine->attempts = a;
     engine->attempts_last = a;
-    for (uint32_t rank = 0; rank < a->plan.world; rank++)
+    for (uint32_t rank = 0; rank < a->schedule.world; rank++)
         if (a->peers[rank].contributions > 0) tx_enqueue(engine, &a->peers[rank]);
     a->has_local = true;
     engine->local_work++;
@@ -331,12 +387,11 @@ void ops_start(pyccl_engine *engine, pyccl_op *op, uint64_t seq) {
 
 /* ---- sending ---- */
 
-static bool tx_find_lost(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
-    const uint64_t pieces[2] = {t->contributions, t->results ? t->attempt->own_pieces : 0};
+static bool tx_find_lost(const peer_tx *t, uint32_t *phase, uint64_t *item) {
     for (*phase = 2; (*phase)-- > 0;) {
-        const uint8_t *found = pieces[*phase] > 0 ? memchr(t->carrier[*phase], CARRIER_LOST, pieces[*phase]) : NULL;
+        const uint8_t *found = t->items[*phase] > 0 ? memchr(t->carrier[*phase], CARRIER_LOST, t->items[*phase]) : NULL;
         if (found == NULL) continue;
-        *piece = (uint64_t)(found - t->carrier[*phase]);
+        *item = (uint64_t)(found - t->carrier[*phase]);
         return true;
     }
     return false;
@@ -346,41 +401,55 @@ static bool tx_find_lost(const peer_tx *t, uint32_t *phase, uint64_t *piece) {
  * the result overwrites it, and what is under way fits there too. */
 static bool tx_too_far_ahead(const pyccl_engine *engine, const peer_tx *t) {
     const peer *p = engine->ranks[t->rank];
-    if (t->attempt->plan.kind != PYCCL_ALL_REDUCE || p == NULL || !p->link.near) return false;
-    return t->contribution_next >= t->returned + NEAR_AHEAD_PIECES;
+    const schedule *s = &t->attempt->schedule;
+    if (s->kind != PYCCL_ALL_REDUCE || p == NULL || !p->link.near) return false;
+    const uint64_t hops = s->ring ? s->world : 1;
+    return t->contribution_next >= t->returned + NEAR_AHEAD_PIECES * hops;
 }
 
-/* What goes next to this rank: what was lost, then results (others wait for them), then contributions. */
-static bool tx_pick(const pyccl_engine *engine, const peer_tx *t, uint32_t *phase, uint64_t *piece) {
+/* What goes next to this rank: what was lost, then what is furthest on its way (others wait for it): results, sums, our
+ * own contributions. */
+static bool tx_pick(const pyccl_engine *engine, const peer_tx *t, uint32_t *phase, uint64_t *item) {
     if (t->lost > 0) {
-        const bool found = tx_find_lost(t, phase, piece);
+        const bool found = tx_find_lost(t, phase, item);
         PYCCL_ASSERT(found);
         return true;
     }
-    *phase = DIRECT_RESULT;
-    if (t->results && t->result_next < t->attempt->ready_count) {
-        *piece = t->attempt->ready[t->result_next];
+    *phase = SCHEDULE_RESULT;
+    if (t->items[SCHEDULE_RESULT] > 0 && t->result_next < t->attempt->ready_count) {
+        *item = t->attempt->ready[t->result_next];
         return true;
     }
-    *phase = DIRECT_CONTRIBUTION;
-    *piece = t->contribution_next;
+    *phase = SCHEDULE_CONTRIBUTION;
+    if (t->items[SCHEDULE_CONTRIBUTION] > 0 && t->partial_next < t->attempt->partial_count) {
+        *item = t->attempt->partials[t->partial_next];
+        return true;
+    }
+    *item = t->contribution_first + t->contribution_next;
     return t->contribution_next < t->contributions && !tx_too_far_ahead(engine, t);
 }
 
-static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t piece, const pyccl_conn *conn, link_load *load) {
-    attempt *a = t->attempt;
-    const uint32_t owner = phase == DIRECT_RESULT ? a->plan.rank : t->rank;
-    uint8_t *carrier = &t->carrier[phase][piece];
-    if (*carrier == CARRIER_LOST) t->lost--;
-    else if (phase == DIRECT_RESULT) t->result_next++;
+/* A cursor moves past the item that tx_pick has found there. */
+static void tx_advance(peer_tx *t, uint32_t phase, uint64_t item) {
+    const attempt *a = t->attempt;
+    if (phase == SCHEDULE_RESULT) t->result_next++;
+    else if (t->partial_next < a->partial_count && a->partials[t->partial_next] == item) t->partial_next++;
     else t->contribution_next++;
+}
+
+static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t item, const pyccl_conn *conn, link_load *load) {
+    attempt *a = t->attempt;
+    const schedule *s = &a->schedule;
+    uint8_t *carrier = &t->carrier[phase][item];
+    if (*carrier == CARRIER_LOST) t->lost--;
+    else tx_advance(t, phase, item);
     *carrier = (uint8_t)conn->index;
     load->frame = (pyccl_frame){.type = PYCCL_FRAME_DATA, .phase = (uint8_t)phase, .space = a->op->args.spec.space,
                                 .seq = a->seq, .tag = a->op->args.spec.tag, .spec_hash = a->spec_hash,
-                                .length = direct_piece_bytes(&a->plan, owner, piece),
-                                .offset = direct_piece_offset(&a->plan, piece)};
+                                .length = schedule_item_bytes(s, phase, s->rank, t->rank, item),
+                                .offset = schedule_item_offset(s, phase, s->rank, t->rank, item)};
     engine_frame_stamp(engine, &load->frame);
-    load->data = fold_source(a, phase, t->rank, piece);
+    load->data = fold_source(a, phase, t->rank, item);
     load->owner = a;
     a->op->tx_bytes += load->frame.length;
     ops_moved(engine, a);
@@ -394,14 +463,13 @@ bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *l
     for (peer_tx *t = p->tx_first, *next; t != NULL; t = next) {
         next = t->next;
         uint32_t phase;
-        uint64_t piece;
-        if (!tx_pick(engine, t, &phase, &piece)) {
+        uint64_t item;
+        if (!tx_pick(engine, t, &phase, &item)) {
             tx_unqueue(t);
             continue;
         }
-        const uint32_t owner = phase == DIRECT_RESULT ? t->attempt->plan.rank : t->rank;
-        const uint32_t bytes = eager_cost(direct_piece_bytes(&t->attempt->plan, owner, piece));
-        if (!t->open && t->carrier[phase][piece] != CARRIER_LOST) {
+        const uint32_t bytes = eager_cost(schedule_item_bytes(&t->attempt->schedule, phase, t->attempt->schedule.rank, t->rank, item));
+        if (!t->open && t->carrier[phase][item] != CARRIER_LOST) {
             if (p->eager_used + bytes > PYCCL_EAGER_MAX) {
                 tx_unqueue(t);
                 t->waits = true;
@@ -411,7 +479,7 @@ bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *l
             p->eager_used += bytes;
             t->eager_bytes += bytes;
         }
-        tx_take(engine, t, phase, piece, conn, load);
+        tx_take(engine, t, phase, item, conn, load);
         return true;
     }
     return false;
@@ -443,11 +511,10 @@ void ops_conn_lost(pyccl_engine *engine, peer *p, uint32_t conn_index) {
     if (p->rank < 0) return;
     for (attempt *a = engine->attempts; a != NULL; a = a->next) {
         peer_tx *t = &a->peers[p->rank];
-        const uint64_t pieces[2] = {t->contributions, t->results ? a->own_pieces : 0};
         for (int phase = 0; phase < 2; phase++)
-            for (uint64_t piece = 0; piece < pieces[phase]; piece++) {
-                if (t->carrier[phase][piece] != conn_index) continue;
-                t->carrier[phase][piece] = CARRIER_LOST;
+            for (uint64_t item = 0; item < t->items[phase]; item++) {
+                if (t->carrier[phase][item] != conn_index) continue;
+                t->carrier[phase][item] = CARRIER_LOST;
                 t->lost++;
             }
         if (t->lost > 0) tx_enqueue(engine, t);
@@ -462,96 +529,103 @@ void ops_moved(pyccl_engine *engine, attempt *a) {
 
 /* ---- receiving ---- */
 
-/* The piece a DATA frame carries; NULL: it is none that this peer may send us. */
-static uint8_t *piece_state_of(const attempt *a, uint32_t rank, const pyccl_frame *frame, uint64_t *piece) {
-    const uint32_t owner = frame->phase == DIRECT_RESULT ? rank : a->plan.rank;
-    if (pieces_from(a, frame->phase, rank) == 0) return NULL;
-    if (!direct_piece_find(&a->plan, owner, frame->offset, frame->length, piece)) return NULL;
-    if (frame->phase == DIRECT_RESULT) return &a->arrived[1][a->arrived_at[rank] + *piece];
-    return &a->arrived[0][rank * a->own_pieces + *piece];
+/* The item a DATA frame carries; NULL: it is none that this peer may send us. */
+static uint8_t *item_state_of(const attempt *a, uint32_t rank, const pyccl_frame *frame, uint64_t *item) {
+    if (!schedule_item_find(&a->schedule, frame->phase, rank, a->schedule.rank, frame->offset, frame->length, item)) return NULL;
+    return &a->arrived[frame->phase][a->arrived_at[frame->phase][rank] + *item];
 }
 
-static bool is_folded(const attempt *a, uint32_t phase) {
-    return phase == DIRECT_CONTRIBUTION && a->plan.kind == PYCCL_ALL_REDUCE;
+static bool is_folded(const attempt *a, uint32_t phase) { return phase == SCHEDULE_CONTRIBUTION && schedule_folds(&a->schedule); }
+
+static uint8_t **contribution_of(const attempt *a, uint32_t rank, uint64_t item) {
+    return &a->contribution[a->arrived_at[SCHEDULE_CONTRIBUTION][rank] + item];
 }
 
-static bool is_coded_result(const attempt *a, uint32_t phase) {
-    return phase == DIRECT_RESULT && a->plan.codec != PYCCL_CODEC_NONE;
+/* Where an item belongs, unless it is folded; codes that go no further are decoded at once: NULL. */
+static uint8_t *place_of(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t item) {
+    uint32_t owner;
+    uint64_t piece;
+    schedule_item(&a->schedule, phase, rank, a->schedule.rank, item, &owner, &piece);
+    if (phase != SCHEDULE_RESULT || !fold_is_coded(a)) return fold_place(engine, a, owner, piece);
+    return a->schedule.ring ? fold_result_codes(a, owner, piece) : NULL;
 }
 
-/* Where a piece belongs; what will be folded or decoded gets a buffer, results that are decoded at once one that the
- * sink owns. sink->dst NULL: no memory. */
-static void piece_place(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece, link_sink *sink) {
-    const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
-    const uint32_t bytes = direct_piece_bytes(&a->plan, owner, piece);
-    if (is_coded_result(a, phase)) sink->dst = sink->owned = piece_alloc(engine, bytes);
-    else if (is_folded(a, phase)) {
-        uint8_t **place = &a->contribution[rank * a->own_pieces + piece];
+/* sink->dst NULL: no memory. */
+static void item_place(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t item, uint32_t bytes, link_sink *sink) {
+    if (is_folded(a, phase)) {
+        uint8_t **place = contribution_of(a, rank, item);
         if (*place == NULL) *place = piece_alloc(engine, bytes);
         sink->dst = *place;
-    } else sink->dst = fold_place(engine, a, owner, piece);
+        return;
+    }
+    sink->dst = place_of(engine, a, rank, phase, item);
+    if (sink->dst == NULL) sink->dst = sink->owned = piece_alloc(engine, bytes);
 }
 
-/* codes: the piece, where it must be decoded. */
-static void piece_arrived(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t piece, const uint8_t *codes) {
-    const uint32_t owner = phase == DIRECT_RESULT ? rank : a->plan.rank;
-    a->op->rx_bytes += direct_piece_bytes(&a->plan, owner, piece);
+/* codes: the piece, where it lies nowhere else. */
+static void item_arrived(pyccl_engine *engine, attempt *a, uint32_t rank, uint32_t phase, uint64_t item, const uint8_t *codes) {
+    const schedule *s = &a->schedule;
+    uint32_t owner;
+    uint64_t piece;
+    schedule_item(s, phase, rank, s->rank, item, &owner, &piece);
+    a->op->rx_bytes += schedule_item_bytes(s, phase, rank, s->rank, item);
     ops_moved(engine, a);
-    peer_tx *t = &a->peers[rank];
-    if (phase == DIRECT_RESULT || a->plan.swap) t->returned++;
+    peer_tx *t = &a->peers[s->ring ? schedule_next(s, s->rank) : rank];
+    if (s->ring ? phase == SCHEDULE_RESULT && owner == rank : phase == SCHEDULE_RESULT || s->swap) t->returned++;
     if (t->contribution_next < t->contributions) tx_enqueue(engine, t);
-    if (is_folded(a, phase)) fold_contribution(engine, a, piece);
+    if (is_folded(a, phase)) fold_contribution(engine, a, s->ring ? item : piece);
     else fold_result(engine, a, owner, piece, codes);
+    if (s->ring && phase == SCHEDULE_RESULT) ops_partial_used(engine, a, item);
     tell_if_whole(engine, a);
 }
 
 /* A copy is whole while the first is still arriving: that connection gives up its claim. */
-static void claim_drop(peer *p, const attempt *a, uint32_t phase, uint64_t piece) {
+static void claim_drop(peer *p, const attempt *a, uint32_t phase, uint64_t item) {
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
         pyccl_conn *conn = p->link.conns[i];
         if (conn == NULL || conn->sink.kind != SINK_PIECE || conn->sink.note != a) continue;
-        if (conn->frame.phase == phase && conn->sink.piece == piece) link_sink_drop(conn);
+        if (conn->frame.phase == phase && conn->sink.piece == item) link_sink_drop(conn);
     }
 }
 
-static void copy_arrived(pyccl_engine *engine, peer *p, attempt *a, uint32_t phase, uint64_t piece, uint8_t *state,
+static void copy_arrived(pyccl_engine *engine, peer *p, attempt *a, uint32_t phase, uint64_t item, uint8_t *state,
                          uint8_t **data, uint32_t bytes) {
     const uint32_t rank = (uint32_t)p->rank;
     if (*state == PIECE_DONE) return;
-    if (*state == PIECE_ARRIVING) claim_drop(p, a, phase, piece);
-    uint8_t **place = is_folded(a, phase) ? &a->contribution[rank * a->own_pieces + piece] : NULL;
-    if (place != NULL && *place == NULL) {
-        *place = *data;
+    if (*state == PIECE_ARRIVING) claim_drop(p, a, phase, item);
+    uint8_t **buffer = is_folded(a, phase) ? contribution_of(a, rank, item) : NULL;
+    uint8_t *place = buffer != NULL ? *buffer : place_of(engine, a, rank, phase, item);
+    if (place != NULL) memcpy(place, *data, bytes);
+    else if (buffer != NULL) {
+        *buffer = *data;
         *data = NULL;
-    } else if (place != NULL) memcpy(*place, *data, bytes);
-    else if (!is_coded_result(a, phase))
-        memcpy(fold_place(engine, a, phase == DIRECT_RESULT ? rank : a->plan.rank, piece), *data, bytes);
+    }
     *state = PIECE_DONE;
-    piece_arrived(engine, a, rank, phase, piece, *data);
+    item_arrived(engine, a, rank, phase, item, *data);
 }
 
 bool ops_deliver(pyccl_engine *engine, peer *p, pyccl_op *op, const pyccl_frame *frame, uint8_t **data) {
     attempt *a = op->attempt;
-    uint64_t piece;
+    uint64_t item;
     if (a == NULL || frame->spec_hash != a->spec_hash || pyccl_fsm_frozen(engine->fsm)) return true;
-    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, frame, &piece);
+    uint8_t *state = item_state_of(a, (uint32_t)p->rank, frame, &item);
     if (state == NULL) return false;
-    copy_arrived(engine, p, a, frame->phase, piece, state, data, frame->length);
+    copy_arrived(engine, p, a, frame->phase, item, state, data, frame->length);
     return true;
 }
 
 link_verdict ops_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn, pyccl_op *op) {
     attempt *a = op->attempt;
     const pyccl_frame *frame = &conn->frame;
-    uint64_t piece;
+    uint64_t item;
     if (a == NULL || frame->spec_hash != a->spec_hash) return LINK_GO; /* discarded */
-    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, frame, &piece);
+    uint8_t *state = item_state_of(a, (uint32_t)p->rank, frame, &item);
     if (state == NULL) return LINK_REFUSE;
     if (*state == PIECE_DONE) return LINK_GO;
-    link_sink sink = {.owner = a, .note = a, .piece = piece};
+    link_sink sink = {.owner = a, .note = a, .piece = item};
     sink.kind = *state == PIECE_NONE ? SINK_PIECE : SINK_COPY;
     if (sink.kind == SINK_COPY) sink.dst = sink.owned = piece_alloc(engine, frame->length);
-    else piece_place(engine, a, (uint32_t)p->rank, frame->phase, piece, &sink);
+    else item_place(engine, a, (uint32_t)p->rank, frame->phase, item, frame->length, &sink);
     if (sink.dst == NULL) {
         pyccl_fsm_cancel(engine->fsm, op->cookie, PYCCL_ERR_NOMEM, engine->env.now_ns);
         engine_act(engine);
@@ -564,19 +638,19 @@ link_verdict ops_data_begin(pyccl_engine *engine, peer *p, pyccl_conn *conn, pyc
 
 link_verdict ops_data_end(pyccl_engine *engine, peer *p, pyccl_conn *conn) {
     attempt *a = conn->sink.note;
-    const uint64_t piece = conn->sink.piece;
+    const uint64_t item = conn->sink.piece;
     uint64_t found;
-    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, &conn->frame, &found);
-    PYCCL_ASSERT(state != NULL && found == piece);
+    uint8_t *state = item_state_of(a, (uint32_t)p->rank, &conn->frame, &found);
+    PYCCL_ASSERT(state != NULL && found == item);
     if (conn->sink.kind == SINK_COPY) {
-        copy_arrived(engine, p, a, conn->frame.phase, piece, state, &conn->sink.owned, conn->frame.length);
+        copy_arrived(engine, p, a, conn->frame.phase, item, state, &conn->sink.owned, conn->frame.length);
         return LINK_GO;
     }
     PYCCL_ASSERT(*state == PIECE_ARRIVING);
     *state = PIECE_DONE;
     uint8_t *codes = conn->sink.owned;
     conn->sink = (link_sink){.kind = SINK_NONE};
-    piece_arrived(engine, a, (uint32_t)p->rank, conn->frame.phase, piece, codes);
+    item_arrived(engine, a, (uint32_t)p->rank, conn->frame.phase, item, codes);
     piece_free(engine, codes, conn->frame.length);
     return LINK_GO;
 }
@@ -585,8 +659,8 @@ void ops_data_cancel(pyccl_conn *conn) {
     if (conn->sink.kind != SINK_PIECE) return;
     peer *p = (peer *)conn->link;
     attempt *a = conn->sink.note;
-    uint64_t piece;
-    uint8_t *state = piece_state_of(a, (uint32_t)p->rank, &conn->frame, &piece);
+    uint64_t item;
+    uint8_t *state = item_state_of(a, (uint32_t)p->rank, &conn->frame, &item);
     PYCCL_ASSERT(state != NULL && *state == PIECE_ARRIVING);
     *state = PIECE_NONE;
 }

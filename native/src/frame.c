@@ -151,7 +151,7 @@ pyccl_status pyccl_frame_decode_untrusted(const uint8_t in[64], pyccl_frame *out
 /* ---- specs ---- */
 
 static bool spec_op_valid(const pyccl_spec *spec) {
-    if (spec->kind != PYCCL_ALL_REDUCE) return spec->op == 0;
+    if (spec->kind != PYCCL_ALL_REDUCE && spec->kind != PYCCL_REDUCE_SCATTER) return spec->op == 0;
     if (spec->op < PYCCL_SUM || spec->op > PYCCL_MAX) return false;
     return spec->op != PYCCL_AVG || spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 ||
            spec->dtype == PYCCL_FLOAT16 || spec->dtype == PYCCL_BFLOAT16;
@@ -162,22 +162,34 @@ static bool spec_codec_valid(const pyccl_spec *spec) {
     const bool floats = spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 || spec->dtype == PYCCL_FLOAT16 ||
                         spec->dtype == PYCCL_BFLOAT16;
     if (spec->codec == PYCCL_CODEC_NONE) return spec->block == 0;
-    return pyccl_codec_size(spec->codec, PYCCL_BLOCK_MIN, 1) > 0 && spec->kind == PYCCL_ALL_REDUCE && floats && spec->block >= PYCCL_BLOCK_MIN &&
+    const bool reduces = spec->kind == PYCCL_ALL_REDUCE || spec->kind == PYCCL_REDUCE_SCATTER;
+    return pyccl_codec_size(spec->codec, PYCCL_BLOCK_MIN, 1) > 0 && reduces && floats && spec->block >= PYCCL_BLOCK_MIN &&
            spec->block <= PYCCL_BLOCK_MAX && (spec->block & (spec->block - 1)) == 0;
 }
 
-/* Who takes part, beside the members of the epoch: the root of a broadcast, the pair of an exchange. */
+/* Whole rows of at least one element, then zeros. */
+static bool spec_row_valid(const pyccl_spec *spec) {
+    const uint64_t row = get_u64(spec->root);
+    return row > 0 && row <= SPEC_COUNT_MAX && spec->count % row == 0 && get_u64(spec->root + 8) == 0;
+}
+
+/* Who takes part, beside the members of the epoch: the root of a broadcast, the pair of an exchange; or a row. */
 static bool spec_peers_valid(const pyccl_spec *spec) {
     static const uint8_t no_root[16] = {0};
     const bool rootless = memcmp(spec->root, no_root, sizeof no_root) == 0;
     if (spec->kind == PYCCL_EXCHANGE) return spec->space == PYCCL_SPACE_PAIR && spec->retry == 1 && !rootless;
-    return spec->space <= PYCCL_SPACE_INTERNAL && (spec->kind == PYCCL_BROADCAST || rootless);
+    if (spec->space > PYCCL_SPACE_INTERNAL) return false;
+    return spec->kind == PYCCL_REDUCE_SCATTER ? spec_row_valid(spec) : spec->kind == PYCCL_BROADCAST || rootless;
+}
+
+static bool spec_algorithm_valid(const pyccl_spec *spec) {
+    return spec->algorithm == PYCCL_DIRECT || (spec->kind == PYCCL_ALL_REDUCE && spec->algorithm <= PYCCL_RING);
 }
 
 bool frame_spec_valid(const pyccl_spec *spec) {
-    return spec->kind >= PYCCL_ALL_REDUCE && spec->kind <= PYCCL_EXCHANGE &&
+    return spec->kind >= PYCCL_ALL_REDUCE && spec->kind <= PYCCL_REDUCE_SCATTER &&
            spec->dtype >= PYCCL_INT32 && spec->dtype <= PYCCL_BFLOAT16 && spec_op_valid(spec) &&
-           spec_codec_valid(spec) && spec->algorithm == PYCCL_DIRECT && spec->retry <= 1 &&
+           spec_codec_valid(spec) && spec_algorithm_valid(spec) && spec->retry <= 1 &&
            spec_peers_valid(spec) && spec->reserved == 0 &&
            spec->count <= (spec->kind == PYCCL_BARRIER ? 0 : SPEC_COUNT_MAX);
 }

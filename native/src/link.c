@@ -473,3 +473,11 @@ void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uin
         if (conn->data >= from && (uint64_t)(conn->data - from) < bytes) conn->data = to + (conn->data - from);
     }
 }
+
+bool link_reads(const pyccl_link *link, const uint8_t *from, uint64_t bytes) {
+    for (uint32_t i = 0; link->conn_count > 0 && i < PYCCL_CONNS_MAX; i++) {
+        const pyccl_conn *conn = link->conns[i];
+        if (conn != NULL && conn->data != NULL && conn->data >= from && (uint64_t)(conn->data - from) < bytes) return true;
+    }
+    return false;
+}

@@ -147,6 +147,7 @@ void link_sink_drop(pyccl_conn *conn);           /* discard the rest of the payl
 void link_disown(pyccl_link *link, const void *owner);
 /* What `from` .. from+bytes held of the owner's lies at `to` now: frames that are half sent go on from there. */
 void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uint64_t bytes, const uint8_t *to);
+bool link_reads(const pyccl_link *link, const uint8_t *from, uint64_t bytes);   /* some frame is half sent from there */
 bool link_is_paused(const pyccl_link *link);
 
 #endif

@@ -1,6 +1,6 @@
 /* op_fsm.c: what becomes of an operation. Pure: events and time in, actions out; no socket, clock, thread or tensor byte.
  *
- * It does not know how data moves (direct.c, ring.c) nor who decides about members (the master): it is told "the whole
+ * It does not know how data moves (schedule.c) nor who decides about members (the master): it is told "the whole
  * result is held" and "this is the next epoch, with these verdicts".
  *
  *   (none) --peer's OPEN, DONE, ABORT--> EARLY ---submit--> RUNNING --result and every OPEN--> PREPARED --every DONE--> COMMITTED

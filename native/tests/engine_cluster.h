@@ -13,7 +13,7 @@
 #include "pyccl.h"
 #include "test.h"
 
-#define ENGINES_MAX 5
+#define ENGINES_MAX 8
 #define CONNS 4
 #define SECOND INT64_C(1000000000)
 #define PATIENCE (60 * SECOND)
@@ -36,6 +36,7 @@ typedef struct cluster {
     int raw[ENGINES_MAX][ENGINES_MAX][CONNS]; /* duplicates of the engines' sockets, to break them from outside */
     int alive[ENGINES_MAX];
     uint64_t number;
+    const pyccl_plan *plan;          /* of the next epoch */
 } cluster;
 
 typedef enum wire { OVER_TCP, OVER_UNIX } wire;
@@ -74,7 +75,7 @@ static inline void cluster_link(cluster *c, uint32_t a, uint32_t b, uint32_t con
 static inline void cluster_epoch_with(cluster *c, int restart, const pyccl_op_verdict *verdicts, size_t count) {
     uint8_t members[ENGINES_MAX][16];
     uint32_t world = 0;
-    pyccl_epoch epoch = {.number = ++c->number, .restart = (uint8_t)restart};
+    pyccl_epoch epoch = {.number = ++c->number, .restart = (uint8_t)restart, .plan = c->plan};
     memset(epoch.id, (int)(0x40 + c->number), sizeof epoch.id);
     for (uint32_t i = 0; i < c->count; i++)
         if (c->alive[i]) memcpy(members[world++], c->id[i], 16);
@@ -142,7 +143,7 @@ static inline int await_event(pyccl_engine *engine, uint32_t type, pyccl_event *
 /* ---- operations ---- */
 
 static inline pyccl_op *submit(const cluster *c, uint32_t i, pyccl_spec spec, const void *src, void *dst, uint64_t dst_bytes) {
-    spec.algorithm = PYCCL_DIRECT;
+    if (spec.algorithm == 0) spec.algorithm = PYCCL_DIRECT;
     spec.retry = 1;
     const pyccl_op_args args = {.spec = spec, .src = src, .dst = dst, .dst_bytes = dst_bytes, .weight = 1, .timeout_ns = PATIENCE};
     pyccl_op *op = NULL;
@@ -165,7 +166,7 @@ static inline int finish(pyccl_op *op) {
 }
 
 static inline pyccl_op *submit_weighted(const cluster *c, uint32_t i, pyccl_spec spec, const void *src, void *dst, double weight) {
-    spec.algorithm = PYCCL_DIRECT;
+    if (spec.algorithm == 0) spec.algorithm = PYCCL_DIRECT;
     spec.retry = 1;
     const pyccl_op_args args = {.spec = spec, .src = src, .dst = dst, .weight = weight, .timeout_ns = PATIENCE};
     pyccl_op *op = NULL;

@@ -3,7 +3,7 @@
 #ifndef PYCCL_ENGINE_VECTORS_H
 #define PYCCL_ENGINE_VECTORS_H
 
-#include "direct.h"
+#include "schedule.h"
 #include "element.h"
 #include "engine_cluster.h"
 
@@ -135,7 +135,31 @@ static inline void fold_coded(const pyccl_spec *spec, void *const *in, const dou
     free(codes);
 }
 
-static inline vectors vectors_any(const pyccl_spec *spec, const double *weights, uint32_t world, uint64_t seed) {
+/* proto/wire.md 3.3, 3.7: each share in the order of the ring, with pyccl_reduce. The total of weights must be exact. */
+static inline void fold_ring(const pyccl_spec *spec, void *const *in, const double *weights, uint32_t world, const pyccl_plan *plan, void *out) {
+    epoch_plan judged;
+    schedule s;
+    REQUIRE(epoch_plan_init(&judged, plan, world) == PYCCL_OK);
+    schedule_init(&s, spec, &judged, 0, 0);
+    for (uint32_t owner = 0; owner < world; owner++) {
+        const uint64_t start = schedule_share_start(&s, owner), count = schedule_share_elements(&s, owner);
+        void *turned[ENGINES_MAX];
+        double turned_weights[ENGINES_MAX];
+        uint32_t at = owner;
+        for (uint32_t k = 0; k < world; k++) {
+            at = schedule_next(&s, at);
+            turned[k] = (uint8_t *)in[at] + start * s.element_bytes;
+            turned_weights[k] = weights != NULL ? weights[at] : 1;
+        }
+        pyccl_spec part = *spec;
+        part.count = count;
+        uint8_t *to = (uint8_t *)out + start * s.element_bytes;
+        if (spec->codec != 0) fold_coded(&part, turned, weights != NULL ? turned_weights : NULL, world, to);
+        else REQUIRE(pyccl_reduce(spec->dtype, spec->op, (const void *const *)turned, weights != NULL ? turned_weights : NULL, world, count, to) == PYCCL_OK);
+    }
+}
+
+static inline vectors vectors_planned(const pyccl_spec *spec, const double *weights, uint32_t world, uint64_t seed, const pyccl_plan *plan) {
     vectors v = {.world = world, .bytes = spec->count * pyccl_dtype_size(spec->dtype)};
     for (uint32_t i = 0; i < world; i++) {
         v.in[i] = malloc(v.bytes + 1);
@@ -144,9 +168,50 @@ static inline vectors vectors_any(const pyccl_spec *spec, const double *weights,
         fill_any(v.in[i], spec->dtype, spec->count, seed * 1000 + i);
     }
     v.want = malloc(v.bytes + 1);
-    if (spec->codec != 0) fold_coded(spec, (void *const *)v.in, weights, world, v.want);
+    const int in_ring = world > 2 && spec->kind == PYCCL_ALL_REDUCE && spec->algorithm == PYCCL_RING;
+    if (in_ring) fold_ring(spec, (void *const *)v.in, weights, world, plan, v.want);
+    else if (spec->codec != 0) fold_coded(spec, (void *const *)v.in, weights, world, v.want);
     else REQUIRE(pyccl_reduce(spec->dtype, spec->op, (const void *const *)v.in, weights, world, spec->count, v.want) == PYCCL_OK);
     return v;
+}
+
+static inline vectors vectors_any(const pyccl_spec *spec, const double *weights, uint32_t world, uint64_t seed) {
+    return vectors_planned(spec, weights, world, seed, NULL);
+}
+
+static inline void check_any(const cluster *c, pyccl_spec spec, const double *weights, int in_place) {
+    vectors v = vectors_planned(&spec, weights, c->count, spec.count * 31 + spec.dtype * 7 + spec.op, c->plan);
+    pyccl_op *ops[ENGINES_MAX];
+    for (uint32_t i = 0; i < c->count; i++)
+        ops[i] = submit_weighted(c, i, spec, v.in[i], in_place ? v.in[i] : v.out[i], weights != NULL ? weights[i] : 1.0);
+    for (uint32_t i = 0; i < c->count; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        if (v.bytes == 0) continue;
+        if (memcmp(in_place ? v.in[i] : v.out[i], v.want, v.bytes) != 0) {
+            printf("world %u member %u dtype %u op %u codec %u block %u count %llu algorithm %u in place %d\n", c->count, i, spec.dtype,
+                   spec.op, spec.codec, spec.block, (unsigned long long)spec.count, spec.algorithm, in_place);
+            CHECK(!"the bits differ");
+        }
+        CHECK(in_place || v.out[i][v.bytes] == 0xEE);
+    }
+    vectors_free(&v);
+}
+
+/* Any plan: some own nothing, the ring in any order. */
+typedef struct drawn_plan {
+    uint32_t shares[ENGINES_MAX], ring[ENGINES_MAX];
+    pyccl_plan plan;
+} drawn_plan;
+
+static inline void plan_draw(drawn_plan *drawn, uint64_t *seed, uint32_t world) {
+    for (uint32_t i = 0; i < world; i++) {
+        const uint32_t at = (uint32_t)(test_random(seed) % (i + 1));
+        drawn->ring[i] = drawn->ring[at];
+        drawn->ring[at] = i;
+        drawn->shares[i] = test_random(seed) % 3 == 0 ? 0 : (uint32_t)(test_random(seed) % 1000);
+    }
+    drawn->shares[test_random(seed) % world] = 500;
+    drawn->plan = (pyccl_plan){.shares = drawn->shares, .ring = drawn->ring, .ring_from_bytes = UINT64_MAX};
 }
 
 #endif

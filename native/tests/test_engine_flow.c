@@ -54,18 +54,18 @@ TEST(engine_keeps_the_order_of_one_tag) {
 TEST(engine_keeps_contributions_in_step_with_what_comes_back_on_loopback) {
     cluster c;
     cluster_open(&c, 3, 1, OVER_TCP);
-    const uint64_t pieces = 12, count = 3 * pieces * DIRECT_PIECE_BYTES / 4;
+    const uint64_t pieces = 12, count = 3 * pieces * SCHEDULE_PIECE_BYTES / 4;
     vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 3, 79);
     int64_t x[3] = {1, 2, 3};
     pyccl_op *ops[3], *small[3];
     for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
-    for (uint32_t i = 0; i < 2; i++) await_bytes(&c, i, 1 - i, DIRECT_PIECE_BYTES);
+    for (uint32_t i = 0; i < 2; i++) await_bytes(&c, i, 1 - i, SCHEDULE_PIECE_BYTES);
     for (uint32_t i = 0; i < 3; i++) small[i] = submit(&c, i, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 1), &x[i], &x[i], 0);
     for (uint32_t i = 0; i < 3; i++) CHECK_EQ(finish(small[i]), PYCCL_OK);
     for (uint32_t i = 0; i < 2; i++) {
         pyccl_link_stats stats;
         REQUIRE(pyccl_engine_link_stats(c.engine[i], c.slot[i][1 - i], &stats) == PYCCL_OK);
-        CHECK(stats.rx_bytes < 5 * DIRECT_PIECE_BYTES);
+        CHECK(stats.rx_bytes < 5 * SCHEDULE_PIECE_BYTES);
     }
     ops[2] = submit(&c, 2, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[2], v.in[2], 0);
     for (uint32_t i = 0; i < 3; i++) {

@@ -58,8 +58,8 @@ TEST(engine_refuses_pieces_that_do_not_fit_and_too_many_early_ones) {
     const pyccl_frame bad[] = {
         {.type = PYCCL_FRAME_DATA, .phase = 0, .offset = 8, .spec_hash = hash, .length = 4000},
         {.type = PYCCL_FRAME_DATA, .phase = 0, .offset = 0, .spec_hash = hash, .length = 4008},
-        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = DIRECT_PIECE_BYTES, .spec_hash = hash, .length = 8},
-        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = UINT64_MAX - DIRECT_PIECE_BYTES + 1, .spec_hash = hash, .length = 4000},
+        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = SCHEDULE_PIECE_BYTES, .spec_hash = hash, .length = 8},
+        {.type = PYCCL_FRAME_DATA, .phase = 1, .offset = UINT64_MAX - SCHEDULE_PIECE_BYTES + 1, .spec_hash = hash, .length = 4000},
     };
     for (size_t k = 0; k < sizeof bad / sizeof *bad; k++)
         for (int early = 0; early < 2; early++) {

@@ -198,11 +198,12 @@ static int ends_midway(const vectors *v, pyccl_spec spec, uint64_t after, how_it
     return good > 0;
 }
 
-static void ends_everywhere(uint32_t world, uint8_t codec, uint8_t kind) {
+static void ends_everywhere(uint32_t world, uint8_t codec, uint8_t kind, uint8_t algorithm) {
     const uint64_t count = LONG(2500003), total = codec ? count / 2 : count * 4;
     pyccl_spec spec = reduce_spec(PYCCL_FLOAT32, PYCCL_AVG, count, 0);
     spec.codec = codec;
     spec.block = codec ? 1024 : 0;
+    spec.algorithm = algorithm;
     vectors v = vectors_any(&spec, NULL, world, world);
     if (kind == PYCCL_BROADCAST) spec = (pyccl_spec){.kind = kind, .dtype = PYCCL_FLOAT32, .count = count};
     int committed = 0, runs = 0;
@@ -212,12 +213,15 @@ static void ends_everywhere(uint32_t world, uint8_t codec, uint8_t kind) {
     vectors_free(&v);
 }
 
-TEST(engine_restores_in_place_inputs_of_two) { ends_everywhere(2, 0, PYCCL_ALL_REDUCE); }
-TEST(engine_restores_in_place_inputs_of_three) { ends_everywhere(3, 0, PYCCL_ALL_REDUCE); }
-TEST(engine_restores_in_place_inputs_of_five) { ends_everywhere(5, 0, PYCCL_ALL_REDUCE); }
-TEST(engine_restores_coded_in_place_inputs_of_two) { ends_everywhere(2, PYCCL_CODEC_UINT8, PYCCL_ALL_REDUCE); }
-TEST(engine_restores_coded_in_place_inputs_of_three) { ends_everywhere(3, PYCCL_CODEC_UINT8, PYCCL_ALL_REDUCE); }
-TEST(engine_restores_broadcast_targets) { ends_everywhere(3, 0, PYCCL_BROADCAST); }
+TEST(engine_restores_in_place_inputs_of_two) { ends_everywhere(2, 0, PYCCL_ALL_REDUCE, PYCCL_DIRECT); }
+TEST(engine_restores_in_place_inputs_of_three) { ends_everywhere(3, 0, PYCCL_ALL_REDUCE, PYCCL_DIRECT); }
+TEST(engine_restores_in_place_inputs_of_five) { ends_everywhere(5, 0, PYCCL_ALL_REDUCE, PYCCL_DIRECT); }
+TEST(engine_restores_coded_in_place_inputs_of_two) { ends_everywhere(2, PYCCL_CODEC_UINT8, PYCCL_ALL_REDUCE, PYCCL_DIRECT); }
+TEST(engine_restores_coded_in_place_inputs_of_three) { ends_everywhere(3, PYCCL_CODEC_UINT8, PYCCL_ALL_REDUCE, PYCCL_DIRECT); }
+TEST(engine_restores_in_place_inputs_of_a_ring_of_three) { ends_everywhere(3, 0, PYCCL_ALL_REDUCE, PYCCL_RING); }
+TEST(engine_restores_in_place_inputs_of_a_ring_of_five) { ends_everywhere(5, 0, PYCCL_ALL_REDUCE, PYCCL_RING); }
+TEST(engine_restores_coded_in_place_inputs_of_a_ring) { ends_everywhere(4, PYCCL_CODEC_UINT8, PYCCL_ALL_REDUCE, PYCCL_RING); }
+TEST(engine_restores_broadcast_targets) { ends_everywhere(3, 0, PYCCL_BROADCAST, PYCCL_DIRECT); }
 
 /* Contributions are repeated from what the caller submitted, also where the result has overwritten it. */
 static void conns_die_in_place(uint32_t world, uint8_t codec, wire how) {

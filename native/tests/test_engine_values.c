@@ -97,24 +97,6 @@ TEST(engine_barrier_ends_when_all_have_come) {
 
 /* ---- tests: every dtype, codecs, weights ---- */
 
-static void check_any(const cluster *c, pyccl_spec spec, const double *weights, int in_place) {
-    vectors v = vectors_any(&spec, weights, c->count, spec.count * 31 + spec.dtype * 7 + spec.op);
-    pyccl_op *ops[ENGINES_MAX];
-    for (uint32_t i = 0; i < c->count; i++)
-        ops[i] = submit_weighted(c, i, spec, v.in[i], in_place ? v.in[i] : v.out[i], weights != NULL ? weights[i] : 1.0);
-    for (uint32_t i = 0; i < c->count; i++) {
-        CHECK_EQ(finish(ops[i]), PYCCL_OK);
-        if (v.bytes == 0) continue;
-        if (memcmp(in_place ? v.in[i] : v.out[i], v.want, v.bytes) != 0) {
-            printf("world %u member %u dtype %u op %u codec %u block %u count %llu in place %d\n", c->count, i, spec.dtype,
-                   spec.op, spec.codec, spec.block, (unsigned long long)spec.count, in_place);
-            CHECK(!"the bits differ");
-        }
-        CHECK(in_place || v.out[i][v.bytes] == 0xEE);
-    }
-    vectors_free(&v);
-}
-
 static void dtypes_suite(uint32_t world) {
     cluster c;
     cluster_open(&c, world, 2, OVER_TCP);

@@ -56,8 +56,8 @@ static void enter(world *w, uint32_t members, bool mismatch) {
 }
 
 static pyccl_spec spec_of(uint32_t tag) {
-    return (pyccl_spec){.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_INT64, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .retry = 1,
-                        .count = COUNT, .tag = tag};
+    return (pyccl_spec){.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_INT64, .op = PYCCL_SUM, .algorithm = tag == 1 ? PYCCL_RING : PYCCL_DIRECT,
+                        .retry = 1, .count = COUNT, .tag = tag};
 }
 
 static void submit(world *w, uint32_t i, uint32_t tag) {
@@ -115,7 +115,7 @@ static uint64_t pick(world *w, const uint64_t *from, size_t count) { return from
 
 /* A header as an encoder without scruples would write it, and its payload; returns their bytes. */
 static size_t frame_draw(world *w, uint32_t i, uint8_t *out) {
-    static const uint64_t offsets[] = {0, 8, 1864, 1 << 20, 2 << 20, UINT64_MAX, UINT64_MAX - 7, UINT64_C(1) << 48};
+    static const uint64_t offsets[] = {0, 8, 1864, 1872, 1872 + 1864, 1 << 20, 2 << 20, UINT64_MAX, UINT64_MAX - 7, UINT64_C(1) << 48};
     static const uint64_t lengths[] = {0, 1, 7, 8, 40, 1864, 1872, 5600, 1 << 20, (1 << 20) + 1, UINT32_MAX};
     static const uint64_t values[] = {0, 1, 2, 255, 256, 4096, 1 << 20, UINT64_MAX};
     const uint64_t type = often(w) ? 1 + below(w, 12) : below(w, 256);

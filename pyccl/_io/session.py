@@ -36,6 +36,7 @@ from pyccl._io.resolver import Resolver
 from pyccl._native import status
 from pyccl._native.handles import Engine, Event, EventType, Op
 from pyccl._proto import limits, member
+from pyccl._proto import plan as plans
 from pyccl._proto.epoch import Member
 from pyccl._proto.messages import (
     CAUSE_PROTOCOL,
@@ -595,9 +596,11 @@ class Session:
         for number in sorted(self._members)[:-_EPOCHS_KEPT]:
             del self._members[number]
         self.view = View(epoch.number, epoch.id, epoch.peers, effect.world_size)
+        plan = plans.decode_untrusted(epoch.plan, len(epoch.peers))  # judged with the epoch
         try:
             self.engine.enter(
-                epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, effect.verdicts
+                *(epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, effect.verdicts),
+                *(plan.shares, plan.ring, plan.ring_from_bytes),
             )
         except errors.OutcomeUnknownError:
             self._left()

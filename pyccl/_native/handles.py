@@ -39,6 +39,7 @@ class Kind:
     BARRIER: Final[int] = lib.PYCCL_BARRIER
     ALL_GATHER: Final[int] = lib.PYCCL_ALL_GATHER
     EXCHANGE: Final[int] = lib.PYCCL_EXCHANGE
+    REDUCE_SCATTER: Final[int] = lib.PYCCL_REDUCE_SCATTER
 
 
 class EventType:
@@ -100,6 +101,7 @@ class OpInfo(NamedTuple):
     rx_bytes: int
     seconds: float
     peer: bytes
+    algorithm: int = lib.PYCCL_DIRECT  # that ran
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +229,20 @@ class Engine:
         restart: bool,
         mismatch: bool,
         verdicts: Sequence[tuple[int, int, int, int]],
+        shares: Sequence[int] = (),
+        ring: Sequence[int] = (),
+        ring_from_bytes: int = (1 << 64) - 1,
     ) -> None:
-        """Apply the verdicts and enter the epoch in one step."""
+        """Apply the verdicts and enter the epoch in one step. The last three: pyccl_plan; empty is NULL."""
         packed = ffi.from_buffer("uint8_t[]", b"".join(members))
         epoch = ffi.new("pyccl_epoch *")
         epoch.number, epoch.world, epoch.rank = number, len(members), rank
         epoch.restart, epoch.mismatch, epoch.members = restart, mismatch, packed
         ffi.memmove(epoch.id, epoch_id, 16)
+        weights = ffi.new("uint32_t[]", shares) if shares else _NULL
+        order = ffi.new("uint32_t[]", ring) if ring else _NULL
+        plan = ffi.new("pyccl_plan *", (weights, order, ring_from_bytes))
+        epoch.plan = plan
         given = ffi.new("pyccl_op_verdict[]", max(1, len(verdicts)))
         for i, (space, tag, seq, verdict) in enumerate(verdicts):
             given[i].space, given[i].tag, given[i].seq, given[i].verdict = space, tag, seq, verdict
@@ -300,7 +309,7 @@ class Engine:
             self._release_abandoned()
         slot = ffi.new(_OP_SLOT)
         op = Op(self, slot, (at, to), put_back)
-        op.keeps = dst is None and spec.kind == Kind.ALL_GATHER and spec.elements > 0
+        op.keeps = dst is None and spec.kind in (Kind.ALL_GATHER, Kind.REDUCE_SCATTER) and spec.elements > 0
         with self._ops_lock:
             self._ops.add(op)
         begun.append(op)
@@ -389,7 +398,7 @@ class Op:
         self._put_back = put_back
         self._slot, self._pins = slot, pins  # slot: pyccl_op **, filled by the submit
         self._free_lock = threading.RLock()  # who looks at the handle in ``done`` keeps it from being freed meanwhile
-        self.keeps = False  # an all_gather without dst: its result stays here until ``take``
+        self.keeps = False  # it has no dst: its result stays here until ``take``
         self.ended: OpInfo | None = None  # set by ``finish``
 
     @property
@@ -457,7 +466,7 @@ class Op:
         peer = b"" if status == OK else bytes(ffi.buffer(out.peer))
         return OpInfo(
             status, out.attempts, out.epoch_number, out.seq, out.tx_bytes, out.rx_bytes, out.elapsed_ns / NS,
-            peer if any(peer) else b"",
+            peer if any(peer) else b"", out.algorithm,
         )  # fmt: skip
 
     def release(self) -> None:

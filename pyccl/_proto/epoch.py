@@ -12,10 +12,10 @@ import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from pyccl._proto import plan as plans
 from pyccl.errors import RemoteProtocolError
 
 NO_ID: Final = bytes(16)
-PLAN_DIRECT: Final = b"direct"
 
 
 class Address(NamedTuple):
@@ -43,10 +43,10 @@ class Epoch:
     previous: bytes
     term: int
     members: tuple[Member, ...]
-    plan: bytes = PLAN_DIRECT
+    plan: bytes = plans.NO_PLAN
 
     def check_untrusted(self) -> None:
-        """Judge an epoch that came from outside: RemoteProtocolError unless its order and its id are right."""
+        """Judge an epoch that came from outside: RemoteProtocolError unless order, plan and id are right."""
         if self.number < 1:
             raise RemoteProtocolError("epoch number 0 is never committed")
         if not self.members:
@@ -54,6 +54,7 @@ class Epoch:
         peers = self.peers
         if any(a >= b for a, b in itertools.pairwise(peers)):
             raise RemoteProtocolError(f"the members of epoch {self.number} are not in order")
+        plans.decode_untrusted(self.plan, len(peers))
         if self.id != epoch_id(self.previous, self.term, self.number, self.members, self.plan):
             raise RemoteProtocolError(f"epoch {self.number} does not have the id of its content")
 
@@ -79,7 +80,7 @@ def epoch_id(previous: bytes, term: int, number: int, members: tuple[Member, ...
 
 
 def make_epoch(
-    number: int, previous: bytes, term: int, members: tuple[Member, ...], plan: bytes = PLAN_DIRECT
+    number: int, previous: bytes, term: int, members: tuple[Member, ...], plan: bytes = plans.NO_PLAN
 ) -> Epoch:
     """Put the members in order and give the epoch its id. Our own bug if two of them share a peer id."""
     ordered = tuple(sorted(members, key=lambda member: member.peer))

@@ -31,9 +31,21 @@ from typing import Any, Final
 
 from pyccl._proto import ballot as ballots
 from pyccl._proto import limits
+from pyccl._proto import plan as plans
 from pyccl._proto.channel import check_told_untrusted, pair_of, participants
 from pyccl._proto.epoch import Epoch, Member, make_epoch
-from pyccl._proto.master_records import Ballot, Conn, Group, Peer, PeerKey, Proposal, Said, Standing, has_reported
+from pyccl._proto.master_records import (
+    Ballot,
+    Conn,
+    Group,
+    MadePlan,
+    Peer,
+    PeerKey,
+    Proposal,
+    Said,
+    Standing,
+    has_reported,
+)
 from pyccl._proto.messages import (
     KIND_FOUND,
     KIND_JOIN,
@@ -308,6 +320,22 @@ class MasterMachine:
         if reason != self._journal_error:
             self._journal_error = reason
             self._log("journal_failed", reason=reason, waiting=len(self._writing))
+        return self._taken()
+
+    def plan_next(self, group: int, peers: tuple[bytes, ...], plan: plans.Plan, now: float) -> list[Effect]:
+        """Adopt this plan, made for these members in rank order, at the group's next safe point.
+
+        Who is a member there gets it by ``plan.carry``, so losses and newcomers until then do no harm. A proposal that
+        is open is made again with it; the last plan wins. A master that starts anew has forgotten what was not adopted.
+        """
+        self._now = now
+        plan.encode(len(peers))  # asserts that it fits
+        known = self._groups.get(group)
+        if known is not None and known.epoch is not None:
+            known.next_plan = MadePlan(peers, plan)
+            if known.proposal is not None:
+                known.proposal.stale = True
+            self._advance(known)
         return self._taken()
 
     def knows(self, peer: bytes, incarnation: bytes) -> bool:
@@ -806,7 +834,8 @@ class MasterMachine:
             self._leave_undecided(group, ballot, staying)
             return False
         members = tuple(record.member for record in staying)
-        epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, group.epoch.plan)
+        plan = plans.carry_bytes(group.epoch.plan, group.epoch.peers, [member.peer for member in members])
+        epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, plan)
         self._decide(group, epoch, *self._judged(group, ballot, staying), verdicts)
         return True
 
@@ -911,10 +940,11 @@ class MasterMachine:
         epoch = make_epoch(
             *(group.epoch.number + 1, group.epoch.id, self.term),
             tuple(record.member for record in everybody),
-            group.epoch.plan,
+            self._plan_for(group, sorted(record.peer for record in everybody)),
         )
         group.version += 1
-        group.proposal = Proposal(group.version, epoch, cut, of_pairs, tuple(r.key for r in newcomers), self._now)
+        names = tuple(r.key for r in newcomers)
+        group.proposal = Proposal(group.version, epoch, cut, of_pairs, names, self._now, group.next_plan)
         self._log(
             "epoch_proposed",
             group=group.group,
@@ -925,6 +955,14 @@ class MasterMachine:
         for record in everybody:
             self._tell(record, group.proposal.message_to(record))
         return True
+
+    def _plan_for(self, group: Group, peers: list[bytes]) -> bytes:
+        """peers: of the proposed epoch, in rank order."""
+        assert group.epoch is not None
+        made = group.next_plan
+        if made is None:
+            return plans.carry_bytes(group.epoch.plan, group.epoch.peers, peers)
+        return plans.carry(made.plan, made.peers, peers).encode(len(peers))
 
     def _cancel_proposal(self, group: Group, proposal: Proposal) -> None:
         group.proposal = None
@@ -1006,6 +1044,8 @@ class MasterMachine:
         left_out = self._left_out(group, epoch)
         group.commit = commit
         group.last_number, group.last_id = epoch.number, epoch.id
+        if group.proposal is not None and group.proposal.made_plan is group.next_plan:
+            group.next_plan = None  # it has come into force
         group.proposal = group.ballot = group.deciding = None
         self._log(
             "epoch_committed",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from pyccl._proto.epoch import NO_ID, Address, Epoch, Member
 from pyccl._proto.messages import Blocked, Count, EpochCommit, EpochPropose, Hello, Report
+from pyccl._proto.plan import Plan
 from pyccl._proto.suspicion import Complaint
 
 
@@ -62,6 +63,12 @@ class Peer:
         return Member(self.peer, self.incarnation, self.addresses)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MadePlan:
+    peers: tuple[bytes, ...]  # the members it was made for, in rank order
+    plan: Plan
+
+
 @dataclass(slots=True)
 class Proposal:
     version: int
@@ -70,7 +77,8 @@ class Proposal:
     of_pairs: dict[bytes, tuple[Count, ...]]  # member -> the rest of its cut, if there is any
     newcomers: tuple[PeerKey, ...]
     since: float
-    stale: bool = False  # a count above the cut, or a newcomer gone: to be made again
+    made_plan: MadePlan | None = None  # that it carries, if it is not what the epoch had
+    stale: bool = False  # a count above the cut, or a newcomer gone, or another plan: to be made again
 
     told: dict[tuple[Count, ...], EpochPropose] = field(default_factory=dict)  # the message to all of the same cut
 
@@ -103,6 +111,7 @@ class Group:
     proposal: Proposal | None = None
     ballot: Ballot | None = None
     deciding: EpochCommit | None = None  # on its way to the journal; proposal or ballot stay open until it is there
+    next_plan: MadePlan | None = None  # for the next safe point
     roster: list[Peer] = field(default_factory=list)  # of the epoch of `roster_of`: looked up for every message
     roster_of: EpochCommit | None = None
 

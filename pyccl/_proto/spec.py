@@ -22,6 +22,7 @@ class Kind(enum.IntEnum):
     BARRIER = 3
     ALL_GATHER = 4
     EXCHANGE = 5
+    REDUCE_SCATTER = 6
 
 
 class Dtype(enum.IntEnum):
@@ -48,7 +49,9 @@ class ReduceOp(enum.IntEnum):
 
 
 class Algorithm(enum.IntEnum):
+    AUTO = 0
     DIRECT = 1
+    RING = 2
 
 
 class Spec(NamedTuple):
@@ -100,4 +103,5 @@ def show(spec: Spec, field: str) -> str:
 
 
 def differing_fields(mine: Spec, theirs: Spec) -> tuple[str, ...]:
+    """A shape that makes other rows of a reduce_scatter shows as "root", where the length of a row stands."""
     return tuple(field for field in Spec._fields if getattr(mine, field) != getattr(theirs, field))

@@ -14,6 +14,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import posix
 import queue
@@ -414,6 +415,14 @@ class Agent:
             raise CommandError(e, restored=same(x, before)) from e
         return {"sha": sha(x), "info": told_info(info)}
 
+    def do_reduce_scatter(self, shape: list[int], **wanted: Any) -> dict[str, Any]:
+        reduce = Reduce(self.index, {**wanted, "count": math.prod(shape)})
+        try:
+            part = self.need().reduce_scatter(reduce.x.reshape(shape), **reduce.keywords)
+        except pyccl.PycclError as e:
+            raise CommandError(e, restored=same(reduce.x, reduce.before)) from e
+        return {"sha": sha(part), "shape": part.shape, "kept": same(reduce.x, reduce.before)}
+
     def do_exchange(self, partner: str, **wanted: Any) -> dict[str, Any]:
         exchange = Reduce(self.index, wanted)
         return exchange.outcome(
@@ -678,7 +687,7 @@ class Reduce:
     """One all-reduce, or exchange, with its arrays."""
 
     def __init__(self, index: int, wanted: dict[str, Any]) -> None:
-        known = ("op", "tag", "retry", "quantize", "quantize_block", "weight")
+        known = ("op", "tag", "retry", "quantize", "quantize_block", "weight", "algorithm")
         self.keywords = {k: wanted[k] for k in known if k in wanted}
         self.keywords["timeout"] = wanted.get("timeout", DEADLINE_S)
         dtype, kind = wanted.get("dtype", "float32"), wanted.get("kind", "plain")

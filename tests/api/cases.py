@@ -43,29 +43,34 @@ class Case:
     weights: tuple[float, ...] | None = None
     root: int = 0
     in_flight: int = 1
+    algorithm: str = "auto"
 
     def inputs(self, rank: int) -> list[Array]:
         """(counts[i],) each."""
         return [draw(self.seed + i, rank, count, self.dtype, self.kind) for i, count in enumerate(self.counts)]
 
     def expected(self, world: int) -> list[str]:
-        """sha of every result; ["UsageError"] where the call is wrong for all."""
+        """sha of every result (reduce_scatter: every rank's part); ["UsageError"] where the call is wrong for all."""
         ranks = [self.inputs(rank) for rank in range(world)]
         if self.call == "broadcast":
             return [sha(x) for x in ranks[self.root]]
         if self.call == "all_gather":
             return [sha(np.concatenate([x.view(np.uint8) for (x,) in ranks]))]
+        settings: dict[str, Any] = {"op": self.op, "quantize": self.quantize, "quantize_block": self.block}
         try:
+            if self.call == "reduce_scatter":
+                shaped = [_shaped(x, random.Random(self.seed), scatter=True) for (x,) in ranks]
+                return [sha(x) for x in pyccl.reference_reduce_scatter(shaped, weights=self.weights, **settings)]
             return [
-                sha(
-                    pyccl.reference_all_reduce(
-                        each, op=self.op, quantize=self.quantize, quantize_block=self.block, weights=self.weights
-                    )
-                )
+                sha(pyccl.reference_all_reduce(each, algorithm=self.algorithm, weights=self.weights, **settings))
                 for each in zip(*ranks, strict=True)
             ]
         except pyccl.UsageError:
             return ["UsageError"]
+
+    def expected_of(self, expected: list[str], rank: int) -> list[str]:
+        """What one member holds of it."""
+        return [expected[rank]] if self.call == "reduce_scatter" and expected != ["UsageError"] else expected
 
 
 def draw_cases(seed: int, world: int, rounds: int) -> list[Case]:
@@ -80,16 +85,23 @@ def _round(rng: random.Random, world: int) -> Iterator[Case]:
     for dtype in DTYPES:
         floats = dtype in FLOATS
         for op in OPS if floats else [op for op in OPS if op != "avg"]:
-            yield _case(rng, "all_reduce", dtype, world, op=op)
-            if floats:
-                for codec in rng.sample(_CODECS, 2):
-                    yield _case(rng, "all_reduce", dtype, world, op=op, quantize=codec, block=rng.choice(_BLOCKS))
+            for algorithm in (rng.choice(["auto", "direct"]), "ring"):
+                yield _case(rng, "all_reduce", dtype, world, op=op, algorithm=algorithm)
+                if floats:
+                    for codec in rng.sample(_CODECS, 2):
+                        yield _case(
+                            rng, "all_reduce", dtype, world, op=op, algorithm=algorithm,
+                            quantize=codec, block=rng.choice(_BLOCKS),
+                        )  # fmt: skip
+            codec = rng.choice([None, *_CODECS]) if floats else None
+            yield _case(rng, "reduce_scatter", dtype, world, op=op, quantize=codec, block=rng.choice(_BLOCKS))
         if floats:
             for codec in (None, rng.choice(_CODECS)):
                 for pool in (_WEIGHTS, _WEIGHTS[:-_WILD_WEIGHTS], _WEIGHTS[:3]):
                     weights = tuple(rng.choice(pool) for _ in range(world))
+                    call = rng.choice(["all_reduce", "all_reduce", "reduce_scatter"])
                     yield _case(
-                        rng, "all_reduce", dtype, world, op="avg", weights=weights,
+                        rng, call, dtype, world, op="avg", weights=weights, algorithm=rng.choice(["direct", "ring"]),
                         quantize=codec, block=rng.choice(_BLOCKS),
                     )  # fmt: skip
         yield _case(rng, "broadcast", dtype, world, root=rng.randrange(world))
@@ -137,7 +149,8 @@ def run_case(comm: pyccl.Communicator, case: Case, rng: random.Random) -> tuple[
     """(sha of every result or the error's class, whether all else is as it was). rng: of this member alone."""
     rank = comm.members.index(comm.peer_id)
     inputs, shapes = case.inputs(rank), random.Random(case.seed)
-    xs = [Memory(_shaped(x, shapes), _offset(x, rng)) for x in inputs]
+    scatter = case.call == "reduce_scatter"
+    xs = [Memory(_shaped(x, shapes, scatter), _offset(x, rng)) for x in inputs]
     if case.call == "broadcast":
         if rank == case.root:
             xs[0].array.flags.writeable = False
@@ -153,6 +166,9 @@ def run_case(comm: pyccl.Communicator, case: Case, rng: random.Random) -> tuple[
         return [sha(x.array) for x in xs], len(infos) == len(xs) and all(x.guards_stand() for x in xs)
     if case.weights is not None:
         keywords["weight"] = case.weights[rank]
+    if scatter:
+        return _reduce_scatter(comm, xs[0], inputs[0], keywords)
+    keywords["algorithm"] = case.algorithm
     return _all_reduce(comm, xs[0], inputs[0], keywords, rng)
 
 
@@ -172,9 +188,22 @@ def _all_reduce(
     return [sha(out.array)], kept and x.guards_stand() and out.guards_stand()
 
 
-def _shaped(x: Array, rng: random.Random) -> Array:
+def _reduce_scatter(
+    comm: pyccl.Communicator, x: Memory, before: Array, keywords: dict[str, Any]
+) -> tuple[list[str], bool]:
+    try:
+        part = comm.reduce_scatter(x.array, **keywords)
+    except pyccl.UsageError as e:
+        return [type(e).__name__], same(x.array, before) and x.guards_stand()
+    rank, world = comm.members.index(comm.peer_id), comm.group_world_size
+    like = np.array_split(x.array, world)[rank]
+    shape_ok = part.shape == like.shape and part.dtype == like.dtype
+    return [sha(part)], shape_ok and same(x.array, before) and x.guards_stand()
+
+
+def _shaped(x: Array, rng: random.Random, scatter: bool = False) -> Array:
     shapes: list[tuple[int, ...]] = [x.shape, (1, x.size), (x.size, 1)]
-    if x.size == 1:
+    if x.size == 1 and not scatter:
         shapes.append(())
     if x.size % 3 == 0:
         shapes.append((3, x.size // 3))
@@ -200,7 +229,8 @@ def check_cases(seed: int, world: int, cases: Sequence[Case], told: Sequence[Seq
     """told: [rank][case] of run_cases. Every member holds the bits of the oracle and left all else alone."""
     for number, case in enumerate(cases):
         expected = case.expected(world)
-        for of_rank in told:
+        for rank, of_rank in enumerate(told):
             results, kept = of_rank[number]
-            assert results == expected, f"seed {seed}, world {world}: other bits than the oracle's: {case}"
+            wanted = case.expected_of(expected, rank)
+            assert results == wanted, f"seed {seed}, world {world}: other bits than the oracle's: {case}"
             assert kept, f"seed {seed}, world {world}: something else was changed, too: {case}"

@@ -255,6 +255,10 @@ class Master(Process):
         """See hooks.py."""
         self._set(phase=phase, when=when, action=action, nth=nth)
 
+    def plan_next(self, shares: Sequence[int] = (), ring: Sequence[int] = (), ring_from_bytes: int = 0) -> None:
+        """For the next safe point of group 0, made for those who are its members then."""
+        self._set(plan={"shares": shares, "ring": ring, "ring_from_bytes": ring_from_bytes})
+
     def file_bytes_max(self, most: int | None) -> None:
         """No file grows beyond it."""
         self._set(file_bytes_max=most)
@@ -389,15 +393,18 @@ class Cluster:
         return [index[peer] for peer in ids]
 
     def check(self, values: Sequence[dict[str, Any]], seed: int, count: int, **spec: Any) -> dict[str, Any]:
-        """Results of one all-reduce: the same info on all, and the bits of the oracle for the members named."""
+        """Results of one all-reduce: the same info on all, and the bits of the oracle for the members named.
+
+        spec: of the call; ring, shares: of the plan.
+        """
         infos = [{k: value["info"][k] for k in ("members", "epoch", "world_size", "algorithm")} for value in values]
         assert all(info == infos[0] for info in infos), infos
         members = infos[0]["members"]
         assert members == sorted(members) and infos[0]["world_size"] == len(members)
         dtype, kind = spec.get("dtype", "float32"), spec.get("kind", "plain")
         inputs = [draw(seed, index, count, dtype, kind) for index in self.inputs(members)]
-        known = {key: spec[key] for key in ("op", "quantize", "quantize_block") if key in spec}
-        expected = sha(pyccl.reference_all_reduce(inputs, **known))
+        known = {key: spec[key] for key in ("op", "quantize", "quantize_block", "ring", "shares") if key in spec}
+        expected = sha(pyccl.reference_all_reduce(inputs, algorithm=infos[0]["algorithm"], **known))
         for value in values:
             assert value["sha"] == expected, f"seed {self.seed}: other bits than the oracle's, {spec} count={count}"
             assert value["kept"], f"seed {self.seed}: the input was changed although there was an out"
@@ -406,7 +413,8 @@ class Cluster:
     def reduce(self, peers: Sequence[Peer], count: int = 1000, **spec: Any) -> dict[str, Any]:
         """One all-reduce of all of them, checked; returns the common info."""
         seed = self.rng.getrandbits(32)
-        calls = [peer.call("all_reduce", seed=seed, count=count, **spec) for peer in peers]
+        wanted = {name: value for name, value in spec.items() if name not in ("ring", "shares")}
+        calls = [peer.call("all_reduce", seed=seed, count=count, **wanted) for peer in peers]
         info = self.check([call.value() for call in calls], seed, count, **spec)
         assert info["members"] == sorted(peer.id for peer in peers)
         return info

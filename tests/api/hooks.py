@@ -35,6 +35,9 @@ from pyccl._io.session import Session
 from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
 from pyccl._proto import member
+from pyccl._proto.master import MasterMachine
+from pyccl._proto.messages import Arrive, Message
+from pyccl._proto.plan import Plan
 
 DEADLINE_S = 60.0
 _STAGES = {
@@ -110,6 +113,8 @@ def serve_master_traps() -> None:
                 resource.setrlimit(
                     resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY if most is None else most, resource.RLIM_INFINITY)
                 )
+            elif "plan" in wanted:
+                _plan_next(Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in wanted["plan"].items()}))
             else:
                 when = wanted.pop("when")
                 hook = Hook(tell=lambda phase: None, **wanted)
@@ -122,6 +127,21 @@ def serve_master_traps() -> None:
             print("done", flush=True)
 
     threading.Thread(target=serve, daemon=True).start()
+
+
+def _plan_next(plan: Plan) -> None:
+    """Given to the machine on its own thread, with the Arrive that comes next."""
+    inner = MasterMachine.receive
+
+    def planned(self: MasterMachine, conn: int, message: Message, now: float) -> Any:
+        if not isinstance(message, Arrive):
+            return inner(self, conn, message, now)
+        MasterMachine.receive = inner  # type: ignore[method-assign]
+        epoch = self._groups[0].epoch
+        assert epoch is not None
+        return self.plan_next(0, epoch.peers, plan, now) + inner(self, conn, message, now)
+
+    MasterMachine.receive = planned  # type: ignore[method-assign]
 
 
 def _around(owner: Any, name: str, hook: Hook, when: str) -> None:

@@ -90,6 +90,16 @@ async def test_every_collective_in_one_loop(cluster: Cluster) -> None:
             gathered = await together(*[lambda c=c, x=x: c.all_gather(x) for c, x in _with(comms, arrays)])
             assert all(np.array_equal(g, np.stack(arrays)) and g.dtype == arrays[0].dtype for g in gathered)
 
+        for scattered in ([x.reshape(10, 100) for x in inputs], large, [x[:2] for x in inputs]):
+            parts = await together(*[lambda c=c, x=x: c.reduce_scatter(x) for c, x in _with(comms, scattered)])
+            for part, expected in zip(parts, pyccl.reference_reduce_scatter(scattered), strict=True):
+                assert part.shape == expected.shape and sha(part) == sha(expected)
+
+        ringed = [x.copy() for x in inputs]
+        rings = await together(*[lambda c=c, x=x: c.all_reduce(x, algorithm="ring") for c, x in _with(comms, ringed)])
+        assert [info.algorithm for info in rings] == ["ring"] * 3
+        assert {sha(x) for x in ringed} == {sha(pyccl.reference_all_reduce(inputs, algorithm="ring"))}
+
         many = [[draw(tag, index, 2000, "int32") for tag in range(20)] for index in range(3)]
         want = [sha(pyccl.reference_all_reduce([many[index][tag] for index in range(3)])) for tag in range(20)]
         infos = await together(*[lambda c=c, xs=xs: c.all_reduce_many(xs) for c, xs in _with(comms, many)])
@@ -397,6 +407,8 @@ async def test_wrong_arguments_are_told_as_by_the_blocking_api(cluster: Cluster)
             (lambda: comm.all_reduce(x, timeout=0), "timeout=0"),
             (lambda: comm.broadcast(x, "me"), "no peer id"),
             (lambda: comm.all_gather(x, tag=-1), "tag=-1"),
+            (lambda: comm.reduce_scatter(np.zeros(())), "no axis"),
+            (lambda: comm.all_reduce(x, algorithm="tree"), "algorithm='tree'"),
             (lambda: comm.all_reduce_many([x], out=x), "no out"),
             (lambda: comm.all_reduce_many([x], max_in_flight=0), "max_in_flight"),
             (lambda: comm.sync_shared_state({"x": x}), "SharedState"),

@@ -59,6 +59,7 @@ async def test_cancelled_before_it_began_nothing_was_submitted(cluster: Cluster)
             lambda: comm.all_reduce_many([x, before]),
             lambda: comm.broadcast(x, comm.peer_id),
             lambda: comm.all_gather(x),
+            lambda: comm.reduce_scatter(x),
             lambda: comm.sync_shared_state(state),
             lambda: aio.Communicator(cluster.master.address).connect(),
             comm.barrier,
@@ -292,11 +293,12 @@ def _nobody() -> pyccl.ReduceInfo:
 
 
 @trio_test
-async def test_a_cancelled_all_gather_and_broadcast_and_barrier(cluster: Cluster) -> None:
+async def test_a_cancelled_all_gather_reduce_scatter_broadcast_and_barrier(cluster: Cluster) -> None:
     async with here(cluster) as (a, b):
         x = a.draw(1, 1000)
         for call in (
             lambda local: local.comm.all_gather(x, tag=7),
+            lambda local: local.comm.reduce_scatter(x, tag=7),
             lambda local: local.comm.broadcast(x.copy(), b.id, tag=7),
             lambda local: local.comm.barrier(tag=7),
         ):

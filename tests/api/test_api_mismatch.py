@@ -40,6 +40,8 @@ def opened(peers: list[Peer], do: str, **wanted: Any) -> list[Call]:
         ("op", {"op": "max"}),
         ("retry", {"retry": False}),
         ("codec, block", {"quantize": "fp4_e3m0"}),
+        ("algorithm", {"algorithm": "ring"}),
+        ("algorithm", {"algorithm": "direct"}),
     ],
 )
 def test_another_spec_is_an_error_on_all(cluster: Cluster, peers: list[Peer], field: str, spec: dict[str, Any]) -> None:
@@ -67,6 +69,13 @@ def test_another_codec_is_an_error_on_all(cluster: Cluster, peers: list[Peer]) -
     cluster.reduce(peers)
 
 
+def test_other_rows_of_a_reduce_scatter_are_an_error_on_all(cluster: Cluster, peers: list[Peer]) -> None:
+    *rest, odd = peers
+    calls = opened(rest, "reduce_scatter", seed=1, shape=[20, 50])
+    all_name([*calls, odd.call("reduce_scatter", seed=1, shape=[50, 20])], ["root"], [odd])
+    cluster.reduce(peers)
+
+
 def test_weights_that_add_up_to_nothing_are_an_error_on_all_and_nothing_is_changed(
     cluster: Cluster, peers: list[Peer]
 ) -> None:
@@ -81,7 +90,7 @@ def test_another_collective_is_an_error_on_all(cluster: Cluster, peers: list[Pee
     a, b, c = peers
     wanted = {"seed": 1, "count": 1000, "dtype": "float32"}
     calls = opened([a, b], "all_reduce", **wanted)
-    all_name([*calls, c.call("broadcast", root=a.id, **wanted)], ["kind", "op", "root"], [c])
+    all_name([*calls, c.call("broadcast", root=a.id, **wanted)], ["kind", "op", "algorithm", "root"], [c])
     calls = opened([b, c], "broadcast", root=b.id, **wanted)
     all_name([*calls, a.call("broadcast", root=a.id, **wanted)], ["root"], [a])
     cluster.reduce(peers)
