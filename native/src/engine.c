@@ -510,6 +510,7 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
     engine->env.ctx = engine;
     engine->env.user_timeout_ms = options->silence_ns / 1000000 > USER_TIMEOUT_MIN_MS / 3
         ? (options->silence_ns / 1000000 < INT32_MAX / 3 ? options->silence_ns / 1000000 * 3 : INT32_MAX) : USER_TIMEOUT_MIN_MS;
+    engine->env.long_rtt_ns = options->long_rtt_ns;
     engine->env.now_ns = engine->moved_ns = engine_clock();
     engine->tick_ns = INT64_MAX;
     engine->stop_why = PYCCL_ERR_CLOSED;

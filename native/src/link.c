@@ -3,8 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/tcp.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -65,17 +65,27 @@ static bool peer_is_loopback(int fd) {
     return IN6_IS_ADDR_LOOPBACK(ip) || (IN6_IS_ADDR_V4MAPPED(ip) && ip->s6_addr[12] == 127);
 }
 
-/* Options are advice: a socket that is no TCP socket refuses them and works. */
-static void socket_tune(const link_env *env, int fd, bool near) {
+/* The least round trip of the greeting was that long. */
+static bool is_long(const link_env *env, int fd) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof info;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0 || info.tcpi_min_rtt == UINT32_MAX) return false;
+    return env->long_rtt_ns > 0 && info.tcpi_min_rtt * INT64_C(1000) >= env->long_rtt_ns;
+}
+
+/* A socket comes with CUBIC, set before its handshake: one that ever was BBR's paces for good, which costs a timer for
+ * each segment and half the rate of a short line. On a long one BBR goes on at its rate through losses and pauses.
+ * Options are advice: a socket that is no TCP socket refuses them, a kernel may lack BBR, and both work. */
+static void socket_tune(const link_env *env, int fd) {
     const int on = 1, lowat = NOTSENT_LOWAT_BYTES;
     const unsigned timeout_ms = (unsigned)env->user_timeout_ms;
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
-    if (near) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5);
+    if (is_long(env, fd)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
 }
 
-static pyccl_status socket_prepare(const link_env *env, int fd, bool near) {
+static pyccl_status socket_prepare(const link_env *env, int fd) {
     int type = 0;
     socklen_t size = sizeof type;
     if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0) return PYCCL_ERR_OS;
@@ -83,7 +93,7 @@ static pyccl_status socket_prepare(const link_env *env, int fd, bool near) {
     const int flags = fcntl(fd, F_GETFL);
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) return PYCCL_ERR_OS;
     if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) return PYCCL_ERR_OS;
-    socket_tune(env, fd, near);
+    socket_tune(env, fd);
     return PYCCL_OK;
 }
 
@@ -103,7 +113,7 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     *out = NULL;
     if (link->conn_count >= PYCCL_CONNS_MAX) return PYCCL_ERR_LIMIT;
     const bool near = peer_is_loopback(fd);
-    pyccl_status rc = socket_prepare(link->env, fd, near);
+    pyccl_status rc = socket_prepare(link->env, fd);
     if (rc != PYCCL_OK) return rc;
     pyccl_conn *conn = calloc(1, sizeof *conn);
     if (conn == NULL) return PYCCL_ERR_NOMEM;

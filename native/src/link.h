@@ -67,6 +67,7 @@ typedef struct link_env {            /* what all links of an engine share */
     int epoll_fd;
     int64_t now_ns;
     int64_t user_timeout_ms;         /* TCP_USER_TIMEOUT */
+    int64_t long_rtt_ns;             /* see pyccl_engine_options */
     bool broken;                     /* some connection is broken: the engine takes it down when nothing iterates */
     pyccl_conn *grave;
     uint8_t discard[LINK_SINK_BYTES];

@@ -1,6 +1,7 @@
 /* test_engine_links.c: what a peer may send and when it is heard: garbage, pieces that do not fit, later epochs, silence,
  * the pulse, the cut, specs that differ; and arguments that the engine refuses. */
 #include <errno.h>
+#include <netinet/tcp.h>
 
 #include "engine_vectors.h"
 #include "frame.h"
@@ -131,6 +132,41 @@ TEST(engine_reports_silence_and_hears_again) {
     CHECK_EQ(pyccl_engine_peer_remove(c.engine[0], slot), PYCCL_OK);
     CHECK_EQ(pyccl_engine_peer_remove(c.engine[0], slot), PYCCL_ERR_ARGUMENT);
     cluster_close(&c);
+}
+
+/* The congestion control of a new connection in an engine for which a round trip of long_rtt_ns is long. */
+static void congestion_with(int64_t long_rtt_ns, char name[16]) {
+    pyccl_engine_options options = {.heartbeat_ns = SECOND, .silence_ns = 60 * SECOND, .long_rtt_ns = long_rtt_ns,
+                                    .fsm = {.settle_ns = SECOND, .stall_ns = SECOND, .tell_ns = SECOND}};
+    uint8_t id[16];
+    uint32_t slot;
+    int pair[2];
+    pyccl_engine *engine = NULL;
+    socklen_t size = 15;
+    memset(id, 0x77, sizeof id);
+    REQUIRE(pyccl_engine_new(&options, &engine) == PYCCL_OK && pyccl_engine_peer_add(engine, id, &slot) == PYCCL_OK);
+    tcp_pair(pair);
+    const int kept = dup(pair[0]);
+    REQUIRE(setsockopt(kept, IPPROTO_TCP, TCP_CONGESTION, "reno", 4) == 0);
+    REQUIRE(pyccl_engine_conn_add(engine, slot, pair[0]) == PYCCL_OK);
+    memset(name, 0, 16);
+    REQUIRE(getsockopt(kept, IPPROTO_TCP, TCP_CONGESTION, name, &size) == 0);
+    pyccl_engine_free(engine);
+    close(kept);
+    close(pair[1]);
+}
+
+TEST(engine_gives_long_lines_bbr_and_leaves_short_ones_as_they_are) {
+    char name[16];
+    const int probe = socket(AF_INET, SOCK_STREAM, 0);
+    const int has_bbr = setsockopt(probe, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3) == 0;
+    close(probe);
+    congestion_with(1, name);
+    CHECK(strcmp(name, has_bbr ? "bbr" : "reno") == 0);
+    congestion_with(3600 * SECOND, name);
+    CHECK(strcmp(name, "reno") == 0);
+    congestion_with(0, name);
+    CHECK(strcmp(name, "reno") == 0);
 }
 
 /* Engine 1 is gone; our end of a new connection stands in its place, still a member. */

@@ -74,23 +74,36 @@ def auto_connections(host: str) -> int:
     return 1 if is_loopback(host) or host == "localhost" else 8
 
 
-def _new_socket(host: str) -> trio.socket.SocketType:
-    """A TCP socket. On loopback with CUBIC from the start: BBR paces, and a socket that once paced goes on for ever."""
-    sock = trio.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    if is_loopback(host):
-        with contextlib.suppress(OSError):  # a kernel without CUBIC works as well, slower
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+def _new_socket(family: int) -> trio.socket.SocketType:
+    """A TCP socket with CUBIC from before the handshake: one that started with BBR paces for ever.
+
+    Where the handshake shows a long line, the engine turns BBR on.
+    """
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    with contextlib.suppress(OSError):  # a kernel without CUBIC works as well
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
     return sock
 
 
-async def _connect_near(address: Address) -> trio.SocketStream:
-    sock = _new_socket(address.host)
-    try:
-        await sock.connect((address.host, address.port))
-    except BaseException:
-        sock.close()
-        raise
-    return trio.SocketStream(sock)
+async def _connect_to(host: str, port: int) -> trio.SocketStream:
+    """A connection to the first of the host's addresses that takes one, each within its part of the time to dial."""
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failed: list[OSError] = []
+    for family, _, _, _, address in found:
+        sock = _new_socket(family)
+        try:
+            with trio.fail_after(_DIAL_S / (len(found) + 1)):
+                await sock.connect(address)
+            return trio.SocketStream(sock)
+        except (OSError, trio.TooSlowError) as e:
+            sock.close()
+            failed.append(e if isinstance(e, OSError) else TimeoutError(f"no answer from {address[0]}"))
+        except BaseException:
+            sock.close()
+            raise
+    if len(failed) == 1:
+        raise failed[0]
+    raise OSError(f"{host}: no address of it takes a connection") from ExceptionGroup(host, failed)
 
 
 class Links:
@@ -255,9 +268,7 @@ class Links:
         error: OSError = ConnectionRefusedError("the peer names no address")
         for address in addresses:
             try:
-                if is_loopback(address.host):
-                    return await _connect_near(address)
-                return await trio.open_tcp_stream(address.host, address.port)
+                return await _connect_to(address.host, address.port)
             except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
                 error = OSError(f"{address.host!r} is no name of a host: {e}")
             except OSError as e:
@@ -349,7 +360,7 @@ class Links:
 
 async def listen(host: str) -> tuple[trio.SocketListener, Address]:
     """A listening socket on a free port of `host`."""
-    sock = _new_socket(host)
+    sock = _new_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         await sock.bind((host, 0))
         sock.listen(128)

@@ -22,6 +22,7 @@ TIMEOUT_S_MAX: Final = 10 * 365 * 86_400.0
 CHUNK_BYTES: Final = 1 << 20  # of shared state
 WORLD_MAX: Final[int] = lib.PYCCL_WORLD_MAX
 FETCH_BYTES_MAX: Final[int] = lib.PYCCL_PIECE_MAX
+LONG_RTT_S: Final = 0.005  # from here on losses and idle time cost more than a paced sender does
 _EVENTS_AT_ONCE: Final = 64
 _SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
 
@@ -136,6 +137,7 @@ class Engine:
         options = ffi.new("pyccl_engine_options *")
         ffi.memmove(options.self_id, self_id, 16)
         options.heartbeat_ns = _ns(peer_timeout / 5)
+        options.long_rtt_ns = _ns(LONG_RTT_S)
         options.silence_ns = _ns(peer_timeout)
         options.fsm.settle_ns = _ns(peer_timeout)
         options.fsm.stall_ns = _ns(stall_timeout)
