@@ -326,6 +326,7 @@ typedef struct pyccl_engine_options {
     int64_t silence_ns;              /* a link that heard nothing for this long is reported LINK_SILENT, and
                                         again in each epoch that its peer is a member of, until LINK_HEARD            */
     int64_t long_rtt_ns;             /* a connection with this round trip at least is given BBR; 0: none is       */
+    uint64_t max_tx_bytes_s, max_rx_bytes_s; /* of all data connections together; 0: no cap                       */
     pyccl_fsm_options fsm;
 } pyccl_engine_options;
 

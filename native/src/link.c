@@ -99,7 +99,7 @@ static pyccl_status socket_prepare(const link_env *env, int fd) {
 
 static void conn_arm(pyccl_conn *conn) {
     if (conn->fd < 0) return;
-    const uint32_t interest = (conn->paused ? 0 : (uint32_t)EPOLLIN) | (conn->blocked ? (uint32_t)EPOLLOUT : 0);
+    const uint32_t interest = (conn->paused || conn->held ? 0 : (uint32_t)EPOLLIN) | (conn->blocked ? (uint32_t)EPOLLOUT : 0);
     if (interest == conn->interest) return;
     struct epoll_event event = {.events = interest, .data.ptr = conn};
     if (epoll_ctl(conn->link->env->epoll_fd, EPOLL_CTL_MOD, conn->fd, &event) == 0) conn->interest = interest;
@@ -174,9 +174,9 @@ void link_bury(link_env *env) {
     }
 }
 
-bool link_is_paused(const pyccl_link *link) {
+bool link_is_unread(const pyccl_link *link) {
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
-        if (link->conns[i] != NULL && link->conns[i]->paused) return true;
+        if (link->conns[i] != NULL && (link->conns[i]->paused || link->conns[i]->held)) return true;
     return false;
 }
 
@@ -259,15 +259,27 @@ static void conn_break(pyccl_conn *conn, int why) {
     conn->link->env->broken = true;
 }
 
-/* One send; true when all that was pending left, so that more may be taken. */
-static bool conn_send(pyccl_conn *conn) {
+static size_t tx_room(pyccl_link *link) {
+    link_env *env = link->env;
+    const size_t room = throttle_room(&env->tx, env->now_ns);
+    if (room > 0) return room;
+    link->starved = true;
+    env->tx_due = throttle_due(&env->tx);
+    return 0;
+}
+
+/* One send, of data no more than `room`; true when all of that left, so that more may be taken. */
+static bool conn_send(pyccl_conn *conn, size_t room) {
     struct iovec iov[2];
     int count = 0;
     size_t want = 0;
     if (conn->head_sent < conn->head_len)
         iov[count++] = (struct iovec){conn->head + conn->head_sent, conn->head_len - conn->head_sent};
-    if (conn->data != NULL)
-        iov[count++] = (struct iovec){(void *)(uintptr_t)(conn->data + conn->data_sent), conn->data_len - conn->data_sent};
+    if (conn->data != NULL && room > 0) {
+        const size_t left = conn->data_len - conn->data_sent;
+        iov[count++] = (struct iovec){(void *)(uintptr_t)(conn->data + conn->data_sent), left < room ? left : room};
+    }
+    if (count == 0) return false;
     for (int i = 0; i < count; i++) want += iov[i].iov_len;
     const ssize_t n = conn->transport->send(conn, iov, count);
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
@@ -278,6 +290,7 @@ static bool conn_send(pyccl_conn *conn) {
     if (sent > 0) {
         pyccl_link *link = conn->link;
         link->tx_bytes += sent;
+        throttle_take(&link->env->tx, sent);
         conn->sent_ns = link->env->now_ns;
         if (conn->data_owner != NULL) link->env->hooks->moved(link->env->ctx, conn->data_owner);
         tx_advance(conn, sent);
@@ -292,10 +305,10 @@ static bool conn_flush_once(pyccl_conn *conn) {
     if (conn->blocked || conn->broken != 0) return false;
     if (!tx_pending(conn)) {
         fill_control(conn);
-        fill_data(conn);
+        if (tx_room(conn->link) > 0) fill_data(conn);
         if (!tx_pending(conn)) return false;
     }
-    return conn_send(conn);
+    return conn_send(conn, tx_room(conn->link));
 }
 
 void link_pump(pyccl_link *link) {
@@ -309,7 +322,8 @@ void link_pump(pyccl_link *link) {
             if (conn != NULL) more |= conn_flush_once(conn);
         }
     }
-    link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
+    do link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
+    while (link->conn_count > 0 && link->conns[link->turn] == NULL);
     if (more) link->wants_send = true;
 }
 
@@ -323,7 +337,7 @@ void link_conn_heartbeat(pyccl_conn *conn) {
     if (conn->blocked || conn->broken != 0 || tx_pending(conn)) return;
     const pyccl_frame frame = {.type = PYCCL_FRAME_HEARTBEAT};
     head_put(conn, &frame, NULL, 0);
-    (void)conn_send(conn);
+    (void)conn_send(conn, 0);
 }
 
 /* ---- receiving ---- */
@@ -391,15 +405,29 @@ static void stage_consume(pyccl_conn *conn) {
     if (conn->stage_at == conn->stage_have) conn->stage_at = conn->stage_have = 0;
 }
 
+/* 0: the connection is held. One that is ending is read whatever the cap is, or its bytes are lost. */
+static size_t rx_room(pyccl_conn *conn) {
+    link_env *env = conn->link->env;
+    const size_t room = conn->broken != 0 ? SIZE_MAX : throttle_room(&env->rx, env->now_ns);
+    if (room > 0) return room;
+    conn->held = true;
+    env->rx_due = throttle_due(&env->rx);
+    conn_arm(conn);
+    return 0;
+}
+
 /* One receive: the payload straight to its place, what follows it into the stage. Bytes read; 0: stop. */
 static size_t conn_recv(pyccl_conn *conn) {
     pyccl_link *link = conn->link;
     struct iovec iov[2];
     int count = 0;
     size_t direct = 0, want = 0;
+    const size_t room = rx_room(conn);
     PYCCL_ASSERT(conn->stage_have == 0);
+    if (room == 0) return 0;
     if (conn->in_payload) {
         direct = conn->at != NULL || conn->left < LINK_SINK_BYTES ? conn->left : LINK_SINK_BYTES;
+        if (direct > room) direct = room;
         iov[count++] = (struct iovec){conn->at != NULL ? conn->at : link->env->discard, direct};
         want = direct;
     }
@@ -412,6 +440,7 @@ static size_t conn_recv(pyccl_conn *conn) {
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) conn_break(conn, errno);
     if (n <= 0) return 0;
     link->rx_bytes += (size_t)n;
+    throttle_take(&link->env->rx, (size_t)n);
     link->heard_ns = link->env->now_ns;
     const size_t in_place = (size_t)n < direct ? (size_t)n : direct;
     conn->stage_have = (uint32_t)((size_t)n - in_place);
@@ -431,6 +460,19 @@ static void conn_read(pyccl_conn *conn, size_t budget) {
 
 void link_conn_readable(pyccl_conn *conn) {
     if (conn->broken == 0) conn_read(conn, RX_BUDGET_BYTES);
+}
+
+void link_feed(pyccl_link *link, bool tx, bool rx) {
+    if (tx && link->starved) {
+        link->starved = false;
+        link->wants_send = true;
+    }
+    for (uint32_t i = 0; rx && link->conn_count > 0 && i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = link->conns[(link->turn + i) % PYCCL_CONNS_MAX];
+        if (conn == NULL || !conn->held) continue;
+        conn->held = false;
+        conn_arm(conn);
+    }
 }
 
 void link_conn_drain(pyccl_conn *conn) {

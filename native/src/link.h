@@ -9,7 +9,9 @@
  *  - memory that is not the link's own (load.data, sink.dst) is marked with its owner; after link_disown(owner) no
  *    connection reads or writes it: half-sent frames go on from a private copy, half-received ones are discarded;
  *  - a connection that is down keeps its structure until link_bury(), so a batch of epoll events may name it safely;
- *  - hooks may close any connection; loops here look at `fd` again after each hook.
+ *  - hooks may close any connection; loops here look at `fd` again after each hook;
+ *  - where a rate is capped: a link that had to stop is `starved`, a connection that may not read is `held`, and env's
+ *    tx_due or rx_due says when they go on (link_feed). Control frames never wait for a cap.
  * Threads: the engine's thread only.                               Spec: proto/wire.md 1, 3 */
 #ifndef PYCCL_LINK_H
 #define PYCCL_LINK_H
@@ -21,6 +23,7 @@
 #include <sys/uio.h>
 
 #include "../include/pyccl.h"
+#include "throttle.h"
 
 #define LINK_STAGE_BYTES 4096        /* received ahead of the payload that is expected */
 #define LINK_HEAD_BYTES 4096         /* headers and small payloads that leave in one send */
@@ -68,6 +71,8 @@ typedef struct link_env {            /* what all links of an engine share */
     int64_t now_ns;
     int64_t user_timeout_ms;         /* TCP_USER_TIMEOUT */
     int64_t long_rtt_ns;             /* see pyccl_engine_options */
+    throttle tx, rx;                 /* of all bytes that leave and come */
+    int64_t tx_due, rx_due;          /* some link is starved, some connection held, until then; else INT64_MAX */
     bool broken;                     /* some connection is broken: the engine takes it down when nothing iterates */
     pyccl_conn *grave;
     uint8_t discard[LINK_SINK_BYTES];
@@ -86,6 +91,7 @@ struct pyccl_conn {
     uint32_t interest;               /* epoll events armed */
     int broken;                      /* errno of a failed send, or -1 for EOF; 0: fine */
     bool blocked;                    /* the last send came back short */
+    bool held;                       /* no room in env->rx, EPOLLIN is off */
     bool paused;                     /* `frame` waits for a later epoch, EPOLLIN is off */
     int64_t sent_ns;
     pyccl_conn *grave_next;
@@ -118,8 +124,9 @@ struct pyccl_link {
     uint32_t slot;
     pyccl_conn *conns[PYCCL_CONNS_MAX];
     uint32_t conn_count;
-    uint32_t turn;                   /* connection that is asked first */
+    uint32_t turn;                   /* connection that is asked first; one that is, if there is any */
     bool near;                       /* its connections are loopback: a trip costs next to nothing, CPU and caches are scarce */
+    bool starved;                    /* there was no room in env->tx */
     bool wants_send;                 /* something may be there to send and some connection has room */
     link_control *control;           /* ring */
     size_t control_head, control_count, control_cap;
@@ -142,12 +149,13 @@ void link_pump(pyccl_link *link);                /* send while there is somethin
 void link_conn_writable(pyccl_conn *conn);       /* EPOLLOUT */
 void link_conn_readable(pyccl_conn *conn);       /* EPOLLIN: read within a budget */
 void link_conn_drain(pyccl_conn *conn);          /* read all there is: the connection is ending */
+void link_feed(pyccl_link *link, bool tx, bool rx); /* there may be room again */
 void link_conn_resume(pyccl_conn *conn);         /* judge the paused frame again */
 void link_conn_heartbeat(pyccl_conn *conn);      /* if it is idle */
 void link_sink_drop(pyccl_conn *conn);           /* discard the rest of the payload that is arriving */
 void link_disown(pyccl_link *link, const void *owner);
 /* What `from` .. from+bytes held of the owner's lies at `to` now: frames that are half sent go on from there. */
 void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uint64_t bytes, const uint8_t *to);
-bool link_is_paused(const pyccl_link *link);
+bool link_is_unread(const pyccl_link *link);     /* some connection is paused or held: what came is not all heard */
 
 #endif

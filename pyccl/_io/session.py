@@ -70,6 +70,8 @@ class SessionConfig:
     group: int
     connections: int | None  # None: chosen by the path
     library: str
+    max_upload: int = 0  # bytes per second; 0: no cap
+    max_download: int = 0
     mismatch_grace: float = MISMATCH_GRACE_S
     stall_timeout: float = STALL_S
     master_timeout: float = MASTER_TIMEOUT_S  # an operation that can't go on without an absent master waits so long
@@ -490,7 +492,10 @@ class Session:
         machine, outer = self._machine, self._nursery
         assert machine is not None and machine.run is not None and outer is not None
         if self.engine is None:
-            self.engine = Engine(self.peer, machine.peer_timeout, self.config.stall_timeout)
+            config = self.config
+            self.engine = Engine(
+                self.peer, machine.peer_timeout, config.stall_timeout, config.max_upload, config.max_download
+            )
             me = Member(self.peer, self.incarnation, machine.addresses)
             events = LinkEvents(
                 ready=lambda version: self._feed(machine.links_ready(version, trio.current_time())),

@@ -133,12 +133,16 @@ def _free_unless_forked(owner: int) -> Callable[[Any], None]:
 class Engine:
     """One data plane: a C thread with its links and operations. Close it with ``stop``."""
 
-    def __init__(self, self_id: bytes, peer_timeout: float, stall_timeout: float) -> None:
+    def __init__(
+        self, self_id: bytes, peer_timeout: float, stall_timeout: float, max_upload: int = 0, max_download: int = 0
+    ) -> None:
+        """max_upload, max_download: bytes per second of all data connections together; 0: no cap."""
         options = ffi.new("pyccl_engine_options *")
         ffi.memmove(options.self_id, self_id, 16)
         options.heartbeat_ns = _ns(peer_timeout / 5)
         options.long_rtt_ns = _ns(LONG_RTT_S)
         options.silence_ns = _ns(peer_timeout)
+        options.max_tx_bytes_s, options.max_rx_bytes_s = max_upload, max_download
         options.fsm.settle_ns = _ns(peer_timeout)
         options.fsm.stall_ns = _ns(stall_timeout)
         options.fsm.tell_ns = _ns(0.2)
