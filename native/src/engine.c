@@ -531,6 +531,7 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
         ? (options->silence_ns / 1000000 < INT32_MAX / 3 ? options->silence_ns / 1000000 * 3 : INT32_MAX) : USER_TIMEOUT_MIN_MS;
     engine->env.long_rtt_ns = options->long_rtt_ns;
     engine->env.now_ns = engine->moved_ns = engine_clock();
+    engine->env.lanes = options->lanes;
     throttle_init(&engine->env.tx, options->max_tx_bytes_s, engine->env.now_ns);
     throttle_init(&engine->env.rx, options->max_rx_bytes_s, engine->env.now_ns);
     engine->tick_ns = engine->env.tx_due = engine->env.rx_due = INT64_MAX;
@@ -555,7 +556,7 @@ static pyccl_status thread_start(pyccl_engine *engine) {
 
 pyccl_status pyccl_engine_new(const pyccl_engine_options *options, pyccl_engine **out) {
     *out = NULL;
-    if (options->heartbeat_ns <= 0 || options->silence_ns <= 0) return PYCCL_ERR_ARGUMENT;
+    if (options->heartbeat_ns <= 0 || options->silence_ns <= 0 || options->lanes > PYCCL_CONNS_MAX) return PYCCL_ERR_ARGUMENT;
     pyccl_engine *engine = calloc(1, sizeof *engine);
     if (engine == NULL) return PYCCL_ERR_NOMEM;
     engine_init(engine, options);

@@ -15,7 +15,8 @@
 
 #define RX_BUDGET_BYTES (4u << 20)   /* of one connection, before others have their turn */
 #define TX_ROUNDS 32                 /* frames of one connection, before others have their turn */
-#define NOTSENT_LOWAT_BYTES (256 << 10)
+#define NOTSENT_LOWAT_BYTES (256 << 10) /* less runs dry where the thread is kept waiting for a processor */
+#define WANTED_AGAIN_NS INT64_C(10000000000)
 
 /* ---- the plain transport ---- */
 
@@ -45,6 +46,7 @@ void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE],
     memcpy(link->id, id, PYCCL_ID_SIZE);
     link->slot = slot;
     link->heard_ns = env->now_ns;
+    lanes_init(&link->lanes, env->lanes > 0 ? env->lanes : PYCCL_CONNS_MAX, PYCCL_CONNS_MAX);
 }
 
 void link_fini(pyccl_link *link) {
@@ -65,27 +67,29 @@ static bool peer_is_loopback(int fd) {
     return IN6_IS_ADDR_LOOPBACK(ip) || (IN6_IS_ADDR_V4MAPPED(ip) && ip->s6_addr[12] == 127);
 }
 
-/* The least round trip of the greeting was that long. */
-static bool is_long(const link_env *env, int fd) {
+/* The least of the greeting; 0: not known. */
+static int64_t round_trip_ns(int fd) {
     struct tcp_info info = {0};
     socklen_t size = sizeof info;
-    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0 || info.tcpi_min_rtt == UINT32_MAX) return false;
-    return env->long_rtt_ns > 0 && info.tcpi_min_rtt * INT64_C(1000) >= env->long_rtt_ns;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0 || info.tcpi_min_rtt == UINT32_MAX) return 0;
+    return info.tcpi_min_rtt * INT64_C(1000);
 }
+
+static bool is_long(const link_env *env, int64_t rtt_ns) { return env->long_rtt_ns > 0 && rtt_ns >= env->long_rtt_ns; }
 
 /* A socket comes with CUBIC, set before its handshake: one that ever was BBR's paces for good, which costs a timer for
  * each segment and half the rate of a short line. On a long one BBR goes on at its rate through losses and pauses.
  * Options are advice: a socket that is no TCP socket refuses them, a kernel may lack BBR, and both work. */
-static void socket_tune(const link_env *env, int fd) {
+static void socket_tune(const link_env *env, int fd, int64_t rtt_ns) {
     const int on = 1, lowat = NOTSENT_LOWAT_BYTES;
     const unsigned timeout_ms = (unsigned)env->user_timeout_ms;
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
-    if (is_long(env, fd)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
+    if (is_long(env, rtt_ns)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
 }
 
-static pyccl_status socket_prepare(const link_env *env, int fd) {
+static pyccl_status socket_prepare(const link_env *env, int fd, int64_t rtt_ns) {
     int type = 0;
     socklen_t size = sizeof type;
     if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0) return PYCCL_ERR_OS;
@@ -93,7 +97,7 @@ static pyccl_status socket_prepare(const link_env *env, int fd) {
     const int flags = fcntl(fd, F_GETFL);
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) return PYCCL_ERR_OS;
     if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) return PYCCL_ERR_OS;
-    socket_tune(env, fd);
+    socket_tune(env, fd, rtt_ns);
     return PYCCL_OK;
 }
 
@@ -109,11 +113,25 @@ static void conn_arm(pyccl_conn *conn) {
     }
 }
 
+static void lanes_changed(pyccl_link *link) {
+    uint32_t left = link->lanes.use;
+    for (link->data_end = 0; link->data_end < PYCCL_CONNS_MAX && left > 0; link->data_end++) left -= link->conns[link->data_end] != NULL;
+    link->wants_send = true;
+}
+
+void link_use(pyccl_link *link, uint32_t conns) {
+    lanes_init(&link->lanes, conns, PYCCL_CONNS_MAX);
+    link->wanted_ns = 0;
+    link->told_use = true;
+    lanes_changed(link);
+}
+
 pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     *out = NULL;
     if (link->conn_count >= PYCCL_CONNS_MAX) return PYCCL_ERR_LIMIT;
     const bool near = peer_is_loopback(fd);
-    pyccl_status rc = socket_prepare(link->env, fd);
+    const int64_t rtt_ns = round_trip_ns(fd);
+    pyccl_status rc = socket_prepare(link->env, fd, rtt_ns);
     if (rc != PYCCL_OK) return rc;
     pyccl_conn *conn = calloc(1, sizeof *conn);
     if (conn == NULL) return PYCCL_ERR_NOMEM;
@@ -131,6 +149,8 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     link->conns[conn->index] = conn;
     link->conn_count++;
     link->near = near;
+    link->rtt_ns = rtt_ns;
+    lanes_changed(link);
     link->heard_ns = link->env->now_ns;
     link->wants_send = true;
     *out = conn;
@@ -162,6 +182,7 @@ void link_conn_close(pyccl_conn *conn) {
     link_sink_drop(conn);
     link->conns[conn->index] = NULL;
     link->conn_count--;
+    lanes_changed(link);
     conn->grave_next = link->env->grave;
     link->env->grave = conn;
 }
@@ -305,10 +326,35 @@ static bool conn_flush_once(pyccl_conn *conn) {
     if (conn->blocked || conn->broken != 0) return false;
     if (!tx_pending(conn)) {
         fill_control(conn);
-        if (tx_room(conn->link) > 0) fill_data(conn);
+        if (conn->index < conn->link->data_end && tx_room(conn->link) > 0) fill_data(conn);
         if (!tx_pending(conn)) return false;
     }
     return conn_send(conn, tx_room(conn->link));
+}
+
+/* Every connection that carries data has more than it can take, and no cap is the reason. */
+static bool is_busy(const pyccl_link *link) {
+    uint32_t full = 0;
+    for (uint32_t i = 0; i < link->data_end; i++) {
+        if (link->conns[i] == NULL) continue;
+        if (!link->conns[i]->blocked) return false;
+        full++;
+    }
+    return full > 0 && !link->starved;
+}
+
+/* How many connections a long line is worth is found out while it works. Those to begin with come unasked. */
+static void lanes_look(pyccl_link *link) {
+    const link_env *env = link->env;
+    const bool searches = env->lanes > 0 && is_long(env, link->rtt_ns);
+    if (searches && lanes_note(&link->lanes, env->now_ns, link->tx_bytes, is_busy(link), link->conn_count, link->rtt_ns)) {
+        lanes_changed(link);
+        link->wanted_ns = 0;
+    }
+    if (!link->told_use && (!searches || link->lanes.use <= env->lanes)) return;
+    if (link->conn_count >= link->lanes.use || (link->wanted_ns != 0 && env->now_ns - link->wanted_ns < WANTED_AGAIN_NS)) return;
+    link->wanted_ns = env->now_ns;
+    env->hooks->wants_conns(env->ctx, link);
 }
 
 void link_pump(pyccl_link *link) {
@@ -325,6 +371,7 @@ void link_pump(pyccl_link *link) {
     do link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
     while (link->conn_count > 0 && link->conns[link->turn] == NULL);
     if (more) link->wants_send = true;
+    lanes_look(link);
 }
 
 void link_conn_writable(pyccl_conn *conn) {

@@ -23,6 +23,7 @@
 #include <sys/uio.h>
 
 #include "../include/pyccl.h"
+#include "lanes.h"
 #include "throttle.h"
 
 #define LINK_STAGE_BYTES 4096        /* received ahead of the payload that is expected */
@@ -61,6 +62,7 @@ typedef struct link_hooks {
     link_verdict (*frame_end)(void *ctx, pyccl_conn *conn);
     void (*refused)(void *ctx, pyccl_link *link);                /* close its connections */
     bool (*load_next)(void *ctx, pyccl_link *link, pyccl_conn *conn, link_load *load);
+    void (*wants_conns)(void *ctx, pyccl_link *link);            /* more than there are: link->lanes.use */
     void (*moved)(void *ctx, const void *owner);                 /* bytes from or to the owner's memory moved */
 } link_hooks;
 
@@ -71,6 +73,7 @@ typedef struct link_env {            /* what all links of an engine share */
     int64_t now_ns;
     int64_t user_timeout_ms;         /* TCP_USER_TIMEOUT */
     int64_t long_rtt_ns;             /* see pyccl_engine_options */
+    uint32_t lanes;                  /* see pyccl_engine_options */
     throttle tx, rx;                 /* of all bytes that leave and come */
     int64_t tx_due, rx_due;          /* some link is starved, some connection held, until then; else INT64_MAX */
     bool broken;                     /* some connection is broken: the engine takes it down when nothing iterates */
@@ -124,6 +127,11 @@ struct pyccl_link {
     uint32_t slot;
     pyccl_conn *conns[PYCCL_CONNS_MAX];
     uint32_t conn_count;
+    uint32_t data_end;               /* connections below this index carry data: the first lanes.use of them */
+    lanes lanes;
+    int64_t rtt_ns;                  /* of the last connection, when it came; 0: not known */
+    int64_t wanted_ns;               /* when more connections were asked for last */
+    bool told_use;                   /* link_use was called: what it said is wanted on a short line too */
     uint32_t turn;                   /* connection that is asked first; one that is, if there is any */
     bool near;                       /* its connections are loopback: a trip costs next to nothing, CPU and caches are scarce */
     bool starved;                    /* there was no room in env->tx */
@@ -141,6 +149,8 @@ void link_fini(pyccl_link *link);    /* its connections must be down */
 pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out);
 void link_conn_close(pyccl_conn *conn);          /* frees what it owns, not the structure: see link_bury */
 void link_bury(link_env *env);
+
+void link_use(pyccl_link *link, uint32_t conns); /* so many carry data from now on, whatever was found out */
 
 void link_control_push(pyccl_link *link, const pyccl_frame *frame, const pyccl_spec *spec);
 void link_control_clear(pyccl_link *link);

@@ -1,7 +1,7 @@
 /* test_engine_links.c: what a peer may send and when it is heard: garbage, pieces that do not fit, later epochs, silence,
  * the pulse, the cut, specs that differ; and arguments that the engine refuses. */
 #include <errno.h>
-#include <netinet/tcp.h>
+#include <linux/tcp.h>
 
 #include "engine_vectors.h"
 #include "frame.h"
@@ -167,6 +167,44 @@ TEST(engine_gives_long_lines_bbr_and_leaves_short_ones_as_they_are) {
     CHECK(strcmp(name, "reno") == 0);
     congestion_with(0, name);
     CHECK(strcmp(name, "reno") == 0);
+}
+
+/* Bytes that the peer has of what left over this connection of the link from 0 to 1. */
+static uint64_t sent_over(const cluster *c, uint32_t conn) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof info;
+    REQUIRE(getsockopt(c->raw[0][1][conn], IPPROTO_TCP, TCP_INFO, &info, &size) == 0);
+    return info.tcpi_bytes_acked;
+}
+
+TEST(engine_sends_data_over_as_many_connections_as_it_is_told_and_asks_for_those_that_lack) {
+    cluster c;
+    cluster_open(&c, 2, 3, OVER_TCP);
+    const uint64_t count = 1 << 20, piece = DIRECT_PIECE_BYTES;
+    pyccl_link_stats stats;
+    pyccl_event event;
+    CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], 0), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], PYCCL_CONNS_MAX + 1), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_engine_link_use(c.engine[0], 99, 1), PYCCL_ERR_ARGUMENT);
+    for (uint32_t use = 1; use <= 4; use += 3) {
+        CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], use), PYCCL_OK);
+        vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 2, 83 + use);
+        pyccl_op *ops[2];
+        for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+        for (uint32_t i = 0; i < 2; i++) {
+            CHECK_EQ(finish(ops[i]), PYCCL_OK);
+            CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+        }
+        CHECK(sent_over(&c, 0) > piece);
+        if (use == 1) CHECK(sent_over(&c, 1) + sent_over(&c, 2) < piece); /* DONE and heartbeats go over all */
+        else CHECK(sent_over(&c, 1) > piece && sent_over(&c, 2) > piece);
+        vectors_free(&v);
+    }
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_WANTS, &event));
+    CHECK(event.slot == c.slot[0][1] && event.count == 4);
+    REQUIRE(pyccl_engine_link_stats(c.engine[0], c.slot[0][1], &stats) == PYCCL_OK);
+    CHECK(stats.conns == 3 && stats.lanes == 4 && stats.rtt_ns > 0);
+    cluster_close(&c);
 }
 
 /* Engine 1 is gone; our end of a new connection stands in its place, still a member. */

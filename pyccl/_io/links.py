@@ -35,6 +35,8 @@ _DIAL_S: Final = 5.0
 _STRANGERS_MAX: Final = 64  # accepted connections that have not greeted yet
 _EARLY_MAX: Final = 256  # that have, as a peer that we have not learned of yet
 _BACKOFF_S: Final = (0.05, 1.0)
+AUTO_CONNECTIONS: Final = 8  # of a line that is no loopback, to begin with: the engine asks for more where they pay
+_GROW_S: Final = 1.0  # so long the one who dials has to grow a link before the other side does
 _REFUSALS_MAX: Final = 10  # of one peer within _REFUSALS_S: it is not linked to any more, and the master decides
 _REFUSALS_S: Final = 60.0
 
@@ -48,6 +50,7 @@ class _Peer:
     dialing: set[trio.CancelScope] = field(default_factory=set)  # one for each task that tries to connect
     refused_at: deque[float] = field(default_factory=lambda: deque(maxlen=_REFUSALS_MAX))
     shunned: bool = False
+    wanted: int = 0  # connections that the engine has asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,8 @@ def is_loopback(host: str) -> bool:
 
 
 def auto_connections(host: str) -> int:
-    """How many connections to a peer: processors limit a loopback, windows and losses limit a long line."""
-    return 1 if is_loopback(host) or host == "localhost" else 8
+    """How many connections to a peer at first: processors limit a loopback, windows and losses limit a long line."""
+    return 1 if is_loopback(host) or host == "localhost" else AUTO_CONNECTIONS
 
 
 def _new_socket(family: int) -> trio.socket.SocketType:
@@ -150,9 +153,27 @@ class Links:
             return
         record = self._peers[peer]
         if self._me.peer < peer:
-            self._dial(record, self._count_for(record.member) - left)
+            self._dial(record, max(record.wanted, self._count_for(record.member)) - left)
         elif left == 0:
             self._dial(record, 1)
+
+    def grow(self, slot: int, count: int) -> None:
+        """The engine would use so many connections. Where both sides would, the one who dials makes them."""
+        peer = self.peer_of(slot)
+        if peer is None:
+            return
+        record = self._peers[peer]
+        record.wanted = max(record.wanted, count)
+        log.info("link_grows peer=%s connections=%d wanted=%d", peer.hex()[:8], self._engine.conns(slot), count)
+        if self._me.peer < peer:
+            self._dial(record, count - self._engine.conns(slot))
+        else:
+            self._nursery.start_soon(self._grow_later, record)
+
+    async def _grow_later(self, peer: _Peer) -> None:
+        await trio.sleep(_GROW_S)
+        if self._is_known(peer):
+            self._dial(peer, peer.wanted - self._engine.conns(peer.slot))
 
     def conn_refused(self, slot: int) -> bool:
         """The engine closed the link for what came over it. True: it is to be made again, as a lost one; not for ever.

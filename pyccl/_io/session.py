@@ -29,7 +29,7 @@ from pyccl import errors
 from pyccl._io import envelope
 from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
-from pyccl._io.links import LinkEvents, Links, listen
+from pyccl._io.links import AUTO_CONNECTIONS, LinkEvents, Links, listen
 from pyccl._io.observed import Observed
 from pyccl._io.packer import Bytes, Packer
 from pyccl._io.resolver import Resolver
@@ -494,8 +494,9 @@ class Session:
         if self.engine is None:
             config = self.config
             self.engine = Engine(
-                self.peer, machine.peer_timeout, config.stall_timeout, config.max_upload, config.max_download
-            )
+                self.peer, machine.peer_timeout, config.stall_timeout, config.max_upload, config.max_download,
+                AUTO_CONNECTIONS if config.connections is None else 0,
+            )  # fmt: skip
             me = Member(self.peer, self.incarnation, machine.addresses)
             events = LinkEvents(
                 ready=lambda version: self._feed(machine.links_ready(version, trio.current_time())),
@@ -761,6 +762,10 @@ class Session:
         else:
             packer.ask(event.slot, event.seq, event.count)
 
+    def _on_link_wants(self, event: Event) -> None:
+        assert self._links is not None
+        self._links.grow(event.slot, event.count)
+
     def _on_pulse_down(self, event: Event) -> None:
         self._pulse_wanted.set()
 
@@ -843,5 +848,6 @@ _EVENTS: Final[dict[int, Callable[[Session, Event], None]]] = {
     EventType.STATE: Session._on_state,
     EventType.PACK: Session._on_pack,
     EventType.PULSE_DOWN: Session._on_pulse_down,
+    EventType.LINK_WANTS: Session._on_link_wants,
 }
 __all__ = ["Session", "SessionConfig", "View", "Waiter"]

@@ -55,6 +55,7 @@ class EventType:
     STATE: Final[int] = lib.PYCCL_EVENT_STATE
     PULSE_DOWN: Final[int] = lib.PYCCL_EVENT_PULSE_DOWN
     PACK: Final[int] = lib.PYCCL_EVENT_PACK
+    LINK_WANTS: Final[int] = lib.PYCCL_EVENT_LINK_WANTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +135,19 @@ class Engine:
     """One data plane: a C thread with its links and operations. Close it with ``stop``."""
 
     def __init__(
-        self, self_id: bytes, peer_timeout: float, stall_timeout: float, max_upload: int = 0, max_download: int = 0
-    ) -> None:
-        """max_upload, max_download: bytes per second of all data connections together; 0: no cap."""
+        self, self_id: bytes, peer_timeout: float, stall_timeout: float,
+        max_upload: int = 0, max_download: int = 0, lanes: int = 0,
+    ) -> None:  # fmt: skip
+        """max_upload, max_download: bytes per second of all data connections together; 0: no cap.
+
+        lanes: connections of a link that carry data at first, more where that pays; 0: all there are.
+        """
         options = ffi.new("pyccl_engine_options *")
         ffi.memmove(options.self_id, self_id, 16)
         options.heartbeat_ns = _ns(peer_timeout / 5)
         options.long_rtt_ns = _ns(LONG_RTT_S)
         options.silence_ns = _ns(peer_timeout)
+        options.lanes = lanes
         options.max_tx_bytes_s, options.max_rx_bytes_s = max_upload, max_download
         options.fsm.settle_ns = _ns(peer_timeout)
         options.fsm.stall_ns = _ns(stall_timeout)
@@ -199,6 +205,10 @@ class Engine:
         """Connections of the link that stand; 0 also for a slot that was removed."""
         stats = self._link_stats(slot)
         return 0 if stats is None else int(stats.conns)
+
+    def use(self, slot: int, conns: int) -> None:
+        """So many connections of the link carry our data; EventType.LINK_WANTS when there are fewer."""
+        check(lib.pyccl_engine_link_use(self._engine, slot, conns), "link_use")
 
     def _link_stats(self, slot: int) -> Any:
         """pyccl_link_stats; None for a slot that was removed."""
