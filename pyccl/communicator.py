@@ -27,7 +27,7 @@ class Communicator(Core):
     Args:
         address: "host:port" of the master.
         group: peer group, 0..2**32-1; collectives and shared state span the members of one group.
-        connections: TCP connections to each peer, 1..64, or "auto".
+        connections: TCP connections to each peer, 1..64, or "auto": as many as the line is found to gain from.
         max_upload, max_download: None, or caps like "50mbit" (kbit, mbit, gbit; 1mbit to 1000gbit) of what all data
             connections together send and receive, shared state included. Kept within 5 %.
     """

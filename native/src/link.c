@@ -15,7 +15,10 @@
 
 #define RX_BUDGET_BYTES (4u << 20)   /* of one connection, before others have their turn */
 #define TX_ROUNDS 32                 /* frames of one connection, before others have their turn */
-#define NOTSENT_LOWAT_BYTES (256 << 10) /* less runs dry where the thread is kept waiting for a processor */
+#define UNSENT_S 0.04                /* of a link's rate waits in its sockets: less runs dry when the thread wakes late */
+#define UNSENT_MIN (32 << 10)        /* in one of them */
+#define UNSENT_MAX (256 << 10)
+#define LANES_LOOK_NS INT64_C(20000000)
 #define WANTED_AGAIN_NS INT64_C(10000000000)
 
 /* ---- the plain transport ---- */
@@ -81,10 +84,9 @@ static bool is_long(const link_env *env, int64_t rtt_ns) { return env->long_rtt_
  * each segment and half the rate of a short line. On a long one BBR goes on at its rate through losses and pauses.
  * Options are advice: a socket that is no TCP socket refuses them, a kernel may lack BBR, and both work. */
 static void socket_tune(const link_env *env, int fd, int64_t rtt_ns) {
-    const int on = 1, lowat = NOTSENT_LOWAT_BYTES;
+    const int on = 1;
     const unsigned timeout_ms = (unsigned)env->user_timeout_ms;
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
     if (is_long(env, rtt_ns)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
 }
@@ -113,10 +115,25 @@ static void conn_arm(pyccl_conn *conn) {
     }
 }
 
+/* What may wait in one of `used` sockets: it can't leave by another, so the last of an operation would come late. */
+static int unsent_bytes(const lanes *l, uint32_t used) {
+    const double share = used > 0 && l->rate > 0 ? l->rate * UNSENT_S / used : UNSENT_MAX;
+    return share < UNSENT_MIN ? UNSENT_MIN : share > UNSENT_MAX ? UNSENT_MAX : (int)share;
+}
+
+/* Connections came or went, another number of them carries data, or the rate is known better. */
 static void lanes_changed(pyccl_link *link) {
-    uint32_t left = link->lanes.use;
-    for (link->data_end = 0; link->data_end < PYCCL_CONNS_MAX && left > 0; link->data_end++) left -= link->conns[link->data_end] != NULL;
+    const uint32_t used = link->lanes.use < link->conn_count ? link->lanes.use : link->conn_count;
+    const int lowat = unsent_bytes(&link->lanes, used);
+    uint32_t left = used;
+    lanes_pause(&link->lanes);
     link->wants_send = true;
+    for (link->data_end = 0; left > 0; link->data_end++) {
+        const pyccl_conn *conn = link->conns[link->data_end];
+        if (conn == NULL) continue;
+        left--;
+        (void)setsockopt(conn->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
+    }
 }
 
 void link_use(pyccl_link *link, uint32_t conns) {
@@ -343,14 +360,33 @@ static bool is_busy(const pyccl_link *link) {
     return full > 0 && !link->starved;
 }
 
+static uint64_t acked_bytes(const pyccl_link *link) {
+    uint64_t acked = 0;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        struct tcp_info info = {0};
+        socklen_t size = sizeof info;
+        if (link->conns[i] == NULL) continue;
+        if (getsockopt(link->conns[i]->fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0) acked += info.tcpi_bytes_acked;
+    }
+    return acked;
+}
+
+static bool lanes_learn(pyccl_link *link) {
+    lanes *l = &link->lanes;
+    const int64_t now = link->env->now_ns;
+    const bool busy = is_busy(link);
+    if (busy == l->busy && (!busy || now - l->at_ns < LANES_LOOK_NS)) return false;
+    return lanes_note(l, now, acked_bytes(link), busy, link->conn_count, link->rtt_ns);
+}
+
 /* How many connections a long line is worth is found out while it works. Those to begin with come unasked. */
 static void lanes_look(pyccl_link *link) {
     const link_env *env = link->env;
     const bool searches = env->lanes > 0 && is_long(env, link->rtt_ns);
-    if (searches && lanes_note(&link->lanes, env->now_ns, link->tx_bytes, is_busy(link), link->conn_count, link->rtt_ns)) {
-        lanes_changed(link);
-        link->wanted_ns = 0;
-    }
+    const double rate = link->lanes.rate;
+    const bool changed = searches && lanes_learn(link);
+    if (changed) link->wanted_ns = 0;
+    if (changed || link->lanes.rate != rate) lanes_changed(link);
     if (!link->told_use && (!searches || link->lanes.use <= env->lanes)) return;
     if (link->conn_count >= link->lanes.use || (link->wanted_ns != 0 && env->now_ns - link->wanted_ns < WANTED_AGAIN_NS)) return;
     link->wanted_ns = env->now_ns;
