@@ -404,8 +404,6 @@ void link_pump(pyccl_link *link) {
             if (conn != NULL) more |= conn_flush_once(conn);
         }
     }
-    do link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
-    while (link->conn_count > 0 && link->conns[link->turn] == NULL);
     if (more) link->wants_send = true;
     lanes_look(link);
 }
@@ -550,7 +548,10 @@ void link_feed(pyccl_link *link, bool tx, bool rx) {
         link->starved = false;
         link->wants_send = true;
     }
-    for (uint32_t i = 0; rx && link->conn_count > 0 && i < PYCCL_CONNS_MAX; i++) {
+    if (link->conn_count == 0) return;
+    do link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
+    while (link->conns[link->turn] == NULL);
+    for (uint32_t i = 0; rx && i < PYCCL_CONNS_MAX; i++) {
         pyccl_conn *conn = link->conns[(link->turn + i) % PYCCL_CONNS_MAX];
         if (conn == NULL || !conn->held) continue;
         conn->held = false;

@@ -132,7 +132,8 @@ struct pyccl_link {
     int64_t rtt_ns;                  /* of the last connection, when it came; 0: not known */
     int64_t wanted_ns;               /* when more connections were asked for last */
     bool told_use;                   /* link_use was called: what it said is wanted on a short line too */
-    uint32_t turn;                   /* connection that is asked first; one that is, if there is any */
+    uint32_t turn;                   /* connection that is asked first: under a cap each in its turn, else always the same,
+                                        so that small operations find warm ones */
     bool near;                       /* its connections are loopback: a trip costs next to nothing, CPU and caches are scarce */
     bool starved;                    /* there was no room in env->tx */
     bool wants_send;                 /* something may be there to send and some connection has room */
