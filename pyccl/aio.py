@@ -154,8 +154,18 @@ class Work:
 class Communicator(Core):
     """As ``pyccl.Communicator``, for Trio: see the top of this module for what differs."""
 
-    def __init__(self, address: str, *, group: int = 0, connections: int | str = "auto") -> None:
-        super().__init__(address, group=group, connections=connections)
+    def __init__(
+        self,
+        address: str,
+        *,
+        group: int = 0,
+        connections: int | str = "auto",
+        max_upload: str | None = None,
+        max_download: str | None = None,
+    ) -> None:
+        super().__init__(
+            address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
+        )
         self._token: trio.lowlevel.TrioToken | None = None
         self._sync_lock = trio.Lock()
 
@@ -447,11 +457,15 @@ async def connect(
     *,
     group: int = 0,
     connections: int | str = "auto",
+    max_upload: str | None = None,
+    max_download: str | None = None,
     timeout: float = CONNECT_TIMEOUT_S,
     reach_timeout: float = REACH_TIMEOUT_S,
 ) -> AsyncIterator[Communicator]:
     """Make a Communicator, connect it, and close it in the end: ``async with pyccl.aio.connect(address) as comm``."""
-    comm = Communicator(address, group=group, connections=connections)
+    comm = Communicator(
+        address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
+    )
     await comm.connect(timeout, reach_timeout)
     async with comm:
         yield comm

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -54,6 +55,9 @@ _STRATEGIES: Final[dict[str, Strategy]] = {
     "receive_only": Strategy.RECEIVE_ONLY,
     "send_only": Strategy.SEND_ONLY,
 }
+_RATE: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?(kbit|mbit|gbit)", re.ASCII | re.IGNORECASE)
+_RATE_UNITS: Final = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_RATE_BITS: Final = (1e6, 1e12)  # slower than this, heartbeats of many peers would come late
 _CODECS: Final[dict[str, int]] = {name: getattr(lib, f"PYCCL_CODEC_{name.upper()}") for name in CODECS}
 
 
@@ -213,6 +217,19 @@ def check_range(name: str, value: object, low: int, high: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= int(value) <= high:
         raise errors.UsageError(f"{name}={value!r}: a whole number of {low}..{high} is needed")
+
+
+def rate(name: str, value: object) -> int:
+    """A cap in bytes per second, 0 for none, from text like "50mbit"."""
+    if value is None:
+        return 0
+    match = _RATE.fullmatch(value) if isinstance(value, str) else None
+    bits = float(match[1]) * _RATE_UNITS[match[2].lower()] if match else 0.0
+    if not _RATE_BITS[0] <= bits <= _RATE_BITS[1]:
+        raise errors.UsageError(
+            f"{name}={value!r}: a rate like '50mbit' (kbit, mbit, gbit), 1mbit to 1000gbit, is needed"
+        )
+    return int(bits / 8)
 
 
 def seconds(name: str, value: object) -> float:

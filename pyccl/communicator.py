@@ -27,11 +27,23 @@ class Communicator(Core):
     Args:
         address: "host:port" of the master.
         group: peer group, 0..2**32-1; collectives and shared state span the members of one group.
-        connections: TCP connections to each peer, 1..64, or "auto".
+        connections: TCP connections to each peer, 1..64, or "auto": as many as the line is found to gain from.
+        max_upload, max_download: None, or caps like "50mbit" (kbit, mbit, gbit; 1mbit to 1000gbit) of what all data
+            connections together send and receive, shared state included. Kept within 5 %.
     """
 
-    def __init__(self, address: str, *, group: int = 0, connections: int | str = "auto") -> None:
-        super().__init__(address, group=group, connections=connections)
+    def __init__(
+        self,
+        address: str,
+        *,
+        group: int = 0,
+        connections: int | str = "auto",
+        max_upload: str | None = None,
+        max_download: str | None = None,
+    ) -> None:
+        super().__init__(
+            address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
+        )
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
 
@@ -414,13 +426,17 @@ def connect(
     *,
     group: int = 0,
     connections: int | str = "auto",
+    max_upload: str | None = None,
+    max_download: str | None = None,
     timeout: float = CONNECT_TIMEOUT_S,
     reach_timeout: float = REACH_TIMEOUT_S,
 ) -> Communicator:
     """Make a Communicator and connect it: ``with pyccl.connect("host:port") as comm: ...``.
 
-    For the arguments see ``Communicator`` (group, connections) and ``Communicator.connect`` (the two timeouts).
+    For the arguments see ``Communicator`` and ``Communicator.connect`` (the two timeouts).
     """
-    comm = Communicator(address, group=group, connections=connections)
+    comm = Communicator(
+        address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
+    )
     comm.connect(timeout, reach_timeout)
     return comm

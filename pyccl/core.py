@@ -60,14 +60,17 @@ class ReduceInfo:
 class Core:
     """One peer of a run; see the two Communicator classes."""
 
-    def __init__(self, address: str, *, group: int = 0, connections: int | str = "auto") -> None:
+    def __init__(
+        self, address: str, *, group: int, connections: int | str, max_upload: str | None, max_download: str | None
+    ) -> None:
         host, port = parse_address(address)
         calls.check_range("group", group, 0, limits.U32_MAX)
         if connections != "auto":
             calls.check_range("connections", connections, 1, lib.PYCCL_CONNS_MAX)
         self._config = SessionConfig(
-            host, port, group, None if connections == "auto" else int(connections), _library()
-        )
+            host, port, group, None if connections == "auto" else int(connections), _library(),
+            calls.rate("max_upload", max_upload), calls.rate("max_download", max_download),
+        )  # fmt: skip
         self._id = secrets.token_bytes(16)
         self._session: Session | None = None
         self._joining: Session | None = None  # while another thread or task is in connect(), for close()

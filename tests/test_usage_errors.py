@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pyccl
+from pyccl.calls import rate
 
 LISTENING = "listening on "
 TIMEOUT_S = 60.0
@@ -283,11 +284,29 @@ def test_an_address_that_is_none_is_refused(address: Any) -> None:
         ({"connections": 65}, "connections=65"),
         ({"connections": "many"}, "connections='many'"),
         ({"connections": 2.0}, "connections=2.0"),
+        ({"max_upload": "fast"}, "max_upload='fast'"),
+        ({"max_upload": "50"}, "max_upload='50'"),
+        ({"max_upload": 50_000_000}, "max_upload=50000000"),
+        ({"max_upload": "50mbps"}, "max_upload="),
+        ({"max_upload": "-5mbit"}, "max_upload="),
+        ({"max_download": "0mbit"}, "max_download='0mbit'"),
+        ({"max_download": "999kbit"}, "max_download="),
+        ({"max_download": "2000gbit"}, "max_download="),
+        ({"max_download": "nanmbit"}, "max_download="),
+        ({"max_download": ""}, "max_download=''"),
     ],
 )
 def test_a_communicator_refuses_bad_keywords(keywords: dict[str, Any], match: str) -> None:
     with pytest.raises(pyccl.UsageError, match=match):
         pyccl.Communicator("127.0.0.1:1", **keywords)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [("50mbit", 6_250_000), ("1 Gbit", 125_000_000), ("1500kbit", 187_500), ("2.5MBIT", 312_500)],
+)
+def test_a_rate_is_read_as_bits_per_second(text: str, bytes_per_s: int) -> None:
+    assert rate("max_upload", text) == bytes_per_s
 
 
 def test_nothing_works_before_connect_and_after_close(master: str) -> None:

@@ -342,6 +342,10 @@ typedef struct pyccl_engine_options {
     int64_t heartbeat_ns;            /* a link that sent nothing for this long sends HEARTBEAT                    */
     int64_t silence_ns;              /* a link that heard nothing for this long is reported LINK_SILENT, and
                                         again in each epoch that its peer is a member of, until LINK_HEARD            */
+    int64_t long_rtt_ns;             /* a connection with this round trip at least is given BBR; 0: none is       */
+    uint32_t lanes;                  /* connections of a link that carry our data at first; on a long line more as long
+                                        as that pays, see EVENT_LINK_WANTS; 0: all there are, always              */
+    uint64_t max_tx_bytes_s, max_rx_bytes_s; /* of all data connections together; 0: no cap                       */
     pyccl_fsm_options fsm;
 } pyccl_engine_options;
 
@@ -381,7 +385,8 @@ typedef enum pyccl_event_type {
     PYCCL_EVENT_DRAINED = 9,         /* all below the cut is settled here; value: number of the pyccl_engine_cut call */
     PYCCL_EVENT_STATE = 10,          /* a fetch ended; value: fetch id; code: status; count: packed bytes, 0: as they are */
     PYCCL_EVENT_PULSE_DOWN = 11,     /* the pulse connection to the master ended                                     */
-    PYCCL_EVENT_PACK = 12            /* `slot` takes these packed: value: sync, seq: offset, count: bytes; answer it  */
+    PYCCL_EVENT_PACK = 12,           /* `slot` takes these packed: value: sync, seq: offset, count: bytes; answer it  */
+    PYCCL_EVENT_LINK_WANTS = 13      /* `slot` would use `count` connections, more than there are                    */
 } pyccl_event_type;
 
 typedef struct pyccl_event {
@@ -401,7 +406,9 @@ typedef struct pyccl_region {        /* a published piece of shared state; offse
 
 typedef struct pyccl_link_stats {
     uint64_t tx_bytes, rx_bytes;
-    uint32_t conns;
+    uint32_t conns, lanes;           /* lanes: how many connections may carry our data, whether they stand or not */
+    int64_t rtt_ns;                  /* the least of the newest connection's greeting; 0: not known */
+    uint64_t busy_bytes_s;           /* what our data gets when there is enough of it; 0: not known, or the line is short */
 } pyccl_link_stats;
 
 pyccl_status pyccl_engine_new(const pyccl_engine_options *options, pyccl_engine **out);  /* starts its thread */
@@ -417,6 +424,8 @@ pyccl_status pyccl_engine_peer_add(pyccl_engine *engine, const uint8_t id[16], u
 pyccl_status pyccl_engine_peer_remove(pyccl_engine *engine, uint32_t slot);                      /* closes its connections */
 pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd);  /* takes fd, always: closed on error */
 pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd);                    /* heartbeats to the master; takes fd */
+/* So many connections carry our data, 1..PYCCL_CONNS_MAX; on a long line it is the start of another search. */
+pyccl_status pyccl_engine_link_use(pyccl_engine *engine, uint32_t slot, uint32_t conns);
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out);
 
 /* As the functions of the machine, carried out by the engine thread; the caller waits for it. freeze and epoch refuse with

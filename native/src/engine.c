@@ -272,7 +272,7 @@ static void conn_event(pyccl_engine *engine, pyccl_conn *conn, uint32_t events) 
     if (conn->fd < 0) return;
     peer *p = (peer *)conn->link;
     const uint64_t before = p->link.rx_bytes;
-    if (conn->paused && (events & (EPOLLHUP | EPOLLERR)) != 0) {
+    if ((conn->paused || conn->held) && (events & (EPOLLHUP | EPOLLERR)) != 0) {
         conn->broken = -1;
         engine->env.broken = true;
         return;
@@ -344,7 +344,7 @@ static void sooner(int64_t *due, int64_t at_ns) {
 static void silence_check(pyccl_engine *engine, peer *p) {
     const int64_t now = engine->env.now_ns;
     if (p->link.conn_count == 0 && p->rank < 0) return;
-    if (link_is_paused(&p->link)) p->link.heard_ns = now;
+    if (link_is_unread(&p->link)) p->link.heard_ns = now;
     if (p->silent) return;
     if (now - p->link.heard_ns >= engine->options.silence_ns) engine_silent(engine, p);
     else sooner(&engine->check_ns, p->link.heard_ns + engine->options.silence_ns);
@@ -392,12 +392,30 @@ static void tick(pyccl_engine *engine) {
     engine_act(engine);
 }
 
+/* There may be room under the caps again. Who was first the last time is last this time. */
+static void caps_check(pyccl_engine *engine) {
+    link_env *env = &engine->env;
+    const bool tx = env->now_ns >= env->tx_due, rx = env->now_ns >= env->rx_due;
+    if (!tx && !rx) return;
+    if (tx) env->tx_due = INT64_MAX;
+    if (rx) env->rx_due = INT64_MAX;
+    for (peer *p = engine->peers; p != NULL; p = p->next) link_feed(&p->link, tx, rx);
+    peer *first = engine->peers, **last = &engine->peers;
+    if (first == NULL) return;
+    while (*last != NULL) last = &(*last)->next;
+    *last = first;
+    engine->peers = first->next;
+    first->next = NULL;
+}
+
 static int wait_ms(const pyccl_engine *engine) {
     int64_t due = engine->check_ns;
     for (const peer *p = engine->peers; p != NULL; p = p->next)
         if (p->link.wants_send) return 0;
     if (engine->local_work > 0 && !pyccl_fsm_frozen(engine->fsm)) return 0;
     sooner(&due, engine->tick_ns);
+    sooner(&due, engine->env.tx_due);
+    sooner(&due, engine->env.rx_due);
     const int64_t left = due - engine_clock();
     if (left <= 0) return 0;
     return left > INT64_C(3600000000000) ? 3600000 : (int)((left + 999999) / 1000000);
@@ -431,6 +449,7 @@ static void turn(pyccl_engine *engine) {
     int n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, timeout_ms);
     PYCCL_ASSERT(n >= 0 || errno == EINTR);
     clock_look(engine, timeout_ms * INT64_C(1000000));
+    caps_check(engine);
     if (commands_run(engine)) { /* before what came is read: others wait for what a new operation sends */
         pump_all(engine);
         n = epoll_wait(engine->env.epoll_fd, events, EPOLL_BATCH, 0); /* a command may have ended what the first found */
@@ -511,8 +530,12 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
     engine->env.ctx = engine;
     engine->env.user_timeout_ms = options->silence_ns / 1000000 > USER_TIMEOUT_MIN_MS / 3
         ? (options->silence_ns / 1000000 < INT32_MAX / 3 ? options->silence_ns / 1000000 * 3 : INT32_MAX) : USER_TIMEOUT_MIN_MS;
+    engine->env.long_rtt_ns = options->long_rtt_ns;
     engine->env.now_ns = engine->moved_ns = engine_clock();
-    engine->tick_ns = INT64_MAX;
+    engine->env.lanes = options->lanes;
+    throttle_init(&engine->env.tx, options->max_tx_bytes_s, engine->env.now_ns);
+    throttle_init(&engine->env.rx, options->max_rx_bytes_s, engine->env.now_ns);
+    engine->tick_ns = engine->env.tx_due = engine->env.rx_due = INT64_MAX;
     engine->stop_why = PYCCL_ERR_CLOSED;
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->stop_lock, NULL);
@@ -534,7 +557,7 @@ static pyccl_status thread_start(pyccl_engine *engine) {
 
 pyccl_status pyccl_engine_new(const pyccl_engine_options *options, pyccl_engine **out) {
     *out = NULL;
-    if (options->heartbeat_ns <= 0 || options->silence_ns <= 0) return PYCCL_ERR_ARGUMENT;
+    if (options->heartbeat_ns <= 0 || options->silence_ns <= 0 || options->lanes > PYCCL_CONNS_MAX) return PYCCL_ERR_ARGUMENT;
     pyccl_engine *engine = calloc(1, sizeof *engine);
     if (engine == NULL) return PYCCL_ERR_NOMEM;
     engine_init(engine, options);

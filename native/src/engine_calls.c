@@ -15,7 +15,7 @@
 typedef struct peer_command {
     command command;
     const uint8_t *id;
-    uint32_t slot;
+    uint32_t slot, conns;
     int fd;
     int error;                       /* errno of ERR_OS */
     pyccl_link_stats *stats;
@@ -120,12 +120,27 @@ pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd) {
     return c.command.status;
 }
 
+static void run_link_use(pyccl_engine *engine, command *c) {
+    const peer_command *wanted = (const peer_command *)c;
+    peer *p = engine_peer(engine, wanted->slot);
+    c->status = p != NULL ? PYCCL_OK : PYCCL_ERR_ARGUMENT;
+    if (p != NULL) link_use(&p->link, wanted->conns);
+}
+
+pyccl_status pyccl_engine_link_use(pyccl_engine *engine, uint32_t slot, uint32_t conns) {
+    peer_command c = {.command = {.run = run_link_use}, .slot = slot, .conns = conns};
+    if (conns < 1 || conns > PYCCL_CONNS_MAX) return PYCCL_ERR_ARGUMENT;
+    engine_run(engine, &c.command);
+    return c.command.status;
+}
+
 static void run_link_stats(pyccl_engine *engine, command *c) {
     const peer_command *wanted = (const peer_command *)c;
     const peer *p = engine_peer(engine, wanted->slot);
     c->status = p != NULL ? PYCCL_OK : PYCCL_ERR_ARGUMENT;
     if (p == NULL) return;
-    *wanted->stats = (pyccl_link_stats){.tx_bytes = p->link.tx_bytes, .rx_bytes = p->link.rx_bytes, .conns = p->link.conn_count};
+    *wanted->stats = (pyccl_link_stats){.tx_bytes = p->link.tx_bytes, .rx_bytes = p->link.rx_bytes, .conns = p->link.conn_count,
+                                        .lanes = p->link.lanes.use, .rtt_ns = p->link.rtt_ns, .busy_bytes_s = (uint64_t)p->link.lanes.rate};
 }
 
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out) {

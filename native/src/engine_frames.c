@@ -141,7 +141,12 @@ static void moved(void *ctx, const void *owner) {
     if (*(const owner_kind *)owner == OWNER_FETCH) state_moved(ctx, owner);
 }
 
-const link_hooks ENGINE_HOOKS = {frame_begin, frame_end, refused, load_next, moved};
+static void wants_conns(void *ctx, pyccl_link *link) {
+    const pyccl_event event = {.type = PYCCL_EVENT_LINK_WANTS, .slot = link->slot, .count = link->lanes.use};
+    engine_event(ctx, &event);
+}
+
+const link_hooks ENGINE_HOOKS = {frame_begin, frame_end, refused, load_next, wants_conns, moved};
 
 static void send_message(pyccl_engine *engine, const pyccl_message *message) {
     peer *p = engine->ranks[message->rank];

@@ -3,8 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/tcp.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -15,7 +15,11 @@
 
 #define RX_BUDGET_BYTES (4u << 20)   /* of one connection, before others have their turn */
 #define TX_ROUNDS 32                 /* frames of one connection, before others have their turn */
-#define NOTSENT_LOWAT_BYTES (256 << 10)
+#define UNSENT_S 0.04                /* of a link's rate waits in its sockets: less runs dry when the thread wakes late */
+#define UNSENT_MIN (32 << 10)        /* in one of them */
+#define UNSENT_MAX (256 << 10)
+#define LANES_LOOK_NS INT64_C(20000000)
+#define WANTED_AGAIN_NS INT64_C(10000000000)
 
 /* ---- the plain transport ---- */
 
@@ -45,6 +49,7 @@ void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE],
     memcpy(link->id, id, PYCCL_ID_SIZE);
     link->slot = slot;
     link->heard_ns = env->now_ns;
+    lanes_init(&link->lanes, env->lanes > 0 ? env->lanes : PYCCL_CONNS_MAX, PYCCL_CONNS_MAX);
 }
 
 void link_fini(pyccl_link *link) {
@@ -65,17 +70,28 @@ static bool peer_is_loopback(int fd) {
     return IN6_IS_ADDR_LOOPBACK(ip) || (IN6_IS_ADDR_V4MAPPED(ip) && ip->s6_addr[12] == 127);
 }
 
-/* Options are advice: a socket that is no TCP socket refuses them and works. */
-static void socket_tune(const link_env *env, int fd, bool near) {
-    const int on = 1, lowat = NOTSENT_LOWAT_BYTES;
-    const unsigned timeout_ms = (unsigned)env->user_timeout_ms;
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
-    if (near) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5);
+/* The least of the greeting; 0: not known. */
+static int64_t round_trip_ns(int fd) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof info;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0 || info.tcpi_min_rtt == UINT32_MAX) return 0;
+    return info.tcpi_min_rtt * INT64_C(1000);
 }
 
-static pyccl_status socket_prepare(const link_env *env, int fd, bool near) {
+static bool is_long(const link_env *env, int64_t rtt_ns) { return env->long_rtt_ns > 0 && rtt_ns >= env->long_rtt_ns; }
+
+/* A socket comes with CUBIC, set before its handshake: one that ever was BBR's paces for good, which costs a timer for
+ * each segment and half the rate of a short line. On a long one BBR goes on at its rate through losses and pauses.
+ * Options are advice: a socket that is no TCP socket refuses them, a kernel may lack BBR, and both work. */
+static void socket_tune(const link_env *env, int fd, int64_t rtt_ns) {
+    const int on = 1;
+    const unsigned timeout_ms = (unsigned)env->user_timeout_ms;
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
+    if (is_long(env, rtt_ns)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
+}
+
+static pyccl_status socket_prepare(const link_env *env, int fd, int64_t rtt_ns) {
     int type = 0;
     socklen_t size = sizeof type;
     if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0) return PYCCL_ERR_OS;
@@ -83,13 +99,13 @@ static pyccl_status socket_prepare(const link_env *env, int fd, bool near) {
     const int flags = fcntl(fd, F_GETFL);
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) return PYCCL_ERR_OS;
     if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) return PYCCL_ERR_OS;
-    socket_tune(env, fd, near);
+    socket_tune(env, fd, rtt_ns);
     return PYCCL_OK;
 }
 
 static void conn_arm(pyccl_conn *conn) {
     if (conn->fd < 0) return;
-    const uint32_t interest = (conn->paused ? 0 : (uint32_t)EPOLLIN) | (conn->blocked ? (uint32_t)EPOLLOUT : 0);
+    const uint32_t interest = (conn->paused || conn->held ? 0 : (uint32_t)EPOLLIN) | (conn->blocked ? (uint32_t)EPOLLOUT : 0);
     if (interest == conn->interest) return;
     struct epoll_event event = {.events = interest, .data.ptr = conn};
     if (epoll_ctl(conn->link->env->epoll_fd, EPOLL_CTL_MOD, conn->fd, &event) == 0) conn->interest = interest;
@@ -99,11 +115,40 @@ static void conn_arm(pyccl_conn *conn) {
     }
 }
 
+/* What may wait in one of `used` sockets: it can't leave by another, so the last of an operation would come late. */
+static int unsent_bytes(const lanes *l, uint32_t used) {
+    const double share = used > 0 && l->rate > 0 ? l->rate * UNSENT_S / used : UNSENT_MAX;
+    return share < UNSENT_MIN ? UNSENT_MIN : share > UNSENT_MAX ? UNSENT_MAX : (int)share;
+}
+
+/* Connections came or went, another number of them carries data, or the rate is known better. */
+static void lanes_changed(pyccl_link *link) {
+    const uint32_t used = link->lanes.use < link->conn_count ? link->lanes.use : link->conn_count;
+    const int lowat = unsent_bytes(&link->lanes, used);
+    uint32_t left = used;
+    lanes_pause(&link->lanes);
+    link->wants_send = true;
+    for (link->data_end = 0; left > 0; link->data_end++) {
+        const pyccl_conn *conn = link->conns[link->data_end];
+        if (conn == NULL) continue;
+        left--;
+        (void)setsockopt(conn->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
+    }
+}
+
+void link_use(pyccl_link *link, uint32_t conns) {
+    lanes_init(&link->lanes, conns, PYCCL_CONNS_MAX);
+    link->wanted_ns = 0;
+    link->told_use = true;
+    lanes_changed(link);
+}
+
 pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     *out = NULL;
     if (link->conn_count >= PYCCL_CONNS_MAX) return PYCCL_ERR_LIMIT;
     const bool near = peer_is_loopback(fd);
-    pyccl_status rc = socket_prepare(link->env, fd, near);
+    const int64_t rtt_ns = round_trip_ns(fd);
+    pyccl_status rc = socket_prepare(link->env, fd, rtt_ns);
     if (rc != PYCCL_OK) return rc;
     pyccl_conn *conn = calloc(1, sizeof *conn);
     if (conn == NULL) return PYCCL_ERR_NOMEM;
@@ -121,6 +166,8 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     link->conns[conn->index] = conn;
     link->conn_count++;
     link->near = near;
+    link->rtt_ns = rtt_ns;
+    lanes_changed(link);
     link->heard_ns = link->env->now_ns;
     link->wants_send = true;
     *out = conn;
@@ -152,6 +199,7 @@ void link_conn_close(pyccl_conn *conn) {
     link_sink_drop(conn);
     link->conns[conn->index] = NULL;
     link->conn_count--;
+    lanes_changed(link);
     conn->grave_next = link->env->grave;
     link->env->grave = conn;
 }
@@ -164,9 +212,9 @@ void link_bury(link_env *env) {
     }
 }
 
-bool link_is_paused(const pyccl_link *link) {
+bool link_is_unread(const pyccl_link *link) {
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
-        if (link->conns[i] != NULL && link->conns[i]->paused) return true;
+        if (link->conns[i] != NULL && (link->conns[i]->paused || link->conns[i]->held)) return true;
     return false;
 }
 
@@ -249,15 +297,27 @@ static void conn_break(pyccl_conn *conn, int why) {
     conn->link->env->broken = true;
 }
 
-/* One send; true when all that was pending left, so that more may be taken. */
-static bool conn_send(pyccl_conn *conn) {
+static size_t tx_room(pyccl_link *link) {
+    link_env *env = link->env;
+    const size_t room = throttle_room(&env->tx, env->now_ns);
+    if (room > 0) return room;
+    link->starved = true;
+    env->tx_due = throttle_due(&env->tx);
+    return 0;
+}
+
+/* One send, of data no more than `room`; true when all of that left, so that more may be taken. */
+static bool conn_send(pyccl_conn *conn, size_t room) {
     struct iovec iov[2];
     int count = 0;
     size_t want = 0;
     if (conn->head_sent < conn->head_len)
         iov[count++] = (struct iovec){conn->head + conn->head_sent, conn->head_len - conn->head_sent};
-    if (conn->data != NULL)
-        iov[count++] = (struct iovec){(void *)(uintptr_t)(conn->data + conn->data_sent), conn->data_len - conn->data_sent};
+    if (conn->data != NULL && room > 0) {
+        const size_t left = conn->data_len - conn->data_sent;
+        iov[count++] = (struct iovec){(void *)(uintptr_t)(conn->data + conn->data_sent), left < room ? left : room};
+    }
+    if (count == 0) return false;
     for (int i = 0; i < count; i++) want += iov[i].iov_len;
     const ssize_t n = conn->transport->send(conn, iov, count);
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
@@ -268,6 +328,7 @@ static bool conn_send(pyccl_conn *conn) {
     if (sent > 0) {
         pyccl_link *link = conn->link;
         link->tx_bytes += sent;
+        throttle_take(&link->env->tx, sent);
         conn->sent_ns = link->env->now_ns;
         if (conn->data_owner != NULL) link->env->hooks->moved(link->env->ctx, conn->data_owner);
         tx_advance(conn, sent);
@@ -282,10 +343,54 @@ static bool conn_flush_once(pyccl_conn *conn) {
     if (conn->blocked || conn->broken != 0) return false;
     if (!tx_pending(conn)) {
         fill_control(conn);
-        fill_data(conn);
+        if (conn->index < conn->link->data_end && tx_room(conn->link) > 0) fill_data(conn);
         if (!tx_pending(conn)) return false;
     }
-    return conn_send(conn);
+    return conn_send(conn, tx_room(conn->link));
+}
+
+/* Every connection that carries data has more than it can take, and no cap is the reason. */
+static bool is_busy(const pyccl_link *link) {
+    uint32_t full = 0;
+    for (uint32_t i = 0; i < link->data_end; i++) {
+        if (link->conns[i] == NULL) continue;
+        if (!link->conns[i]->blocked) return false;
+        full++;
+    }
+    return full > 0 && !link->starved;
+}
+
+static uint64_t acked_bytes(const pyccl_link *link) {
+    uint64_t acked = 0;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        struct tcp_info info = {0};
+        socklen_t size = sizeof info;
+        if (link->conns[i] == NULL) continue;
+        if (getsockopt(link->conns[i]->fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0) acked += info.tcpi_bytes_acked;
+    }
+    return acked;
+}
+
+static bool lanes_learn(pyccl_link *link) {
+    lanes *l = &link->lanes;
+    const int64_t now = link->env->now_ns;
+    const bool busy = is_busy(link);
+    if (busy == l->busy && (!busy || now - l->at_ns < LANES_LOOK_NS)) return false;
+    return lanes_note(l, now, acked_bytes(link), busy, link->conn_count, link->rtt_ns);
+}
+
+/* How many connections a long line is worth is found out while it works. Those to begin with come unasked. */
+static void lanes_look(pyccl_link *link) {
+    const link_env *env = link->env;
+    const bool searches = env->lanes > 0 && is_long(env, link->rtt_ns);
+    const double rate = link->lanes.rate;
+    const bool changed = searches && lanes_learn(link);
+    if (changed) link->wanted_ns = 0;
+    if (changed || link->lanes.rate != rate) lanes_changed(link);
+    if (!link->told_use && (!searches || link->lanes.use <= env->lanes)) return;
+    if (link->conn_count >= link->lanes.use || (link->wanted_ns != 0 && env->now_ns - link->wanted_ns < WANTED_AGAIN_NS)) return;
+    link->wanted_ns = env->now_ns;
+    env->hooks->wants_conns(env->ctx, link);
 }
 
 void link_pump(pyccl_link *link) {
@@ -299,8 +404,8 @@ void link_pump(pyccl_link *link) {
             if (conn != NULL) more |= conn_flush_once(conn);
         }
     }
-    link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
     if (more) link->wants_send = true;
+    lanes_look(link);
 }
 
 void link_conn_writable(pyccl_conn *conn) {
@@ -313,7 +418,7 @@ void link_conn_heartbeat(pyccl_conn *conn) {
     if (conn->blocked || conn->broken != 0 || tx_pending(conn)) return;
     const pyccl_frame frame = {.type = PYCCL_FRAME_HEARTBEAT};
     head_put(conn, &frame, NULL, 0);
-    (void)conn_send(conn);
+    (void)conn_send(conn, 0);
 }
 
 /* ---- receiving ---- */
@@ -381,15 +486,29 @@ static void stage_consume(pyccl_conn *conn) {
     if (conn->stage_at == conn->stage_have) conn->stage_at = conn->stage_have = 0;
 }
 
+/* 0: the connection is held. One that is ending is read whatever the cap is, or its bytes are lost. */
+static size_t rx_room(pyccl_conn *conn) {
+    link_env *env = conn->link->env;
+    const size_t room = conn->broken != 0 ? SIZE_MAX : throttle_room(&env->rx, env->now_ns);
+    if (room > 0) return room;
+    conn->held = true;
+    env->rx_due = throttle_due(&env->rx);
+    conn_arm(conn);
+    return 0;
+}
+
 /* One receive: the payload straight to its place, what follows it into the stage. Bytes read; 0: stop. */
 static size_t conn_recv(pyccl_conn *conn) {
     pyccl_link *link = conn->link;
     struct iovec iov[2];
     int count = 0;
     size_t direct = 0, want = 0;
+    const size_t room = rx_room(conn);
     PYCCL_ASSERT(conn->stage_have == 0);
+    if (room == 0) return 0;
     if (conn->in_payload) {
         direct = conn->at != NULL || conn->left < LINK_SINK_BYTES ? conn->left : LINK_SINK_BYTES;
+        if (direct > room) direct = room;
         iov[count++] = (struct iovec){conn->at != NULL ? conn->at : link->env->discard, direct};
         want = direct;
     }
@@ -402,6 +521,7 @@ static size_t conn_recv(pyccl_conn *conn) {
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) conn_break(conn, errno);
     if (n <= 0) return 0;
     link->rx_bytes += (size_t)n;
+    throttle_take(&link->env->rx, (size_t)n);
     link->heard_ns = link->env->now_ns;
     const size_t in_place = (size_t)n < direct ? (size_t)n : direct;
     conn->stage_have = (uint32_t)((size_t)n - in_place);
@@ -421,6 +541,22 @@ static void conn_read(pyccl_conn *conn, size_t budget) {
 
 void link_conn_readable(pyccl_conn *conn) {
     if (conn->broken == 0) conn_read(conn, RX_BUDGET_BYTES);
+}
+
+void link_feed(pyccl_link *link, bool tx, bool rx) {
+    if (tx && link->starved) {
+        link->starved = false;
+        link->wants_send = true;
+    }
+    if (link->conn_count == 0) return;
+    do link->turn = (link->turn + 1) % PYCCL_CONNS_MAX;
+    while (link->conns[link->turn] == NULL);
+    for (uint32_t i = 0; rx && i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = link->conns[(link->turn + i) % PYCCL_CONNS_MAX];
+        if (conn == NULL || !conn->held) continue;
+        conn->held = false;
+        conn_arm(conn);
+    }
 }
 
 void link_conn_drain(pyccl_conn *conn) {

@@ -9,7 +9,9 @@
  *  - memory that is not the link's own (load.data, sink.dst) is marked with its owner; after link_disown(owner) no
  *    connection reads or writes it: half-sent frames go on from a private copy, half-received ones are discarded;
  *  - a connection that is down keeps its structure until link_bury(), so a batch of epoll events may name it safely;
- *  - hooks may close any connection; loops here look at `fd` again after each hook.
+ *  - hooks may close any connection; loops here look at `fd` again after each hook;
+ *  - where a rate is capped: a link that had to stop is `starved`, a connection that may not read is `held`, and env's
+ *    tx_due or rx_due says when they go on (link_feed). Control frames never wait for a cap.
  * Threads: the engine's thread only.                               Spec: proto/wire.md 1, 3 */
 #ifndef PYCCL_LINK_H
 #define PYCCL_LINK_H
@@ -21,6 +23,8 @@
 #include <sys/uio.h>
 
 #include "../include/pyccl.h"
+#include "lanes.h"
+#include "throttle.h"
 
 #define LINK_STAGE_BYTES 4096        /* received ahead of the payload that is expected */
 #define LINK_HEAD_BYTES 4096         /* headers and small payloads that leave in one send */
@@ -58,6 +62,7 @@ typedef struct link_hooks {
     link_verdict (*frame_end)(void *ctx, pyccl_conn *conn);
     void (*refused)(void *ctx, pyccl_link *link);                /* close its connections */
     bool (*load_next)(void *ctx, pyccl_link *link, pyccl_conn *conn, link_load *load);
+    void (*wants_conns)(void *ctx, pyccl_link *link);            /* more than there are: link->lanes.use */
     void (*moved)(void *ctx, const void *owner);                 /* bytes from or to the owner's memory moved */
 } link_hooks;
 
@@ -67,6 +72,10 @@ typedef struct link_env {            /* what all links of an engine share */
     int epoll_fd;
     int64_t now_ns;
     int64_t user_timeout_ms;         /* TCP_USER_TIMEOUT */
+    int64_t long_rtt_ns;             /* see pyccl_engine_options */
+    uint32_t lanes;                  /* see pyccl_engine_options */
+    throttle tx, rx;                 /* of all bytes that leave and come */
+    int64_t tx_due, rx_due;          /* some link is starved, some connection held, until then; else INT64_MAX */
     bool broken;                     /* some connection is broken: the engine takes it down when nothing iterates */
     pyccl_conn *grave;
     uint8_t discard[LINK_SINK_BYTES];
@@ -85,6 +94,7 @@ struct pyccl_conn {
     uint32_t interest;               /* epoll events armed */
     int broken;                      /* errno of a failed send, or -1 for EOF; 0: fine */
     bool blocked;                    /* the last send came back short */
+    bool held;                       /* no room in env->rx, EPOLLIN is off */
     bool paused;                     /* `frame` waits for a later epoch, EPOLLIN is off */
     int64_t sent_ns;
     pyccl_conn *grave_next;
@@ -117,8 +127,15 @@ struct pyccl_link {
     uint32_t slot;
     pyccl_conn *conns[PYCCL_CONNS_MAX];
     uint32_t conn_count;
-    uint32_t turn;                   /* connection that is asked first */
+    uint32_t data_end;               /* connections below this index carry data: the first lanes.use of them */
+    lanes lanes;
+    int64_t rtt_ns;                  /* of the last connection, when it came; 0: not known */
+    int64_t wanted_ns;               /* when more connections were asked for last */
+    bool told_use;                   /* link_use was called: what it said is wanted on a short line too */
+    uint32_t turn;                   /* connection that is asked first: under a cap each in its turn, else always the same,
+                                        so that small operations find warm ones */
     bool near;                       /* its connections are loopback: a trip costs next to nothing, CPU and caches are scarce */
+    bool starved;                    /* there was no room in env->tx */
     bool wants_send;                 /* something may be there to send and some connection has room */
     link_control *control;           /* ring */
     size_t control_head, control_count, control_cap;
@@ -134,6 +151,8 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out);
 void link_conn_close(pyccl_conn *conn);          /* frees what it owns, not the structure: see link_bury */
 void link_bury(link_env *env);
 
+void link_use(pyccl_link *link, uint32_t conns); /* so many carry data from now on, whatever was found out */
+
 void link_control_push(pyccl_link *link, const pyccl_frame *frame, const pyccl_spec *spec);
 void link_control_clear(pyccl_link *link);
 
@@ -141,6 +160,7 @@ void link_pump(pyccl_link *link);                /* send while there is somethin
 void link_conn_writable(pyccl_conn *conn);       /* EPOLLOUT */
 void link_conn_readable(pyccl_conn *conn);       /* EPOLLIN: read within a budget */
 void link_conn_drain(pyccl_conn *conn);          /* read all there is: the connection is ending */
+void link_feed(pyccl_link *link, bool tx, bool rx); /* there may be room again */
 void link_conn_resume(pyccl_conn *conn);         /* judge the paused frame again */
 void link_conn_heartbeat(pyccl_conn *conn);      /* if it is idle */
 void link_sink_drop(pyccl_conn *conn);           /* discard the rest of the payload that is arriving */
@@ -148,6 +168,6 @@ void link_disown(pyccl_link *link, const void *owner);
 /* What `from` .. from+bytes held of the owner's lies at `to` now: frames that are half sent go on from there. */
 void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uint64_t bytes, const uint8_t *to);
 bool link_reads(const pyccl_link *link, const uint8_t *from, uint64_t bytes);   /* some frame is half sent from there */
-bool link_is_paused(const pyccl_link *link);
+bool link_is_unread(const pyccl_link *link);     /* some connection is paused or held: what came is not all heard */
 
 #endif

@@ -37,6 +37,7 @@ typedef struct cluster {
     int alive[ENGINES_MAX];
     uint64_t number;
     const pyccl_plan *plan;          /* of the next epoch */
+    uint64_t max_tx, max_rx;                  /* of engine 0, bytes a second */
 } cluster;
 
 typedef enum wire { OVER_TCP, OVER_UNIX } wire;
@@ -90,12 +91,12 @@ static inline void cluster_epoch_with(cluster *c, int restart, const pyccl_op_ve
 
 static inline void cluster_epoch(cluster *c, int restart) { cluster_epoch_with(c, restart, NULL, 0); }
 
-static inline void cluster_open_with(cluster *c, uint32_t count, uint32_t conns, wire how, int64_t heartbeat_ns, int64_t silence_ns) {
-    memset(c, 0, sizeof *c);
+static inline void cluster_open_as_it_is(cluster *c, uint32_t count, uint32_t conns, wire how, int64_t heartbeat_ns, int64_t silence_ns) {
     c->count = count;
     c->conns = conns;
     for (uint32_t i = 0; i < count; i++) {
         pyccl_engine_options options = {.heartbeat_ns = heartbeat_ns, .silence_ns = silence_ns,
+            .max_tx_bytes_s = i == 0 ? c->max_tx : 0, .max_rx_bytes_s = i == 0 ? c->max_rx : 0,
             .fsm = {.settle_ns = 5 * SECOND, .stall_ns = 30 * SECOND, .tell_ns = SECOND / 10}};
         memset(c->id[i], (int)i + 1, 16);
         memcpy(options.self_id, c->id[i], 16);
@@ -109,6 +110,19 @@ static inline void cluster_open_with(cluster *c, uint32_t count, uint32_t conns,
         for (uint32_t b = a + 1; b < count; b++)
             for (uint32_t k = 0; k < conns; k++) cluster_link(c, a, b, k, how);
     cluster_epoch(c, 1);
+}
+
+static inline void cluster_open_with(cluster *c, uint32_t count, uint32_t conns, wire how, int64_t heartbeat_ns, int64_t silence_ns) {
+    memset(c, 0, sizeof *c);
+    cluster_open_as_it_is(c, count, conns, how, heartbeat_ns, silence_ns);
+}
+
+/* What engine 0 sends and receives is capped. */
+static inline void cluster_open_capped(cluster *c, uint32_t count, uint32_t conns, wire how, uint64_t max_tx, uint64_t max_rx) {
+    memset(c, 0, sizeof *c);
+    c->max_tx = max_tx;
+    c->max_rx = max_rx;
+    cluster_open_as_it_is(c, count, conns, how, SECOND, 5 * SECOND);
 }
 
 static inline void cluster_open(cluster *c, uint32_t count, uint32_t conns, wire how) {

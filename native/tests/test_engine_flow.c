@@ -76,6 +76,39 @@ TEST(engine_keeps_contributions_in_step_with_what_comes_back_on_loopback) {
     cluster_close(&c);
 }
 
+/* Member 0 may move 8 MB a second one way: 3 all_reduces of 1 MiB among `count`, right to the bit, and not in less time. */
+static void capped(uint32_t count, uint32_t conns, wire how, int up) {
+    cluster c;
+    const uint64_t cap = 8000000, elements = 1 << 18;
+    cluster_open_capped(&c, count, conns, how, up ? cap : 0, up ? 0 : cap);
+    const int64_t begin = now_ns();
+    pyccl_op *ops[ENGINES_MAX];
+    for (uint64_t round = 0; round < 3; round++) {
+        vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, elements, count, 311 + round);
+        for (uint32_t i = 0; i < count; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, elements, 0), v.in[i], v.in[i], 0);
+        for (uint32_t i = 0; i < count; i++) {
+            CHECK_EQ(finish(ops[i]), PYCCL_OK);
+            CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+        }
+        vectors_free(&v);
+    }
+    const double seconds = (double)(now_ns() - begin) / 1e9;
+    uint64_t moved = 0;
+    for (uint32_t i = 1; i < count; i++) {
+        pyccl_link_stats stats;
+        REQUIRE(pyccl_engine_link_stats(c.engine[0], c.slot[0][i], &stats) == PYCCL_OK);
+        moved += up ? stats.tx_bytes : stats.rx_bytes;
+    }
+    CHECK(moved > 3 * elements * 4);
+    CHECK((double)moved < 1.05 * (double)cap * seconds + 0.05 * (double)cap); /* no more than the rate and its burst; slower is fine */
+    cluster_close(&c);
+}
+
+TEST(engine_keeps_an_upload_cap_over_one_connection) { capped(2, 1, OVER_TCP, 1); }
+TEST(engine_keeps_an_upload_cap_over_all_connections_together) { capped(4, 3, OVER_TCP, 1); }
+TEST(engine_keeps_a_download_cap_over_one_connection) { capped(2, 1, OVER_UNIX, 0); }
+TEST(engine_keeps_a_download_cap_over_all_connections_together) { capped(4, 3, OVER_TCP, 0); }
+
 /* What is refused, as too far ahead of a peer, until that peer has told that it has caught up. */
 static pyccl_op *submit_when_room(const cluster *c, uint32_t i, pyccl_spec spec, void *x) {
     const int64_t until = now_ns() + PATIENCE;

@@ -1,6 +1,7 @@
 /* test_engine_links.c: what a peer may send and when it is heard: garbage, pieces that do not fit, later epochs, silence,
  * the pulse, the cut, specs that differ; and arguments that the engine refuses. */
 #include <errno.h>
+#include <linux/tcp.h>
 
 #include "engine_vectors.h"
 #include "frame.h"
@@ -130,6 +131,79 @@ TEST(engine_reports_silence_and_hears_again) {
     CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, &event));
     CHECK_EQ(pyccl_engine_peer_remove(c.engine[0], slot), PYCCL_OK);
     CHECK_EQ(pyccl_engine_peer_remove(c.engine[0], slot), PYCCL_ERR_ARGUMENT);
+    cluster_close(&c);
+}
+
+/* The congestion control of a new connection in an engine for which a round trip of long_rtt_ns is long. */
+static void congestion_with(int64_t long_rtt_ns, char name[16]) {
+    pyccl_engine_options options = {.heartbeat_ns = SECOND, .silence_ns = 60 * SECOND, .long_rtt_ns = long_rtt_ns,
+                                    .fsm = {.settle_ns = SECOND, .stall_ns = SECOND, .tell_ns = SECOND}};
+    uint8_t id[16];
+    uint32_t slot;
+    int pair[2];
+    pyccl_engine *engine = NULL;
+    socklen_t size = 15;
+    memset(id, 0x77, sizeof id);
+    REQUIRE(pyccl_engine_new(&options, &engine) == PYCCL_OK && pyccl_engine_peer_add(engine, id, &slot) == PYCCL_OK);
+    tcp_pair(pair);
+    const int kept = dup(pair[0]);
+    REQUIRE(setsockopt(kept, IPPROTO_TCP, TCP_CONGESTION, "reno", 4) == 0);
+    REQUIRE(pyccl_engine_conn_add(engine, slot, pair[0]) == PYCCL_OK);
+    memset(name, 0, 16);
+    REQUIRE(getsockopt(kept, IPPROTO_TCP, TCP_CONGESTION, name, &size) == 0);
+    pyccl_engine_free(engine);
+    close(kept);
+    close(pair[1]);
+}
+
+TEST(engine_gives_long_lines_bbr_and_leaves_short_ones_as_they_are) {
+    char name[16];
+    const int probe = socket(AF_INET, SOCK_STREAM, 0);
+    const int has_bbr = setsockopt(probe, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3) == 0;
+    close(probe);
+    congestion_with(1, name);
+    CHECK(strcmp(name, has_bbr ? "bbr" : "reno") == 0);
+    congestion_with(3600 * SECOND, name);
+    CHECK(strcmp(name, "reno") == 0);
+    congestion_with(0, name);
+    CHECK(strcmp(name, "reno") == 0);
+}
+
+/* Bytes that the peer has of what left over this connection of the link from 0 to 1. */
+static uint64_t sent_over(const cluster *c, uint32_t conn) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof info;
+    REQUIRE(getsockopt(c->raw[0][1][conn], IPPROTO_TCP, TCP_INFO, &info, &size) == 0);
+    return info.tcpi_bytes_acked;
+}
+
+TEST(engine_sends_data_over_as_many_connections_as_it_is_told_and_asks_for_those_that_lack) {
+    cluster c;
+    cluster_open(&c, 2, 3, OVER_TCP);
+    const uint64_t count = 1 << 20, piece = SCHEDULE_PIECE_BYTES;
+    pyccl_link_stats stats;
+    pyccl_event event;
+    CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], 0), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], PYCCL_CONNS_MAX + 1), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_engine_link_use(c.engine[0], 99, 1), PYCCL_ERR_ARGUMENT);
+    for (uint32_t use = 1; use <= 4; use += 3) {
+        CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], use), PYCCL_OK);
+        vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, 2, 83 + use);
+        pyccl_op *ops[2];
+        for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+        for (uint32_t i = 0; i < 2; i++) {
+            CHECK_EQ(finish(ops[i]), PYCCL_OK);
+            CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+        }
+        CHECK(sent_over(&c, 0) > piece);
+        if (use == 1) CHECK(sent_over(&c, 1) + sent_over(&c, 2) < piece); /* DONE and heartbeats go over all */
+        else CHECK(sent_over(&c, 1) > piece && sent_over(&c, 2) > piece);
+        vectors_free(&v);
+    }
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_WANTS, &event));
+    CHECK(event.slot == c.slot[0][1] && event.count == 4);
+    REQUIRE(pyccl_engine_link_stats(c.engine[0], c.slot[0][1], &stats) == PYCCL_OK);
+    CHECK(stats.conns == 3 && stats.lanes == 4 && stats.rtt_ns > 0);
     cluster_close(&c);
 }
 

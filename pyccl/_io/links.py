@@ -35,6 +35,8 @@ _DIAL_S: Final = 5.0
 _STRANGERS_MAX: Final = 64  # accepted connections that have not greeted yet
 _EARLY_MAX: Final = 256  # that have, as a peer that we have not learned of yet
 _BACKOFF_S: Final = (0.05, 1.0)
+AUTO_CONNECTIONS: Final = 8  # of a line that is no loopback, to begin with: the engine asks for more where they pay
+_GROW_S: Final = 1.0  # so long the one who dials has to grow a link before the other side does
 _REFUSALS_MAX: Final = 10  # of one peer within _REFUSALS_S: it is not linked to any more, and the master decides
 _REFUSALS_S: Final = 60.0
 
@@ -48,6 +50,7 @@ class _Peer:
     dialing: set[trio.CancelScope] = field(default_factory=set)  # one for each task that tries to connect
     refused_at: deque[float] = field(default_factory=lambda: deque(maxlen=_REFUSALS_MAX))
     shunned: bool = False
+    wanted: int = 0  # connections that the engine has asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +73,40 @@ def is_loopback(host: str) -> bool:
 
 
 def auto_connections(host: str) -> int:
-    """How many connections to a peer: processors limit a loopback, windows and losses limit a long line."""
-    return 1 if is_loopback(host) or host == "localhost" else 8
+    """How many connections to a peer at first: processors limit a loopback, windows and losses limit a long line."""
+    return 1 if is_loopback(host) or host == "localhost" else AUTO_CONNECTIONS
 
 
-def _new_socket(host: str) -> trio.socket.SocketType:
-    """A TCP socket. On loopback with CUBIC from the start: BBR paces, and a socket that once paced goes on for ever."""
-    sock = trio.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    if is_loopback(host):
-        with contextlib.suppress(OSError):  # a kernel without CUBIC works as well, slower
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+def _new_socket(family: int) -> trio.socket.SocketType:
+    """A TCP socket with CUBIC from before the handshake: one that started with BBR paces for ever.
+
+    Where the handshake shows a long line, the engine turns BBR on.
+    """
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    with contextlib.suppress(OSError):  # a kernel without CUBIC works as well
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
     return sock
 
 
-async def _connect_near(address: Address) -> trio.SocketStream:
-    sock = _new_socket(address.host)
-    try:
-        await sock.connect((address.host, address.port))
-    except BaseException:
-        sock.close()
-        raise
-    return trio.SocketStream(sock)
+async def _connect_to(host: str, port: int) -> trio.SocketStream:
+    """A connection to the first of the host's addresses that takes one, each within its part of the time to dial."""
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failed: list[OSError] = []
+    for family, _, _, _, address in found:
+        sock = _new_socket(family)
+        try:
+            with trio.fail_after(_DIAL_S / (len(found) + 1)):
+                await sock.connect(address)
+            return trio.SocketStream(sock)
+        except (OSError, trio.TooSlowError) as e:
+            sock.close()
+            failed.append(e if isinstance(e, OSError) else TimeoutError(f"no answer from {address[0]}"))
+        except BaseException:
+            sock.close()
+            raise
+    if len(failed) == 1:
+        raise failed[0]
+    raise OSError(f"{host}: no address of it takes a connection") from ExceptionGroup(host, failed)
 
 
 class Links:
@@ -137,9 +153,27 @@ class Links:
             return
         record = self._peers[peer]
         if self._me.peer < peer:
-            self._dial(record, self._count_for(record.member) - left)
+            self._dial(record, max(record.wanted, self._count_for(record.member)) - left)
         elif left == 0:
             self._dial(record, 1)
+
+    def grow(self, slot: int, count: int) -> None:
+        """The engine would use so many connections. Where both sides would, the one who dials makes them."""
+        peer = self.peer_of(slot)
+        if peer is None:
+            return
+        record = self._peers[peer]
+        record.wanted = max(record.wanted, count)
+        log.info("link_grows peer=%s connections=%d wanted=%d", peer.hex()[:8], self._engine.conns(slot), count)
+        if self._me.peer < peer:
+            self._dial(record, count - self._engine.conns(slot))
+        else:
+            self._nursery.start_soon(self._grow_later, record)
+
+    async def _grow_later(self, peer: _Peer) -> None:
+        await trio.sleep(_GROW_S)
+        if self._is_known(peer):
+            self._dial(peer, peer.wanted - self._engine.conns(peer.slot))
 
     def conn_refused(self, slot: int) -> bool:
         """The engine closed the link for what came over it. True: it is to be made again, as a lost one; not for ever.
@@ -255,9 +289,7 @@ class Links:
         error: OSError = ConnectionRefusedError("the peer names no address")
         for address in addresses:
             try:
-                if is_loopback(address.host):
-                    return await _connect_near(address)
-                return await trio.open_tcp_stream(address.host, address.port)
+                return await _connect_to(address.host, address.port)
             except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
                 error = OSError(f"{address.host!r} is no name of a host: {e}")
             except OSError as e:
@@ -349,7 +381,7 @@ class Links:
 
 async def listen(host: str) -> tuple[trio.SocketListener, Address]:
     """A listening socket on a free port of `host`."""
-    sock = _new_socket(host)
+    sock = _new_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         await sock.bind((host, 0))
         sock.listen(128)

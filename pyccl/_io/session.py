@@ -29,7 +29,7 @@ from pyccl import errors
 from pyccl._io import envelope
 from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
-from pyccl._io.links import LinkEvents, Links, listen
+from pyccl._io.links import AUTO_CONNECTIONS, LinkEvents, Links, listen
 from pyccl._io.observed import Observed
 from pyccl._io.packer import Bytes, Packer
 from pyccl._io.resolver import Resolver
@@ -71,6 +71,8 @@ class SessionConfig:
     group: int
     connections: int | None  # None: chosen by the path
     library: str
+    max_upload: int = 0  # bytes per second; 0: no cap
+    max_download: int = 0
     mismatch_grace: float = MISMATCH_GRACE_S
     stall_timeout: float = STALL_S
     master_timeout: float = MASTER_TIMEOUT_S  # an operation that can't go on without an absent master waits so long
@@ -491,7 +493,11 @@ class Session:
         machine, outer = self._machine, self._nursery
         assert machine is not None and machine.run is not None and outer is not None
         if self.engine is None:
-            self.engine = Engine(self.peer, machine.peer_timeout, self.config.stall_timeout)
+            config = self.config
+            self.engine = Engine(
+                self.peer, machine.peer_timeout, config.stall_timeout, config.max_upload, config.max_download,
+                AUTO_CONNECTIONS if config.connections is None else 0,
+            )  # fmt: skip
             me = Member(self.peer, self.incarnation, machine.addresses)
             events = LinkEvents(
                 ready=lambda version: self._feed(machine.links_ready(version, trio.current_time())),
@@ -759,6 +765,10 @@ class Session:
         else:
             packer.ask(event.slot, event.seq, event.count)
 
+    def _on_link_wants(self, event: Event) -> None:
+        assert self._links is not None
+        self._links.grow(event.slot, event.count)
+
     def _on_pulse_down(self, event: Event) -> None:
         self._pulse_wanted.set()
 
@@ -841,5 +851,6 @@ _EVENTS: Final[dict[int, Callable[[Session, Event], None]]] = {
     EventType.STATE: Session._on_state,
     EventType.PACK: Session._on_pack,
     EventType.PULSE_DOWN: Session._on_pulse_down,
+    EventType.LINK_WANTS: Session._on_link_wants,
 }
 __all__ = ["Session", "SessionConfig", "View", "Waiter"]

@@ -22,6 +22,7 @@ TIMEOUT_S_MAX: Final = 10 * 365 * 86_400.0
 CHUNK_BYTES: Final = 1 << 20  # of shared state
 WORLD_MAX: Final[int] = lib.PYCCL_WORLD_MAX
 FETCH_BYTES_MAX: Final[int] = lib.PYCCL_PIECE_MAX
+LONG_RTT_S: Final = 0.005  # from here on losses and idle time cost more than a paced sender does
 _EVENTS_AT_ONCE: Final = 64
 _SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
 
@@ -55,6 +56,7 @@ class EventType:
     STATE: Final[int] = lib.PYCCL_EVENT_STATE
     PULSE_DOWN: Final[int] = lib.PYCCL_EVENT_PULSE_DOWN
     PACK: Final[int] = lib.PYCCL_EVENT_PACK
+    LINK_WANTS: Final[int] = lib.PYCCL_EVENT_LINK_WANTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +136,21 @@ def _free_unless_forked(owner: int) -> Callable[[Any], None]:
 class Engine:
     """One data plane: a C thread with its links and operations. Close it with ``stop``."""
 
-    def __init__(self, self_id: bytes, peer_timeout: float, stall_timeout: float) -> None:
+    def __init__(
+        self, self_id: bytes, peer_timeout: float, stall_timeout: float,
+        max_upload: int = 0, max_download: int = 0, lanes: int = 0,
+    ) -> None:  # fmt: skip
+        """max_upload, max_download: bytes per second of all data connections together; 0: no cap.
+
+        lanes: connections of a link that carry data at first, more where that pays; 0: all there are.
+        """
         options = ffi.new("pyccl_engine_options *")
         ffi.memmove(options.self_id, self_id, 16)
         options.heartbeat_ns = _ns(peer_timeout / 5)
+        options.long_rtt_ns = _ns(LONG_RTT_S)
         options.silence_ns = _ns(peer_timeout)
+        options.lanes = lanes
+        options.max_tx_bytes_s, options.max_rx_bytes_s = max_upload, max_download
         options.fsm.settle_ns = _ns(peer_timeout)
         options.fsm.stall_ns = _ns(stall_timeout)
         options.fsm.tell_ns = _ns(0.2)
@@ -195,6 +207,10 @@ class Engine:
         """Connections of the link that stand; 0 also for a slot that was removed."""
         stats = self._link_stats(slot)
         return 0 if stats is None else int(stats.conns)
+
+    def use(self, slot: int, conns: int) -> None:
+        """So many connections of the link carry our data; EventType.LINK_WANTS when there are fewer."""
+        check(lib.pyccl_engine_link_use(self._engine, slot, conns), "link_use")
 
     def _link_stats(self, slot: int) -> Any:
         """pyccl_link_stats; None for a slot that was removed."""

@@ -124,6 +124,34 @@ def test_both_ends_of_a_loopback_connection_use_cubic(host: str) -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("dials", [True, False])
+def test_a_link_grows_to_what_the_engine_asks_for_and_no_further(dials: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_GROW_S", 0.01)  # how long the side that does not dial leaves it to the other
+
+    async def main() -> None:
+        engine, there = FakeEngine(), FakeEngine()
+        listener, address = await links.listen("127.0.0.1")
+        other = Member(OTHER if dials else b"\x00" * 16, b"b" * 16, (address,))
+        async with trio.open_nursery() as nursery:
+            served: Any = there
+            serving = links.Links(RUN, other, served, 1, nursery, Heard().events())
+            serving.open(1, [ME])
+            nursery.start_soon(serving.serve, listener)
+            made = make(engine, Heard(), nursery)
+            made.open(1, [other])
+            made.grow(0, 5)
+            made.grow(0, 3)
+            made.grow(7, 9)  # a link that is gone
+            with trio.fail_after(20):
+                while engine.conns(0) < 5:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            assert not made._peers[other.peer].dialing
+            nursery.cancel_scope.cancel()
+        assert engine.conns(0) == 5
+
+    trio.run(main)
+
+
 def test_a_link_that_comes_up_after_the_time_ran_out_is_reported_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "LINKS_TIMEOUT_S", 0.2)
 
