@@ -1,0 +1,239 @@
+"""The planner: examples whose answer is known, and brute force on small networks. A seed is its test's id."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from pyccl._proto import ring_order, shares, topology
+from pyccl._proto.topology import NEVER, UNKNOWN, Choice, Line, Network
+
+MBIT = 125_000.0  # bytes per second
+MANY = 10_000_000
+
+
+def network(
+    up: list[float],
+    down: list[float] | None = None,
+    rate: list[list[float]] | None = None,
+    delay: float | list[list[float]] = 0.01,
+    fold: list[float] | None = None,
+) -> Network:
+    world = len(up)
+    rates = rate or [[UNKNOWN] * world for _ in range(world)]
+    delays = delay if isinstance(delay, list) else [[delay] * world for _ in range(world)]
+    folds = tuple(fold or [UNKNOWN] * world)
+    return Network(tuple(up), tuple(down or up), tuple(map(tuple, rates)), tuple(map(tuple, delays)), folds)
+
+
+def random_network(seed: int, world: int) -> Network:
+    """Hosts on different lines, pairs that are slower than those in about half of the cases, folds now and then."""
+    rng = random.Random(seed)
+    up = [rng.choice([20, 50, 100, 400, 1000]) * rng.uniform(0.8, 1.2) for _ in range(world)]
+    down = [rng.choice([50, 100, 400]) * rng.uniform(0.8, 1.2) for _ in range(world)]
+    slow = rng.choice([0.0, 0.3, 0.8])
+    rate = [
+        [min(up[i], down[j]) * (rng.uniform(0.02, 0.9) if rng.random() < slow else 1.0) for j in range(world)]
+        for i in range(world)
+    ]
+    delay = [[rng.uniform(0.0, 0.1) for _ in range(world)] for _ in range(world)]
+    fold = [rng.uniform(50, 500) if rng.random() < 0.3 else UNKNOWN for _ in range(world)]
+    return network(up, down, rate, delay, fold)
+
+
+def parts(of: Network) -> tuple[list[float], list[list[float]]]:
+    ranks = range(of.world)
+    return [of.host(i) for i in ranks], [[of.pair(i, j) for j in ranks] for i in ranks]
+
+
+def pace_by_corners(of: Network) -> float:
+    """The linear program by trying every corner: N lines that hold with equality, and the sum."""
+    hosts, pairs = parts(of)
+    world = of.world
+    lines: list[tuple[list[float], float]] = []  # a (s, T) <= b
+    for i in range(world):
+        unit = [float(k == i) for k in range(world)]
+        lines.append(([*(-u for u in unit), 0.0], 0.0))
+        lines.append(([*((world - 2) * u for u in unit), -hosts[i]], -1.0))
+        if of.fold[i] < math.inf:
+            lines.append(([*(world * u for u in unit), -of.fold[i]], 0.0))
+        for j in [j for j in range(i) if pairs[i][j] < math.inf]:
+            lines.append(([*(float(k in (i, j)) for k in range(world)), -pairs[i][j]], 0.0))  # noqa: PERF401
+    total = ([1.0] * world + [0.0], 1.0)
+    corners = [[total, *tight] for tight in itertools.combinations(lines, world)]
+    a = np.array([[line for line, _ in corner] for corner in corners])
+    b = np.array([[bound for _, bound in corner] for corner in corners])
+    regular = np.abs(np.linalg.det(a)) > 1e-9
+    points = np.linalg.solve(a[regular], b[regular][..., None])[..., 0]
+    every, bounds = np.array([line for line, _ in lines]), np.array([bound for _, bound in lines])
+    allowed = (points @ every.T <= bounds + 1e-9).all(axis=1)
+    return float(points[allowed, -1].min())
+
+
+def test_three_fast_hosts_and_a_home_line_beat_an_equal_ring_by_half() -> None:
+    """The scenario `home`: three of 400/400 Mbit/s, one of 50/20."""
+    home = network([400 * MBIT] * 3 + [20 * MBIT], [400 * MBIT] * 3 + [50 * MBIT])
+    choice = topology.choose(home, MANY)
+    assert choice.shares == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0.0))
+    assert choice.direct.pace == pytest.approx(1 / (20 * MBIT))
+    assert choice.ring_from_bytes == NEVER
+    size = 64 << 20
+    ring = topology.ring_line(home, range(4))
+    assert ring.seconds(size) / choice.seconds(size) == pytest.approx(1.5, rel=0.01)
+    equal = topology.default(home)
+    assert equal.direct.pace == pytest.approx(1.5 / (20 * MBIT))
+    assert topology.is_better(choice, equal) and not topology.is_better(equal, choice)
+
+
+def test_equal_hosts_get_equal_shares_and_no_ring() -> None:
+    choice = topology.choose(network([100.0] * 5), MANY)
+    assert choice.shares == pytest.approx((0.2,) * 5)
+    assert choice.direct.pace == pytest.approx(1.6 / 100)
+    assert choice.ring_from_bytes == NEVER
+
+
+def test_host_alone_that_is_too_slow_for_any_share_owns_nothing_and_the_others_share_by_their_room() -> None:
+    choice = topology.choose(network([10.0, 100.0, 300.0]), MANY)
+    assert choice.direct.pace == pytest.approx(1 / 10)
+    assert choice.shares == pytest.approx((0.0, 9 / 38, 29 / 38))
+
+
+def test_slow_pair_owns_little_although_both_its_hosts_are_fast() -> None:
+    rate = [[100.0] * 4 for _ in range(4)]
+    rate[0][1] = rate[1][0] = 5.0
+    choice = topology.choose(network([100.0] * 4, rate=rate), MANY)
+    pace = choice.direct.pace
+    assert pace == pytest.approx(pace_by_corners(network([100.0] * 4, rate=rate)))
+    assert (choice.shares[0] + choice.shares[1]) / 5.0 <= pace * (1 + 1e-6)
+    assert choice.shares[2] == pytest.approx(choice.shares[3])
+
+
+def test_host_that_folds_slowly_owns_less() -> None:
+    choice = topology.choose(network([100.0] * 4, fold=[10.0, UNKNOWN, UNKNOWN, UNKNOWN]), MANY)
+    assert choice.shares[0] < 0.05 < choice.shares[1]
+    assert choice.direct.pace == pytest.approx(pace_by_corners(network([100.0] * 4, fold=[10.0, *[UNKNOWN] * 3])))
+
+
+def test_pair_without_a_link_makes_direct_impossible_and_the_ring_goes_round_it() -> None:
+    rate = [[100.0] * 5 for _ in range(5)]
+    rate[0][1] = rate[1][0] = rate[2][3] = 0.0
+    choice = topology.choose(network([100.0] * 5, rate=rate), MANY)
+    assert choice.direct.pace == math.inf
+    assert choice.ring_from_bytes == 0.0 and choice.algorithm(1) == "ring"
+    hops = ring_order.ring_hops(choice.order)
+    assert not {(0, 1), (1, 0), (2, 3)} & set(hops)
+    assert math.isfinite(choice.seconds(1000))
+
+
+def test_ring_wins_from_the_size_on_where_slow_pairs_can_be_left_out() -> None:
+    """Two sites with one slow pair line each between every two hosts of different sites, but for two good ones."""
+    fast, slow = 1000.0, 10.0
+    rate = [[fast if (i < 3) == (j < 3) else slow for j in range(6)] for i in range(6)]
+    rate[0][3] = rate[3][0] = rate[2][5] = rate[5][2] = fast
+    choice = topology.choose(network([fast] * 6, rate=rate, delay=0.05), MANY)
+    assert choice.ring.pace == pytest.approx(2 * 5 / 6 / fast)
+    assert 0 < choice.ring_from_bytes < NEVER
+    at = choice.ring_from_bytes
+    assert choice.direct.seconds(at) == pytest.approx(choice.ring.seconds(at))
+    assert (choice.algorithm(at / 2), choice.algorithm(at * 2)) == ("direct", "ring")
+
+
+def test_two_members_swap_and_one_waits_for_nobody() -> None:
+    pair = topology.choose(network([100.0, 50.0], delay=0.1), MANY)
+    assert (pair.shares, pair.direct, pair.ring_from_bytes) == ((0.5, 0.5), Line(0.2, 1 / 50), NEVER)
+    assert topology.choose(network([100.0]), MANY).seconds(1 << 30) == 0.0
+
+
+def test_nothing_measured_is_equal_shares_in_no_time() -> None:
+    choice = topology.choose(network([UNKNOWN] * 4, delay=0.0), MANY)
+    assert (choice.shares, choice.seconds(1 << 30)) == (shares.equal_shares(4), 0.0)
+
+
+def test_a_little_better_is_not_better() -> None:
+    def taking(seconds: float) -> Choice:
+        return Choice((1.0,), (0,), NEVER, Line(seconds, 0.0), Line(seconds, 0.0))
+
+    assert not topology.is_better(taking(0.92), taking(1.0))
+    assert topology.is_better(taking(0.89), taking(1.0))
+    assert not topology.is_better(taking(math.inf), taking(math.inf))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_shares_are_as_fast_as_the_best_corner(seed: int) -> None:
+    of = random_network(seed, 5 if seed % 20 == 0 else 3 + seed % 2)
+    hosts, pairs = parts(of)
+    found = shares.best_shares(hosts, pairs, of.fold, MANY)
+    assert sum(found) == pytest.approx(1.0) and min(found) >= 0
+    assert shares.direct_pace(hosts, pairs, of.fold, found) == pytest.approx(pace_by_corners(of), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_closed_form_is_the_linear_program_where_hosts_alone_count(seed: int) -> None:
+    rng = random.Random(seed)
+    of = network([rng.uniform(1, 100) for _ in range(3 + seed % 2)])
+    hosts, pairs = parts(of)
+    pace = max(1 / min(hosts), (2 * of.world - 2) / sum(hosts))
+    found = shares.best_shares(hosts, pairs, of.fold, effort=0)
+    assert shares.direct_pace(hosts, pairs, of.fold, found) == pytest.approx(pace)
+    assert pace == pytest.approx(pace_by_corners(of))
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("effort", [0, 500, MANY])
+def test_ring_against_every_order(seed: int, effort: int) -> None:
+    """Exact with enough effort; with little of it a tour all the same, never better than the best."""
+    of = random_network(seed, 3 + seed % 5)
+    ranks = range(of.world)
+    rates = [[of.hop(i, j) for j in ranks] for i in ranks]
+    found = ring_order.best_ring(rates, of.delay, effort)
+    assert sorted(found) == list(ranks) and found[0] == 0
+    costs = [ring_order.ring_cost(rates, of.delay, (0, *rest)) for rest in itertools.permutations(range(1, of.world))]
+    got = ring_order.ring_cost(rates, of.delay, found)
+    if effort == MANY:
+        assert got == pytest.approx(min(costs))
+    else:
+        assert got[0] >= min(costs)[0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_local_search_finds_the_fast_tour_hidden_among_slow_hops(seed: int) -> None:
+    """Beyond what is searched exactly: one tour of fast hops, and noise."""
+    rng = random.Random(seed)
+    world = 24
+    hidden = list(range(world))
+    rng.shuffle(hidden)
+    rates = [[rng.uniform(1, 20) for _ in range(world)] for _ in range(world)]
+    for i, j in ring_order.ring_hops(hidden):
+        rates[i][j] = 100.0
+    delays = [[0.01] * world for _ in range(world)]
+    found = ring_order.best_ring(rates, delays, MANY)
+    assert ring_order.ring_cost(rates, delays, found)[0] == 1 / 100
+    assert found == ring_order.best_ring(rates, delays, MANY)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_local_search_shortens_the_trips_without_a_slower_hop(seed: int) -> None:
+    """Members on a circle of equal lines: the way round it is the shortest tour."""
+    rng = random.Random(seed)
+    world = 16
+    places = [rng.random() for _ in range(world)]
+    delays = [[min(abs(a - b), 1 - abs(a - b)) for b in places] for a in places]
+    rates = [[100.0] * world for _ in range(world)]
+    found = ring_order.best_ring(rates, delays, MANY)
+    round_it = sorted(range(world), key=lambda i: places[i])
+    shortest = ring_order.ring_cost(rates, delays, round_it)[1]
+    assert ring_order.ring_cost(rates, delays, found)[1] <= 1.1 * shortest
+
+
+@pytest.mark.parametrize("effort", [0, 1000, 100_000])
+def test_little_effort_still_gives_a_plan_of_many_members(effort: int) -> None:
+    of = random_network(7, 64)
+    choice = topology.choose(of, effort)
+    assert sum(choice.shares) == pytest.approx(1.0) and min(choice.shares) >= 0
+    assert sorted(choice.order) == list(range(64))
+    assert choice.direct.pace <= topology.default(of).direct.pace
+    assert choice == topology.choose(of, effort)
