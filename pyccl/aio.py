@@ -35,7 +35,7 @@ from pyccl._io.statesync import SyncInfo
 from pyccl._native import status
 from pyccl._native.handles import Op, OpInfo
 from pyccl.calls import CONNECT_TIMEOUT_S, OPERATION_TIMEOUT_S, REACH_TIMEOUT_S, Array, Call, ReduceOp
-from pyccl.core import Core, ReduceInfo, StateSync, left_run, still_running, take
+from pyccl.core import Core, Measuring, ReduceInfo, StateSync, left_run, still_running, take
 from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
@@ -245,6 +245,24 @@ class Communicator(Core):
         """As ``pyccl.Communicator.update_topology``. Cancelled, it goes back from the safe point, as on a timeout."""
         limit_s, session = calls.seconds("timeout", timeout), self._require()
         await checkpoint_if_cancelled()
+        await self._meet(limit_s, session)
+
+    @enable_ki_protection
+    async def optimize_topology(self, timeout: float = OPERATION_TIMEOUT_S) -> None:
+        """As ``pyccl.Communicator.optimize_topology``, in a thread until the safe point. Cancelled while it measures,
+        it fails on all members; later, it goes back from the safe point."""
+        started, limit_s, session = trio.current_time(), calls.seconds("timeout", timeout), self._require()
+        await checkpoint_if_cancelled()
+        async with self._sync_lock:
+            measuring = Measuring(self, session)
+            try:
+                await _in_thread(lambda: measuring.run(limit_s), measuring.give_up)
+            finally:
+                self._view = session.view
+        await self._meet(max(limit_s - (trio.current_time() - started), 0.001), session)
+
+    @enable_ki_protection
+    async def _meet(self, limit_s: float, session: Session) -> None:
         met = _Ended()
         try:
             session.arrive(met, REACH_TIMEOUT_S)

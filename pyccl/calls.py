@@ -191,11 +191,11 @@ def are_peers_pending(count: int) -> tuple[Call, Array]:
     return Call("are_peers_pending", spec, buffer, buffer, OPERATION_TIMEOUT_S), counts
 
 
-def gather_bytes(mine: bytes, out: Array, tag: int, timeout: float) -> Call:
-    """All-gather of a few bytes on the library's own tags."""
+def gather_bytes(what: str, mine: bytes, out: Array, tag: int, timeout: float) -> Call:
+    """All-gather of a few bytes on the library's own tags, in a call of this name."""
     spec = Spec(Kind.ALL_GATHER, lib.PYCCL_UINT8, space=lib.PYCCL_SPACE_INTERNAL, tag=tag, elements=len(mine))
     source, target = as_buffer("mine", mine, writable=False), as_buffer("out", out, writable=True)
-    return Call("sync_shared_state", spec, source, target, timeout)
+    return Call(what, spec, source, target, timeout)
 
 
 def check_many(max_in_flight: int, options: dict[str, Any]) -> None:

@@ -16,13 +16,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
 import numpy as np
 
 from pyccl import calls, errors
 from pyccl._io.address import parse_address
+from pyccl._io.measure import TAG as TAG_MEASURE
+from pyccl._io.measure import measure
 from pyccl._io.session import Session, SessionConfig, View
 from pyccl._io.statesync import SyncInfo, sync_shared_state
 from pyccl._native import status
@@ -288,29 +290,20 @@ def give_up(begun: list[Op]) -> None:
             op.finish()
 
 
-# ---- shared state ----------------------------------------------------------------------------------------------------
+# ---- calls that are several collectives ------------------------------------------------------------------------------
 
 
-class StateSync:
-    """One sync_shared_state, run by a thread that may block; any other one may give it up."""
+class Gathering:
+    """A call that gathers bytes of all members several times; a thread runs it, which may block."""
 
-    def __init__(self, core: Core, session: Session) -> None:
-        self._core, self._session = core, session
+    def __init__(self, core: Core, session: Session, what: str) -> None:
+        self._core, self._session, self._what = core, session, what
         self._given_up = False
         self._op: Op | None = None
 
-    def run(self, state: SharedState, strategy: Strategy, timeout_s: float) -> SyncInfo:
-        self._session.sync_given_up = False
-        try:
-            return sync_shared_state(self._session, self._gather, state, strategy, timeout_s)
-        except errors.UsageError:
-            if self._session.error is not None:  # left the run meanwhile
-                raise self._session.error from None
-            raise
-
     def give_up(self) -> None:
-        """It fails here and on all others, unless all have the state already."""
-        self._given_up = self._session.sync_given_up = True
+        """From any thread: it fails here and on all others, unless it is as good as done."""
+        self._given_up = True
         if self._op is not None:
             self._session.cancel_soon(self._op)
 
@@ -323,7 +316,7 @@ class StateSync:
             return (me,), [mine]
         size = len(mine)
         out = np.empty(WORLD_MAX * size, np.uint8)
-        call = calls.gather_bytes(mine, out, tag, max(deadline - time.monotonic(), 0.001))
+        call = calls.gather_bytes(self._what, mine, out, tag, max(deadline - time.monotonic(), 0.001))
         try:
             with given_up_on_error() as begun:
                 self._op = self._core._submit(session, call, begun)
@@ -334,6 +327,47 @@ class StateSync:
             return (me,), [mine]
         members = session.members_of(info.epoch)
         return members, [out[i * size : (i + 1) * size].tobytes() for i in range(len(members))]
+
+
+class Measuring(Gathering):
+    """The first half of an optimize_topology; the second is a safe point."""
+
+    def __init__(self, core: Core, session: Session) -> None:
+        super().__init__(core, session, "optimize_topology")
+
+    def run(self, timeout_s: float) -> None:
+        try:
+            measure(self._session, partial(self._gather, TAG_MEASURE), self._check, time.monotonic() + timeout_s)
+        except errors.UsageError:
+            if self._session.error is not None:  # left the run meanwhile
+                raise self._session.error from None
+            raise
+
+    def _check(self) -> None:
+        if self._session.error is not None:
+            raise self._session.error
+        if self._given_up:
+            raise errors.PeerLostError("optimize_topology: given up here")
+
+
+class StateSync(Gathering):
+    """One sync_shared_state."""
+
+    def __init__(self, core: Core, session: Session) -> None:
+        super().__init__(core, session, "sync_shared_state")
+
+    def run(self, state: SharedState, strategy: Strategy, timeout_s: float) -> SyncInfo:
+        self._session.sync_given_up = False
+        try:
+            return sync_shared_state(self._session, self._gather, state, strategy, timeout_s)
+        except errors.UsageError:
+            if self._session.error is not None:  # left the run meanwhile
+                raise self._session.error from None
+            raise
+
+    def give_up(self) -> None:
+        self._session.sync_given_up = True
+        super().give_up()
 
 
 # ---- the ends of sessions that nobody closed -------------------------------------------------------------------------

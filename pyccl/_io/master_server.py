@@ -21,7 +21,7 @@ from pyccl._io.causes import reason_of
 from pyccl._io.journal import Journal
 from pyccl._io.strangers import Notes, Places
 from pyccl._native.handles import FRAME_BYTES, is_heartbeat_untrusted
-from pyccl._proto import limits, master
+from pyccl._proto import limits, master, planning
 from pyccl._proto.messages import Message, Pulse
 from pyccl._proto.past import Past
 from pyccl.errors import RemoteProtocolError
@@ -76,6 +76,8 @@ class MasterServer:
         self._machine: master.MasterMachine
         self._to_write: deque[master.Persist] = deque()
         self._write_wanted = trio.Event()
+        self._searches: dict[int, master.Search] = {}  # by group: a newer one takes the place of one that waits
+        self._search_wanted = trio.Event()
         self._connections_max = connections_max
         self._strangers = Places(min(_STRANGERS_MAX, connections_max // 2 + 1), limits.GREETING_S)
         self._long = envelope.long_places()
@@ -103,6 +105,7 @@ class MasterServer:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tick)
+            nursery.start_soon(self._search_plans)
             if self._journal is not None:
                 nursery.start_soon(self._keep_journal, self._journal)
             await trio.serve_listeners(self._accept, [listener])
@@ -129,6 +132,16 @@ class MasterServer:
                     for _ in batch:
                         self._to_write.popleft()
                     self._perform(self._machine.persisted(batch[-1].ticket, trio.current_time()))
+
+    async def _search_plans(self) -> None:
+        """One at a time, in a thread: nothing else waits for it but the safe point that asked."""
+        while True:
+            await self._search_wanted.wait()
+            self._search_wanted = trio.Event()
+            while self._searches:
+                search = self._searches.pop(next(iter(self._searches)))
+                found = await trio.to_thread.run_sync(planning.search, search.job, abandon_on_cancel=True)
+                self._perform(self._machine.planned(search.group, search.ticket, found, trio.current_time()))
 
     # -- connections
 
@@ -259,6 +272,10 @@ class MasterServer:
         self._to_write.append(effect)
         self._write_wanted.set()
 
+    def _do_search(self, effect: master.Search) -> None:
+        self._searches[effect.group] = effect
+        self._search_wanted.set()
+
     def _do_log(self, effect: master.Log) -> None:
         log.info("%s %s", effect.event, " ".join(f"{key}={value}" for key, value in effect.fields.items()))
 
@@ -267,6 +284,7 @@ _PERFORM: Final[dict[type[master.Effect], Callable[[MasterServer, Any], None]]] 
     master.Send: MasterServer._do_send,
     master.Close: MasterServer._do_close,
     master.Persist: MasterServer._do_persist,
+    master.Search: MasterServer._do_search,
     master.Log: MasterServer._do_log,
     master.StrangerRefused: MasterServer._do_stranger_refused,
 }

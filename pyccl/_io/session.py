@@ -30,6 +30,7 @@ from pyccl._io import envelope
 from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import AUTO_CONNECTIONS, LinkEvents, Links, listen
+from pyccl._io.linktable import LinkTable
 from pyccl._io.observed import Observed
 from pyccl._io.packer import Bytes, Packer
 from pyccl._io.resolver import Resolver
@@ -54,6 +55,7 @@ STALL_S: Final = 30.0
 MASTER_TIMEOUT_S: Final = 20.0  # less than STALL_S, whose error would name the wrong cause
 MISMATCH_GRACE_S: Final = 5.0
 _TICK_S: Final = 0.1
+_TRAFFIC_S: Final = 0.5  # over which traffic is counted
 _SLICE_S: Final = 0.1  # longest wait of a user thread without a look at Python's signal handlers
 _ATTEMPT_LEAST_S: Final = 1.0  # to connect to the master of a run we are in
 _ATTEMPT_MOST_S: Final = 10.0
@@ -148,6 +150,7 @@ class Session:
         self._packers: dict[int, Packer] = {}  # sync -> who packs what is published under it
         self._fetch_last = 0
         self._fetch_lock = threading.Lock()
+        self.table = LinkTable()
         self.observed = Observed(self, peer, incarnation)
         # below: only touched in the Trio thread
         self._scope = trio.CancelScope()
@@ -161,6 +164,7 @@ class Session:
         self._cut_version, self._cut_number = 0, 0
         self._arrived_at = 0.0
         self._down_since = self._needed_since = 0.0
+        self._traffic_at = 0.0
         self._pulse_wanted = trio.Event()
 
     # ---- called by user threads --------------------------------------------------------------------------------------
@@ -664,6 +668,9 @@ class Session:
             return
         self._topology, self._unreachable_timeout = waiter, unreachable_timeout
         self._arrived_at = trio.current_time()
+        news = self.table.news(self.view.members)
+        if news is not None:
+            self._feed(machine.measured(news, trio.current_time()))
         self._feed(machine.arrive(self._counts(), trio.current_time()))
 
     def _withdraw(self, waiter: Waiter) -> None:
@@ -785,6 +792,7 @@ class Session:
             self._feed(self._machine.tick(now))
             self._watch_blocked(now)
             self._watch_master(now)
+            self._watch_traffic()
 
     def _watch_blocked(self, now: float) -> None:
         """Tell the master when every call here waits for something another member has not done."""
@@ -800,6 +808,16 @@ class Session:
             self._feed(self._machine.blocked(lacking, seen.below_cut, now))
         else:
             self._feed(self._machine.unblocked(now))
+
+    def _watch_traffic(self) -> None:
+        """Operations show what the links carry."""
+        assert self.engine is not None and self._links is not None
+        now = time.monotonic()
+        if not (self.blocked or self._watched) or now - self._traffic_at < _TRAFFIC_S:
+            return
+        self._traffic_at = now
+        slots = {peer: self._links.slot_of(peer) for peer in self.view.members}
+        self.table.carried({p: self.engine.received(slot) for p, slot in slots.items() if slot is not None}, now)
 
     def _watch_master(self, now: float) -> None:
         """A safe point needs the master, and so does an operation with a lost peer; none waits for one that stays away.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ WORLD_MAX: Final[int] = lib.PYCCL_WORLD_MAX
 FETCH_BYTES_MAX: Final[int] = lib.PYCCL_PIECE_MAX
 LONG_RTT_S: Final = 0.005  # from here on losses and idle time cost more than a paced sender does
 _EVENTS_AT_ONCE: Final = 64
+_FOLD_ELEMENTS: Final = 1 << 16
+_FOLD_RUNS: Final = 8
 _SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
 
 
@@ -211,6 +214,11 @@ class Engine:
     def use(self, slot: int, conns: int) -> None:
         """So many connections of the link carry our data; EventType.LINK_WANTS when there are fewer."""
         check(lib.pyccl_engine_link_use(self._engine, slot, conns), "link_use")
+
+    def received(self, slot: int) -> int:
+        """Bytes received on the link so far; 0 for a slot that was removed."""
+        stats = self._link_stats(slot)
+        return 0 if stats is None else int(stats.rx_bytes)
 
     def _link_stats(self, slot: int) -> Any:
         """pyccl_link_stats; None for a slot that was removed."""
@@ -503,6 +511,19 @@ def chunk_digests(buffer: object) -> bytes:
     out = ffi.new("uint8_t[]", max(1, -(-len(pin) // CHUNK_BYTES) * 16))
     lib.pyccl_chunk_digests(pin, len(pin), CHUNK_BYTES, out)
     return bytes(ffi.buffer(out, -(-len(pin) // CHUNK_BYTES) * 16))
+
+
+def fold_rate() -> float:
+    """Bytes per second that this process reads when it folds float32: the best of a few short runs."""
+    arrays = [ffi.new("float[]", _FOLD_ELEMENTS) for _ in range(2)]
+    inputs = ffi.new("void *[]", arrays)
+    best = float("inf")
+    for _ in range(_FOLD_RUNS):
+        begun = time.perf_counter()
+        status = lib.pyccl_reduce(lib.PYCCL_FLOAT32, lib.PYCCL_SUM, inputs, _NULL, 2, _FOLD_ELEMENTS, arrays[0])
+        best = min(best, time.perf_counter() - begun)
+        check(status, "fold")
+    return float(2 * ffi.sizeof(arrays[0]) / best)
 
 
 FRAME_BYTES: Final[int] = lib.PYCCL_FRAME_SIZE

@@ -34,6 +34,8 @@ DETAIL_CHARS_MAX: Final = 1000
 STATUS_CHARS_MAX: Final = 1 << 20
 PEER_TIMEOUT_MS_MAX: Final = U32_MAX
 HASH_BYTES: Final = 32
+RATE_MAX: Final = 10**13  # bytes per second that a member tells of
+RTT_US_MAX: Final = 60_000_000
 STATE_BYTES_MAX: Final = (1 << 63) - 1  # of a state file; a revision has the same limit
 
 # ---- what the master remembers

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pyccl._proto import ballot as ballots
-from pyccl._proto import limits
+from pyccl._proto import limits, measuring
 from pyccl._proto import plan as plans
 from pyccl._proto.channel import check_told_untrusted, pair_of, participants
 from pyccl._proto.epoch import Epoch, Member, make_epoch
@@ -67,6 +67,7 @@ from pyccl._proto.messages import (
     Hello,
     Key,
     Leave,
+    Measured,
     Members,
     Message,
     Observe,
@@ -102,6 +103,7 @@ from pyccl._proto.past import (
     fence,
     start_of,
 )
+from pyccl._proto.planning import Found, Job
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Line, Seen, lost_members, refused_at_once
 from pyccl._proto.takeover import Takeover
 from pyccl.errors import RemoteProtocolError
@@ -154,6 +156,15 @@ class Persist(Effect):
     record: Record
 
 
+@dataclass(frozen=True, slots=True)
+class Search(Effect):
+    """``planning.search(job)`` in a thread, one at a time, then ``planned(group, ticket, what was found)``."""
+
+    group: int
+    ticket: int
+    job: Job
+
+
 # ---- who may send what ---------------------------------------------------------------------------------------------
 
 _ALL: Final = frozenset(Standing)
@@ -176,12 +187,13 @@ LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
     Unblocked: _MEMBER,
     Differs: _MEMBER,
     Entered: _MEMBER,
+    Measured: _MEMBER,
 }
 
 
 class MasterMachine:
-    """Inputs: connected, receive, disconnected, heard, persisted, not_persisted, tick. Each takes `now` and returns
-    effects; none raises.
+    """Inputs: connected, receive, disconnected, heard, persisted, not_persisted, planned, tick. Each takes `now` and
+    returns effects; none raises.
 
     past: what an earlier master of this run left behind. Silence then counts from `now`, when its members have had
     their time to come back.
@@ -322,6 +334,21 @@ class MasterMachine:
             self._log("journal_failed", reason=reason, waiting=len(self._writing))
         return self._taken()
 
+    def planned(self, number: int, ticket: int, found: Found, now: float) -> list[Effect]:
+        """A search has ended. A group, or members, that are not there any more have no use for it."""
+        self._now = now
+        group = self._groups.get(number)
+        if group is None or group.epoch is None:
+            return []
+        job, news = group.planning.found(ticket, found, now)
+        self._search(group, job)
+        if news is not None:
+            self._log("plan_found", group=number, epoch=group.epoch.number, **news.fields())
+            if news.better:
+                return self.plan_next(number, news.peers, news.plan, now)
+        self._advance(group)
+        return self._taken()
+
     def plan_next(self, group: int, peers: tuple[bytes, ...], plan: plans.Plan, now: float) -> list[Effect]:
         """Adopt this plan, made for these members in rank order, at the group's next safe point.
 
@@ -367,8 +394,8 @@ class MasterMachine:
             group = self._groups[number]
             self._drop_silent_newcomers(group)
             self._evict_silent_members(group)
-            if group.epoch is None or len(group.epoch.members) == 1:
-                self._advance(group)  # it may have awaited its members, or its safe point company, for long enough
+            if group.epoch is None or len(group.epoch.members) == 1 or group.planning.waits:
+                self._advance(group)  # it may have awaited its members, company or a plan for long enough
         return self._taken()
 
     # ---- a new connection
@@ -731,6 +758,13 @@ class MasterMachine:
         if self._is_current(group, message.epoch):
             record.said.entered = True
 
+    def _on_measured(self, group: Group, record: Peer, message: Measured) -> None:
+        named = {link.peer for link in message.links}
+        if len(named) != len(message.links) or record.peer in named:
+            raise RemoteProtocolError("a link is measured twice, or to the sender itself")
+        record.measured = message
+        group.planning.version += 1
+
     def _is_current(self, group: Group, number: int) -> bool:
         """False: of an older epoch, it crossed our commit. A newer one was never committed."""
         assert group.epoch is not None
@@ -897,6 +931,8 @@ class MasterMachine:
             return False
         if proposal is None and self._awaits_company(group, members):
             return False
+        if self._awaits_plan(group):
+            return False
         return self._propose(group)
 
     def _awaits_company(self, group: Group, members: list[Peer]) -> bool:
@@ -904,6 +940,25 @@ class MasterMachine:
         if len(members) > 1 or any(True for _ in self._pending(group)):
             return False
         return self._now - members[0].said.arrived_at < limits.LONE_SAFE_POINT_S
+
+    def _awaits_plan(self, group: Group) -> bool:
+        """A search for those who would be in the next epoch; it begins here if there was none."""
+        assert group.epoch is not None
+        planning, everybody = group.planning, self._next_members(group)
+        peers = tuple(sorted(record.peer for record in everybody))
+        if not planning.has(peers):
+            told = {record.peer: record.measured for record in everybody if record.measured is not None}
+            network = measuring.network(peers, told) if told else None
+            present = plans.carry_bytes(group.epoch.plan, group.epoch.peers, peers)
+            job = planning.begin(peers, network, present, self._now)
+            if job is not None:
+                group.next_plan = None  # found for others, or by what is known better now
+            self._search(group, job)
+        return planning.awaited(self._now)
+
+    def _search(self, group: Group, job: Job | None) -> None:
+        if job is not None:
+            self._out.append(Search(group.group, group.planning.ticket, job))
 
     def _step_join(self, group: Group) -> bool:
         proposal = group.proposal
@@ -921,9 +976,8 @@ class MasterMachine:
         """The next epoch: the members, and whoever waits. Made again when a count or a newcomer has changed."""
         assert group.epoch is not None
         members = self._members(group)
-        taken = {record.peer for record in members}
-        newcomers = [record for record in self._pending(group) if record.peer not in taken]
-        newcomers = newcomers[: limits.MEMBERS_MAX - len(members)]
+        everybody = self._next_members(group)
+        newcomers = everybody[len(members) :]
         highest: dict[tuple[int, int], int] = {}
         for record in members:
             for key, submitted in (record.said.arrived or {}).items():
@@ -936,7 +990,6 @@ class MasterMachine:
             text = f"{longest} different tags, a safe point holds {limits.KEYS_MAX}"
             self._open_ballot(group, KIND_MISMATCH, make_detail((), ("tag",), text))
             return True
-        everybody = [*members, *newcomers]
         epoch = make_epoch(
             *(group.epoch.number + 1, group.epoch.id, self.term),
             tuple(record.member for record in everybody),
@@ -955,6 +1008,13 @@ class MasterMachine:
         for record in everybody:
             self._tell(record, group.proposal.message_to(record))
         return True
+
+    def _next_members(self, group: Group) -> list[Peer]:
+        """The members, then whoever waits, as many as there is room for."""
+        members = self._members(group)
+        taken = {record.peer for record in members}
+        newcomers = [record for record in self._pending(group) if record.peer not in taken]
+        return [*members, *newcomers[: limits.MEMBERS_MAX - len(members)]]
 
     def _plan_for(self, group: Group, peers: list[bytes]) -> bytes:
         """peers: of the proposed epoch, in rank order."""
@@ -1216,6 +1276,7 @@ class MasterMachine:
             for open_ in (group.ballot, group.proposal):
                 if open_ is not None:
                     open_.since = self._now
+            group.planning.restart_timers(self._now)
         for entry in self._conns.values():
             entry.since = self._now
         self._observers.restart_timers(self._now)
@@ -1402,6 +1463,7 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, Group, Peer, An
     Unblocked: MasterMachine._on_unblocked,
     Differs: MasterMachine._on_differs,
     Entered: MasterMachine._on_entered,
+    Measured: MasterMachine._on_measured,
 }
 
 # What may follow, first things first. Each says whether it did something; after that all are asked again.

@@ -6,8 +6,9 @@ import enum
 from dataclasses import dataclass, field
 
 from pyccl._proto.epoch import NO_ID, Address, Epoch, Member
-from pyccl._proto.messages import Blocked, Count, EpochCommit, EpochPropose, Hello, Report
+from pyccl._proto.messages import Blocked, Count, EpochCommit, EpochPropose, Hello, Measured, Report
 from pyccl._proto.plan import Plan
+from pyccl._proto.planning import Planning
 from pyccl._proto.suspicion import Complaint
 
 
@@ -46,6 +47,7 @@ class Peer:
     conn: int | None = None
     standing: Standing = Standing.PENDING
     said: Said = field(default_factory=Said)
+    measured: Measured | None = None  # of its links: outlives the epoch
     complaints: dict[bytes, Complaint] = field(default_factory=dict)
     lost: str = ""  # why it is left out of the ballot; "": it is not
     lost_at: float = 0.0
@@ -111,6 +113,7 @@ class Group:
     proposal: Proposal | None = None
     ballot: Ballot | None = None
     deciding: EpochCommit | None = None  # on its way to the journal; proposal or ballot stay open until it is there
+    planning: Planning = field(default_factory=Planning)
     next_plan: MadePlan | None = None  # for the next safe point
     roster: list[Peer] = field(default_factory=list)  # of the epoch of `roster_of`: looked up for every message
     roster_of: EpochCommit | None = None

@@ -44,6 +44,7 @@ from pyccl._proto.messages import (
     Hello,
     Key,
     Leave,
+    Measured,
     Message,
     Observers,
     OpReport,
@@ -313,6 +314,7 @@ class MemberMachine:
         self.observers: tuple[Member, ...] = ()
         self._standing = _Standing()
         self._arrived: tuple[Count, ...] | None = None
+        self._measured: Measured | None = None  # what was last told of the links
         self._complaints: dict[bytes, _Complaint] = {}
         self._beat_at = 0.0
         self._heard_at = 0.0
@@ -491,6 +493,14 @@ class MemberMachine:
         if self._standing.ballot == 0:  # frozen: the safe point starts in the next epoch, with NeedCounts
             effects += self._send(Arrive(self._number, counts), now)
         return effects
+
+    def measured(self, message: Measured, now: float) -> list[Effect]:
+        """The links were measured, or their traffic tells something new. Before ``arrive``, so that the plan of the
+        next epoch may rest on it."""
+        if self.state is not State.MEMBER:
+            return []
+        self._measured = message
+        return self._send(message, now)
 
     def withdraw(self, now: float) -> list[Effect]:
         """update_topology() was given up. Should the commit be on its way already, it is entered all the same.
@@ -714,6 +724,8 @@ class MemberMachine:
         again: list[Message] = []
         if standing.entered:
             again.append(Entered(number))
+        if self._measured is not None:
+            again.append(self._measured)
         if standing.ballot == 0:
             again.append(Withdraw(number) if self._arrived is None else Arrive(number, self._arrived))
         again += [Suspect(peer, c.cause, c.detail) for peer, c in sorted(self._complaints.items())]

@@ -72,6 +72,15 @@ class Resume(NamedTuple):
     term: int = 0  # of the last master it was welcome to
 
 
+class LinkMeasure(NamedTuple):
+    """What a member received from another one: bytes per second. 0: not measured."""
+
+    peer: bytes
+    rate: int  # while neither received from anybody else
+    crowd: int  # while both received from several
+    rtt_us: int
+
+
 class OpState:
     """pyccl_op_state of pyccl.h."""
 
@@ -244,6 +253,8 @@ _VERDICTS: Final = _Array(
 _RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
 _MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
+_RATE: Final = _UInt(limits.RATE_MAX)
+_LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _UInt(limits.RTT_US_MAX)), limits.MEMBERS_MAX)
 _EPOCH: Final = _EpochRecord(
     Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
 )
@@ -444,6 +455,16 @@ class Observe(Message):
     peer: bytes
     incarnation: bytes
     addresses: tuple[Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Message):
+    """All that the sender knows of its links; takes the place of what it told before."""
+
+    TYPE = 21
+    KINDS = (_RATE, _LINKS)
+    fold: int  # bytes per second that it decodes and adds
+    links: tuple[LinkMeasure, ...]
 
 
 # -- master to peer
@@ -657,7 +678,7 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
     cls.TYPE: cls
     for cls in (
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
-        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe),
+        *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe, Measured),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
         *(Unknown, Undecided, Members, Observers, Term),
         *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone),

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -194,6 +194,13 @@ class Agent:
 
     def do_update_topology(self, timeout: float = DEADLINE_S) -> None:
         self.need().update_topology(timeout)
+
+    def do_optimize_topology(self, timeout: float = DEADLINE_S) -> None:
+        self.need().optimize_topology(timeout)
+
+    def do_links(self) -> dict[str, dict[str, float]]:
+        """What was measured of the links to others."""
+        return {peer.hex(): asdict(known) for peer, known in self.session().table._known.items()}
 
     def do_grow(self, world: int) -> None:
         """As a program would: safe points until so many are there."""

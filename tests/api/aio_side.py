@@ -59,6 +59,10 @@ class Local:
         assert self.session.engine is not None
         return sum(count for space, of, count in self.session.engine.counts() if (space, of) == (0, tag))
 
+    def submits_inside(self, tag: int) -> int:
+        """Of the library's own operations."""
+        return sum(count for space, of, count in self.session.engine.counts() if (space, of) == (1, tag))
+
     async def submitted(self, count: int, tag: int = 0) -> None:
         await until(lambda: self.submits(tag) >= count)
 

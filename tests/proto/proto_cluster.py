@@ -12,10 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyccl._proto import master, member
+from pyccl._proto import master, member, planning
 from pyccl._proto.epoch import Epoch
 from pyccl._proto.member import MemberMachine, State
-from pyccl._proto.messages import Count, Message, OpReport, OpState, from_wire_untrusted, to_wire
+from pyccl._proto.messages import (
+    Count,
+    LinkMeasure,
+    Measured,
+    Message,
+    OpReport,
+    OpState,
+    from_wire_untrusted,
+    to_wire,
+)
 
 PEER_TIMEOUT_S = 1.0
 TICK_S = 0.1
@@ -64,6 +73,7 @@ class Cluster:
         self.pipes: dict[int, Pipe] = {}
         self.conns = 0
         self.cut: set[frozenset[bytes]] = set()  # pairs of peers whose data links are cut
+        self.searches: list[master.Search] = []
         self.history: dict[int, Epoch] = {}  # number -> the one epoch
         self.gone: dict[tuple[bytes, bytes], int] = {}  # evicted incarnation -> last epoch before that
         self.log: list[str] = []
@@ -96,12 +106,13 @@ class Cluster:
 
     def step(self) -> None:
         """One thing that can happen now happens; if none can, time passes."""
-        choices: list[tuple[Callable[[Any], None], Pipe | Node]] = []
+        choices: list[tuple[Callable[[Any], None], Pipe | Node | master.Search]] = []
         for pipe in self.pipes.values():
             if pipe.up:
                 choices.append((self._deliver_up, pipe))
             if pipe.down and not pipe.node.silent:
                 choices.append((self._deliver_down, pipe))
+        choices.extend((self._searched, search) for search in self.searches)
         choices.extend((self._answer, node) for node in self.nodes if node.runs and node.answers)
         if choices and self.rng.random() < 0.97:
             do, what = self.rng.choice(choices)
@@ -123,6 +134,10 @@ class Cluster:
     def _answer(self, node: Node) -> None:
         name, args = node.answers.popleft()
         self.to_node(node, getattr(node.machine, name)(*args, self.now))
+
+    def _searched(self, search: master.Search) -> None:
+        self.searches.remove(search)
+        self.to_master(self.master.planned(search.group, search.ticket, planning.search(search.job), self.now))
 
     def _tick(self) -> None:
         self.now += TICK_S
@@ -167,10 +182,19 @@ class Cluster:
             node.counts[tag] = node.counts.get(tag, 0) + 1
         if not node.wants_safe_point and self.rng.random() < 0.5:
             node.wants_safe_point = True
+            if self.rng.random() < 0.3:
+                self.to_node(node, node.machine.measured(self._measured(node), self.now))
             self.to_node(node, node.machine.arrive(self._counts(node), self.now))
         elif node.wants_safe_point and self.rng.random() < 0.01:
             node.wants_safe_point = False
             self.to_node(node, node.machine.withdraw(self.now))
+
+    def _measured(self, node: Node) -> Measured:
+        assert node.machine.epoch is not None
+        others = [peer for peer in node.machine.epoch.peers if peer != node.machine.peer]
+        drawn = [[self.rng.randrange(limit) for limit in (10**8, 10**8, 10**6)] for _ in others]
+        links = tuple(LinkMeasure(peer, *numbers) for peer, numbers in zip(others, drawn, strict=True))
+        return Measured(self.rng.randrange(10**9), links)
 
     def _counts(self, node: Node) -> tuple[Count, ...]:
         return tuple(Count(0, tag, submitted) for tag, submitted in sorted(node.counts.items()))
@@ -179,7 +203,9 @@ class Cluster:
 
     def to_master(self, effects: list[master.Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, master.Log):
+            if isinstance(effect, master.Search):
+                self.searches.append(effect)
+            elif isinstance(effect, master.Log):
                 self.log.append(f"{self.now:.1f} {effect.event} {effect.fields}")
             elif isinstance(effect, master.Send):
                 assert from_wire_untrusted(to_wire(effect.message)) == effect.message
@@ -187,7 +213,8 @@ class Cluster:
                     self.pipes[effect.conn].down.append(effect.message)
             elif isinstance(effect, master.Close) and effect.conn in self.pipes:
                 self.pipes[effect.conn].closed_by_master = True
-                assert not effect.reason.startswith(("Ready", "Arrive", "Report", "Behind", "Differs")), effect
+                ours = ("Ready", "Arrive", "Report", "Behind", "Differs", "a link is measured")
+                assert not effect.reason.startswith(ours), effect
                 assert "not legal" not in effect.reason, effect
                 if not self.pipes[effect.conn].down:
                     self.reset_control(self.pipes[effect.conn].node)

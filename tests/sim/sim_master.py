@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sim_world import CLOSE, Conn, Process, World
 
 from pyccl._io import journal
-from pyccl._proto import master
+from pyccl._proto import master, planning
 from pyccl._proto.past import (
     NONCE_BITS,
     Began,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TICK_S: Final = 0.1
 WRITE_AGAIN_S: Final = 0.5
+SEARCH_S: Final = 3.0  # longer than a safe point waits
 
 
 class Disk:
@@ -155,6 +156,10 @@ class SimMaster(Process):
         self._perform(self.machine.persisted(batch[-1].ticket, self.now_s))
         self._write()
 
+    def _searched(self, search: master.Search) -> None:
+        found = planning.search(search.job)
+        self._perform(self.machine.planned(search.group, search.ticket, found, self.now_s))
+
     def _tick(self) -> None:
         self.soon(TICK_S, self._tick)
         self._perform(self.machine.tick(self.now_s))
@@ -174,6 +179,8 @@ class SimMaster(Process):
                 case master.Persist():
                     self._to_write.append(effect)
                     self._write()
+                case master.Search():
+                    self.soon(self.world.rng.random() * SEARCH_S, self._searched, effect)
                 case master.Log(event, fields):
                     self.world.note("master: %s %s", event, fields)
                     self.cluster.checks.master_log(event, fields)

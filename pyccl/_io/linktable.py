@@ -1,0 +1,99 @@
+"""LinkTable: what a member knows of its links to the others: measured in rounds (`measure.py`), confirmed by traffic.
+
+Traffic proves what a line carries at least. So it raises a rate, and a rate that it comes near to stays good without
+being measured again; that it is less says nothing.
+Threads: the session's and the one that measures; a lock joins them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from pyccl._proto import limits, measuring
+from pyccl._proto.messages import LinkMeasure, Measured
+
+FRESH_S: Final = 600.0  # a rate that nothing has confirmed for so long is measured again
+_CONFIRMS: Final = 0.5  # of the rate that is known
+_NEWS: Final = 0.2  # so much more or less is worth a message
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    rate: float = 0.0  # bytes per second received; 0: not measured
+    crowd: float = 0.0  # while others sent, too
+    rtt_s: float = 0.0
+    at: float = float("-inf")
+
+
+class LinkTable:
+    """Of one session, by peer id. Times are of ``time.monotonic``."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, _Known] = {}
+        self._fold = 0.0
+        self._counted: tuple[float, Mapping[bytes, int]] = (0.0, {})
+        self._told = Measured(0, ())
+        self._lock = threading.Lock()
+
+    def lacks(self, peer: bytes, now: float) -> bool:
+        known = self._known.get(peer)
+        return known is None or now - known.at >= FRESH_S
+
+    def measured(self, peer: bytes, rate: float, rtt_s: float, now: float) -> None:
+        """In a round. A rate of 0 is none: it is measured again the next time."""
+        if rate > 0:
+            self._change(peer, rate=rate, rtt_s=rtt_s, at=now)
+
+    def crowded(self, peer: bytes, rate: float) -> None:
+        self._change(peer, crowd=rate)
+
+    def folds(self, rate: float) -> None:
+        self._fold = rate
+
+    def carried(self, received: Mapping[bytes, int], now: float) -> None:
+        """So many bytes were received on each link by now."""
+        (before, counted), self._counted = self._counted, (now, received)
+        if now <= before:
+            return
+        rates = {peer: (count - counted[peer]) / (now - before) for peer, count in received.items() if peer in counted}
+        for peer, rate in rates.items():
+            known = self._known.get(peer)
+            if known is not None and 0 < known.rate * _CONFIRMS <= rate:
+                self._change(peer, rate=max(rate, known.rate), at=now)
+        crowd = sum(known.crowd for known in self._known.values())
+        if crowd and sum(rates.values()) > crowd:
+            for peer, rate in rates.items():
+                self._change(peer, crowd=rate)
+
+    def news(self, members: Sequence[bytes]) -> Measured | None:
+        """What the master is to be told of the links to these; None: little has changed since the last time."""
+        with self._lock:
+            known = sorted((peer, known) for peer, known in self._known.items() if peer in members)
+        links = tuple(
+            LinkMeasure(
+                *(peer, measuring.clip_rate(k.rate), measuring.clip_rate(k.crowd)),
+                min(round(k.rtt_s * 1e6), limits.RTT_US_MAX),
+            )
+            for peer, k in known
+        )
+        told = {link.peer: link for link in self._told.links}
+        if all(link.peer in told and not _differs(link, told[link.peer]) for link in links):
+            return None
+        self._told = Measured(measuring.clip_rate(self._fold), links)
+        return self._told
+
+    def keep(self, members: Sequence[bytes]) -> None:
+        """Forget who has left: whoever comes back may be elsewhere."""
+        with self._lock:
+            self._known = {peer: known for peer, known in self._known.items() if peer in members}
+
+    def _change(self, peer: bytes, **changes: float) -> None:
+        with self._lock:
+            self._known[peer] = replace(self._known.get(peer, _Known()), **changes)
+
+
+def _differs(a: LinkMeasure, b: LinkMeasure) -> bool:
+    return any(abs(x - y) > _NEWS * max(x, y) for x, y in ((a.rate, b.rate), (a.crowd, b.crowd)))

@@ -1,0 +1,257 @@
+"""Measure the links of this member while all others measure theirs: the first half of ``optimize_topology``.
+
+    1  all-gather: under which id everybody serves the bytes that the others receive
+    2  all-gather: whose links each member lacks; the rounds follow from that (`_proto.measuring`)
+    3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count
+    4  the crowd, if anything was missing: barrier; the same from several members at once
+
+What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
+and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
+for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: three
+parts of 0.2 s and three round trips each, or ROUND_MOST_S.
+Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX and
+the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
+Threads: the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import queue
+import secrets
+import struct
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+import numpy as np
+
+from pyccl._io.session import Session
+from pyccl._native import status
+from pyccl._native.handles import FETCH_BYTES_MAX, fold_rate
+from pyccl._proto import limits, measuring
+from pyccl.errors import RemoteProtocolError
+
+TAG: Final = 4
+ROUND_MOST_S: Final = 3.0
+_PART_S: Final = 0.2
+_PART_TRIPS: Final = 3  # that a part takes beyond: connections double their rate in each
+_STEADY: Final = 0.75
+_PINGS: Final = 4
+_PING_S: Final = 2.0
+_DRAIN_S: Final = 1.0  # for what is still on its way when a round is over
+_WINDOW_LEAST: Final = 1 << 16
+_WINDOW_MOST: Final = 32 << 20
+_PARTS: Final = 16  # of a window, asked for one by one
+_PART_LEAST: Final = 1 << 13
+_SLACK_S: Final = 0.05  # beyond the round trip that a window lasts
+_SAMPLE_S: Final = 0.02
+_SERVED: Final = 4096  # times the same FETCH_BYTES_MAX of zeros, one behind the other
+_HELLO: Final = struct.Struct("<Q")
+
+log = logging.getLogger("pyccl.measure")
+
+# (my bytes, deadline) -> (members in order, their bytes); every member calls it or it fails on all
+Gather = Callable[[bytes, float], tuple[tuple[bytes, ...], list[bytes]]]
+
+
+def measure(session: Session, gather: Gather, check: Callable[[], None], deadline: float) -> None:
+    """Measure what this session's table lacks, together with all members, and tell the master of it.
+
+    check: raises when there is no use in going on. Raises what a collective raises.
+    """
+    engine, sync, me, table = session.need_engine(), secrets.randbits(64), session.peer, session.table
+    engine.publish(sync, [np.zeros(FETCH_BYTES_MAX, np.uint8)] * _SERVED)
+    try:
+        members, hellos = gather(_HELLO.pack(sync), deadline)
+        syncs = {peer: _HELLO.unpack(hello)[0] for peer, hello in zip(members, hellos, strict=True)}
+        table.keep(members)
+        now = time.monotonic()
+        mine = bytes(int(peer != me and table.lacks(peer, now)) for peer in members)
+        staying, lacking = gather(mine.ljust(limits.MEMBERS_MAX, b"\0"), deadline)
+        rounds = measuring.rounds(len(members), _missing(members, staying, lacking))
+        probe = _Probe(session, syncs, check)
+        for pairs in rounds:
+            gather(b"\0", deadline)
+            rank = measuring.partner(pairs, members.index(me))
+            if rank is not None:
+                peer = members[rank]
+                rtt_s = probe.rtt_s(peer)
+                rate = probe.rates([peer], rtt_s)[0]
+                table.measured(peer, rate, rtt_s, time.monotonic())
+                log.info("link_measured peer=%s bytes_s=%.0f rtt_s=%.4f", peer.hex()[:8], rate, rtt_s)
+        if rounds:
+            gather(b"\0", deadline)
+            if len(members) > 2:
+                crowd = [members[rank] for rank in measuring.crowd(len(members), members.index(me))]
+                rtts = [probe.rtt_s(peer) for peer in crowd]
+                for peer, rate in zip(crowd, probe.rates(crowd, max(rtts)), strict=True):
+                    table.crowded(peer, rate)
+            table.folds(fold_rate())
+            gather(b"\0", deadline)  # nobody stops serving before all have received
+    finally:
+        engine.unpublish(sync)
+
+
+def _missing(members: tuple[bytes, ...], staying: tuple[bytes, ...], lacking: list[bytes]) -> set[measuring.Pair]:
+    """Pairs of which one of both lacks the other, by rank in `members`."""
+    missing = set()
+    for peer, lacks in zip(staying, lacking, strict=True):
+        a = members.index(peer)
+        if set(lacks) - {0, 1} or lacks[a] or any(lacks[len(members) :]):
+            raise RemoteProtocolError(f"{peer.hex()} does not say which links it lacks")
+        for b in range(len(members)):
+            if lacks[b] and members[b] in staying:
+                missing.add((min(a, b), max(a, b)))
+    return missing
+
+
+class _Probe:
+    """Receives as fast as it comes, into one buffer over and over. check: raises when there is no use in going on."""
+
+    def __init__(self, session: Session, syncs: dict[bytes, int], check: Callable[[], None]) -> None:
+        self._session, self._syncs, self._check = session, syncs, check
+        self._buffer = np.empty(FETCH_BYTES_MAX, np.uint8)
+        # A request is known by what it asks for: what comes late, or twice, must not pass for the answer to another.
+        self._offsets = itertools.cycle(range(0, _SERVED * FETCH_BYTES_MAX, FETCH_BYTES_MAX))
+
+    def rtt_s(self, peer: bytes) -> float:
+        """The shortest of a few; 0: no answer."""
+        best, until = math.inf, time.monotonic() + _PING_S
+        for _ in range(_PINGS):
+            begun, ended = time.monotonic(), queue.SimpleQueue[int]()
+            number = self.ask(peer, 1, ended.put)
+            if number is None:
+                break
+            while ended.empty() and (time.monotonic() < until or not self._session.cancel_fetch(number)):
+                self._check()
+                with contextlib.suppress(queue.Empty):
+                    ended.put(ended.get(timeout=_SAMPLE_S))
+            if ended.empty() or ended.get() != status.OK:
+                break
+            best = min(best, time.monotonic() - begun)
+        return best if best < math.inf else 0.0
+
+    def rates(self, peers: Sequence[bytes], rtt_s: float) -> list[float]:
+        """Bytes per second from each, all at once. 0: nothing came, or the link was lost."""
+        done: _Done = queue.SimpleQueue()
+        streams = [_Stream(self, peer, rtt_s, done) for peer in peers]
+        part_s = min(_PART_S + _PART_TRIPS * rtt_s, ROUND_MOST_S / 3)  # the round has three or more
+        begun = now = time.monotonic()
+        while any(stream.open for stream in streams) and now < begun + ROUND_MOST_S:
+            self._check()
+            for stream in _ended(done):
+                stream.fill()
+            now = time.monotonic()
+            for stream in streams:
+                stream.sample(now)
+            if now >= begun + 3 * part_s and all(stream.is_steady(now, part_s) for stream in streams):
+                break
+        rates = [stream.best((now - begun) / 2) for stream in streams]
+        while any(stream.open for stream in streams) and time.monotonic() < now + _DRAIN_S:
+            self._check()
+            _ended(done)
+        for number in itertools.chain.from_iterable(stream.open for stream in streams):
+            self._session.cancel_fetch(number)
+        return rates
+
+    def received(self, peer: bytes) -> int:
+        """Bytes, on all its connections so far."""
+        slot = self._session.slot_of(peer)
+        return 0 if slot is None else self._session.need_engine().received(slot)
+
+    def ask(self, peer: bytes, size: int, then: Callable[[int], None]) -> int | None:
+        """The number of the request; None: there is no link."""
+        slot = self._session.slot_of(peer)
+        if slot is None:
+            return None
+        return self._session.fetch(
+            slot, self._syncs[peer], next(self._offsets), self._buffer[:size], lambda code, _: then(code), packed=False
+        )
+
+
+def _ended(done: _Done) -> list[_Stream]:
+    """Wait a moment for requests to end; whose they were."""
+    streams = []
+    with contextlib.suppress(queue.Empty):
+        stream, key, code = done.get(timeout=_SAMPLE_S)
+        while True:
+            stream.ended(key, code)
+            streams.append(stream)
+            stream, key, code = done.get_nowait()
+    return streams
+
+
+class _Stream:
+    """From one member: as much asked for as its rate and the round trip make use of."""
+
+    def __init__(self, probe: _Probe, peer: bytes, rtt_s: float, done: _Done) -> None:
+        self._probe, self._peer, self._rtt_s, self._done = probe, peer, rtt_s, done
+        self._window = _WINDOW_LEAST
+        self._keys = itertools.count()
+        self._asked: dict[int, tuple[int, int]] = {}  # key -> number of the request, bytes
+        self._seen = [(time.monotonic(), probe.received(peer))]  # when, and how much had been received
+        self._failed = False
+        self.fill()
+
+    @property
+    def open(self) -> tuple[int, ...]:
+        """Numbers of the requests that have not ended."""
+        return tuple(number for number, _ in self._asked.values())
+
+    def fill(self) -> None:
+        part = min(FETCH_BYTES_MAX, max(_PART_LEAST, self._window // _PARTS))
+        while not self._failed and (sum(size for _, size in self._asked.values()) + part <= self._window):
+            key = next(self._keys)
+            number = self._probe.ask(self._peer, part, partial(self._tell, key))
+            if number is None:
+                self._failed = True
+            else:
+                self._asked[key] = number, part
+
+    def _tell(self, key: int, code: int) -> None:
+        self._done.put((self, key, code))
+
+    def ended(self, key: int, code: int) -> None:
+        del self._asked[key]
+        self._failed = self._failed or code != status.OK
+
+    def sample(self, now: float) -> None:
+        """Count, and ask for twice what comes in a round trip: what is not limited by that then grows."""
+        if now - self._seen[-1][0] < _SAMPLE_S:
+            return
+        self._seen.append((now, self._probe.received(self._peer)))
+        rate = self.rate(now - max(self._rtt_s, 2 * _SAMPLE_S), now)
+        self._window = max(self._window, min(int(2 * rate * (self._rtt_s + _SLACK_S)), _WINDOW_MOST))
+
+    def is_steady(self, now: float, part_s: float) -> bool:
+        """Two parts of the round in a row went about as fast."""
+        before, last = self.rate(now - 2 * part_s, now - part_s), self.rate(now - part_s, now)
+        return 0 < _STEADY * max(before, last) <= min(before, last)
+
+    def best(self, least_s: float) -> float:
+        """Over the best time of at least that length: connections begin slowly, and may stall."""
+        found = 0.0
+        for ended, after in self._seen:
+            at = bisect_right(self._seen, (ended - least_s, math.inf)) - 1
+            begun, before = self._seen[max(at, 0)]
+            if at >= 0 and ended > begun:
+                found = max(found, (after - before) / (ended - begun))
+        return 0.0 if self._failed else found
+
+    def rate(self, since: float, until: float) -> float:
+        """From the last count before the one time to the last count before the other."""
+        if self._failed:
+            return 0.0
+        (begun, before), (ended, after) = (
+            self._seen[max(bisect_right(self._seen, (at, 0)) - 1, 0)] for at in (since, until)
+        )
+        return max(0, after - before) / (ended - begun) if ended > begun else 0.0
+
+
+_Done = queue.SimpleQueue[tuple[_Stream, int, int]]

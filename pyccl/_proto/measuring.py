@@ -1,0 +1,123 @@
+"""Measuring: which links to measure when, and what a network is, from what its members have told of it.
+
+    round   pairs that have no member in common measure at the same time, both ways: an edge colouring of the missing
+            pairs, so that nobody's line is shared. Of all pairs of N members N - 1 rounds (N odd: N)
+    crowd   then everybody receives from several at once: what a host's line takes, all its links together
+
+Members choose the rounds for themselves from the same facts, so they must all come to the same answer: pure, and in
+order of rank. What a member tells counts for its own links only, is bounded, and can't make a plan wrong, only slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+from pyccl._proto import limits
+from pyccl._proto.messages import Measured
+from pyccl._proto.topology import UNKNOWN, Network
+
+CROWD_MAX: Final = 8  # members that one receives from at once
+ROUNDS_MAX: Final = 16  # of one call: with 17 members and more the rest is measured by the next
+
+Pair = tuple[int, int]  # ranks, the lower first
+
+
+def rounds(world: int, missing: Collection[Pair]) -> list[list[Pair]]:
+    """Rounds of disjoint pairs, at most ROUNDS_MAX, in the order of a tournament in which everybody meets everybody."""
+    wanted = set(missing)
+    out: list[list[Pair]] = []
+    busy: list[set[int]] = []
+    for pair in _tournament(world):
+        if pair not in wanted:
+            continue
+        at = next((k for k, ranks in enumerate(busy) if not ranks & set(pair)), len(busy))
+        if at == len(busy):
+            out.append([])
+            busy.append(set())
+        out[at].append(pair)
+        busy[at].update(pair)
+    return out[:ROUNDS_MAX]
+
+
+def _tournament(world: int) -> list[Pair]:
+    """All pairs, by rounds of the circle method: the last stays, the others go round."""
+    size = world + world % 2
+    pairs = []
+    for turn in range(size - 1):
+        circle = [size - 1, *((turn + k) % (size - 1) for k in range(size - 1))]
+        for k in range(size // 2):
+            low, high = sorted((circle[k], circle[size - 1 - k]))
+            if high < world:
+                pairs.append((low, high))
+    return pairs
+
+
+def crowd(world: int, rank: int) -> list[int]:
+    """From whom this rank receives while all do: those nearest before and behind it, as many for everybody."""
+    if world - 1 <= CROWD_MAX:
+        return [other for other in range(world) if other != rank]
+    near = [step for k in range(1, CROWD_MAX // 2 + 1) for step in (k, -k)]
+    return sorted((rank + step) % world for step in near)
+
+
+def partner(pairs: Sequence[Pair], rank: int) -> int | None:
+    """Whom this rank meets in a round."""
+    return next((b if rank == a else a for a, b in pairs if rank in (a, b)), None)
+
+
+# ---- what members have told -----------------------------------------------------------------------------------------
+
+
+def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network | None:
+    """By rank; None: nobody has told anything of another. Hosts that nobody measured count as the middle one of those
+    that were: a newcomer neither owns all nor nothing."""
+    world, rank_of = len(members), {peer: rank for rank, peer in enumerate(members)}
+    rate = [[UNKNOWN] * world for _ in range(world)]
+    crowded = [[0] * world for _ in range(world)]
+    trip: list[list[float | None]] = [[None] * world for _ in range(world)]
+    fold = [UNKNOWN] * world
+    for peer, message in told.items():
+        j = rank_of.get(peer)
+        if j is None:
+            continue
+        fold[j] = float(message.fold) if message.fold else UNKNOWN
+        for row in message.links:
+            i = rank_of.get(row.peer)
+            if i is None or i == j:
+                continue
+            if row.rate:
+                rate[i][j] = float(row.rate)
+            crowded[i][j] = row.crowd
+            if row.rtt_us:
+                trip[i][j] = row.rtt_us / 2e6
+    alone = [[r if r < UNKNOWN else 0.0 for r in row] for row in rate]
+    up = [max(sum(crowded[i]), *alone[i]) for i in range(world)]
+    down = [max(sum(crowded[i][j] for i in range(world)), *(alone[i][j] for i in range(world))) for j in range(world)]
+    if not any(up):
+        return None
+    return Network(_filled(up), _filled(down), tuple(map(tuple, rate)), _delays(trip), tuple(fold))
+
+
+def _filled(rates: Sequence[float]) -> tuple[float, ...]:
+    known = sorted(rate for rate in rates if rate > 0)
+    middle = known[(len(known) - 1) // 2] if known else UNKNOWN
+    return tuple(rate if rate > 0 else middle for rate in rates)
+
+
+def _delays(trip: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
+    """A pair's is the lesser of what both say; of those nobody measured the middle one."""
+    world = len(trip)
+    known = sorted(delay for row in trip for delay in row if delay is not None)
+    middle = known[len(known) // 2] if known else 0.0
+
+    def between(i: int, j: int) -> float:
+        both = [delay for delay in (trip[i][j], trip[j][i]) if delay is not None]
+        return 0.0 if i == j else min(both, default=middle)
+
+    return tuple(tuple(between(i, j) for j in range(world)) for i in range(world))
+
+
+def clip_rate(rate: float) -> int:
+    """Bytes per second as the wire has it; 0: nothing arrived, which is no measurement."""
+    return min(max(int(rate), 0), limits.RATE_MAX)

@@ -1,0 +1,97 @@
+"""Which links are measured when, and what a network is from what members told. A seed is its test's id."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+
+from pyccl._proto import measuring
+from pyccl._proto.messages import LinkMeasure, Measured
+from pyccl._proto.topology import UNKNOWN
+
+
+def peer_id(n: int) -> bytes:
+    return bytes([n]) * 16
+
+
+def every_pair(world: int) -> set[tuple[int, int]]:
+    return set(itertools.combinations(range(world), 2))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 5, 8, 13, 15, 16])
+def test_everybody_meets_everybody_in_the_fewest_rounds(world: int) -> None:
+    rounds = measuring.rounds(world, every_pair(world))
+    assert len(rounds) == world - 1 + world % 2
+    assert sorted(itertools.chain.from_iterable(rounds)) == sorted(every_pair(world))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_is_in_two_pairs_of_a_round_and_only_missing_pairs_are_measured(seed: int) -> None:
+    rng = random.Random(seed)
+    world = rng.randint(2, 40)
+    missing = {pair for pair in every_pair(world) if rng.random() < 0.3}
+    rounds = measuring.rounds(world, missing)
+    met = list(itertools.chain.from_iterable(rounds))
+    assert len(rounds) <= measuring.ROUNDS_MAX
+    assert len(set(met)) == len(met) and set(met) <= missing
+    assert len(rounds) == measuring.ROUNDS_MAX or set(met) == missing
+    for pairs in rounds:
+        ranks = list(itertools.chain.from_iterable(pairs))
+        assert len(set(ranks)) == len(ranks) and pairs
+        for rank in range(world):
+            other = measuring.partner(pairs, rank)
+            assert (other is not None) == (rank in ranks)
+            assert other is None or measuring.partner(pairs, other) == rank
+
+
+@pytest.mark.parametrize("world", [2, 3, 9, 10, 30])
+def test_in_the_crowd_all_receive_from_as_many_as_they_send_to(world: int) -> None:
+    crowds = [measuring.crowd(world, rank) for rank in range(world)]
+    for rank, crowd in enumerate(crowds):
+        assert len(set(crowd)) == len(crowd) == min(world - 1, measuring.CROWD_MAX) and rank not in crowd
+        assert sum(rank in other for other in crowds) == len(crowd)
+
+
+def test_a_host_is_as_fast_as_all_its_links_together_a_pair_as_it_was_alone() -> None:
+    a, b, c = (peer_id(n) for n in (1, 2, 3))
+    told = {
+        a: Measured(900, (LinkMeasure(b, 100, 40, 20_000), LinkMeasure(c, 30, 25, 80_000))),
+        b: Measured(0, (LinkMeasure(a, 90, 50, 30_000), LinkMeasure(c, 30, 15, 0))),
+        c: Measured(800, (LinkMeasure(a, 60, 40, 60_000), LinkMeasure(b, 60, 50, 0))),
+    }
+    network = measuring.network((a, b, c), told)
+    assert network is not None
+    assert network.rate[1][0] == 100.0 and network.rate[0][1] == 90.0 and network.rate[2][1] == 30.0
+    assert network.down == (100.0, 90.0, 90.0)  # c: 40 + 50 in the crowd, 60 alone
+    assert network.up == (90.0, 100.0, 40.0)  # a: 50 + 40; b: 40 + 50, 100 alone; c: 25 + 15, 30 alone
+    assert network.fold == (900.0, UNKNOWN, 800.0)
+    assert network.delay[0] == (0.0, 0.01, 0.03) and network.delay[2][0] == 0.03
+    assert network.delay[1][2] == 0.03  # not measured: the middle one of all that were
+
+
+def test_a_host_that_nobody_measured_counts_as_the_middle_one() -> None:
+    peers = tuple(peer_id(n) for n in range(1, 5))
+    told = {
+        peers[0]: Measured(0, (LinkMeasure(peers[1], 10, 0, 0), LinkMeasure(peers[2], 30, 0, 0))),
+        peers[1]: Measured(0, (LinkMeasure(peers[0], 20, 0, 0),)),
+    }
+    network = measuring.network(peers, told)
+    assert network is not None
+    assert network.up[:3] == (20.0, 10.0, 30.0) and network.up[3] == 20.0
+    assert network.rate[3][0] == UNKNOWN
+    assert all(math.isfinite(delay) for row in network.delay for delay in row)
+
+
+def test_of_strangers_and_of_itself_nobody_can_tell_anything() -> None:
+    a, b, gone = (peer_id(n) for n in (1, 2, 9))
+    assert measuring.network((a, b), {}) is None
+    assert measuring.network((a, b), {a: Measured(5, (LinkMeasure(gone, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {gone: Measured(5, (LinkMeasure(a, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {a: Measured(5, (LinkMeasure(a, 10, 10, 10),))}) is None
+
+
+def test_a_rate_on_the_wire_is_bounded() -> None:
+    assert [measuring.clip_rate(rate) for rate in (-1.0, 0.0, 12.9, 1e30)] == [0, 0, 12, 10**13]
