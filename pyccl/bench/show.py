@@ -11,6 +11,7 @@ from pyccl.bench.epochs import Changes
 from pyccl.bench.figures import MIB, Summary
 from pyccl.bench.machine import Machine
 from pyccl.bench.memory import HOUR_S, Tracks
+from pyccl.bench.topology import Result as TopologyResult
 from pyccl.bench.wan import Result as WanResult
 from pyccl.netlab.units import show_rate, show_time
 from pyccl.reference import QUANTIZE_BLOCK
@@ -114,6 +115,27 @@ def wan(result: WanResult) -> list[str]:
         "Mbit/s: 2(N-1)/N x bytes of the tensor / median; of the line: what a peer sent of the slowest line's rate",
         *_beside_gloo(result.reduced),
         f"lines: {lost} packets lost, {dropped} dropped by queues; {result.counts.punctuality()}",
+    ]
+
+
+def topology(result: TopologyResult) -> list[str]:
+    """A row for each way to reduce, then the plan's prediction and the bound."""
+    plan, scenario = result.plan, result.scenario
+    rows = [["", "median", "min", "max", "algorithm"]]
+    rows += [
+        [name, *_spread(summary), result.algorithms[name]] for name, summary in result.seconds.items()
+    ]  # fmt: skip
+    predicted = "no better plan was found" if result.predicted_s is None else seconds(result.predicted_s)
+    return [
+        f"all-reduce of {plan.size_bytes / MIB:g} MiB of float32, {len(scenario.hosts)} peers",
+        f"scenario {scenario.name}: {scenario.description}",
+        f"{plan.iterations} iterations after {plan.warmup} to warm up; timed from first start to last return",
+        "",
+        *columns(rows),
+        "",
+        f"predicted for the plan: {predicted}; the lines allow {seconds(result.bound_s)}",
+        f"planned: {result.to_bound:.2f} x the bound; the equal ring takes {result.ring_to_planned:.2f} x as long",
+        f"optimize_topology took {seconds(result.measured_s)}",
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from pyccl import netlab
-from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, memory, show, wan
+from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, memory, show, topology, wan
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
 from pyccl.processes.children import Children, Interrupted
@@ -154,6 +154,35 @@ def wan_command(
             return wan.measure(scenario, plan, children)
 
     _report("wan", as_json, measure, wan.Result.to_json, show.wan, "torch")
+
+
+@bench.command("topology", epilog=EPILOG)
+@click.option(
+    "--scenario", "name", default="home", show_default=True, metavar="NAME|FILE", help="See pyccl netlab scenarios."
+)
+@click.option("--world", type=click.IntRange(2, 64), help="Hosts, a peer on each; as in the scenario unless given.")
+@click.option("--seed", type=int, metavar="N", help="Of the losses.")
+@_mib("Size of each peer's tensor.", 8)
+@_iters(5)
+@click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
+@_AS_JSON
+def topology_command(
+    name: str, world: int | None, seed: int | None, mib: float, iters: int, warmup: int, as_json: bool
+) -> None:
+    """Time an all-reduce with equal shares, round an equal ring and by the plan of optimize_topology, and compare the
+    last with what the plan predicted and with what the lines allow. Needs root and iproute2.
+    """
+    try:
+        scenario = netlab.load(name).with_options(hosts=world, seed=seed)
+    except netlab.ScenarioError as error:
+        raise click.UsageError(str(error)) from error
+    plan = topology.Plan(size_bytes=max(1, int(mib * MIB) // 4) * 4, iterations=iters, warmup=warmup)
+
+    def measure() -> topology.Result:
+        with Children() as children:
+            return topology.measure(scenario, plan, children)
+
+    _report("topology", as_json, measure, topology.Result.to_json, show.topology)
 
 
 @bench.command("kernels")

@@ -1,0 +1,114 @@
+"""``pyccl bench topology``: what optimize_topology makes of an all-reduce over a lab's lines, and what it predicted.
+
+The same group reduces with equal shares, round an equal ring and, after optimize_topology, by its plan. Beside them
+stand the time that the plan predicts and the bound: the planner's, told the lines' true rates and delays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from pyccl._proto import topology as planner
+from pyccl.bench.all_reduce import PEER_TIMEOUT_S
+from pyccl.bench.conductor import MASTER, BenchError, Conductor, ExitStatus
+from pyccl.bench.figures import Summary, slowest_s, summarize
+from pyccl.bench.places import InLab
+from pyccl.bench.topology_peer import EQUAL_RING, PLANNED
+from pyccl.bench.wan import AHEAD_NS, AHEAD_ROUND_TRIPS
+from pyccl.netlab import Lab, NetworkError, Scenario
+from pyccl.processes.children import Children
+
+EFFORT: Final = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure. size_bytes: of each peer's float32 tensor; warmup: rounds before those that count, each time."""
+
+    size_bytes: int = 8 << 20
+    iterations: int = 5
+    warmup: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """predicted_s: None if the plan that was there before was not to be bettered by what was found."""
+
+    scenario: Scenario
+    plan: Plan
+    seconds: dict[str, Summary]
+    algorithms: dict[str, str]
+    measured_s: float  # that optimize_topology took
+    predicted_s: float | None
+    bound_s: float
+
+    @property
+    def to_bound(self) -> float:
+        return self.seconds[PLANNED].median / self.bound_s
+
+    @property
+    def ring_to_planned(self) -> float:
+        return self.seconds[EQUAL_RING].median / self.seconds[PLANNED].median
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.plan) | {"scenario": self.scenario.name, "world": len(self.scenario.hosts)},
+            "systems": {
+                name: {"seconds": seconds.to_json(), "algorithm": self.algorithms[name]}
+                for name, seconds in self.seconds.items()
+            },
+            "optimize_s": self.measured_s,
+            "predicted_s": self.predicted_s,
+            "bound_s": self.bound_s,
+            "planned_to_bound": self.to_bound,
+            "equal_ring_to_planned": self.ring_to_planned,
+        }
+
+
+def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
+    """Build the lab, measure in it, take it away.
+
+    Raises:
+        BenchError: no lab can be had here, or a process failed.
+    """
+    world = len(scenario.hosts)
+    ahead_ns = AHEAD_NS + AHEAD_ROUND_TRIPS * scenario.rtt_ns
+    names = [f"peer {number}" for number in range(world)]
+    try:
+        with Lab(scenario) as lab:
+            conductor = Conductor(children, InLab(lab, lambda name: 0 if name == MASTER else int(name.split()[1])))
+            conductor.start_master(PEER_TIMEOUT_S)
+            settings = asdict(plan) | {"world": world, "ahead_ns": ahead_ns}
+            conductor.start_all(names, "topology", lambda number: settings)
+            reports = list(conductor.wait("result", names).values())
+    except NetworkError as error:
+        raise BenchError(ExitStatus.NO_LAB, str(error)) from error
+    systems = list(reports[0]["systems"])
+    seconds = {
+        name: summarize(
+            slowest_s(*([report["systems"][name][at] for report in reports] for at in ("starts_ns", "ends_ns")))
+        )
+        for name in systems
+    }
+    algorithms = {name: reports[0]["systems"][name]["algorithm"] for name in systems}
+    measured_s = max(report["measured_s"] for report in reports)
+    adopted = [found for found in reports[0]["plans"] if found["adopt"]]
+    predicted_s = None
+    if adopted:
+        delay_s, pace = adopted[-1][algorithms[PLANNED]]
+        predicted_s = delay_s + plan.size_bytes * pace
+    bound_s = planner.choose(network_of(scenario), EFFORT).seconds(plan.size_bytes)
+    return Result(scenario, plan, seconds, algorithms, measured_s, predicted_s, bound_s)
+
+
+def network_of(scenario: Scenario) -> planner.Network:
+    """The lines as the planner would like to know them: host lines only, and one delay between all."""
+    world = len(scenario.hosts)
+    up, down = (
+        tuple(planner.UNKNOWN if line.rate is None else line.rate / 8 for line in lines)
+        for lines in ([host.up for host in scenario.hosts], [host.down for host in scenario.hosts])
+    )
+    trip = scenario.rtt_ns / 2e9
+    unknown = (planner.UNKNOWN,) * world
+    return planner.Network(up, down, (unknown,) * world, ((trip,) * world,) * world, unknown)
