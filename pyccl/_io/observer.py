@@ -3,6 +3,8 @@
     control   Observe -> Welcome, Members ...   for ever again: a master that was restarted finds it by itself
     follow    one member at a time: its snapshots, each checked whole and made durable before it counts
     serve     members whose group has lost its state ask for the newest revision; also while the master is away
+    check     what was fetched from here is read once more: damaged since, it is set aside for the next older whole one.
+              Not before it is offered: who asks waits for seconds only, and would go on without it
 
 It decides nothing: which state a group goes on with is the election of its members (proto/wire.md 6).
 """
@@ -26,7 +28,7 @@ from pyccl._io.backoff import FIRST_S, Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import listen
 from pyccl._io.resolver import Resolver
-from pyccl._io.statestore import Kept, StateStore, opened
+from pyccl._io.statestore import Kept, StateStore, held, opened
 from pyccl._io.statestream import StateServer
 from pyccl._io.strangers import Notes, Places
 from pyccl._proto import limits
@@ -71,11 +73,14 @@ class Observer:
         self._run_id: bytes | None = None
         self._members: tuple[Member, ...] = ()
         self._members_changed = trio.Event()
-        self._server = StateServer(lambda: self._run_id, self.peer, self._incarnation, drops=False)
+        self._fetched = trio.Event()
+        self._server = StateServer(
+            lambda: self._run_id, self.peer, self._incarnation, drops=False, sent=self._was_fetched
+        )
+        self._using = trio.Lock()  # the store
         self._strangers, self._notes = Places(_STRANGERS_MAX, _GREET_S), Notes(log)
         self._sources = Sources()
-        last = max(store.kept, key=lambda kept: kept.written_ns, default=None)
-        self._have = 0 if last is None else last.revision + 1
+        self._have = self._last()
 
     async def run(self) -> None:
         """RejectedError: the master refuses it. RemoteProtocolError: what answers there is no master."""
@@ -83,12 +88,32 @@ class Observer:
         self._offer_newest()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow)
+            nursery.start_soon(self._check)
             await self._control(nursery)
+
+    def _last(self) -> int:
+        """What was kept last, its revision + 1; 0: nothing."""
+        last = max(self._store.kept, key=lambda kept: kept.written_ns, default=None)
+        return 0 if last is None else last.revision + 1
 
     def _offer_newest(self) -> None:
         newest = self._store.newest
-        if newest is not None:
-            self._server.offer(opened(newest))
+        self._server.offer(None if newest is None else opened(newest))
+
+    def _was_fetched(self) -> None:
+        self._fetched.set()
+
+    async def _check(self) -> None:
+        while True:
+            await self._fetched.wait()
+            self._fetched = trio.Event()
+            async with self._using:
+                while (newest := self._store.newest) is not None:
+                    if await trio.to_thread.run_sync(self._store.check, newest):
+                        break
+                    self._have = self._last()
+                    self._offer_newest()
+                    self._told(f"holding {held(self._store)}")
 
     # ---- the master
 
@@ -231,7 +256,8 @@ class Observer:
         fd = self._store.incoming()
         try:
             await statestream.receive_file(stream, offer, fd)
-            return await trio.to_thread.run_sync(self._store.take, fd, offer.revision)
+            async with self._using:
+                return await trio.to_thread.run_sync(self._store.take, fd, offer.revision)
         except BaseException:
             self._store.refuse()
             raise

@@ -9,6 +9,7 @@ NAME.damaged                       was found torn or altered: set aside for peop
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -70,8 +71,24 @@ class StateStore:
         try:
             self.kept.append(whole(path))
         except StateFileError as e:
-            log.error("state_damaged path=%s cause=%s; it is set aside", path, e)
-            path.rename(path.with_name(path.name + _DAMAGED))
+            _set_aside(path, e)
+
+    def check(self, kept: Kept) -> bool:
+        """False: it is no longer what was kept, and was set aside. The file is read once more."""
+        if kept not in self.kept:
+            return True  # it went, for a later one
+        try:
+            found = whole(kept.path)
+            if (found.revision, found.root) != (kept.revision, kept.root):
+                raise StateFileError(f"{kept.path}: another state, of revision {found.revision}")
+        except (StateFileError, OSError) as e:
+            if not isinstance(e, StateFileError | FileNotFoundError) and e.errno != errno.EIO:
+                log.warning("state_not_checked path=%s cause=%s", kept.path, e)  # no descriptor, perhaps
+                return True
+            self.kept.remove(kept)
+            _set_aside(kept.path, e)
+            return False
+        return True
 
     @property
     def newest(self) -> Kept | None:
@@ -108,12 +125,24 @@ class StateStore:
             self.kept.remove(kept)
 
 
+def _set_aside(path: Path, cause: Exception) -> None:
+    log.error("state_damaged path=%s cause=%s; it is set aside", path, cause)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(path.with_name(path.name + _DAMAGED))
+
+
 def whole(path: Path) -> Kept:
     """StateFileError: it is not."""
     with StateFile(path) as file:
         check_state_file(file)
         manifest = file.manifest
         return Kept(path, manifest.revision, manifest.root, bytes.fromhex(manifest.layout), os.stat(path).st_mtime_ns)
+
+
+def held(store: StateStore) -> str:
+    """For people and scripts."""
+    newest = store.newest
+    return "nothing" if newest is None else f"revision {newest.revision} {newest.path}"
 
 
 def opened(kept: Kept) -> Snapshot:

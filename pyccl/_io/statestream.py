@@ -82,11 +82,19 @@ class _Follower:
 class StateServer:
     """Gives the newest snapshot to those peers that the master has named.
 
-    drops: a snapshot is kept only while somebody follows.
+    drops: a snapshot is kept only while somebody follows. sent: called when one was sent whole, or could not be read.
     """
 
-    def __init__(self, run: Callable[[], bytes | None], peer: bytes, incarnation: bytes, *, drops: bool) -> None:
-        self._run, self._me, self._drops = run, (peer, incarnation), drops
+    def __init__(
+        self,
+        run: Callable[[], bytes | None],
+        peer: bytes,
+        incarnation: bytes,
+        *,
+        drops: bool,
+        sent: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run, self._me, self._drops, self._sent = run, (peer, incarnation), drops, sent
         self._early, self._serving = Places(_EARLY_MAX, _KNOWN_S), 0
         self._known: frozenset[tuple[bytes, bytes]] = frozenset()
         self._changed, self._offered = trio.Event(), trio.Event()
@@ -104,8 +112,8 @@ class StateServer:
         the last one. Any thread."""
         return any(follower.wants(revision) for follower in tuple(self._followers))
 
-    def offer(self, snapshot: Snapshot) -> None:
-        """In place of the one before, whoever has not had that."""
+    def offer(self, snapshot: Snapshot | None) -> None:
+        """In place of the one before, whoever has not had that. None: nothing."""
         self._snapshot = snapshot
         self._offered.set()
         self._offered = trio.Event()
@@ -158,7 +166,14 @@ class StateServer:
             with trio.fail_after(SILENCE_S):
                 offer = StateOffer(snapshot.revision, snapshot.size_bytes, snapshot.layout)
                 await stream.send_all(envelope.pack(offer))
-            await send_file(stream, snapshot, Pace())
+            try:
+                await send_file(stream, snapshot, Pace())
+            except ConnectionError:
+                raise
+            except OSError:
+                self._sent()
+                raise
+            self._sent()
             return True
         with trio.fail_after(SILENCE_S):
             await stream.send_all(envelope.pack(StateNone()))
@@ -189,7 +204,8 @@ async def send_file(stream: trio.SocketStream, snapshot: Snapshot, pace: Pace) -
             raise OSError("a state file became shorter while it was served")
         at += sent
         pace.moved(sent)
-        await trio.lowlevel.checkpoint()
+        if at < snapshot.size_bytes:  # who has it all may be gone at once: no reason to cancel who sent it
+            await trio.lowlevel.checkpoint()
 
 
 # ---- asking

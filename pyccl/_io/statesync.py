@@ -139,7 +139,7 @@ def _attempt(
     least: int = 0,
 ) -> SyncInfo | int:
     """A number, only if it asks: nobody votes, and this is the newest revision that members hold. So see first what
-    observers have. least: what they had, and somebody should hold by now."""
+    observers have. least: what they offer, and somebody must hold by now."""
     tree = state.tree()
     engine, sync = session.need_engine(), secrets.randbits(64)
     with contextlib.ExitStack() as cleanup:
@@ -152,7 +152,9 @@ def _attempt(
             if asks and restoring.asks_first(records):
                 return newest
             if newest < least:
-                raise errors.PeerLostError(f"sync_shared_state: revision {least} could not be had from its observer")
+                raise errors.PeerLostError(
+                    f"sync_shared_state: revision {least} could not be had: an observer offers it, no member holds it"
+                )
             deadline = time.monotonic() + min(record.timeout_ms for record in records) / 1000
             fetched = _Fetched()
             if session.peer in decided.fetchers:
@@ -261,7 +263,8 @@ def _restore(
     session: Session, gather: Gather, state: SharedState, strategy: Strategy, deadline: float, *, newest: int
 ) -> tuple[int, tuple[str, ...]]:
     """Nobody votes: if an observer holds something newer than the members, one of them takes it into its arrays before
-    the election, which is then held as ever. Returns the revision that somebody should hold now, and what changed here.
+    the election, which is then held as ever. Returns the least revision that somebody must hold now, and what changed
+    here.
     """
     offer = None
     try:

@@ -98,14 +98,13 @@ def best(offers: Iterable[O]) -> O | None:
 
 
 def taker(members: Sequence[bytes], told: Sequence[int], newest_held: int) -> tuple[int, bytes | None]:
-    """Who takes what it is offered, and the revision that somebody holds then; (0, None): members hold as new a state.
+    """(least revision that somebody must hold then, who takes what it is offered; None: members hold as new a state).
 
-    told: of each member in order, the revision + 1 of its best offer; 0: it has none.
+    told: of each member in order, the revision + 1 of its best offer; 0: it has none. What is on offer must be held
+    even if nobody takes it: whoever held it may be lost before the election.
     """
     most = max(told, default=0)
-    if most - 1 <= newest_held:
-        return 0, None
-    return most - 1, members[told.index(most)]
+    return max(0, most - 1), members[told.index(most)] if most - 1 > newest_held else None
 
 
 def after_sync(restored: bool, *, alone: bool) -> tuple[bool, bool]:

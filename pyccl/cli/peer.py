@@ -15,7 +15,7 @@ import trio
 from pyccl import errors
 from pyccl._io.address import parse_address
 from pyccl._io.observer import Observer, ObserverConfig
-from pyccl._io.statestore import StateStore, StoreError
+from pyccl._io.statestore import StateStore, StoreError, held
 from pyccl._proto import limits
 from pyccl.cli import log as logs
 
@@ -60,8 +60,7 @@ def _open_store(directory: Path, keep: int) -> StateStore:
 
 async def _observe(config: ObserverConfig, store: StateStore) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        newest = store.newest
-        _say("holding nothing" if newest is None else f"holding revision {newest.revision} {newest.path}")
+        _say(f"holding {held(store)}")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Observer(config, store, _say).run)
             async for number in signals:

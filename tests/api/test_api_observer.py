@@ -302,6 +302,41 @@ def test_torn_files_are_set_aside_and_the_newest_whole_one_is_served(
     assert newest.with_name(newest.name + ".damaged").exists() and not newest.exists()
 
 
+@pytest.mark.parametrize("how", ["altered", "shorter"])
+def test_a_file_damaged_under_a_running_observer_fails_one_sync_and_is_set_aside(
+    cluster: Cluster, start: Start, tmp_path: Path, how: str
+) -> None:
+    peers = cluster.members(1)
+    model(peers, MODEL, 0)
+    observer = start()
+    followed(peers)
+    train_kept(observer, peers, 1)
+    digest = peers[0].ask("digest")
+    followed(peers)
+    train(peers)
+    newest = Path(observer.until("kept revision 2 "))
+    peers[0].ask("close")
+    size = newest.stat().st_size
+    with newest.open("r+b") as file:
+        if how == "shorter":
+            file.truncate(size - (1 << 20))
+        else:
+            file.seek(size // 2)
+            file.write(bytes(64))
+    (back,) = cluster.members(1)
+    model([back], OTHER, 0)
+    known([back])
+    error = back.call("sync").error("PeerLostError")
+    assert "revision 2 could not be had" in error["text"]
+    observer.until("holding revision 1 ")
+    assert files(tmp_path / "kept") == [0, 1] and newest.with_name(newest.name + ".damaged").exists()
+    info = agreed([back])[0]
+    assert (info["revision"], info["state"]["digest"]) == (1, digest)
+    followed([back])
+    train([back])
+    observer.until("kept revision 2 ")
+
+
 def test_a_lone_stale_peer_takes_the_newer_state_and_overwrites_none(
     cluster: Cluster, start: Start, tmp_path: Path
 ) -> None:

@@ -68,8 +68,12 @@ def test_the_best_offer_is_taken_by_one_member_and_only_if_it_is_newer() -> None
     assert restoring.best([Told(3, "b"), Told(4, "c"), Told(4, "a")]) == Told(4, "a")
     assert restoring.best([]) is None
     assert restoring.taker((A, B, C), (0, 8, 8), 6) == (7, B)
-    assert restoring.taker((A, B, C), (0, 8, 8), 7) == (0, None)
+    assert restoring.taker((A, B, C), (0, 8, 8), 8) == (7, None)
     assert restoring.taker((A, B, C), (0, 0, 0), 0) == (0, None)
+
+
+def test_what_is_on_offer_must_be_held_at_the_election_though_its_holder_may_be_lost_before() -> None:
+    assert restoring.taker((A, B), (0, 8), 7) == (7, None)
 
 
 def test_a_state_from_a_file_votes_when_somebody_else_has_agreed_to_it() -> None:

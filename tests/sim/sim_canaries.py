@@ -31,6 +31,7 @@ class Canary:
     file: str
     text: str
     changes: tuple[tuple[str, str], ...]
+    saved: bool = False  # runs with saved states show it
 
     @property
     def language(self) -> str:
@@ -46,6 +47,7 @@ class Canary:
 
 _MASTER: Final = "pyccl/_proto/master.py"
 _MEMBER: Final = "pyccl/_proto/member.py"
+_RESTORING: Final = "pyccl/_proto/restoring.py"
 _FSM: Final = "native/src/op_fsm.c"
 
 _ALL: Final = (
@@ -228,6 +230,53 @@ _ALL: Final = (
         "tests/sim/sim_engine.py",
         "early bytes of one partner are taken for those of another with the same tag and number",
         (("        return int(lib.pyccl_channel(space, tag, self.rank, rank))\n", "        return tag\n"),),
+    ),
+    Canary(
+        "stale_votes",
+        _RESTORING,
+        "a state from a file votes although nobody else has agreed to it",
+        (("    return restored, not restored\n", "    return restored, True\n"),),
+        saved=True,
+    ),
+    Canary(
+        "offers_the_last",
+        _RESTORING,
+        "an observer offers what it wrote last, which may be older",
+        (("key=lambda one: (one.revision, one.written_ns)", "key=lambda one: one.written_ns"),),
+        saved=True,
+    ),
+    Canary(
+        "offers_damaged",
+        "tests/sim/sim_saved.py",
+        "an observer does not look again at a file that was fetched from it",
+        (("                offer.observer.fetched()\n", ""),),
+        saved=True,
+    ),
+    Canary(
+        "asks_nobody",
+        _RESTORING,
+        "members that come back without a vote do not ask the observers they know",
+        (("    return nobody_votes(records) and any(record.asks for record in records)\n", "    return False\n"),),
+        saved=True,
+    ),
+    Canary(
+        "forgets_the_offer",
+        _RESTORING,
+        "what observers offer need not be held at the election if a member held as much, though it may be lost since",
+        (
+            (
+                "    return max(0, most - 1), members[told.index(most)] if most - 1 > newest_held else None\n",
+                "    return (most - 1, members[told.index(most)]) if most - 1 > newest_held else (0, None)\n",
+            ),
+        ),
+        saved=True,
+    ),
+    Canary(
+        "drops_the_newest",
+        _RESTORING,
+        "an observer keeps its last files and not the newest revision",
+        (("    return [one for one in kept[:-keep] if one is not stays]\n", "    return [*kept[:-keep]]\n"),),
+        saved=True,
     ),
 )
 CANARIES: Final = {canary.name: canary for canary in _ALL}

@@ -14,6 +14,7 @@ from sim_master import Disk, SimMaster
 from sim_options import Options, draw_options
 from sim_peer import SimPeer
 from sim_program import Background, Gossip, Program, Thread
+from sim_saved import Saved, SavedProgram
 from sim_world import S, SimError, World
 
 from pyccl._proto.epoch import Address
@@ -44,6 +45,7 @@ class SimCluster:
         self.peers_most = 0  # at a time
         self.faults = Faults(self)
         self.master = SimMaster(self, self.disk)
+        self.saved = Saved(self) if options.observers else None
         self._stuck: set[tuple[int, int]] = set()  # peers at epochs, when the operator looked
         self.world.at(OPERATOR_S, self._operate)
         for _ in range(options.peers):
@@ -61,7 +63,7 @@ class SimCluster:
         self.peers_most = max(self.peers_most, len(self.living()))
         assert self.peer(peer.index) is peer
         self._by_address[peer.address] = peer
-        program = self.programs[peer.index] = Program(peer)
+        program = self.programs[peer.index] = Program(peer) if self.saved is None else SavedProgram(peer)
         threads: list[Thread] = [program, *([Background(peer), Gossip(peer)] if self.options.background else [])]
         self.threads[peer.index] = threads
         peer.on_joined = lambda: [thread.soon() for thread in threads]

@@ -72,7 +72,7 @@ class Faults:
         phases = self.phases(peer)
         self.world.note("fault %s at %s for %.2f s, which meets: %s", kind, peer.name, length_s, ", ".join(phases))
         strikes = self._of_peer(kind, peer, length_s) or self._of_path(kind, peer, length_s)
-        if strikes or self._of_master(kind, length_s):
+        if strikes or self._of_master(kind, length_s) or self._of_saved(kind, length_s):
             self.count += 1
             self.met.update((kind, phase) for phase in phases)
 
@@ -167,6 +167,9 @@ class Faults:
             case _:
                 return False
         return True
+
+    def _of_saved(self, kind: str, length_s: float) -> bool:
+        return self.cluster.saved is not None and self.cluster.saved.strike(kind, length_s)
 
     # ---- what it meets
 

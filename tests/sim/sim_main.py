@@ -4,6 +4,7 @@ tools/sim --seeds 1000               exit status 1 if a seed fails; its replay l
 tools/sim --seed 17                  that seed once more, with its whole trace
 tools/sim --canary abort_after_done  the same with a planted bug; stops at the seed that finds it (exit status 1)
 tools/sim --canary all               every planted bug; exit status 1 if one is not found
+tools/sim --saved ...                the same with observers, saved states and total losses
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ class Outcome:
     ends: dict[str, int] = field(default_factory=dict)  # of operations that failed, by status
 
 
-def run_seed(seed: int, *, traced: bool = False) -> Outcome:
+def run_seed(seed: int, *, saved: bool = False, traced: bool = False) -> Outcome:
     from sim_cluster import SimCluster  # noqa: PLC0415, after the canary is planted
     from sim_options import OPERATIONS_MIN, PEERS_MAX, PEERS_MIN, SECONDS_MIN, draw_options  # noqa: PLC0415
+    from sim_saved import draw_saved_options  # noqa: PLC0415
     from sim_world import SimError  # noqa: PLC0415
 
-    started, out, options = time.process_time(), Outcome(seed), draw_options(seed)
+    started, out, options = time.process_time(), Outcome(seed), (draw_saved_options if saved else draw_options)(seed)
     cluster = SimCluster(seed, options, trace_max=40)
     cluster.world.prints_trace = traced
     if traced:
@@ -78,29 +80,29 @@ def run_seed(seed: int, *, traced: bool = False) -> Outcome:
 # ---- processes: an assertion of the C code, or a loop without end, costs its seed only
 
 
-def _child(seed: int, write: int) -> None:
+def _child(seed: int, saved: bool, write: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_MAX_S, CPU_MAX_S))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    text = json.dumps(asdict(run_seed(seed))).encode()
+    text = json.dumps(asdict(run_seed(seed, saved=saved))).encode()
     with os.fdopen(write, "wb") as file:
         file.write(text)
     os._exit(0)
 
 
-def _start(seed: int) -> tuple[int, int]:
+def _start(seed: int, saved: bool) -> tuple[int, int]:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(read)
         try:
-            _child(seed, write)
+            _child(seed, saved, write)
         finally:
             os._exit(1)
     os.close(write)
     return pid, read
 
 
-def run_seeds(first: int, count: int, jobs: int) -> Iterator[Outcome]:
+def run_seeds(first: int, count: int, jobs: int, *, saved: bool = False) -> Iterator[Outcome]:
     """As they end. gc: what a run makes is dropped with its process."""
     import sim_cluster  # noqa: F401, PLC0415, once for all
 
@@ -110,7 +112,7 @@ def run_seeds(first: int, count: int, jobs: int) -> Iterator[Outcome]:
     try:
         while True:
             while len(running) < jobs and (seed := next(seeds, None)) is not None:
-                pid, read = _start(seed)
+                pid, read = _start(seed, saved)
                 running[read] = (seed, pid, b"")
             if not running:
                 return
@@ -139,19 +141,20 @@ def _outcome(seed: int, data: bytes, code: int) -> Outcome:
 # ---- for people
 
 
-def replay_line(seed: int, canary: str) -> str:
-    return f"tools/sim --seed {seed}" + (f" --canary {canary}" if canary else "")
+def replay_line(seed: int, canary: str, *, saved: bool = False) -> str:
+    return f"tools/sim --seed {seed}" + (f" --canary {canary}" if canary else " --saved" if saved else "")
 
 
 def coverage_table(met: Counter[tuple[str, str]]) -> str:
     from sim_faults import PHASES  # noqa: PLC0415
     from sim_options import FAULT_KINDS  # noqa: PLC0415
 
-    width = max(map(len, FAULT_KINDS))
+    kinds = list(dict.fromkeys((*FAULT_KINDS, *sorted(kind for kind, _ in met))))
+    width = max(map(len, kinds))
     lines = ["which faults met which phases of the protocol (a fault may meet several)"]
     lines.append(" " * width + "".join(f"{phase.rpartition(' ')[2]:>10}" for phase in PHASES))
     lines[-1:-1] = [" " * width + "".join(f"{phase.rpartition(' ')[0]:>10}" for phase in PHASES)]
-    lines += [f"{kind:{width}}" + "".join(f"{met[kind, p] or '-':>10}" for p in PHASES) for kind in FAULT_KINDS]
+    lines += [f"{kind:{width}}" + "".join(f"{met[kind, p] or '-':>10}" for p in PHASES) for kind in kinds]
     return "\n".join(lines)
 
 
@@ -217,18 +220,19 @@ def print_summary(outcomes: list[Outcome], wall_s: float) -> None:
 def hunt(args: argparse.Namespace) -> int:
     """The seeds; with a canary up to the first that finds it."""
     started, outcomes, canary = time.monotonic(), list[Outcome](), args.canary
-    with contextlib.closing(run_seeds(args.first, args.seeds, args.jobs)) as ends:
+    with contextlib.closing(run_seeds(args.first, args.seeds, args.jobs, saved=args.saved)) as ends:
         for out in ends:
             outcomes.append(out)
             if out.failure and not args.json:
-                first_line = out.failure.splitlines()[0]
-                print(f"seed {out.seed} fails: {first_line}\n  replay: {replay_line(out.seed, canary)}", flush=True)
+                first_line, again = out.failure.splitlines()[0], replay_line(out.seed, canary, saved=args.saved)
+                print(f"seed {out.seed} fails: {first_line}\n  replay: {again}", flush=True)
             if out.failure and canary:
                 break
     found, wall_s = [out for out in outcomes if out.failure], time.monotonic() - started
     if args.json:
         told = summary(outcomes, wall_s)
-        print(json.dumps({**told, "canary": canary, "replay": [replay_line(out.seed, canary) for out in found]}))
+        again = [replay_line(out.seed, canary, saved=args.saved) for out in found]
+        print(json.dumps({**told, "canary": canary, "replay": again}))
     elif not canary:
         print_summary(outcomes, wall_s)
     else:
@@ -262,7 +266,7 @@ def hunt_all_canaries(args: argparse.Namespace) -> int:
 
 def replay(args: argparse.Namespace) -> int:
     gc.disable()
-    out = run_seed(args.seed, traced=not args.json)
+    out = run_seed(args.seed, saved=args.saved, traced=not args.json)
     if args.json:
         print(json.dumps(asdict(out)))
     elif out.failure:
@@ -285,6 +289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="run this one only and print its trace")
     names = ", ".join(sim_canaries.CANARIES)
     parser.add_argument("--canary", default="", metavar="NAME", help=f"all, or one of: {names}")
+    parser.add_argument("--saved", action="store_true", help="with observers, saved states and total losses")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     args = parser.parse_args(argv)
     if args.canary not in ("", "all", *sim_canaries.CANARIES):
@@ -303,7 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.canary == "all":
         return hunt_all_canaries(args)
     if args.canary:
-        sim_canaries.plant(sim_canaries.CANARIES[args.canary])
+        canary = sim_canaries.CANARIES[args.canary]
+        sim_canaries.plant(canary)
+        args.saved = canary.saved
     return hunt(args) if args.seed is None else replay(args)
 
 

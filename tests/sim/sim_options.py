@@ -26,6 +26,7 @@ OPERATIONS_MIN: Final = 200
 class Options:
     peers: int = 4
     groups: int = 1
+    observers: int = 0  # with them: sim_saved
     connections: int = 2
     journaled: bool = True
     sync_s: float = 0.01  # at most, for a write to be durable

@@ -306,9 +306,8 @@ class Program(Thread):
         self.state = self.state._replace(round=self.state.round + 1)
         self.rounds_done += 1
         collectives = [op for op in ops if not op.partner]
-        if collectives and all(op.status == 0 for op in collectives):
-            self.state = self.state.after([op.result or frozenset() for op in collectives])
-            self.peer.checks.advanced(self.peer, self.state)
+        if collectives:
+            self._advance(collectives)
         if self.needs_sync:
             return
         meets = self.state.round <= self.last_meeting
@@ -319,6 +318,11 @@ class Program(Thread):
             meet = self.alone or (op.status == 0 and any(value[-1][0] for value in op.result or () if len(value) == 4))
         if meet and not self.needs_sync:
             yield from self._meet()
+
+    def _advance(self, collectives: list[Op]) -> None:
+        if all(op.status == 0 for op in collectives):
+            self.state = self.state.after([op.result or frozenset() for op in collectives])
+            self.peer.checks.advanced(self.peer, self.state)
 
     def _order(self, plan: Round) -> list[int]:
         """Any order, but that of the plan within a tag."""

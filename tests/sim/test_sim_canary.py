@@ -25,7 +25,7 @@ def test_planted_bug_is_found(name: str) -> None:
     assert status == 1, f"{CANARY_SEEDS} seeds did not find: {CANARIES[name].text}"
     (seed,) = told["failed"]
     assert told["replay"] == [f"tools/sim --seed {seed} --canary {name}"]
-    assert run_seed(int(seed)).failure == "", "it fails without the bug, too"
+    assert run_seed(int(seed), saved=CANARIES[name].saved).failure == "", "it fails without the bug, too"
 
 
 def test_known_bugs_are_among_them_in_both_languages() -> None:
