@@ -34,7 +34,7 @@ from pyccl._native.handles import FETCH_BYTES_MAX
 from pyccl._proto.packing import Packing
 
 WINDOW: Final = 32  # requests at a time, of one FETCH_BYTES_MAX each: 32 MiB, as much as a line of 1 Gbit/s and 250 ms
-_IN_FLIGHT: Final = 8  # of them, at one holder
+_IN_FLIGHT: Final = 16  # of them, at one holder
 _PATIENCE_S: Final = 1.0  # a lone request that is older may be robbed, by a holder that was not
 _ROBBED_MAX: Final = 10  # counted
 _REST_S: Final = 0.05  # a link of a member is being repaired, or its loss is being settled
