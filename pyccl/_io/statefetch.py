@@ -34,7 +34,7 @@ from pyccl._native.handles import FETCH_BYTES_MAX
 from pyccl._proto.packing import Packing
 
 WINDOW: Final = 32  # requests at a time, of one FETCH_BYTES_MAX each: 32 MiB, as much as a line of 1 Gbit/s and 250 ms
-_IN_FLIGHT: Final = 8  # of them, at one holder
+_IN_FLIGHT: Final = 16  # of them, at one holder
 _PATIENCE_S: Final = 1.0  # a lone request that is older may be robbed, by a holder that was not
 _ROBBED_MAX: Final = 10  # counted
 _REST_S: Final = 0.05  # a link of a member is being repaired, or its loss is being settled
@@ -43,6 +43,8 @@ _POLL_S: Final = 0.1
 log = logging.getLogger("pyccl.statesync")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+# (piece, its bytes, then) -> whether they are right. If so it calls then() when it needs them no more, in any thread.
+Take = Callable[["Piece", Bytes, Callable[[], None]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class Fetcher:
     ) -> None:
         self._session, self._syncs, self._deadline, self._packing = session, syncs, deadline, packing
         self._holders = {peer: _Holder() for peer in sorted(holders)}
-        self._buffers: list[Bytes] = []  # free ones
+        self._buffers: list[Bytes] = []  # free ones; any thread may add one, ours takes them
         self._done: queue.SimpleQueue[tuple[bytes, _Request, int, int]] = queue.SimpleQueue()
         self.fetched: dict[bytes, int] = {}  # holder -> bytes accepted from it, as they came over the wire
         self.liars: list[bytes] = []
@@ -87,8 +89,8 @@ class Fetcher:
         """Those that can still be asked."""
         return tuple(self._holders)
 
-    def run(self, pieces: Sequence[Piece], take: Callable[[Piece, Bytes], bool]) -> bool:
-        """Fetch all. take(piece, its bytes) says whether they are right. False: no usable holder is left.
+    def run(self, pieces: Sequence[Piece], take: Take) -> bool:
+        """Fetch all. False: no usable holder is left.
 
         Raises:
             DeadlineError: the time ran out.
@@ -105,7 +107,7 @@ class Fetcher:
             self._accept(todo, take)
         return True
 
-    def run_from_one(self, pieces: Sequence[Piece], take: Callable[[Piece, Bytes], bool], patience_s: float) -> bool:
+    def run_from_one(self, pieces: Sequence[Piece], take: Take, patience_s: float) -> bool:
         """Fetch all from the first holder. False: it is gone, or let `patience_s` pass without a piece; it is the last
         one to be asked again then."""
         peer = next(iter(self._holders))
@@ -216,9 +218,9 @@ class Fetcher:
         for piece in pieces:
             self._ask(thief, piece, packed=self._packing.packed)
 
-    def _accept(self, todo: deque[Piece], take: Callable[[Piece, Bytes], bool]) -> None:
+    def _accept(self, todo: deque[Piece], take: Take) -> None:
         """Wait a moment for a request to end, and see what it brought."""
-        self._check()
+        self.check()
         try:
             peer, request, code, packed_bytes = self._done.get(timeout=_POLL_S)
         except queue.Empty:
@@ -230,10 +232,8 @@ class Fetcher:
         piece = request.piece
         if code == status.OK and self._take(request, packed_bytes, take):
             self.fetched[peer] = self.fetched.get(peer, 0) + (packed_bytes or piece.size_bytes)
-            self._buffers.append(request.buffer)
             holder.robbed = 0
             return
-        self._buffers.append(request.buffer)
         todo.appendleft(piece)
         if code == status.OK:
             todo.extendleft(request.piece for request in holder.requests)
@@ -243,19 +243,22 @@ class Fetcher:
             todo.extendleft(request.piece for request in holder.requests)
             self._drop(peer)
         else:
+            self._buffers.append(request.buffer)
             holder.rests_until_s = time.monotonic() + _REST_S
 
-    def _take(self, request: _Request, packed_bytes: int, take: Callable[[Piece, Bytes], bool]) -> bool:
-        """Whether these are the right bytes."""
+    def _take(self, request: _Request, packed_bytes: int, take: Take) -> bool:
+        """Whether these are the right bytes. The buffer is, or will be, free, but for one with wrong bytes."""
         size_bytes, was = request.piece.size_bytes, self._packing.packed
         data: Bytes | None = request.buffer[:size_bytes]
+        then: Callable[[], None] = lambda: self._buffers.append(request.buffer)  # noqa: E731
         if packed_bytes:
-            data = packer.unpack_untrusted(request.buffer[:packed_bytes], size_bytes)
-        if data is None or not take(request.piece, data):
+            data, then = packer.unpack_untrusted(request.buffer[:packed_bytes], size_bytes), _nothing
+            self._buffers.append(request.buffer)
+        if data is None or not take(request.piece, data, then):
             return False
         now = time.monotonic()
         self._packing.arrived(now, packed_bytes or size_bytes, size_bytes, asked_packed=request.packed)
-        if packed_bytes == 0 and self._packing.wants_sample(now):
+        if packed_bytes == 0 and self._packing.wants_sample(now):  # the buffer is not taken before we ask
             self._packing.sampled(size_bytes, *packer.sample(data))
         if self._packing.packed != was:
             log.info("state_packing packed=%s reason=%r", not was, self._packing.reason)
@@ -272,15 +275,20 @@ class Fetcher:
 
     def _wait_for_links(self) -> bool:
         """Nothing can be asked now: drop holders that are no members any more; is there one left to hope for?"""
-        self._check()
+        self.check()
         for peer in [p for p in self._holders if p not in self._session.view.members]:
             del self._holders[peer]
         time.sleep(_REST_S)
         return bool(self._holders)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises what `run` raises when there is no use in going on."""
         self._session.check_sync()
         if time.monotonic() >= self._deadline:
             raise errors.DeadlineError(
                 "sync_shared_state: the time ran out while chunks were fetched; this peer left the run"
             )
+
+
+def _nothing() -> None:
+    """What was unpacked is in nobody's buffer."""

@@ -320,17 +320,19 @@ def _fetch(
         if table is None:
             return _Fetched(_LOST, liars=tuple(fetcher.liars))
         chunks = _differing(state, tree.table, table)
-        staging = cleanup.enter_context(Staging(sum(chunk.size_bytes for chunk in chunks)))
+        staging = cleanup.enter_context(Staging(sum(chunk.size_bytes for chunk in chunks), fetcher.check))
         wanted = {Piece(chunk.state_offset, chunk.size_bytes): chunk for chunk in chunks}
 
-        def take(piece: Piece, data: Bytes) -> bool:
+        def take(piece: Piece, data: Bytes, then: Callable[[], None]) -> bool:
             chunk = wanted[piece]
             right = state.chunk_digest.matches(data, chunk.digest)
             if right:
-                staging.write(chunk.staged_offset, data)
+                staging.write(chunk.staged_offset, data, then)
             return right
 
         whole = fetcher.run(list(wanted), take)
+        if whole:
+            staging.flush()
         return _Fetched(
             _WHOLE if whole else _LOST, tuple(chunks), staging, dict(fetcher.fetched), tuple(fetcher.liars),
             packing=packing.reason,
@@ -348,8 +350,9 @@ def _fetch_table(fetcher: Fetcher, state: SharedState, tree: StateDigest, decide
     table = bytearray(len(tree.table))
     patience_s = _TABLE_PATIENCE_S
 
-    def take(piece: Piece, data: Bytes) -> bool:
+    def take(piece: Piece, data: Bytes, then: Callable[[], None]) -> bool:
         table[piece.offset - start : piece.offset - start + piece.size_bytes] = data.data
+        then()
         return True
 
     while fetcher.holders:
