@@ -456,7 +456,8 @@ void pyccl_op_free(pyccl_op *op);                               /* NULL or an op
 /* Shared state: what is published under `sync` is served to members that ask. The memory must stay valid until
  * unpublish returns. A fetch ends with EVENT_STATE: OK, PEER_LOST (link or epoch ended) or ARGUMENT (not published).
  * packed: 1: the holder may pack the bytes. It is told with EVENT_PACK and answers with pyccl_state_packed: `data`, which
- * is copied, or bytes = 0: as they are. ERR_ARGUMENT: nobody waits for that any more, or it is not shorter. */
+ * is copied, or bytes = 0: as they are. It answers each event once, late or not: of one peer so many wait for that at most.
+ * ERR_ARGUMENT: nobody waits for that any more, or it is not shorter, which is no answer. */
 pyccl_status pyccl_state_publish(pyccl_engine *engine, uint64_t sync, const pyccl_region *regions, size_t count);
 pyccl_status pyccl_state_unpublish(pyccl_engine *engine, uint64_t sync);
 pyccl_status pyccl_state_fetch(pyccl_engine *engine, uint32_t slot, uint64_t sync, uint64_t offset, uint32_t size_bytes,

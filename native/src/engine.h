@@ -196,6 +196,7 @@ struct peer {
     bool state_turn;                 /* state and operations take turns */
     ask *asks;                       /* ring of ASKS_MAX, NULL until the first */
     uint32_t ask_head, ask_count;
+    uint32_t packs_owed;             /* PYCCL_EVENT_PACK that the caller has not answered */
     fetch *fetch_first, *fetch_last; /* ours from it */
     uint32_t asked;                  /* of these, how many were sent */
     int64_t fetch_ns;                /* when one was asked, moved or ended last */

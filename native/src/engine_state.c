@@ -8,7 +8,8 @@
  * (the answer or the ask may have been on it), so an ask that is queued already is not queued twice. The other side may
  * notice that end later and still answer over the dead connection: what does not come for REPEAT_NS is asked again too.
  * Who asks may say that the answer may be packed. The caller is told, packs, and gives us the bytes: what that means is no
- * matter of ours. Meanwhile the asks behind it go first; if it is asked for again, it is sent as it is.
+ * matter of ours. Meanwhile the asks behind it go first; if it is asked for again, it is sent as it is. The caller owes no
+ * more than ASKS_PACKED_MAX answers for one peer, also for asks that are long served: events are not bounded otherwise.
  * Invariants: a publication that is gone and a fetch that has ended are borrowed by no connection.
  * Threads: the engine's thread only.                               Spec: proto/wire.md 3, STATE frames */
 #include <stdlib.h>
@@ -75,7 +76,8 @@ static void asks_plain(peer *p, uint64_t sync) {
     if (p->ask_count > 0) p->link.wants_send = true;
 }
 
-static void tell_packer(pyccl_engine *engine, const peer *p, const ask *wanted) {
+static void tell_packer(pyccl_engine *engine, peer *p, const ask *wanted) {
+    p->packs_owed++;
     const pyccl_event event = {.type = PYCCL_EVENT_PACK, .slot = p->link.slot, .value = wanted->sync, .seq = wanted->offset, .count = wanted->size};
     engine_event(engine, &event);
 }
@@ -97,7 +99,8 @@ link_verdict state_asked(pyccl_engine *engine, peer *p, const pyccl_frame *frame
     if (p->ask_count == ASKS_MAX) return LINK_REFUSE;
     if (p->asks == NULL) p->asks = malloc(ASKS_MAX * sizeof *p->asks);
     if (p->asks == NULL) return LINK_REFUSE;
-    if (packed >= ASKS_PACKED_MAX) wanted.packing = false;
+    if (packed >= ASKS_PACKED_MAX || p->packs_owed >= ASKS_PACKED_MAX) wanted.packing = false;
+    if (publication_find(engine, wanted.sync) == NULL) wanted.packing = false;
     p->asks[(p->ask_head + p->ask_count++) % ASKS_MAX] = wanted;
     if (wanted.packing) tell_packer(engine, p, &wanted);
     p->link.wants_send = true;
@@ -463,6 +466,7 @@ static void run_packed(pyccl_engine *engine, command *c) {
     ask *packed = &((packed_command *)c)->ask;
     peer *p = engine_peer(engine, ((packed_command *)c)->slot);
     c->status = PYCCL_ERR_ARGUMENT;
+    if (p != NULL && p->packs_owed > 0) p->packs_owed--;
     for (uint32_t i = 0; p != NULL && i < p->ask_count; i++) {
         ask *queued = &p->asks[(p->ask_head + i) % ASKS_MAX];
         if (!queued->packing || queued->sync != packed->sync || queued->offset != packed->offset || queued->size != packed->size) continue;

@@ -353,6 +353,45 @@ TEST(engine_packs_for_a_peer_so_much_at_a_time_and_sends_the_rest_as_it_is) {
     hands_close(&c, hand);
 }
 
+static uint32_t packs_told(const cluster *c) {
+    uint32_t told = 0;
+    pyccl_event event;
+    while (pyccl_engine_events(c->engine[0], &event, 1) == 1) told += event.type == PYCCL_EVENT_PACK;
+    return told;
+}
+
+/* Each ask is taken back by one for the bytes as they are: nothing waits in the queue, and still its caller has been told. */
+TEST(engine_tells_its_caller_of_no_more_asks_than_it_answers) {
+    cluster c;
+    int hand[2];
+    two_hands(&c, hand);
+    static uint8_t source[1000], part[PYCCL_PIECE_MAX];
+    const pyccl_region region = {source, sizeof source};
+    CHECK_EQ(pyccl_state_publish(c.engine[0], 7, &region, 1), PYCCL_OK);
+    pyccl_frame ask = {.type = PYCCL_FRAME_STATE_ASK, .phase = 1, .seq = 8, .value = 1000};
+    say(&c, hand[0], ask, NULL, 0);
+    CHECK_EQ(hear(hand, part).type, PYCCL_FRAME_STATE_NONE);
+    CHECK_EQ(packs_told(&c), 0); /* what is not published is nobody's to pack */
+    ask.seq = 7;
+    for (int k = 0; k < ASKS_PACKED_MAX; k++) {
+        ask.phase = 1;
+        say(&c, hand[0], ask, NULL, 0);
+        ask.phase = 0;
+        say(&c, hand[0], ask, NULL, 0);
+        CHECK_EQ(hear(hand, part).type, PYCCL_FRAME_STATE_DATA);
+    }
+    ask.phase = 1;
+    for (int k = 0; k < 3; k++) {
+        say(&c, hand[0], ask, NULL, 0);
+        CHECK_EQ(hear(hand, part).type, PYCCL_FRAME_STATE_DATA);
+    }
+    CHECK_EQ(packs_told(&c), ASKS_PACKED_MAX);
+    CHECK_EQ(pyccl_state_packed(c.engine[0], c.slot[0][1], 7, 0, 1000, NULL, 0), PYCCL_ERR_ARGUMENT); /* late: an answer, too */
+    say(&c, hand[0], ask, NULL, 0);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_PACK, NULL));
+    hands_close(&c, hand);
+}
+
 TEST(engine_refuses_a_packed_answer_to_another_question) {
     const uint64_t wrong[][2] = {{1, PACKED_SIZE}, {0, PACKED_SIZE - 1}, {0, PACKED_SIZE + 1}, {STATE_UNIT_BYTES, 2 * STATE_UNIT_BYTES}};
     for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -23,6 +24,8 @@ LEVEL: Final = 1  # twice as fast as 3, and next to as short for numbers
 _QUEUE_MAX: Final = 1024
 _WINDOW_MAX: Final = 1 << 20
 _TICK_S: Final = 1e-6
+
+log = logging.getLogger("pyccl.statesync")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -70,26 +73,43 @@ class Packer:
         with self._lock:
             if not self._closed and self._asked.qsize() < _QUEUE_MAX:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name="pyccl-packer", daemon=True)
-                    self._thread.start()
-                self._asked.put((slot, offset, size_bytes))
-                return
+                    self._start()
+                if self._thread is not None:
+                    self._asked.put((slot, offset, size_bytes))
+                    return
         self._engine.packed(slot, self._sync, offset, size_bytes, b"")
 
     def close(self) -> None:
-        """Nothing is read from the arrays any more; what waits is not answered."""
+        """Nothing is read from the arrays any more; what waits is answered: to be sent as it is."""
         with self._lock:
             self._closed = True
         if self._thread is not None:
             self._asked.put(None)
             self._thread.join()
 
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="pyccl-packer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as e:  # the process may have no more of them
+            log.warning("packer_not_started cause=%s: state is sent as it is", e)
+            self._closed = True
+        else:
+            self._thread = thread
+
     def _work(self) -> None:
-        while (asked := self._asked.get()) is not None and not self._closed:
+        while (asked := self._asked.get()) is not None:
             slot, offset, size_bytes = asked
-            data = self._part(offset, size_bytes)
-            packed = b"" if data is None else pack(data)
+            packed = b"" if self._closed else self._packed(offset, size_bytes)
             self._engine.packed(slot, self._sync, offset, size_bytes, packed if len(packed) < size_bytes else b"")
+
+    def _packed(self, offset: int, size_bytes: int) -> bytes:
+        data = self._part(offset, size_bytes)
+        try:
+            return b"" if data is None else pack(data)
+        except (MemoryError, zstandard.ZstdError) as e:
+            log.warning("packing_failed cause=%r: sent as it is", e)
+            return b""
 
     def _part(self, offset: int, size_bytes: int) -> Bytes | None:
         """Those bytes, if they lie in one array."""

@@ -285,8 +285,10 @@ class Session:
 
     def unpublish(self, sync: int, engine: Engine) -> None:
         """The memory is the caller's again. engine: that it was published on, which may have stopped since."""
-        self._packers.pop(sync).close()
-        engine.unpublish(sync)
+        try:
+            self._packers.pop(sync).close()
+        finally:  # Ctrl-C may break off the wait for the packer; what that still reads goes to nobody then
+            engine.unpublish(sync)
 
     def cancel_fetch(self, fetch: int) -> bool:
         """True: its buffer is the caller's again and its `then` is not called. False: it was, or is about to be."""

@@ -82,13 +82,15 @@ class Proposal:
     made_plan: MadePlan | None = None  # that it carries, if it is not what the epoch had
     stale: bool = False  # a count above the cut, or a newcomer gone, or another plan: to be made again
 
-    told: dict[tuple[Count, ...], EpochPropose] = field(default_factory=dict)  # the message to all of the same cut
+    told: dict[tuple[bool, tuple[Count, ...]], EpochPropose] = field(default_factory=dict)  # one to all of the same cut
 
     def message_to(self, record: Peer) -> EpochPropose:
-        cut = () if record.key in self.newcomers else self.cut + self.of_pairs.get(record.peer, ())
-        if cut not in self.told:
-            self.told[cut] = EpochPropose(self.version, self.epoch, cut)
-        return self.told[cut]
+        counted = record.key not in self.newcomers
+        of_pairs = self.of_pairs.get(record.peer, ()) if counted else ()
+        same = (counted and bool(self.cut), of_pairs)  # the cut of all may be long: not to be hashed for each of them
+        if same not in self.told:
+            self.told[same] = EpochPropose(self.version, self.epoch, self.cut + of_pairs if counted else ())
+        return self.told[same]
 
 
 @dataclass(slots=True)

@@ -406,6 +406,7 @@ async def test_sync_cancelled_while_chunks_are_fetched(cluster: Cluster, monkeyp
 @trio_test
 async def test_a_thousand_cancelled_operations_leave_nothing(cluster: Cluster) -> None:
     async with here(cluster) as (a, b):
+        gc.collect()  # engines of earlier tests
         fds, threads = _fds(), _threads()
         xs = [a.draw(i, 200) for i in range(1000)]
         before = [x.copy() for x in xs]

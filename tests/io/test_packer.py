@@ -13,6 +13,7 @@ import zstandard
 
 from pyccl._io import packer
 from pyccl._io.packer import Packer, pack, unpack_untrusted
+from pyccl._io.session import Session, SessionConfig
 
 SEED = 20310622
 SIZE = 1 << 20
@@ -140,3 +141,68 @@ def test_too_many_that_wait_are_sent_as_they_are(monkeypatch: pytest.MonkeyPatch
     packs.ask(1, 0, SIZE)
     assert engine.answers == {(1, 0, SIZE): b""}
     packs.close()
+
+
+def test_all_who_wait_are_answered_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine tells of so many asks of a peer only that were not answered."""
+    engine, at_work, go_on = FakeEngine(), threading.Event(), threading.Event()
+
+    def slow(data: np.ndarray) -> bytes:
+        at_work.set()
+        assert go_on.wait(60)
+        return pack(data)
+
+    monkeypatch.setattr(packer, "pack", slow)
+    packs = Packer(engine, 7, [text(SIZE)])  # type: ignore[arg-type]
+    for offset in range(5):
+        packs.ask(1, offset, 1000)
+    assert at_work.wait(60)
+    thread = packs._thread
+    assert thread is not None
+    monkeypatch.setattr(thread, "join", lambda join=thread.join: (go_on.set(), join()))  # what `close` does last
+    packs.close()
+    assert engine.answers.keys() == {(1, offset, 1000) for offset in range(5)}
+    assert [bool(engine.answers[1, offset, 1000]) for offset in range(5)] == [True, False, False, False, False]
+
+
+def test_without_a_thread_or_memory_everything_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine = FakeEngine()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        packs = Packer(engine, 7, [text(SIZE)])  # type: ignore[arg-type]
+        packs.ask(1, 0, SIZE)
+        packs.ask(1, 5, 1000)
+    packs.close()
+    assert engine.answers == {(1, 0, SIZE): b"", (1, 5, 1000): b""}
+
+    def is_short(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(packer, "pack", is_short)
+    packs = Packer(engine, 7, [text(SIZE)])  # type: ignore[arg-type]
+    packs.ask(2, 0, SIZE)
+    packs.ask(2, 5, 1000)
+    packs.close()
+    assert engine.answers[2, 0, SIZE] == engine.answers[2, 5, 1000] == b""
+
+
+def test_ctrl_c_in_the_wait_for_the_packer_leaves_nothing_published() -> None:
+    class Interrupted:
+        def close(self) -> None:
+            raise KeyboardInterrupt
+
+    class Published:
+        def __init__(self) -> None:
+            self.syncs = {7}
+
+        def unpublish(self, sync: int) -> None:
+            self.syncs.remove(sync)
+
+    session, engine = Session(SessionConfig("127.0.0.1", 1, 0, None, "test"), bytes(16), bytes(16)), Published()
+    session._packers[7] = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        session.unpublish(7, engine)  # type: ignore[arg-type]
+    assert not engine.syncs and not session._packers

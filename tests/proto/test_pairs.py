@@ -7,6 +7,7 @@ from test_master import World, group_of, peer_id, report
 
 from pyccl._native._pyccl import lib
 from pyccl._proto import ballot, channel, limits
+from pyccl._proto.master_records import Peer, Proposal
 from pyccl._proto.messages import (
     Arrive,
     Blocked,
@@ -251,3 +252,17 @@ def test_a_proposal_is_one_message_to_all_of_the_same_cut() -> None:
     assert first is second and first.cut == (common, ours)
     assert third.cut == (common,) and newcomer.cut == ()
     assert to_wire(first)[2] is to_wire(third)[2]
+
+
+def test_a_long_cut_is_not_looked_at_for_each_member() -> None:
+    """65,536 counts, 256 times: the master would stand still for seconds."""
+
+    class OneOfMany(Count):
+        __hash__ = None  # type: ignore[assignment]
+
+    world = group_of(3)
+    epoch = world.last(1, EpochCommit).epoch
+    members = [Peer(n.to_bytes(1, "big") * 16, bytes(16), 0, (), "", order=n, heard_at=0.0) for n in (1, 2, 3)]
+    proposal = Proposal(5, epoch, (OneOfMany(0, 1, 7),), {}, (members[2].key,), 0.0)
+    first, second, newcomer = map(proposal.message_to, members)
+    assert first is second and first.cut == (Count(0, 1, 7),) and newcomer.cut == ()
