@@ -138,6 +138,19 @@ def known(peers: Sequence[Peer]) -> None:
         assert time.monotonic() < until, "no observer is known"
 
 
+def left_alone(cluster: Cluster, start: Start, revision: int) -> tuple[Observer, str]:
+    """An observer, and the digest of the state that it alone holds: its one member has left."""
+    peers = cluster.members(1)
+    model(peers, MODEL, revision)
+    observer = start()
+    followed(peers)
+    agreed(peers)
+    observer.until(f"kept revision {revision}")
+    digest = str(peers[0].ask("digest"))
+    peers[0].ask("close")
+    return observer, digest
+
+
 def files(directory: Path) -> list[int]:
     """Revisions."""
     return sorted(pyccl.SharedState.load(path).revision for path in directory.glob("state-*.safetensors"))
@@ -228,14 +241,7 @@ def test_a_state_that_can_not_be_had_fails_the_sync_on_all_and_the_next_one_has_
     cluster: Cluster, start: Start
 ) -> None:
     """Going on without it would leave the newest state behind for ever."""
-    peers = cluster.members(1)
-    model(peers, MODEL, 5)
-    observer = start()
-    followed(peers)
-    agreed(peers)
-    observer.until("kept revision 5")
-    digest = peers[0].ask("digest")
-    peers[0].ask("close")
+    _, digest = left_alone(cluster, start, 5)
     back = cluster.members(2)
     model(back, OTHER, 0)
     for peer in back:
@@ -473,14 +479,7 @@ def test_a_flood_at_its_port_neither_fills_it_nor_keeps_out_who_needs_the_state(
     cluster: Cluster, start: Start
 ) -> None:
     """Two thousand connections: silent ones, halves of greetings, greetings for somebody else."""
-    peers = cluster.members(1)
-    model(peers, MODEL, 4)
-    observer = start()
-    followed(peers)
-    agreed(peers)
-    observer.until("kept revision 4")
-    digest = peers[0].ask("digest")
-    peers[0].ask("close")
+    observer, digest = left_alone(cluster, start, 4)
     host, port = observer.address.rsplit(":", 1)
     before = len(os.listdir(f"/proc/{observer.pid}/fd"))
     greetings = [b"", b"\0", b"\0\0\0\x40\x98", *map(nobody, range(5))]

@@ -93,7 +93,7 @@ def test_reduce_scatter_gives_each_its_rows_and_cuts_anew_after_a_loss(cluster: 
     shape = [LARGE // 4, 4]
     victim.ask("hook", phase="data", when="after", bytes=LARGE)
     call = first.call("reduce_scatter", seed=6, shape=shape)
-    victim.call("reduce_scatter", seed=6, shape=shape).died()  # before the last has called: the three can't have ended it
+    victim.call("reduce_scatter", seed=6, shape=shape).died()  # before the last has called: three can't have ended it
     parts_are_right(cluster, [call, last.call("reduce_scatter", seed=6, shape=shape)], 6, shape)
     cluster.agree([first, last])
 
