@@ -214,21 +214,29 @@ TEST(engine_asks_again_for_the_units_that_a_connection_lost) {
     hands_close(&c, hand);
 }
 
+/* Asked for the first bytes of state 7, packed or not, the holder sends the head of a frame that costs it the link. */
+static void check_refused(uint32_t size_bytes, int packed, pyccl_frame answer) {
+    cluster c;
+    int hand[2];
+    two_hands(&c, hand);
+    uint8_t *copy = malloc(size_bytes), nothing[1];
+    pyccl_event event;
+    REQUIRE(copy != NULL);
+    CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][1], 7, 0, size_bytes, copy, 1, packed), PYCCL_OK);
+    (void)hear(hand, nothing);
+    say(&c, hand[0], answer, NULL, 0);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, &event));
+    hands_close(&c, hand);
+    free(copy);
+}
+
 TEST(engine_refuses_state_that_is_no_units_of_what_it_asked_for) {
     enum { SIZE = 5 * STATE_UNIT_BYTES + 1000 };
     const uint32_t places[][2] = {{1, STATE_UNIT_BYTES}, {0, STATE_UNIT_BYTES + 1}, {4 * STATE_UNIT_BYTES, 2 * STATE_UNIT_BYTES},
                                   {5 * STATE_UNIT_BYTES, 999}, {5 * STATE_UNIT_BYTES, 1001}};
     for (size_t k = 0; k < sizeof places / sizeof *places; k++) {
-        cluster c;
-        int hand[2];
-        two_hands(&c, hand);
-        static uint8_t copy[SIZE], nothing[1];
-        pyccl_event event;
-        CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][1], 7, 0, SIZE, copy, 1, 0), PYCCL_OK);
-        (void)hear(hand, nothing);
-        say(&c, hand[0], (pyccl_frame){.type = PYCCL_FRAME_STATE_DATA, .seq = 7, .offset = places[k][0], .length = places[k][1]}, NULL, 0);
-        CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, &event));
-        hands_close(&c, hand);
+        const pyccl_frame answer = {.type = PYCCL_FRAME_STATE_DATA, .seq = 7, .offset = places[k][0], .length = places[k][1]};
+        check_refused(SIZE, 0, answer);
     }
 }
 
@@ -395,15 +403,6 @@ TEST(engine_tells_its_caller_of_no_more_asks_than_it_answers) {
 TEST(engine_refuses_a_packed_answer_to_another_question) {
     const uint64_t wrong[][2] = {{1, PACKED_SIZE}, {0, PACKED_SIZE - 1}, {0, PACKED_SIZE + 1}, {STATE_UNIT_BYTES, 2 * STATE_UNIT_BYTES}};
     for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
-        cluster c;
-        int hand[2];
-        two_hands(&c, hand);
-        static uint8_t copy[PACKED_SIZE], nothing[1];
-        pyccl_event event;
-        CHECK_EQ(pyccl_state_fetch(c.engine[0], c.slot[0][1], 7, 0, PACKED_SIZE, copy, 1, 1), PYCCL_OK);
-        (void)hear(hand, nothing);
-        say(&c, hand[0], packed_frame(wrong[k][0], 1000, wrong[k][1]), NULL, 0);
-        CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, &event));
-        hands_close(&c, hand);
+        check_refused(PACKED_SIZE, 1, packed_frame(wrong[k][0], 1000, wrong[k][1]));
     }
 }

@@ -151,6 +151,14 @@ def left_alone(cluster: Cluster, start: Start, revision: int) -> tuple[Observer,
     return observer, digest
 
 
+def come_back(cluster: Cluster, count: int) -> list[Peer]:
+    """Peers of a new group that know of the observer and hold another state than it does."""
+    peers = cluster.members(count)
+    model(peers, OTHER, 0)
+    known(peers)
+    return peers
+
+
 def files(directory: Path) -> list[int]:
     """Revisions."""
     return sorted(pyccl.SharedState.load(path).revision for path in directory.glob("state-*.safetensors"))
@@ -300,9 +308,7 @@ def test_torn_files_are_set_aside_and_the_newest_whole_one_is_served(
     newest.write_bytes(newest.read_bytes()[: -(1 << 20)])
     (tmp_path / "kept" / ".incoming").write_bytes(b"torn")
     start()
-    (back,) = cluster.members(1)
-    model([back], OTHER, 0)
-    known([back])
+    (back,) = come_back(cluster, 1)
     info = agreed([back])[0]
     assert (info["revision"], info["state"]["digest"]) == (1, digests[1])
     assert newest.with_name(newest.name + ".damaged").exists() and not newest.exists()
@@ -329,9 +335,7 @@ def test_a_file_damaged_under_a_running_observer_fails_one_sync_and_is_set_aside
         else:
             file.seek(size // 2)
             file.write(bytes(64))
-    (back,) = cluster.members(1)
-    model([back], OTHER, 0)
-    known([back])
+    (back,) = come_back(cluster, 1)
     error = back.call("sync").error("PeerLostError")
     assert "revision 2 could not be had" in error["text"]
     observer.until("holding revision 1 ")
@@ -489,9 +493,7 @@ def test_a_flood_at_its_port_neither_fills_it_nor_keeps_out_who_needs_the_state(
             with contextlib.suppress(ConnectionError):  # it may have had to make room already
                 conn.sendall(greetings[number % len(greetings)])
         assert len(os.listdir(f"/proc/{observer.pid}/fd")) - before < 300
-        (back,) = cluster.members(1)
-        model([back], OTHER, 0)
-        known([back])
+        (back,) = come_back(cluster, 1)
         info = agreed([back])[0]
     assert (info["revision"], info["state"]["digest"]) == (4, digest)
 
@@ -516,9 +518,7 @@ def test_all_trainers_killed_at_once_under_a_master_that_lives_and_the_state_com
         peer.doom()
     for peer in peers:
         peer.wait()
-    back = cluster.members(2)
-    model(back, OTHER, 0)
-    known(back)
+    back = come_back(cluster, 2)
     infos = agreed(back)
     assert (infos[0]["revision"], infos[0]["state"]["digest"]) == (2, digest)
     followed(back)
