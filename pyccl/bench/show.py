@@ -13,8 +13,8 @@ from pyccl.bench.machine import Machine
 from pyccl.bench.memory import HOUR_S, Tracks
 from pyccl.bench.topology import Result as TopologyResult
 from pyccl.bench.wan import Result as WanResult
-from pyccl.netlab.units import show_rate, show_time
 from pyccl.reference import QUANTIZE_BLOCK
+from pyccl.units import show_rate, show_time
 
 
 def heading(command: str, machine: Machine, versions: Mapping[str, str | None]) -> list[str]:

@@ -124,4 +124,4 @@ def test_without_the_right_to_build_a_lab_it_says_so() -> None:
     before = ("setpriv", "--bounding-set", "-sys_admin", "--") if os.geteuid() == 0 else ()
     done = netlab("run", "lan", "--", "true", before=before)
     assert done.returncode == 3
-    assert "no network namespace can be made" in done.stderr
+    assert "no network namespace can be made: Operation not permitted (run it as root)" in done.stderr
