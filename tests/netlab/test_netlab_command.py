@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from pyccl.cli.main import main
-from pyccl.netlab import names
+from pyccl.netlab import Lab, check, names, parse
 from pyccl.netlab.check import loss_passes, rate_passes, round_trip_passes
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces and TUN devices need root")
@@ -90,6 +90,16 @@ def test_check_measures_what_was_asked_for(tmp_path: Path) -> None:
         assert found["rate", host]["asked"] == found["TCP", host]["asked"] == 20e6
         assert 0 < found["TCP", host]["found"] <= 20e6
         assert found["rate", host]["found"] > 0
+
+
+@as_root
+def test_what_queues_drop_of_the_probe_is_told_and_is_not_loss_of_the_line() -> None:
+    """The probe's packets come at once on a busy machine; this queue has room for two or three."""
+    lines = parse("[[host]]\ncount = 2\nrate = '20mbit'\nqueue = '50us'\n", "shallow")
+    with Lab(lines) as lab:
+        loss = next(found for found in check.check(lab) if found.what is check.What.LOSS)
+    assert loss.passed and loss.found == 0
+    assert "0 were lost" in loss.note and "dropped by full queues" in loss.note
 
 
 def test_verdicts_of_the_check() -> None:
