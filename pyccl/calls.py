@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import enum
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pyccl import errors
+from pyccl import errors, units
 from pyccl._native._pyccl import lib
 from pyccl._native.handles import TIMEOUT_S_MAX, Kind, Spec
 from pyccl._proto import limits
@@ -55,9 +54,7 @@ _STRATEGIES: Final[dict[str, Strategy]] = {
     "receive_only": Strategy.RECEIVE_ONLY,
     "send_only": Strategy.SEND_ONLY,
 }
-_RATE: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?(kbit|mbit|gbit)", re.ASCII | re.IGNORECASE)
-_RATE_UNITS: Final = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_RATE_BITS: Final = (1e6, 1e12)  # slower than this, heartbeats of many peers would come late
+_RATE_BPS_MIN: Final = 10**6  # slower than this, heartbeats of many peers would come late
 _CODECS: Final[dict[str, int]] = {name: getattr(lib, f"PYCCL_CODEC_{name.upper()}") for name in CODECS}
 
 
@@ -223,13 +220,13 @@ def rate(name: str, value: object) -> int:
     """A cap in bytes per second, 0 for none, from text like "50mbit"."""
     if value is None:
         return 0
-    match = _RATE.fullmatch(value) if isinstance(value, str) else None
-    bits = float(match[1]) * _RATE_UNITS[match[2].lower()] if match else 0.0
-    if not _RATE_BITS[0] <= bits <= _RATE_BITS[1]:
-        raise errors.UsageError(
-            f"{name}={value!r}: a rate like '50mbit' (kbit, mbit, gbit), 1mbit to 1000gbit, is needed"
-        )
-    return int(bits / 8)
+    try:
+        bps = units.rate_bps(value)
+    except units.UnitError as error:
+        raise errors.UsageError(f"{name}={value!r}: {error}") from error
+    if bps < _RATE_BPS_MIN:
+        raise errors.UsageError(f"{name}={value!r}: less than {units.show_rate(_RATE_BPS_MIN)} is no useful rate")
+    return bps // 8
 
 
 def seconds(name: str, value: object) -> float:

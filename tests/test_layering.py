@@ -24,7 +24,8 @@ MAY_IMPORT_OF_PYCCL: dict[str, set[str]] = {
     "pyccl.statefile": {"pyccl.errors"},  # its format on disk
     "pyccl.errors": set(),
     "pyccl.processes": {"pyccl.processes"},
-    "pyccl.netlab": {"pyccl.netlab", "pyccl.processes"},
+    "pyccl.netlab": {"pyccl.netlab", "pyccl.processes", "pyccl.units"},
+    "pyccl.units": set(),
 }
 PROTO_MUST_NOT_IMPORT = {"socket", "time", "random", "secrets", "threading", "asyncio", "select", "selectors", "ssl"}
 MARKS_OF_A_PURE_ROOM = ("pyccl._proto", "pyccl.errors")  # standard library only

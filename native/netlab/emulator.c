@@ -4,7 +4,7 @@
  *
  * CONFIG, one item a line; hosts and pipes are numbered from 0 in the order they come:
  *     seed N
- *     grain NS                          deliveries that are due within so much are made together, at the later one's time
+ *     grain NS                          rest after each turn: what was sent or fell due meanwhile is handled together
  *     namespace INODE                   its processes are killed at the end
  *     host FD IPV4                      FD: inherited, a TUN device with IFF_VNET_HDR
  *     pipe RATE_BPS QUEUE_NS
@@ -472,6 +472,18 @@ static bool be_punctual(void) {
     return sched_setscheduler(0, SCHED_FIFO, &param) == 0;
 }
 
+/* Until one of them has something or it is so late; INT64_MAX: until one has. */
+static void wait_until(struct pollfd *watched, nfds_t count, int64_t until_ns) {
+    struct timespec wait = {0};
+    int64_t now = now_ns();
+    if (until_ns > now && until_ns != INT64_MAX)
+        wait = (struct timespec){.tv_sec = (until_ns - now) / NS_PER_S, .tv_nsec = (until_ns - now) % NS_PER_S};
+    int ready = ppoll(watched, count, until_ns == INT64_MAX ? NULL : &wait, NULL);
+    if (ready < 0 && errno != EINTR) fail(EXIT_SYSTEM, "ppoll");
+    if (ready <= 0)
+        for (nfds_t i = 0; i < count; i++) watched[i].revents = 0;
+}
+
 static void carry(emulator *e) {
     static struct pollfd watched[HOSTS_MAX + 1];
     watched[0] = (struct pollfd){.fd = STDIN_FILENO, .events = POLLIN};
@@ -480,28 +492,21 @@ static void carry(emulator *e) {
         int flags = fcntl(e->hosts[i].fd, F_GETFL);
         if (flags < 0 || fcntl(e->hosts[i].fd, F_SETFL, flags | O_NONBLOCK) != 0) fail(EXIT_SYSTEM, "a host's device");
     }
-    int64_t turned_ns = 0;
     bool behind = false;
-    for (;;) {
-        struct timespec wait, *limit = NULL;
-        if (e->heap_size > 0) {
-            int64_t wake_ns = e->heap[0].due_ns, now = now_ns();
-            if (!behind && wake_ns < turned_ns + e->grain_ns) wake_ns = turned_ns + e->grain_ns;
-            int64_t left_ns = wake_ns > now ? wake_ns - now : 0;
-            wait = (struct timespec){.tv_sec = left_ns / NS_PER_S, .tv_nsec = left_ns % NS_PER_S};
-            limit = &wait;
-        }
-        int ready = ppoll(watched, e->hosts_count + 1, limit, NULL);
-        if (ready < 0 && errno != EINTR) fail(EXIT_SYSTEM, "ppoll");
-        if (ready > 0) {
-            for (uint32_t i = 0; i < e->hosts_count; i++)
-                if (watched[i + 1].revents & POLLIN) take_in(e, i);
+    for (int64_t turned_ns = 0;;) {
+        /* A rest first: whoever sends would wake us for every frame, which costs more than the frame. */
+        int64_t rested_ns = turned_ns + e->grain_ns;
+        if (!behind && now_ns() < rested_ns) {
+            wait_until(watched, 1, rested_ns);
             if (watched[0].revents != 0 && !hear_owner(e)) return;
+            if (now_ns() < rested_ns) continue;
         }
-        if (behind || now_ns() - turned_ns >= e->grain_ns) {
-            behind = !turn(e);
-            turned_ns = now_ns();
-        }
+        wait_until(watched, e->hosts_count + 1, behind ? 0 : e->heap_size > 0 ? e->heap[0].due_ns : INT64_MAX);
+        if (watched[0].revents != 0 && !hear_owner(e)) return;
+        for (uint32_t i = 0; i < e->hosts_count; i++)
+            if (watched[i + 1].revents & POLLIN) take_in(e, i);
+        behind = !turn(e);
+        turned_ns = now_ns();
     }
 }
 

@@ -33,6 +33,7 @@ class Plan:
     op: str = "sum"
     quantize: str | None = None
     connections: int | str = "auto"
+    algorithm: str = "auto"
     in_place: bool = True
     gloo: bool = False
     ahead_ns: int = 1_000_000
@@ -70,6 +71,12 @@ class SystemResult:
 class Result:
     plan: Plan
     systems: tuple[SystemResult, ...]
+
+    @property
+    def algorithm(self) -> str:
+        """That ran, and in brackets that was asked for if it is another."""
+        ran = str(self.systems[0].details["algorithm"])
+        return ran if ran == self.plan.algorithm else f"{ran} ({self.plan.algorithm})"
 
     @property
     def ratio(self) -> float | None:
@@ -147,6 +154,7 @@ def _result(plan: Plan, system: str, ranks: list[dict[str, Any]]) -> SystemResul
     if "payload_tx_bytes" in ranks[0]:
         details["payload_tx_bytes_per_rank"] = [summarize(rank["payload_tx_bytes"]).median for rank in ranks]
         details["attempts_max"] = max(rank["attempts_max"] for rank in ranks)
+        details["algorithm"] = ranks[0]["algorithm"]
     median = summarize(seconds)
     return SystemResult(
         name=system,

@@ -47,6 +47,7 @@ class Settings:
     op: str
     quantize: str | None
     connections: int | str
+    algorithm: str
     in_place: bool
     gloo: bool
     ahead_ns: int
@@ -90,12 +91,15 @@ class PycclSystem:
         self._comm, self._source = comm, source
         self._x = source.copy() if settings.in_place else source
         self._out = None if settings.in_place else np.empty_like(source)
-        self._keywords: dict[str, Any] = {"op": settings.op, "out": self._out, "timeout": OPERATION_TIMEOUT_S}
+        self._keywords: dict[str, Any] = {
+            "op": settings.op, "out": self._out, "algorithm": settings.algorithm, "timeout": OPERATION_TIMEOUT_S,
+        }  # fmt: skip
         if settings.quantize is not None:
             self._keywords["quantize"] = settings.quantize
         self.others: frozenset[int] = frozenset()  # sockets that are not pyccl's
         self.payload_tx_bytes: list[int] = []
         self.attempts = 1
+        self.algorithm = ""  # that ran
 
     def fill(self) -> None:
         if self._x is not self._source:
@@ -105,6 +109,7 @@ class PycclSystem:
         info = self._comm.all_reduce(self._x, **self._keywords)
         self.payload_tx_bytes.append(info.tx_bytes)
         self.attempts = max(self.attempts, info.attempts)
+        self.algorithm = info.algorithm
 
     def result(self) -> Array:
         return self._x if self._out is None else self._out
@@ -225,6 +230,7 @@ def run(settings: Settings, control: Control) -> None:
         reports = _measure(comm, systems, settings, control)
         reports["pyccl"] |= {
             "payload_tx_bytes": ours.payload_tx_bytes[-settings.iterations :], "attempts_max": ours.attempts,
+            "algorithm": ours.algorithm,
         }  # fmt: skip
         if settings.gloo:
             sent = float(str(reports["gloo"]["wire_tx_bytes"]))

@@ -11,10 +11,11 @@ from pyccl.bench.epochs import Changes
 from pyccl.bench.figures import MIB, Summary
 from pyccl.bench.machine import Machine
 from pyccl.bench.memory import HOUR_S, Tracks
+from pyccl.bench.scale import Result as Scale
 from pyccl.bench.topology import Result as TopologyResult
 from pyccl.bench.wan import Result as WanResult
-from pyccl.netlab.units import show_rate, show_time
 from pyccl.reference import QUANTIZE_BLOCK
+from pyccl.units import show_rate, show_time
 
 
 def heading(command: str, machine: Machine, versions: Mapping[str, str | None]) -> list[str]:
@@ -50,7 +51,8 @@ def all_reduce(result: Result) -> list[str]:
     place = "in place" if plan.in_place else "into out"
     what = (
         f"all-reduce of {plan.size_bytes / MIB:g} MiB of {plan.dtype}, op {plan.op}, {place}, quantize "
-        f"{plan.quantize or 'none'}, {plan.world} processes on loopback, connections {plan.connections}"
+        f"{plan.quantize or 'none'}, {plan.world} processes on loopback, connections {plan.connections}, "
+        f"algorithm {result.algorithm}"
     )
     rows = [["", "median", "min", "max", "MiB sent/rank", "bus GB/s", "CPU s/GiB"]]
     rows += [
@@ -101,7 +103,8 @@ def wan(result: WanResult) -> list[str]:
     hosts = [f"{host.name} {show_rate(host.up.rate)} up, {show_rate(host.down.rate)} down" for host in scenario.hosts]
     what = (
         f"all-reduce of {plan.size_bytes / MIB:g} MiB of {plan.dtype}, op {plan.op}, quantize "
-        f"{plan.quantize or 'none'}, {plan.world} peers, connections {plan.connections}"
+        f"{plan.quantize or 'none'}, {plan.world} peers, connections {plan.connections}, "
+        f"algorithm {result.reduced.algorithm}"
     )
     lost, dropped = result.counts.lost, result.counts.dropped
     return [
@@ -136,6 +139,32 @@ def topology(result: TopologyResult) -> list[str]:
         f"predicted for the plan: {predicted}; the lines allow {seconds(result.bound_s)}",
         f"planned: {result.to_bound:.2f} x the bound; the equal ring takes {result.ring_to_planned:.2f} x as long",
         f"optimize_topology took {seconds(result.measured_s)}",
+    ]
+
+
+def scale(result: Scale) -> list[str]:
+    """A row for each size of group."""
+    plan = result.plan
+    rows = [[
+        "members", "median", "min", "max", "CPU of all", "for each pair", "sent/member", "beside it", "to the master",
+        "master's CPU", "memory/member", "before",
+    ]]  # fmt: skip
+    rows += [
+        [
+            f"{size.world}, {size.algorithm}", *_spread(size.seconds), seconds(size.cpu_s),
+            seconds(size.cpu_s_per_pair), f"{size.payload_bytes:.0f} B", f"{size.data_bytes:.0f} B",
+            f"{size.control_bytes:.1f} B", seconds(size.master_cpu_s), f"{size.memory_bytes.median / MIB:.1f} MiB",
+            f"{size.start_bytes.median / MIB:.1f} MiB",
+        ]
+        for size in result.sizes
+    ]  # fmt: skip
+    return [
+        f"{plan.operations} all-reduces of {plan.size_bytes} bytes one after the other, after {plan.warmup} to warm up",
+        "",
+        *columns(rows),
+        "",
+        "Times, CPU and bytes are those of an operation; sent: payload to other members, beside it: heads, completion,",
+        "heartbeats. Memory: anonymous, after the operations and before the member connected.",
     ]
 
 

@@ -53,6 +53,16 @@ def sockets() -> Sockets:
     return Sockets(frozenset(tcp), frozenset(unix))
 
 
+def connected_to(host: str, port: int) -> frozenset[int]:
+    """Inode numbers of this process' TCP sockets whose other end is there."""
+    found = set()
+    for inode, fd in _descriptors():
+        with _duplicate(fd) as sock:
+            if _is_connected_tcp(sock) and sock.getpeername()[:2] == (host, port):
+                found.add(inode)
+    return frozenset(found)
+
+
 def traffic(inodes: frozenset[int]) -> Traffic:
     """What has gone over these sockets so far, as far as they are open still."""
     tx_bytes = rx_bytes = 0

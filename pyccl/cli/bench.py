@@ -10,9 +10,24 @@ from typing import Any, Final, TypeVar
 import click
 
 from pyccl import netlab
-from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, memory, show, topology, wan
+from pyccl.bench import (
+    all_reduce,
+    churn,
+    content,
+    digest,
+    epochs,
+    gloo,
+    kernels,
+    machine,
+    memory,
+    scale,
+    show,
+    topology,
+    wan,
+)
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
+from pyccl.calls import ALGORITHMS
 from pyccl.processes.children import Children, Interrupted
 
 T = TypeVar("T")
@@ -75,6 +90,11 @@ def _world(least: int, default: int, text: str) -> Callable[[Callable[..., None]
     return click.option("--world", type=click.IntRange(least, 64), default=default, show_default=True, help=text)
 
 
+_ALGORITHM: Final = click.option(
+    "--algorithm", type=click.Choice(tuple(ALGORITHMS)), default="auto", show_default=True, help="pyccl only."
+)
+
+
 @bench.command("all-reduce", epilog=EPILOG)
 @_world(2, 2, "Processes.")
 @_mib("Size of each process' tensor.", 64)
@@ -87,12 +107,13 @@ def _world(least: int, default: int, text: str) -> Callable[[Callable[..., None]
     "--connections", default="auto", show_default=True, callback=_connections, metavar="auto|N",
     help="TCP connections for each pair, 1 to 64.",
 )  # fmt: skip
+@_ALGORITHM
 @click.option("--in-place/--out", default=True, show_default=True, help="Result in the input, or in another array.")
 @click.option("--vs", type=click.Choice(["gloo"]), help="Alternate with torch's Gloo in the same processes, over TCP.")
 @_AS_JSON
 def all_reduce_command(
     world: int, mib: float, iters: int, warmup: int, dtype: str, op: str, quantize: str | None,
-    connections: int | str, in_place: bool, vs: str | None, as_json: bool,
+    connections: int | str, algorithm: str, in_place: bool, vs: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Time an all-reduce between processes on loopback."""
     if vs == "gloo":
@@ -103,7 +124,7 @@ def all_reduce_command(
         raise click.UsageError("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
     plan = all_reduce.Plan(
         world=world, size_bytes=int(mib * MIB), iterations=iters, warmup=warmup, dtype=dtype, op=op,
-        quantize=quantize, connections=connections, in_place=in_place, gloo=vs == "gloo",
+        quantize=quantize, connections=connections, algorithm=algorithm, in_place=in_place, gloo=vs == "gloo",
     )  # fmt: skip
     _report(
         "all-reduce", as_json, lambda: _conduct(lambda conductor: all_reduce.measure(plan, conductor)),
@@ -128,11 +149,13 @@ def all_reduce_command(
     "--connections", default="auto", show_default=True, callback=_connections, metavar="auto|N",
     help="TCP connections for each pair, 1 to 64.",
 )  # fmt: skip
+@_ALGORITHM
 @click.option("--vs", type=click.Choice(["gloo"]), help="Alternate with torch's Gloo in the same processes.")
 @_AS_JSON
 def wan_command(
     name: str, world: int | None, rate: str | None, delay: str | None, loss: float | None, seed: int | None,
-    mib: float, iters: int, warmup: int, quantize: str | None, connections: int | str, vs: str | None, as_json: bool,
+    mib: float, iters: int, warmup: int, quantize: str | None, connections: int | str, algorithm: str, vs: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Time an all-reduce of float32 over the long lines of a lab. Needs root and iproute2.
 
@@ -146,7 +169,7 @@ def wan_command(
         _need_torch()
     plan = all_reduce.Plan(
         size_bytes=int(mib * MIB), iterations=iters, warmup=warmup, quantize=quantize, connections=connections,
-        gloo=vs == "gloo",
+        algorithm=algorithm, gloo=vs == "gloo",
     )  # fmt: skip
 
     def measure() -> wan.Result:
@@ -154,6 +177,26 @@ def wan_command(
             return wan.measure(scenario, plan, children)
 
     _report("wan", as_json, measure, wan.Result.to_json, show.wan, "torch")
+
+
+@bench.command("scale", epilog=EPILOG)
+@click.option(
+    "--world", "worlds", type=click.IntRange(2, 64), multiple=True, default=scale.Plan().worlds, show_default=True,
+    help="Members; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--size", "size_bytes", type=click.IntRange(4, 1 << 24), default=4096, show_default=True, metavar="BYTES",
+    help="Of each member's tensor.",
+)  # fmt: skip
+@_iters(200)
+@click.option("--warmup", type=click.IntRange(0, 10_000), default=20, show_default=True, help="Rounds not counted.")
+@_AS_JSON
+def scale_command(worlds: tuple[int, ...], size_bytes: int, iters: int, warmup: int, as_json: bool) -> None:
+    """Time an all-reduce of a small tensor on loopback as the group grows: time, CPU, bytes beside the tensor, what the
+    master hears meanwhile, memory of a member.
+    """
+    plan = scale.Plan(worlds=worlds, size_bytes=size_bytes, operations=iters, warmup=warmup)
+    _report("scale", as_json, lambda: scale.measure(plan, _conduct), scale.Result.to_json, show.scale)
 
 
 @bench.command("topology", epilog=EPILOG)

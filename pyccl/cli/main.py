@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pyccl.cli.bench import bench
+from pyccl.cli.bench_all import all_command
 from pyccl.cli.demo import demo
 from pyccl.cli.netlab import netlab
 from pyccl.cli.status import status
@@ -17,6 +18,7 @@ def main() -> None:
     """Collectives for peers that come and go."""
 
 
+bench.add_command(all_command)
 main.add_command(bench)
 main.add_command(demo)
 main.add_command(netlab)

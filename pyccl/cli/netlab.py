@@ -14,8 +14,9 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from pyccl import units
 from pyccl.bench.show import columns
-from pyccl.netlab import check, run, scenario, units
+from pyccl.netlab import check, run, scenario
 from pyccl.netlab.emulator import Counts
 from pyccl.netlab.lab import Lab
 from pyccl.netlab.scenario import Scenario, ScenarioError

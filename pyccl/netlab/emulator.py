@@ -21,8 +21,8 @@ from pyccl.netlab.scenario import Cap, Delay, Loss, Pipe, Scenario, Step
 from pyccl.processes.namespace import NetworkError
 
 PROGRAM: Final = "netlab-emulator"
-# Deliveries are made together that are due within so much, as a card's interrupt waits for more: a hundredth of the
-# shortest delay, and no less than what is worth waking up for.
+# So long it rests after each turn, as a card's interrupt waits for more: a hundredth of the shortest delay, and no less
+# than what is worth waking up for. A frame may enter its line, and a packet arrive, so much later.
 GRAIN_NS: Final = (20_000, 250_000)
 GRAIN_SHARE: Final = 100
 END_S: Final = 20.0  # it gives itself ten to end the lab's processes

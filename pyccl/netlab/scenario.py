@@ -43,7 +43,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from pyccl.netlab import units
+from pyccl import units
 
 T = TypeVar("T")
 HOSTS_MAX: Final = 250

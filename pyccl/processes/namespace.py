@@ -7,6 +7,7 @@ own network is touched. Needs root, iproute2 and nsenter.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
@@ -47,7 +48,8 @@ class Namespace:
         thread.start()
         thread.join()
         if error:
-            raise NetworkError(f"no network namespace can be made: {os.strerror(error[0])}")
+            hint = " (run it as root)" if error[0] == errno.EPERM else ""
+            raise NetworkError(f"no network namespace can be made: {os.strerror(error[0])}{hint}")
 
     @property
     def path(self) -> str:

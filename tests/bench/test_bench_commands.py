@@ -33,10 +33,17 @@ def test_all_reduce_tells_raw_times_of_every_rank() -> None:
     assert told["settings"]["in_place"] is False and told["settings"]["op"] == "avg"
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "ring"])
+def test_all_reduce_runs_the_algorithm_that_was_asked_for(algorithm: str) -> None:
+    told = done("all-reduce", "--world", "3", "--mib", "0.05", "--iters", "1", "--algorithm", algorithm)
+    assert told["settings"]["algorithm"] == told["systems"]["pyccl"]["algorithm"] == algorithm
+
+
 def test_all_reduce_prints_a_table_for_a_person() -> None:
     finished = bench("all-reduce", "--mib", "0.01", "--iters", "2", "--connections", "2")
     assert finished.status == 0, finished.stderr
     assert finished.left == []
+    assert "connections 2, algorithm direct (auto)" in finished.stdout
     for text in ("command   pyccl bench all-reduce", "machine   ", "versions  pyccl ", "bus GB/s", "CPU s/GiB"):
         assert text in finished.stdout
 

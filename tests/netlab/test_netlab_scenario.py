@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pyccl.netlab import units
+from pyccl import units
 from pyccl.netlab.scenario import Cap, Delay, Line, Loss, Pipe, Scenario, ScenarioError, load, names, parse
 
 MS = 10**6

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_FORM: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)")
+_FORM: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?) ?([a-zA-Z]+)")
 RATES: Final = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}  # a second
 TIMES: Final = {"us": 10**3, "ms": 10**6, "s": 10**9}  # in ns
 SIZES: Final = {"B": 1, "kB": 10**3, "MB": 10**6, "KiB": 1 << 10, "MiB": 1 << 20}
-RATE_MAX: Final = 100 * 10**9
+RATE_MAX: Final = 1000 * 10**9
 TIME_MAX: Final = 60 * 10**9
 
 
@@ -21,9 +21,10 @@ def _read(text: object, units: dict[str, int], what: str, example: str) -> int |
     found = _FORM.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         raise UnitError(f"{text!r} is no {what}: write a number and a unit, as {example!r}")
-    if found[2] not in units:
+    unit = found[2].lower() if units is RATES else found[2]
+    if unit not in units:
         return None
-    return round(float(found[1]) * units[found[2]])
+    return round(float(found[1]) * units[unit])
 
 
 def _refuse(text: object, units: dict[str, int], what: str) -> UnitError:
@@ -31,7 +32,7 @@ def _refuse(text: object, units: dict[str, int], what: str) -> UnitError:
 
 
 def rate_bps(text: object) -> int:
-    """Bits a second. UnitError: no such text, nothing or more than RATE_MAX."""
+    """Bits a second; the unit in any case. UnitError: no such text, nothing or more than RATE_MAX."""
     value = _read(text, RATES, "rate", "400mbit")
     if value is None:
         raise _refuse(text, RATES, "rate")
