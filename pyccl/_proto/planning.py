@@ -15,7 +15,7 @@ from pyccl._proto import limits, topology
 from pyccl._proto.plan import NEVER, Plan, decode_untrusted
 from pyccl._proto.ring_order import EXACT_MAX
 from pyccl._proto.shares import equal_shares
-from pyccl._proto.topology import REFERENCE_BYTES, Choice, Network
+from pyccl._proto.topology import REFERENCE_BYTES, Choice, Line, Network
 
 EFFORT: Final = 300_000  # steps; about 0.1 s
 EFFORT_LONG: Final = 3_000_000  # about 1 s, several with hundreds of members
@@ -62,8 +62,11 @@ class News:
             "bytes": REFERENCE_BYTES,
             "predicted_s": _told(best.seconds(REFERENCE_BYTES)),
             "present_s": _told(present.seconds(REFERENCE_BYTES)),
-            "direct": [_told(best.direct.delay_s), best.direct.pace],
-            "ring": [_told(best.ring.delay_s), best.ring.pace],
+            "direct": _line_told(best.direct),
+            "ring": _line_told(best.ring),
+            "present_direct": _line_told(present.direct),
+            "present_ring": _line_told(present.ring),
+            "piece_bytes": best.piece_bytes,
             "ring_from_bytes": self.plan.ring_from_bytes if self.plan.ring_from_bytes != NEVER else "never",
             "shares": shares if len(best.shares) <= _SHARES_LOGGED else [*shares, "..."],
         }
@@ -73,7 +76,9 @@ def search(job: Job) -> Found:
     plan = decode_untrusted(job.present, len(job.peers))
     ring_from_bytes = topology.NEVER if plan.ring_from_bytes == NEVER else plan.ring_from_bytes
     ring = plan.ring or range(len(job.peers))
-    present = topology.judged(job.network, _parts(plan, len(job.peers)), ring, ring_from_bytes)
+    present = topology.judged(
+        job.network, _parts(plan, len(job.peers)), ring, ring_from_bytes, plan.piece_bytes or topology.PIECE_BYTES
+    )
     return Found(topology.choose(job.network, job.effort), present)
 
 
@@ -81,7 +86,8 @@ def plan_of(choice: Choice) -> Plan:
     """As it travels: shares as weights, rounded."""
     shares = tuple(round(share * _WEIGHTS) for share in choice.shares)
     size = choice.ring_from_bytes
-    return Plan(shares, choice.order, NEVER if size == topology.NEVER else min(int(size), limits.U64_MAX - 1))
+    ring_from_bytes = NEVER if size == topology.NEVER else min(int(size), limits.U64_MAX - 1)
+    return Plan(shares, choice.order, ring_from_bytes, choice.piece_bytes % topology.PIECE_BYTES)
 
 
 class Planning:
@@ -139,6 +145,10 @@ def _parts(plan: Plan, world: int) -> tuple[float, ...]:
         return equal_shares(world)
     total = sum(plan.shares)
     return tuple(share / total for share in plan.shares)
+
+
+def _line_told(line: Line) -> list[Any]:
+    return [_told(line.delay_s), line.pace, line.lag_bytes, line.lag_pace]
 
 
 def _told(seconds: float) -> float | str:

@@ -50,6 +50,13 @@ def test_seeds_reach_every_kind_of_epoch_and_failure() -> None:
     assert evictions > 5
 
 
+@pytest.mark.parametrize("seed", range(5100, 5106))
+def test_plans_follow_lines_that_change_while_members_and_master_fail(seed: int) -> None:
+    checks = simulate(seed, faults=FAULT_KINDS, measures=True).checks
+    assert max(len(plans) for plans in checks.plans.values()) > 5
+    assert checks.kinds["loss"] > 0
+
+
 # ---- what must hold in one definite situation
 
 QUIET = Options(faults=(), peers=4, think_s=0.05, chaos_s=1e6)
