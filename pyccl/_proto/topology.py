@@ -26,8 +26,8 @@ from pyccl._proto.shares import best_shares, direct_pace, equal_shares
 
 UNKNOWN: Final = math.inf
 NEVER: Final = math.inf  # ring_from_bytes: no size is large enough
-REFERENCE_BYTES: Final = 64 << 20  # plans are compared by the time they predict for so much, and for an eighth of it
-SMALL_BYTES: Final = REFERENCE_BYTES // 8
+REFERENCE_BYTES: Final = 64 << 20  # plans are compared by the time they predict for so much, and for a sixteenth of it
+SMALL_BYTES: Final = REFERENCE_BYTES // 16
 PIECE_BYTES: Final = 2 * limits.PLAN_PIECE_MAX  # of a plan that does not say
 PIECE_S: Final = 0.01  # a piece takes the slowest host no longer, if it can be as short: what is begun is not finished
 LANES: Final = 8  # connections that a long link begins with; each has a piece under way
