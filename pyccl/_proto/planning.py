@@ -3,7 +3,8 @@
 For a set of members and what they have told there is one `Job`. The shell searches it in a thread (``search``, pure and
 bounded by its effort) and brings the `Found`; the safe point waits for that, though not for ever. Of more members than
 are searched exactly there is a second, longer job, for which nobody waits: its plan is there for a later safe point.
-Only a plan that predicts a gain over what the epoch would have without it becomes news that is `better`.
+Only a plan that predicts a gain over what the epoch would have without it becomes news that is `better`: never for two
+members, who swap whole vectors, but they are told what that is predicted to take.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Planning:
     def begin(self, peers: tuple[bytes, ...], network: Network | None, present: bytes, now: float) -> Job | None:
         """The job for these members, which is waited for; None: there is nothing to plan, or nothing to plan by."""
         self._key, self._job = (self.version, peers), None
-        if network is None or len(peers) < 3:
+        if network is None:
             self.waits = False
             return None
         return self._next(Job(peers, network, present, EFFORT), now, waits=True)

@@ -34,7 +34,7 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Result:
     """predicted_s: for the plan, or for what was there before where nothing found would better it; None: nothing was
-    planned, as for two."""
+    measured."""
 
     scenario: Scenario
     plan: Plan
