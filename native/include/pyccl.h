@@ -26,6 +26,8 @@ extern "C" {
 #define PYCCL_FRAME_SIZE 64         /* bytes of a data-frame header */
 #define PYCCL_SPEC_SIZE 40          /* bytes of an encoded pyccl_spec, the payload of OPEN */
 #define PYCCL_PIECE_MAX 1048576     /* bytes of the longest payload of one frame */
+#define PYCCL_PLAN_PIECE_MIN 16384  /* bytes of the pieces that a plan may ask for */
+#define PYCCL_PLAN_PIECE_MAX 131072
 #define PYCCL_BLOCK_MIN 64          /* elements of a codec block: a power of two */
 #define PYCCL_BLOCK_MAX 65536
 #define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
@@ -200,6 +202,7 @@ typedef struct pyccl_plan {
     const uint32_t *shares;          /* [world]: weights of the shares that ranks own, not all 0; NULL: equal ones */
     const uint32_t *ring;            /* [world]: the ranks, each once, in the order of the ring; NULL: rank order */
     uint64_t ring_from_bytes;        /* an all_reduce of algorithm AUTO of so many bytes takes the ring; UINT64_MAX: none */
+    uint32_t piece_bytes;            /* of a piece of a share: a power of two, PYCCL_PLAN_PIECE_MIN..MAX; 0: twice the greatest */
 } pyccl_plan;
 
 typedef struct pyccl_epoch {
@@ -424,7 +427,7 @@ pyccl_status pyccl_engine_peer_add(pyccl_engine *engine, const uint8_t id[16], u
 pyccl_status pyccl_engine_peer_remove(pyccl_engine *engine, uint32_t slot);                      /* closes its connections */
 pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd);  /* takes fd, always: closed on error */
 pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd);                    /* heartbeats to the master; takes fd */
-/* So many connections carry our data, 1..PYCCL_CONNS_MAX; on a long line it is the start of another search. */
+/* So many connections carry our data, up to PYCCL_CONNS_MAX; 0: as many as at first, and on a long line a search for more. */
 pyccl_status pyccl_engine_link_use(pyccl_engine *engine, uint32_t slot, uint32_t conns);
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out);
 

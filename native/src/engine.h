@@ -99,6 +99,7 @@ typedef struct peer_tx {             /* what one attempt has to send to one rank
     uint32_t rank;
     bool open;                       /* the peer has opened the operation: the eager window does not bind */
     bool waits;                      /* nothing but the eager window holds it back */
+    bool ahead;                      /* out of the queue, since contributions to others have to catch up */
     uint64_t items[2];               /* per phase, of the schedule; 0: nothing goes there */
     uint64_t contribution_first;     /* items of phase 0 that start here: our own input, */
     uint64_t contributions;          /* so many */
@@ -148,6 +149,7 @@ struct attempt {
     bool committed;
     uint64_t *held;                  /* pieces (ring: slots) with all contributions that wait for weights */
     uint64_t held_count;
+    uint32_t ahead_count;            /* ranks that wait for contributions to others */
     uint64_t own_pieces;             /* of our share */
     uint64_t *arrived_at[2];         /* per phase: [rank], where the items begin that come from there */
     uint8_t *arrived[2];             /* per phase: piece_state [arrived_at[rank] + item] */

@@ -129,7 +129,7 @@ static void run_link_use(pyccl_engine *engine, command *c) {
 
 pyccl_status pyccl_engine_link_use(pyccl_engine *engine, uint32_t slot, uint32_t conns) {
     peer_command c = {.command = {.run = run_link_use}, .slot = slot, .conns = conns};
-    if (conns < 1 || conns > PYCCL_CONNS_MAX) return PYCCL_ERR_ARGUMENT;
+    if (conns > PYCCL_CONNS_MAX) return PYCCL_ERR_ARGUMENT;
     engine_run(engine, &c.command);
     return c.command.status;
 }

@@ -16,6 +16,8 @@
 #define WORK_PIECES 8                /* local pieces between two looks at the sockets */
 #define PAST_CACHE_BYTES (8u << 20)
 #define PROGRESS_NS 10000000         /* progress is told to the machine at most this often */
+#define STEP_PARTS 8                 /* contributions to one are at most such a part ahead of those to any other, */
+#define STEP_PIECES 8                /* or so many pieces */
 #define NEAR_AHEAD_PIECES 4          /* contributions to a near peer are at most this far ahead of what comes back */
 
 /* ---- the queue of a peer ---- */
@@ -407,6 +409,35 @@ static bool tx_too_far_ahead(const pyccl_engine *engine, const peer_tx *t) {
     return t->contribution_next >= t->returned + NEAR_AHEAD_PIECES * hops;
 }
 
+/* A line that links share is not shared evenly, and a link that is left alone at the end takes long to fill it. So those
+ * that are ahead make room. Who does not take part yet, or has no connection, holds up nobody. */
+static bool tx_out_of_step(const pyccl_engine *engine, const peer_tx *t) {
+    const attempt *a = t->attempt;
+    const peer *p = engine->ranks[t->rank];
+    if (!schedule_folds(&a->schedule) || a->schedule.ring || p == NULL || p->link.near) return false;
+    const double all = (double)t->contributions, step = all / STEP_PARTS > STEP_PIECES ? all / STEP_PARTS : STEP_PIECES;
+    if ((double)t->contribution_next < step) return false;
+    for (uint32_t rank = 0; rank < a->schedule.world; rank++) {
+        const peer_tx *other = &a->peers[rank];
+        const peer *q = engine->ranks[rank];
+        if (other->contributions == 0 || !other->open || q == NULL || q->link.near || q->link.conn_count == 0) continue;
+        const double done = (double)other->contribution_next / (double)other->contributions;
+        if ((double)t->contribution_next >= done * all + step) return true;
+    }
+    return false;
+}
+
+/* Some contribution has left: those that waited for it may look again. */
+static void tx_release_ahead(pyccl_engine *engine, attempt *a) {
+    for (uint32_t rank = 0; a->ahead_count > 0 && rank < a->schedule.world; rank++) {
+        peer_tx *t = &a->peers[rank];
+        if (!t->ahead) continue;
+        t->ahead = false;
+        a->ahead_count--;
+        tx_enqueue(engine, t);
+    }
+}
+
 /* What goes next to this rank: what was lost, then what is furthest on its way (others wait for it): results, sums, our
  * own contributions. */
 static bool tx_pick(const pyccl_engine *engine, const peer_tx *t, uint32_t *phase, uint64_t *item) {
@@ -443,6 +474,7 @@ static void tx_take(pyccl_engine *engine, peer_tx *t, uint32_t phase, uint64_t i
     uint8_t *carrier = &t->carrier[phase][item];
     if (*carrier == CARRIER_LOST) t->lost--;
     else tx_advance(t, phase, item);
+    if (phase == SCHEDULE_CONTRIBUTION) tx_release_ahead(engine, a);
     *carrier = (uint8_t)conn->index;
     load->frame = (pyccl_frame){.type = PYCCL_FRAME_DATA, .phase = (uint8_t)phase, .space = a->op->args.spec.space,
                                 .seq = a->seq, .tag = a->op->args.spec.tag, .spec_hash = a->spec_hash,
@@ -466,6 +498,12 @@ bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *l
         uint64_t item;
         if (!tx_pick(engine, t, &phase, &item)) {
             tx_unqueue(t);
+            continue;
+        }
+        if (phase == SCHEDULE_CONTRIBUTION && t->lost == 0 && tx_out_of_step(engine, t)) {
+            tx_unqueue(t);
+            t->attempt->ahead_count += t->ahead ? 0 : 1;
+            t->ahead = true;
             continue;
         }
         const uint32_t bytes = eager_cost(schedule_item_bytes(&t->attempt->schedule, phase, t->attempt->schedule.rank, t->rank, item));

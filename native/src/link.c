@@ -137,9 +137,10 @@ static void lanes_changed(pyccl_link *link) {
 }
 
 void link_use(pyccl_link *link, uint32_t conns) {
-    lanes_init(&link->lanes, conns, PYCCL_CONNS_MAX);
+    link->told_use = conns > 0;
+    if (conns > 0) lanes_init(&link->lanes, conns, conns);
+    else lanes_init(&link->lanes, link->env->lanes > 0 ? link->env->lanes : PYCCL_CONNS_MAX, PYCCL_CONNS_MAX);
     link->wanted_ns = 0;
-    link->told_use = true;
     lanes_changed(link);
 }
 

@@ -151,7 +151,7 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out);
 void link_conn_close(pyccl_conn *conn);          /* frees what it owns, not the structure: see link_bury */
 void link_bury(link_env *env);
 
-void link_use(pyccl_link *link, uint32_t conns); /* so many carry data from now on, whatever was found out */
+void link_use(pyccl_link *link, uint32_t conns); /* so many carry data from now on; 0: as many as is found out */
 
 void link_control_push(pyccl_link *link, const pyccl_frame *frame, const pyccl_spec *spec);
 void link_control_clear(pyccl_link *link);

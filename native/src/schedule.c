@@ -5,8 +5,6 @@
 
 #include "status.h"
 
-#define CODED_ELEMENTS (UINT64_C(1) << 18) /* 1 MiB of float32 where it is folded */
-
 __extension__ typedef unsigned __int128 wide;
 
 /* ---- plans ---- */
@@ -20,14 +18,20 @@ static bool is_permutation(const uint32_t *ring, uint32_t world) {
     return true;
 }
 
+static bool is_piece(uint32_t bytes) {
+    return bytes >= PYCCL_PLAN_PIECE_MIN && bytes <= PYCCL_PLAN_PIECE_MAX && (bytes & (bytes - 1)) == 0;
+}
+
 pyccl_status epoch_plan_init(epoch_plan *out, const pyccl_plan *plan, uint32_t world) {
     PYCCL_ASSERT(world >= 1 && world <= PYCCL_WORLD_MAX);
     const uint32_t *shares = plan != NULL ? plan->shares : NULL, *ring = plan != NULL ? plan->ring : NULL;
     if (ring != NULL && !is_permutation(ring, world)) return PYCCL_ERR_ARGUMENT;
+    if (plan != NULL && plan->piece_bytes != 0 && !is_piece(plan->piece_bytes)) return PYCCL_ERR_ARGUMENT;
     memset(out, 0, sizeof *out);
     out->world = world;
     out->equal = shares == NULL;
     out->ring_from_bytes = plan != NULL ? plan->ring_from_bytes : UINT64_MAX;
+    out->piece_bytes = plan != NULL && plan->piece_bytes != 0 ? plan->piece_bytes : SCHEDULE_PIECE_BYTES;
     for (uint32_t rank = 0; rank < world; rank++) {
         out->before[rank + 1] = out->before[rank] + (shares != NULL ? shares[rank] : 1);
         out->ring[rank] = ring != NULL ? ring[rank] : rank;
@@ -62,6 +66,11 @@ static uint32_t partial_bytes_of(const pyccl_spec *spec) {
     return single ? (uint32_t)sizeof(float) : (uint32_t)pyccl_dtype_size(spec->dtype);
 }
 
+/* As many codes of a byte as a piece has bytes, and whole blocks: of both that are powers of two the greater. */
+static uint64_t coded_elements(const schedule *s) {
+    return s->plan->piece_bytes > s->block ? s->plan->piece_bytes : s->block;
+}
+
 void schedule_init(schedule *s, const pyccl_spec *spec, const epoch_plan *plan, uint32_t rank, uint32_t root) {
     const uint32_t world = plan->world;
     PYCCL_ASSERT(world >= 1 && world <= PYCCL_WORLD_MAX && rank < world);
@@ -77,7 +86,7 @@ void schedule_init(schedule *s, const pyccl_spec *spec, const epoch_plan *plan, 
     s->row = row_of(spec);
     s->ring = wants_ring(s, spec);
     PYCCL_ASSERT(s->element_bytes > 0 && s->block > 0 && s->row > 0);
-    s->piece_elements = spec->codec != PYCCL_CODEC_NONE ? CODED_ELEMENTS : SCHEDULE_PIECE_BYTES / s->element_bytes;
+    s->piece_elements = spec->codec == PYCCL_CODEC_NONE ? plan->piece_bytes / s->element_bytes : coded_elements(s);
     PYCCL_ASSERT(s->piece_elements % s->block == 0 && wire_bytes(s, s->piece_elements) <= PYCCL_PIECE_MAX);
     PYCCL_ASSERT(s->piece_elements * s->partial_bytes <= PYCCL_PIECE_MAX);
 }

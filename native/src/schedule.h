@@ -31,7 +31,7 @@
 
 #define SCHEDULE_CONTRIBUTION 0
 #define SCHEDULE_RESULT 1
-#define SCHEDULE_PIECE_BYTES (256 << 10) /* without a codec: a piece is sent, folded and hashed while it is in the cache */
+#define SCHEDULE_PIECE_BYTES (256 << 10) /* unless the plan has smaller ones for slow lines: a piece is sent, folded and hashed while it is in the cache */
 
 typedef struct epoch_plan {          /* of an epoch; judged */
     uint32_t world;
@@ -40,10 +40,11 @@ typedef struct epoch_plan {          /* of an epoch; judged */
     uint32_t ring[PYCCL_WORLD_MAX];  /* ranks in the order of the ring */
     uint32_t place[PYCCL_WORLD_MAX]; /* of a rank in `ring` */
     uint64_t ring_from_bytes;
+    uint32_t piece_bytes;
 } epoch_plan;
 
-/* plan NULL: shares are equal, the ring is in rank order, nothing chooses it. ERR_ARGUMENT: shares are all zero, or ring is
- * no permutation of the ranks. */
+/* plan NULL: shares are equal, the ring is in rank order, nothing chooses it. ERR_ARGUMENT: shares are all zero, ring is no
+ * permutation of the ranks, or no plan may have such pieces. */
 pyccl_status epoch_plan_init(epoch_plan *out, const pyccl_plan *plan, uint32_t world);
 
 typedef struct schedule {

@@ -211,7 +211,8 @@ static inline void plan_draw(drawn_plan *drawn, uint64_t *seed, uint32_t world) 
         drawn->shares[i] = test_random(seed) % 3 == 0 ? 0 : (uint32_t)(test_random(seed) % 1000);
     }
     drawn->shares[test_random(seed) % world] = 500;
-    drawn->plan = (pyccl_plan){.shares = drawn->shares, .ring = drawn->ring, .ring_from_bytes = UINT64_MAX};
+    const uint32_t piece = test_random(seed) % 2 == 0 ? 0 : PYCCL_PLAN_PIECE_MIN << test_random(seed) % 4;
+    drawn->plan = (pyccl_plan){.shares = drawn->shares, .ring = drawn->ring, .ring_from_bytes = UINT64_MAX, .piece_bytes = piece};
 }
 
 #endif

@@ -76,6 +76,38 @@ TEST(engine_keeps_contributions_in_step_with_what_comes_back_on_loopback) {
     cluster_close(&c);
 }
 
+/* Member 0 reads next to nothing. What the others send each other waits for it, but for a part: an exchange's piece goes
+ * behind all that may go, so when it has ended, what is held back is held back. */
+TEST(engine_keeps_contributions_to_all_in_step_on_lines_that_are_not_loopback) {
+    enum { PIECES = 64, PIECE = PYCCL_PLAN_PIECE_MIN, MEMBERS = 4 };
+    const uint64_t count = MEMBERS * PIECES * PIECE / 4;
+    const pyccl_plan plan = {.ring_from_bytes = UINT64_MAX, .piece_bytes = PIECE};
+    cluster c;
+    cluster_open_capped(&c, MEMBERS, 1, OVER_UNIX, 0, 1000);
+    c.plan = &plan;
+    cluster_epoch(&c, 1);
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, count, MEMBERS, 83);
+    pyccl_op *ops[MEMBERS], *pair[2];
+    uint8_t x[2][100] = {{1}, {2}}, y[2][100];
+    pyccl_spec spec = {.kind = PYCCL_EXCHANGE, .dtype = PYCCL_UINT8, .space = PYCCL_SPACE_PAIR, .count = sizeof x[0], .tag = 7};
+    for (int i = 0; i < 16; i++) spec.root[i] = c.id[1][i] ^ c.id[2][i];
+    for (uint32_t i = 0; i < MEMBERS; i++) {
+        ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, count, 0), v.in[i], v.in[i], 0);
+        for (uint32_t j = 1; i == 0 && j < MEMBERS; j++) await_bytes(&c, j, 0, PYCCL_FRAME_SIZE + PYCCL_SPEC_SIZE);
+    }
+    for (uint32_t i = 0; i < 2; i++) pair[i] = submit(&c, 1 + i, spec, x[i], y[i], sizeof y[i]);
+    for (uint32_t i = 0; i < 2; i++) CHECK_EQ(finish(pair[i]), PYCCL_OK);
+    for (uint32_t i = 1; i <= 2; i++) {
+        pyccl_link_stats stats;
+        REQUIRE(pyccl_engine_link_stats(c.engine[i], c.slot[i][3 - i], &stats) == PYCCL_OK);
+        CHECK(stats.rx_bytes > PIECE && stats.rx_bytes < (PIECES + PIECES / 4) * PIECE); /* as many results as contributions */
+    }
+    for (uint32_t i = 0; i < MEMBERS; i++) pyccl_engine_stop(c.engine[i], PYCCL_ERR_CLOSED);
+    for (uint32_t i = 0; i < MEMBERS; i++) CHECK(finish(ops[i]) != PYCCL_OK);
+    vectors_free(&v);
+    cluster_close(&c);
+}
+
 /* Member 0 may move 8 MB a second one way: 3 all_reduces of 1 MiB among `count`, right to the bit, and not in less time. */
 static void capped(uint32_t count, uint32_t conns, wire how, int up) {
     cluster c;

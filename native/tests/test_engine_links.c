@@ -183,7 +183,6 @@ TEST(engine_sends_data_over_as_many_connections_as_it_is_told_and_asks_for_those
     const uint64_t count = 1 << 20, piece = SCHEDULE_PIECE_BYTES;
     pyccl_link_stats stats;
     pyccl_event event;
-    CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], 0), PYCCL_ERR_ARGUMENT);
     CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], PYCCL_CONNS_MAX + 1), PYCCL_ERR_ARGUMENT);
     CHECK_EQ(pyccl_engine_link_use(c.engine[0], 99, 1), PYCCL_ERR_ARGUMENT);
     for (uint32_t use = 1; use <= 4; use += 3) {
@@ -204,6 +203,9 @@ TEST(engine_sends_data_over_as_many_connections_as_it_is_told_and_asks_for_those
     CHECK(event.slot == c.slot[0][1] && event.count == 4);
     REQUIRE(pyccl_engine_link_stats(c.engine[0], c.slot[0][1], &stats) == PYCCL_OK);
     CHECK(stats.conns == 3 && stats.lanes == 4 && stats.rtt_ns > 0);
+    CHECK_EQ(pyccl_engine_link_use(c.engine[0], c.slot[0][1], 0), PYCCL_OK); /* it is told nothing any more: all there are */
+    REQUIRE(pyccl_engine_link_stats(c.engine[0], c.slot[0][1], &stats) == PYCCL_OK);
+    CHECK_EQ(stats.lanes, PYCCL_CONNS_MAX);
     cluster_close(&c);
 }
 

@@ -25,7 +25,8 @@ static epoch_plan drawn_plan(uint64_t *seed, uint32_t world) {
     }
     shares[test_random(seed) % world] = UINT32_MAX;
     epoch_plan plan;
-    const pyccl_plan given = {.shares = shares, .ring = ring, .ring_from_bytes = UINT64_MAX};
+    const uint32_t piece = test_random(seed) % 2 == 0 ? 0 : PYCCL_PLAN_PIECE_MIN << test_random(seed) % 4;
+    const pyccl_plan given = {.shares = shares, .ring = ring, .ring_from_bytes = UINT64_MAX, .piece_bytes = piece};
     REQUIRE(epoch_plan_init(&plan, &given, world) == PYCCL_OK);
     return plan;
 }
@@ -70,6 +71,20 @@ TEST(schedule_plan_is_refused_unless_its_ring_has_every_rank_once_and_some_share
     CHECK_EQ(schedule_share_elements(&s, 1), 0);
     CHECK_EQ(schedule_share_elements(&s, 2), 1000);
     CHECK(schedule_next(&s, 2) == 0 && schedule_next(&s, 0) == 1 && schedule_next(&s, 1) == 2 && schedule_previous(&s, 2) == 1);
+}
+
+TEST(schedule_plan_says_how_long_pieces_are_but_never_shorter_than_a_block) {
+    static const uint32_t bad[] = {1, PYCCL_PLAN_PIECE_MIN / 2, PYCCL_PLAN_PIECE_MIN + 4, 2 * PYCCL_PLAN_PIECE_MAX, UINT32_MAX};
+    epoch_plan plan;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK_EQ(epoch_plan_init(&plan, &(pyccl_plan){.piece_bytes = bad[i]}, 3), PYCCL_ERR_ARGUMENT);
+    REQUIRE(epoch_plan_init(&plan, &(pyccl_plan){.piece_bytes = 32768}, 3) == PYCCL_OK);
+    pyccl_spec spec = {.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_FLOAT64, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .count = 1000000};
+    CHECK_EQ(of_plan(&plan, &spec, 0, 0).piece_elements, 4096);
+    spec.codec = PYCCL_CODEC_UINT8, spec.block = 256;
+    CHECK_EQ(of_plan(&plan, &spec, 0, 0).piece_elements, 32768);
+    spec.block = PYCCL_BLOCK_MAX;
+    CHECK_EQ(of_plan(&plan, &spec, 0, 0).piece_elements, PYCCL_BLOCK_MAX);
 }
 
 TEST(schedule_unequal_shares_are_the_floor_of_the_weights_below) {

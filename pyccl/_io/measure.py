@@ -3,14 +3,16 @@
     1  all-gather: under which id everybody serves the bytes that the others receive
     2  all-gather: whose links each member lacks; the rounds follow from that (`_proto.measuring`)
     3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count
-    4  the crowd, if anything was missing: barrier; the same from several members at once
+    4  all-gather: of whom each thinks that fewer connections would do; rounds of such pairs, with so many; then an
+       all-gather: for whom that was slower, who goes back
+    5  the crowd, if anything was missing: barrier; the same from several members at once
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
 and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
 for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: three
 parts of 0.2 s and three round trips each, or ROUND_MOST_S.
-Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX and
-the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
+Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
+twice, and the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
 Threads: the caller's.
 """
 
@@ -34,7 +36,7 @@ import numpy as np
 from pyccl._io.session import Session
 from pyccl._native import status
 from pyccl._native.handles import FETCH_BYTES_MAX, fold_rate
-from pyccl._proto import limits, measuring
+from pyccl._proto import limits, measuring, topology
 from pyccl.errors import RemoteProtocolError
 
 TAG: Final = 4
@@ -76,6 +78,7 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
         staying, lacking = gather(mine.ljust(limits.MEMBERS_MAX, b"\0"), deadline)
         rounds = measuring.rounds(len(members), _missing(members, staying, lacking))
         probe = _Probe(session, syncs, check)
+        seen: dict[bytes, tuple[float, float]] = {}  # measured now: bytes per second, round trip
         for pairs in rounds:
             gather(b"\0", deadline)
             rank = measuring.partner(pairs, members.index(me))
@@ -84,8 +87,10 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
                 rtt_s = probe.rtt_s(peer)
                 rate = probe.rates([peer], rtt_s)[0]
                 table.measured(peer, rate, rtt_s, time.monotonic())
+                seen[peer] = rate, rtt_s
                 log.info("link_measured peer=%s bytes_s=%.0f rtt_s=%.4f", peer.hex()[:8], rate, rtt_s)
         if rounds:
+            _thin_out(probe, gather, members, seen, deadline)
             gather(b"\0", deadline)
             if len(members) > 2:
                 crowd = [members[rank] for rank in measuring.crowd(len(members), members.index(me))]
@@ -96,6 +101,52 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
             gather(b"\0", deadline)  # nobody stops serving before all have received
     finally:
         engine.unpublish(sync)
+
+
+def _thin_out(
+    probe: _Probe,
+    gather: Gather,
+    members: tuple[bytes, ...],
+    seen: dict[bytes, tuple[float, float]],
+    deadline: float,
+) -> None:
+    """Use fewer connections where that is no slower."""
+    me, world = members.index(probe.me), len(members)
+    wishes = bytearray(limits.MEMBERS_MAX)
+    for peer, (rate, rtt_s) in seen.items():
+        few = topology.few(rate, rtt_s)
+        wishes[members.index(peer)] = few if rate > 0 and few < probe.conns(peer) else 0
+    told = _by_rank(members, *gather(bytes(wishes), deadline))
+    pairs = {(min(a, b), max(a, b)) for a, row in told.items() for b in range(world) if row[b] and b in told and a != b}
+    rounds = measuring.rounds(world, pairs)
+    partners = [measuring.partner(disjoint, me) for disjoint in rounds]
+    unproven = {rank for rank in partners if rank is not None and told[rank][me]}  # who wish fewer of us
+    slower = bytearray(limits.MEMBERS_MAX)
+    try:
+        for rank in unproven:
+            probe.use(members[rank], told[rank][me])
+        for partner in partners:
+            gather(b"\0", deadline)
+            if partner is not None:
+                peer = members[partner]
+                slower[partner] = _is_slower(probe, peer, *seen.get(peer, (0.0, 0.0)))
+        if rounds:
+            verdicts = _by_rank(members, *gather(bytes(slower), deadline))
+            unproven = {rank for rank in unproven if rank not in verdicts or verdicts[rank][me]}
+    finally:
+        for rank in unproven:
+            probe.use(members[rank], 0)
+
+
+def _is_slower(probe: _Probe, peer: bytes, before: float, rtt_s: float) -> bool:
+    (rate,) = probe.rates([peer], rtt_s)
+    slower = rate < measuring.ENOUGH * before
+    log.info("link_thinned peer=%s bytes_s=%.0f before=%.0f enough=%s", peer.hex()[:8], rate, before, not slower)
+    return slower
+
+
+def _by_rank(members: tuple[bytes, ...], staying: tuple[bytes, ...], told: list[bytes]) -> dict[int, bytes]:
+    return {members.index(peer): row for peer, row in zip(staying, told, strict=True)}
 
 
 def _missing(members: tuple[bytes, ...], staying: tuple[bytes, ...], lacking: list[bytes]) -> set[measuring.Pair]:
@@ -159,6 +210,21 @@ class _Probe:
         for number in itertools.chain.from_iterable(stream.open for stream in streams):
             self._session.cancel_fetch(number)
         return rates
+
+    @property
+    def me(self) -> bytes:
+        return self._session.peer
+
+    def conns(self, peer: bytes) -> int:
+        """Connections of the link that stand."""
+        slot = self._session.slot_of(peer)
+        return 0 if slot is None else self._session.need_engine().conns(slot)
+
+    def use(self, peer: bytes, count: int) -> None:
+        """So many are to carry what we send; 0: as many as is found out. Not where the user said how many."""
+        slot = self._session.slot_of(peer)
+        if slot is not None and self._session.config.connections is None and count <= limits.CONNECTIONS_MAX:
+            self._session.need_engine().use(slot, count)
 
     def received(self, peer: bytes) -> int:
         """Bytes, on all its connections so far."""

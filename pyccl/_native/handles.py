@@ -212,7 +212,7 @@ class Engine:
         return 0 if stats is None else int(stats.conns)
 
     def use(self, slot: int, conns: int) -> None:
-        """So many connections of the link carry our data; EventType.LINK_WANTS when there are fewer."""
+        """So many connections of the link carry our data, EventType.LINK_WANTS if there are fewer; 0: it finds out."""
         check(lib.pyccl_engine_link_use(self._engine, slot, conns), "link_use")
 
     def received(self, slot: int) -> int:
@@ -256,8 +256,9 @@ class Engine:
         shares: Sequence[int] = (),
         ring: Sequence[int] = (),
         ring_from_bytes: int = (1 << 64) - 1,
+        piece_bytes: int = 0,
     ) -> None:
-        """Apply the verdicts and enter the epoch in one step. The last three: pyccl_plan; empty is NULL."""
+        """Apply the verdicts and enter the epoch in one step. The last four: pyccl_plan; empty is NULL."""
         packed = ffi.from_buffer("uint8_t[]", b"".join(members))
         epoch = ffi.new("pyccl_epoch *")
         epoch.number, epoch.world, epoch.rank = number, len(members), rank
@@ -265,7 +266,7 @@ class Engine:
         ffi.memmove(epoch.id, epoch_id, 16)
         weights = ffi.new("uint32_t[]", shares) if shares else _NULL
         order = ffi.new("uint32_t[]", ring) if ring else _NULL
-        plan = ffi.new("pyccl_plan *", (weights, order, ring_from_bytes))
+        plan = ffi.new("pyccl_plan *", (weights, order, ring_from_bytes, piece_bytes))
         epoch.plan = plan
         given = ffi.new("pyccl_op_verdict[]", max(1, len(verdicts)))
         for i, (space, tag, seq, verdict) in enumerate(verdicts):

@@ -2,6 +2,8 @@
 
     round   pairs that have no member in common measure at the same time, both ways: an edge colouring of the missing
             pairs, so that nobody's line is shared. Of all pairs of N members N - 1 rounds (N odd: N)
+    thin    pairs whose rate fewer connections could carry measure again with these: on a slow line many hold up one
+            another, each with a piece that is begun. If that is no slower, they are enough
     crowd   then everybody receives from several at once: what a host's line takes, all its links together
 
 Members choose the rounds for themselves from the same facts, so they must all come to the same answer: pure, and in
@@ -19,6 +21,8 @@ from pyccl._proto.topology import UNKNOWN, Network
 
 CROWD_MAX: Final = 8  # members that one receives from at once
 ROUNDS_MAX: Final = 16  # of one call: with 17 members and more the rest is measured by the next
+
+ENOUGH: Final = 0.9  # of the rate of many is what few must reach
 
 Pair = tuple[int, int]  # ranks, the lower first
 

@@ -3,7 +3,8 @@
 For a set of members and what they have told there is one `Job`. The shell searches it in a thread (``search``, pure and
 bounded by its effort) and brings the `Found`; the safe point waits for that, though not for ever. Of more members than
 are searched exactly there is a second, longer job, for which nobody waits: its plan is there for a later safe point.
-Only a plan that predicts a gain over what the epoch would have without it becomes news that is `better`.
+Only a plan that predicts a gain over what the epoch would have without it becomes news that is `better`: never for two
+members, who swap whole vectors, but they are told what that is predicted to take.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pyccl._proto import limits, topology
 from pyccl._proto.plan import NEVER, Plan, decode_untrusted
 from pyccl._proto.ring_order import EXACT_MAX
 from pyccl._proto.shares import equal_shares
-from pyccl._proto.topology import REFERENCE_BYTES, Choice, Network
+from pyccl._proto.topology import REFERENCE_BYTES, Choice, Line, Network
 
 EFFORT: Final = 300_000  # steps; about 0.1 s
 EFFORT_LONG: Final = 3_000_000  # about 1 s, several with hundreds of members
@@ -62,8 +63,11 @@ class News:
             "bytes": REFERENCE_BYTES,
             "predicted_s": _told(best.seconds(REFERENCE_BYTES)),
             "present_s": _told(present.seconds(REFERENCE_BYTES)),
-            "direct": [_told(best.direct.delay_s), best.direct.pace],
-            "ring": [_told(best.ring.delay_s), best.ring.pace],
+            "direct": _line_told(best.direct),
+            "ring": _line_told(best.ring),
+            "present_direct": _line_told(present.direct),
+            "present_ring": _line_told(present.ring),
+            "piece_bytes": best.piece_bytes,
             "ring_from_bytes": self.plan.ring_from_bytes if self.plan.ring_from_bytes != NEVER else "never",
             "shares": shares if len(best.shares) <= _SHARES_LOGGED else [*shares, "..."],
         }
@@ -73,7 +77,9 @@ def search(job: Job) -> Found:
     plan = decode_untrusted(job.present, len(job.peers))
     ring_from_bytes = topology.NEVER if plan.ring_from_bytes == NEVER else plan.ring_from_bytes
     ring = plan.ring or range(len(job.peers))
-    present = topology.judged(job.network, _parts(plan, len(job.peers)), ring, ring_from_bytes)
+    present = topology.judged(
+        job.network, _parts(plan, len(job.peers)), ring, ring_from_bytes, plan.piece_bytes or topology.PIECE_BYTES
+    )
     return Found(topology.choose(job.network, job.effort), present)
 
 
@@ -81,7 +87,8 @@ def plan_of(choice: Choice) -> Plan:
     """As it travels: shares as weights, rounded."""
     shares = tuple(round(share * _WEIGHTS) for share in choice.shares)
     size = choice.ring_from_bytes
-    return Plan(shares, choice.order, NEVER if size == topology.NEVER else min(int(size), limits.U64_MAX - 1))
+    ring_from_bytes = NEVER if size == topology.NEVER else min(int(size), limits.U64_MAX - 1)
+    return Plan(shares, choice.order, ring_from_bytes, choice.piece_bytes % topology.PIECE_BYTES)
 
 
 class Planning:
@@ -102,7 +109,7 @@ class Planning:
     def begin(self, peers: tuple[bytes, ...], network: Network | None, present: bytes, now: float) -> Job | None:
         """The job for these members, which is waited for; None: there is nothing to plan, or nothing to plan by."""
         self._key, self._job = (self.version, peers), None
-        if network is None or len(peers) < 3:
+        if network is None:
             self.waits = False
             return None
         return self._next(Job(peers, network, present, EFFORT), now, waits=True)
@@ -139,6 +146,10 @@ def _parts(plan: Plan, world: int) -> tuple[float, ...]:
         return equal_shares(world)
     total = sum(plan.shares)
     return tuple(share / total for share in plan.shares)
+
+
+def _line_told(line: Line) -> list[Any]:
+    return [_told(line.delay_s), line.pace, line.lag_bytes, line.lag_pace]
 
 
 def _told(seconds: float) -> float | str:

@@ -7,8 +7,8 @@ Pure arithmetic: no clock, no randomness; searches are bounded by an `effort` (i
             Three trips whatever N, one for DONE among them. Two members swap whole vectors: one vector, two trips.
     ring    2 (N - 1) / N vectors pass over every hop, the slowest one sets the pace; 2 (N - 1) trips and one for DONE.
 
-A time is delay + bytes * pace, both linear in what was measured: `Line`. The slowest host or pair sets the pace, so
-the best shares are a linear program (`shares.py`), the best ring a bottleneck tour (`ring_order.py`).
+A time is delay + bytes * pace and what is under way at the end: `Line`. The slowest host or pair sets the pace, so the
+best shares are a linear program (`shares.py`), the best ring a bottleneck tour (`ring_order.py`).
 Rates are those of payload, each way at the same time. A rate of 0: no link; UNKNOWN: nothing was measured, so nothing
 is held against it.
 """
@@ -20,12 +20,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from pyccl._proto import limits
 from pyccl._proto.ring_order import best_ring, ring_hops
 from pyccl._proto.shares import best_shares, direct_pace, equal_shares
 
 UNKNOWN: Final = math.inf
 NEVER: Final = math.inf  # ring_from_bytes: no size is large enough
-REFERENCE_BYTES: Final = 64 << 20  # plans are compared by the time they predict for so much
+REFERENCE_BYTES: Final = 64 << 20  # plans are compared by the time they predict for so much, and for a sixteenth of it
+SMALL_BYTES: Final = REFERENCE_BYTES // 16
+PIECE_BYTES: Final = 2 * limits.PLAN_PIECE_MAX  # of a plan that does not say
+PIECE_S: Final = 0.01  # a piece takes the slowest host no longer, if it can be as short: what is begun is not finished
+LANES: Final = 8  # connections that a long link begins with; each has a piece under way
+LANE_S: Final = 0.1  # that a piece of the usual length may be under way on one, or two round trips
+LANES_LEAST: Final = 2  # one alone stands still with each loss
 GAIN_LEAST: Final = 0.1  # a plan that predicts less gain than this is within what measurements differ by
 
 
@@ -68,12 +75,21 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """seconds = delay_s + bytes * pace. pace inf: it can't be done."""
+    """seconds = delay_s + bytes * pace + lag. pace inf: it can't be done.
+
+    Lag: pieces that share a line end together, and only then do their sums come back: min(bytes, lag_bytes) * lag_pace.
+    """
 
     delay_s: float
     pace: float
+    lag_bytes: float = 0.0
+    lag_pace: float = 0.0
 
     def seconds(self, size_bytes: float) -> float:
+        return self.least_s(size_bytes) + min(size_bytes, self.lag_bytes) * self.lag_pace
+
+    def least_s(self, size_bytes: float) -> float:
+        """What no pieces, however short, go below."""
         return self.delay_s + size_bytes * self.pace
 
 
@@ -86,6 +102,7 @@ class Choice:
     ring_from_bytes: float  # 0: always ring; NEVER
     direct: Line
     ring: Line
+    piece_bytes: int = PIECE_BYTES
 
     def algorithm(self, size_bytes: float) -> str:
         return "ring" if size_bytes >= self.ring_from_bytes else "direct"
@@ -95,17 +112,32 @@ class Choice:
         return line.seconds(size_bytes)
 
 
-def direct_line(network: Network, shares: Sequence[float]) -> Line:
+def few(rate: float, rtt_s: float) -> int:
+    """Connections that a line of this rate needs: with more of them each piece only takes longer."""
+    return max(LANES_LEAST, math.ceil(rate * max(LANE_S, 2 * rtt_s) / PIECE_BYTES))
+
+
+def _lanes(network: Network) -> int:
+    """In use by the slowest host on each of its links."""
+    slowest = min(*network.up, *network.down)
+    return LANES if slowest == UNKNOWN else min(LANES, few(slowest, 2 * max(max(row) for row in network.delay)))
+
+
+def direct_line(network: Network, shares: Sequence[float], piece_bytes: int = PIECE_BYTES) -> Line:
     world = network.world
     if world == 1:
         return Line(0.0, 0.0)
     trip = max(max(row) for row in network.delay)
     hosts = [network.host(i) for i in range(world)]
     pairs = [[network.pair(i, j) for j in range(world)] for i in range(world)]
-    return Line((2 if world == 2 else 3) * trip, direct_pace(hosts, pairs, network.fold, shares))
+    pace = direct_pace(hosts, pairs, network.fold, shares)
+    if world == 2:  # whole vectors are swapped: nothing comes back
+        return Line(2 * trip, pace)
+    lag = max(max((1 - s) / network.down[i], (world - 1) * s / network.up[i]) for i, s in enumerate(shares))
+    return Line(3 * trip, pace, float(_lanes(network) * (world - 1) * piece_bytes), lag)
 
 
-def ring_line(network: Network, order: Sequence[int]) -> Line:
+def ring_line(network: Network, order: Sequence[int], piece_bytes: int = PIECE_BYTES) -> Line:
     """Of a ring in this order. The longest way of a piece leaves out the shortest two hops that follow each other."""
     world = network.world
     if world == 1:
@@ -117,7 +149,18 @@ def ring_line(network: Network, order: Sequence[int]) -> Line:
     trips = [network.delay[i][j] for i, j in hops]
     least = min(a + b for a, b in zip(trips, trips[1:] + trips[:1], strict=True))
     done = max(max(row) for row in network.delay)
-    return Line(2 * sum(trips) - least + done, max(pace, (world - 1) / folding))
+    lag = sum(1 / network.hop(i, j) for i, j in hops) if slowest > 0 else 0.0  # of a piece's way round
+    begun = float(_lanes(network) * piece_bytes)
+    return Line(2 * sum(trips) - least + done, max(pace, (world - 1) / folding), begun, lag)
+
+
+def best_piece(network: Network) -> int:
+    """Short on slow lines, so that contributions and results overlap; long where processors are the limit."""
+    slowest = min(network.host(rank) for rank in range(network.world))
+    piece = PIECE_BYTES
+    while piece > limits.PLAN_PIECE_MIN and piece > slowest * PIECE_S:
+        piece //= 2
+    return piece
 
 
 def choose(network: Network, effort: int) -> Choice:
@@ -128,17 +171,21 @@ def choose(network: Network, effort: int) -> Choice:
     hop_rates = [[network.hop(i, j) for j in range(world)] for i in range(world)]
     shares = best_shares(hosts, pairs, network.fold, effort)
     order = best_ring(hop_rates, network.delay, effort)
-    return judged(network, shares, order)
+    return judged(network, shares, order, piece_bytes=best_piece(network))
 
 
 def judged(
-    network: Network, shares: Sequence[float], order: Sequence[int], ring_from_bytes: float | None = None
+    network: Network,
+    shares: Sequence[float],
+    order: Sequence[int],
+    ring_from_bytes: float | None = None,
+    piece_bytes: int = PIECE_BYTES,
 ) -> Choice:
     """These shares and this ring on that network. ring_from_bytes None: from the size on from which the ring wins."""
-    direct, ring = direct_line(network, shares), ring_line(network, order)
+    direct, ring = direct_line(network, shares, piece_bytes), ring_line(network, order, piece_bytes)
     if ring_from_bytes is None:
         ring_from_bytes = _ring_from(direct, ring, network.world)
-    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring)
+    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes)
 
 
 def default(network: Network) -> Choice:
@@ -146,8 +193,11 @@ def default(network: Network) -> Choice:
     return judged(network, equal_shares(network.world), range(network.world), NEVER)
 
 
-def is_better(found: Choice, present: Choice, size_bytes: float = REFERENCE_BYTES) -> bool:
-    return found.seconds(size_bytes) < present.seconds(size_bytes) * (1 - GAIN_LEAST)
+def is_better(found: Choice, present: Choice) -> bool:
+    """Of large and of small operations neither takes longer, and one gains what counts as a gain."""
+    sizes = (SMALL_BYTES, REFERENCE_BYTES)
+    gains = [found.seconds(size) < present.seconds(size) * (1 - GAIN_LEAST) for size in sizes]
+    return any(gains) and all(found.seconds(size) <= present.seconds(size) for size in sizes)
 
 
 def _ring_from(direct: Line, ring: Line, world: int) -> float:
@@ -157,4 +207,11 @@ def _ring_from(direct: Line, ring: Line, world: int) -> float:
         return 0.0
     if ring.pace >= direct.pace:
         return NEVER
-    return max(0.0, (ring.delay_s - direct.delay_s) / (direct.pace - ring.pace))
+    low, high = 0.0, max(direct.lag_bytes, ring.lag_bytes)
+    behind = ring.seconds(high) - direct.seconds(high)
+    if behind >= 0:  # from here on both are straight
+        return high + behind / (direct.pace - ring.pace)
+    while ring.seconds(low) > direct.seconds(low) and high - low > 1:
+        middle = (low + high) / 2
+        low, high = (low, middle) if ring.seconds(middle) <= direct.seconds(middle) else (middle, high)
+    return low if ring.seconds(low) <= direct.seconds(low) else high

@@ -128,7 +128,7 @@ def topology(result: TopologyResult) -> list[str]:
     rows += [
         [name, *_spread(summary), result.algorithms[name]] for name, summary in result.seconds.items()
     ]  # fmt: skip
-    predicted = "no better plan was found" if result.predicted_s is None else seconds(result.predicted_s)
+    predicted = "nothing" if result.predicted_s is None else seconds(result.predicted_s)
     return [
         f"all-reduce of {plan.size_bytes / MIB:g} MiB of float32, {len(scenario.hosts)} peers",
         f"scenario {scenario.name}: {scenario.description}",

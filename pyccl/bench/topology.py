@@ -33,7 +33,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """predicted_s: None if the plan that was there before was not to be bettered by what was found."""
+    """predicted_s: for the plan, or for what was there before where nothing found would better it; None: nothing was
+    measured."""
 
     scenario: Scenario
     plan: Plan
@@ -93,12 +94,12 @@ def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
     }
     algorithms = {name: reports[0]["systems"][name]["algorithm"] for name in systems}
     measured_s = max(report["measured_s"] for report in reports)
-    adopted = [found for found in reports[0]["plans"] if found["adopt"]]
     predicted_s = None
-    if adopted:
-        delay_s, pace = adopted[-1][algorithms[PLANNED]]
-        predicted_s = delay_s + plan.size_bytes * pace
-    bound_s = planner.choose(network_of(scenario), EFFORT).seconds(plan.size_bytes)
+    for found in reports[0]["plans"]:
+        line = found[("" if found["adopt"] else "present_") + algorithms[PLANNED]]
+        predicted_s = planner.Line(*line).seconds(plan.size_bytes)
+    best = planner.choose(network_of(scenario), EFFORT)
+    bound_s = min(best.direct.least_s(plan.size_bytes), best.ring.least_s(plan.size_bytes))
     return Result(scenario, plan, seconds, algorithms, measured_s, predicted_s, bound_s)
 
 

@@ -23,6 +23,8 @@ def test_a_plan_comes_back_from_its_bytes_and_that_of_nothing_is_empty() -> None
         (Plan(shares=(0, 1, limits.U32_MAX)), 3),
         (Plan(ring=(2, 0, 1)), 3),
         (Plan((5,), (0,), 0), 1),
+        (Plan(piece_bytes=limits.PLAN_PIECE_MIN), 4),
+        (Plan((3, 2), (1, 0), NEVER, limits.PLAN_PIECE_MAX), 2),
         (Plan(ring_from_bytes=NEVER - 1), 256),
         (Plan(tuple(range(256)), tuple(reversed(range(256))), 1 << 20), 256),
     ):
@@ -39,13 +41,18 @@ def test_a_plan_comes_back_from_its_bytes_and_that_of_nothing_is_empty() -> None
         (Plan(ring_from_bytes=5).encode(3)[:-1], "11 bytes"),
         (Plan(ring_from_bytes=5).encode(3) + b"\0", "has not 13 bytes"),
         (b"\2" + Plan(ring_from_bytes=5).encode(3)[1:], "version 2"),
-        (b"\1\4" + Plan(ring_from_bytes=5).encode(3)[2:], "flags 4"),
+        (b"\1\10" + Plan(ring_from_bytes=5).encode(3)[2:], "flags 8"),
         (Plan(ring_from_bytes=5).encode(4), "for 4 members of 3"),
         (Plan((1, 2, 3)).encode(3)[:-4] + b"\0", "has not"),
         (b"\1\1\3\0" + b"\xff" * 8 + bytes(12), "all 0"),
         (b"\1\2\3\0" + b"\xff" * 8 + b"\0\0\1\0\1\0", "no order"),
         (b"\1\2\3\0" + b"\xff" * 8 + b"\0\0\1\0\3\0", "no order"),
         (b"\1\0\3\0" + b"\xff" * 8, "says nothing"),
+        (b"\1\4\3\0" + b"\xff" * 8, "has not 12 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + bytes(4), "a piece of 0 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + b"\1\x80\0\0", "pieces of 32769 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + b"\0\x20\0\0", "pieces of 8192 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + b"\0\0\4\0", "pieces of 262144 bytes"),
     ],
 )
 def test_what_is_no_plan_is_refused_also_in_an_epoch(data: bytes, reason: str) -> None:
@@ -60,7 +67,7 @@ def test_what_is_no_plan_is_refused_also_in_an_epoch(data: bytes, reason: str) -
 def test_any_bytes_are_a_plan_or_refused() -> None:
     seed = secrets.randbits(32)
     rng = random.Random(seed)
-    good = Plan((1, 2, 3, 4), (3, 1, 0, 2), 77).encode(4)
+    good = Plan((1, 2, 3, 4), (3, 1, 0, 2), 77, 1 << 15).encode(4)
     for _ in range(3000):
         data = bytearray(good)
         for _ in range(rng.randint(1, 3)):
@@ -73,6 +80,7 @@ def test_any_bytes_are_a_plan_or_refused() -> None:
 
 
 def test_who_stays_keeps_weight_and_place_and_who_is_new_gets_the_mean() -> None:
+    assert carry(Plan(piece_bytes=1 << 14), [A, B, C], [A, C]) == Plan(piece_bytes=1 << 14)
     plan = Plan((1, 0, 5, 3), (3, 1, 0, 2), 99)
     assert carry(plan, [A, B, C, D], [A, B, C, D]) == plan
     assert carry(plan, [A, B, C, D], [A, C, D]) == Plan((1, 5, 3), (2, 0, 1), 99)

@@ -78,8 +78,9 @@ def test_safe_point_waits_for_the_plan_and_the_slow_line_owns_nothing() -> None:
     proposal = world.last(1, EpochPropose)
     assert parts(proposal.epoch.plan, 4) == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0.0), abs=1e-3)
     (fields,) = logged(world)
-    assert fields["adopt"] is True and fields["predicted_s"] == pytest.approx(fields["present_s"] / 1.5, rel=0.01)
+    assert fields["adopt"] is True and fields["predicted_s"] == pytest.approx(fields["present_s"] / 1.5, rel=0.1)
     assert fields["algorithm"] == "direct"
+    assert fields["piece_bytes"] == decode_untrusted(proposal.epoch.plan, 4).piece_bytes == 1 << 14
     world.ready(1, 2, 3, 4)
     assert world.epoch().plan == proposal.epoch.plan
 
@@ -181,11 +182,23 @@ def test_many_members_get_a_second_longer_search_that_nobody_waits_for() -> None
     assert world.last(1, EpochPropose) == before and len(world.searches) == 2
 
 
-def test_two_members_need_no_plan() -> None:
+def test_two_members_need_no_plan_and_hear_what_their_swap_will_take() -> None:
     world = planned(2)
     tell_all(world, 2, {1: FAST, 2: SLOW})
     arrive_all(world, 2, 2)
-    assert not world.searches and world.last(1, EpochPropose).epoch.plan == NO_PLAN
+    world.end(world.searches[0])
+    assert world.last(1, EpochPropose).epoch.plan == NO_PLAN
+    (fields,) = logged(world)
+    assert fields["adopt"] is False
+    assert fields["predicted_s"] == fields["present_s"]
+    assert fields["present_s"] == pytest.approx(0.04 + topology.REFERENCE_BYTES / SLOW, rel=1e-3)
+
+
+def test_alone_there_is_nothing_to_plan() -> None:
+    world = planned(1)
+    world.say(1, Measured(10**9, ()))
+    arrive_all(world, 1, 1)
+    assert not world.searches
 
 
 def test_a_member_that_lies_harms_nothing_but_speed() -> None:

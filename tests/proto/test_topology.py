@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from pyccl._proto import ring_order, shares, topology
 from pyccl._proto.topology import NEVER, UNKNOWN, Choice, Line, Network
@@ -83,10 +84,58 @@ def test_three_fast_hosts_and_a_home_line_beat_an_equal_ring_by_half() -> None:
     assert choice.ring_from_bytes == NEVER
     size = 64 << 20
     ring = topology.ring_line(home, range(4))
-    assert ring.seconds(size) / choice.seconds(size) == pytest.approx(1.5, rel=0.01)
+    assert ring.least_s(size) / choice.direct.least_s(size) == pytest.approx(1.5, rel=0.01)
     equal = topology.default(home)
     assert equal.direct.pace == pytest.approx(1.5 / (20 * MBIT))
     assert topology.is_better(choice, equal) and not topology.is_better(equal, choice)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_shares_are_as_fast_as_another_solver_s(seed: int) -> None:
+    """Up to 12 uneven hosts, slow pairs and slow folds, against scipy's HiGHS."""
+    rng = random.Random(f"oracle {seed}")
+    of = random_network(rng.getrandbits(32), rng.randint(3, 12))
+    hosts, pairs = parts(of)
+    world = of.world
+    lines, bounds = [], []
+    for i in range(world):
+        unit = np.eye(world)[i]
+        lines.append([*((world - 2) * unit), -hosts[i]])
+        bounds.append(-1.0)
+        if of.fold[i] < UNKNOWN:
+            lines.append([*(world * unit), -of.fold[i]])
+            bounds.append(0.0)
+        for j in range(i):
+            lines.append([*(unit + np.eye(world)[j]), -pairs[i][j]])
+            bounds.append(0.0)
+    cost = [0.0] * world + [1.0]
+    solved = optimize.linprog(cost, lines, bounds, [[1.0] * world + [0.0]], [1.0], method="highs")
+    assert solved.status == 0
+    found = shares.best_shares(hosts, pairs, of.fold, MANY)
+    assert sum(found) == pytest.approx(1.0) and min(found) >= 0
+    pace = shares.direct_pace(hosts, pairs, of.fold, found)
+    assert solved.fun * (1 - 1e-6) <= pace <= solved.fun * (1 + 1e-5)
+
+
+def test_what_is_begun_and_not_finished_comes_back_late_and_short_pieces_make_it_little() -> None:
+    home = network([400 * MBIT] * 3 + [20 * MBIT], [400 * MBIT] * 3 + [50 * MBIT])
+    shares = topology.choose(home, MANY).shares
+    long, short = (topology.direct_line(home, shares, piece) for piece in (topology.PIECE_BYTES, 1 << 14))
+    assert long.pace == short.pace and long.delay_s == short.delay_s
+    assert long.lag_bytes == 16 * short.lag_bytes == topology.LANES_LEAST * 3 * topology.PIECE_BYTES
+    size = 1 << 20  # all its pieces are under way at once: it goes to the owners, and then comes back
+    assert long.seconds(size) == pytest.approx(long.delay_s + size / (20 * MBIT) + size / (50 * MBIT))
+    assert topology.best_piece(home) == 1 << 14
+    assert topology.best_piece(network([1000 * MBIT] * 4)) == topology.PIECE_BYTES
+    assert topology.best_piece(network([UNKNOWN] * 4)) == topology.PIECE_BYTES
+    assert topology.best_piece(network([80 * MBIT] * 4)) == 1 << 16
+
+
+def test_plan_that_only_has_shorter_pieces_is_better_where_lines_are_slow() -> None:
+    slow, fast = network([20 * MBIT] * 4), network([1000 * MBIT] * 4)
+    found = topology.choose(slow, MANY)
+    assert found.shares == pytest.approx((0.25,) * 4) and topology.is_better(found, topology.default(slow))
+    assert not topology.is_better(topology.choose(fast, MANY), topology.default(fast))
 
 
 def test_equal_hosts_get_equal_shares_and_no_ring() -> None:
@@ -138,7 +187,8 @@ def test_ring_wins_from_the_size_on_where_slow_pairs_can_be_left_out() -> None:
     assert choice.ring.pace == pytest.approx(2 * 5 / 6 / fast)
     assert 0 < choice.ring_from_bytes < NEVER
     at = choice.ring_from_bytes
-    assert choice.direct.seconds(at) == pytest.approx(choice.ring.seconds(at))
+    assert choice.ring.seconds(at) <= choice.direct.seconds(at)
+    assert choice.ring.seconds(at - 2) > choice.direct.seconds(at - 2)
     assert (choice.algorithm(at / 2), choice.algorithm(at * 2)) == ("direct", "ring")
 
 
@@ -237,3 +287,10 @@ def test_little_effort_still_gives_a_plan_of_many_members(effort: int) -> None:
     assert sorted(choice.order) == list(range(64))
     assert choice.direct.pace <= topology.default(of).direct.pace
     assert choice == topology.choose(of, effort)
+
+
+def test_few_connections_are_as_many_as_have_a_piece_under_way_for_no_longer_than_that() -> None:
+    assert topology.few(2.5e6, 0.04) == topology.LANES_LEAST == 2
+    assert topology.few(20e6, 0.04) == 8  # eight flows of 20 Mbit/s keep their connections
+    assert topology.few(20e6, 0.15) > 20
+    assert topology.few(1.0, 0.0) == 2

@@ -58,6 +58,7 @@ class Checks:
         self.commits = self.failures = self.evictions = self.mismatches = 0
         self.kinds: dict[str, int] = {}
         self.statuses: dict[str, int] = {}
+        self.plans: dict[int, list[bytes]] = {}  # of each group, one behind the other
 
     def fail(self, text: str) -> None:
         raise SimError(text)
@@ -177,6 +178,9 @@ class Checks:
         if len({*epoch.peers}) != len(epoch.members):
             self.fail(f"epoch {epoch.number} holds two incarnations of one peer")
         self.world.note("%s enters epoch %d %s", peer.name, epoch.number, [p.hex()[:8] for p in epoch.peers])
+        plans = self.plans.setdefault(peer.group, [b""])
+        if (peer.machine.run, peer.group, epoch.number) not in self.epochs and epoch.plan != plans[-1]:
+            plans.append(epoch.plan)
         known = self.epochs.setdefault((peer.machine.run, peer.group, epoch.number), (epoch.id, members))
         if known != (epoch.id, members):
             self._two_epochs(peer, epoch, known[0])

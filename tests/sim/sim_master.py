@@ -6,6 +6,7 @@ Its journal is a `Disk`, which outlives it. What was written and is not durable 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 TICK_S: Final = 0.1
 WRITE_AGAIN_S: Final = 0.5
 SEARCH_S: Final = 3.0  # longer than a safe point waits
+EFFORT: Final = 5_000  # enough for some plan
 
 
 class Disk:
@@ -157,7 +159,7 @@ class SimMaster(Process):
         self._write()
 
     def _searched(self, search: master.Search) -> None:
-        found = planning.search(search.job)
+        found = planning.search(replace(search.job, effort=min(search.job.effort, EFFORT)))
         self._perform(self.machine.planned(search.group, search.ticket, found, self.now_s))
 
     def _tick(self) -> None:

@@ -53,6 +53,7 @@ class Options:
     strict: bool = True  # no program does anything that the others do not
     background: bool = False  # a second thread that does not mind safe points
     wire_check: bool = False
+    measures: bool = False  # members tell the master of lines that change: it makes plans
 
 
 def draw_options(seed: int) -> Options:
@@ -90,4 +91,5 @@ def draw_options(seed: int) -> Options:
         mismatch_rate=0.0 if strict else rng.choice((0.0, 0.02, 0.05)),
         strict=strict,
         background=background,
+        measures=rng.random() < 0.5,
     )

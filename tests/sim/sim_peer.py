@@ -8,6 +8,7 @@ Ahead of session.py, which it should follow: before a report it looks whether it
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from pyccl._proto.messages import (
     Entered,
     Heartbeat,
     Key,
+    LinkMeasure,
+    Measured,
     OpReport,
     Report,
     Settle,
@@ -51,6 +54,8 @@ LINKS_TIMEOUT_S: Final = 10.0
 GREET_S: Final = 10.0
 DIAL_S: Final = 5.0
 LEAVE_S: Final = 2.0
+MEASURE_RATE: Final = 0.1  # of the safe points before which a member tells of its lines
+LINES_LAST_S: Final = 10.0  # so long are they as they are
 CONTROL_BACKOFF_S: Final = (0.05, 1.0)
 DIAL_BACKOFF_S: Final = (0.05, 1.0)
 REPEATABLE: Final = (Arrive, Withdraw, Report, Settle, Blocked, Unblocked, Entered)  # they name their epoch
@@ -297,7 +302,22 @@ class SimPeer(Process):
             return
         self.topology = waiter
         self._arrived_at = self.now_s
+        if self.options.measures and self.world.rng.random() < MEASURE_RATE:
+            self.feed(self.machine.measured(self._lines(), self.now_s))
         self.feed(self.machine.arrive(self._counts(), self.now_s))
+
+    def _lines(self) -> Measured:
+        """Of its links to some of the others: each host has a rate for a while, and some pairs are not measured."""
+        assert self.machine.epoch is not None
+        when, rng = int(self.now_s / LINES_LAST_S), self.world.rng
+        rows = []
+        for peer in self.machine.epoch.peers:
+            lines = [random.Random(f"line {id_.hex()} {when}") for id_ in (peer, self.peer)]
+            rates = [line.choice((10**6, 10**7, 10**8)) for line in lines]
+            if peer != self.peer and rng.random() < 0.8:
+                alone = 0 if rng.random() < 0.05 else min(rates)
+                rows.append(LinkMeasure(peer, alone, alone // 3, rng.randrange(200_000)))
+        return Measured(rng.choice((0, 10**9)), tuple(rows))
 
     def withdraw(self, waiter: Callable[[str], None], why: str) -> None:
         if self.topology is waiter:

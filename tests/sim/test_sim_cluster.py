@@ -50,6 +50,15 @@ def test_seeds_reach_every_kind_of_epoch_and_failure() -> None:
     assert evictions > 5
 
 
+def test_plans_follow_lines_that_change_while_members_and_master_fail() -> None:
+    plans = losses = 0
+    for seed in range(5100, 5106):
+        checks = simulate(seed, faults=FAULT_KINDS, measures=True).checks
+        plans += sum(len(plans) - 1 for plans in checks.plans.values())
+        losses += checks.kinds.get("loss", 0)
+    assert plans > 20 and losses > 5
+
+
 # ---- what must hold in one definite situation
 
 QUIET = Options(faults=(), peers=4, think_s=0.05, chaos_s=1e6)

@@ -1,0 +1,143 @@
+"""Fewer connections where they do: each member decides by itself, from what all have told, and all must agree."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pyccl._io import measure
+from pyccl._proto import topology
+
+MANY = 8
+TIMEOUT_S = 30.0
+SLOW, FAST = 2.5e6, 50e6
+
+
+class Lab:
+    """Lines between members, as threads: what the probe of one sees depends on how many connections the other uses."""
+
+    def __init__(self, world: int, rate: Callable[[int, int, int], float]) -> None:
+        """rate: (from, to, connections) -> bytes per second."""
+        self.world, self.rate = world, rate
+        self.members = tuple(bytes([n]) * 16 for n in range(world))
+        self.uses = {(i, j): MANY for i in range(world) for j in range(world)}
+        self.probed: list[tuple[int, int]] = []  # to, from
+        self.told: dict[int, list[bytes]] = {}
+        self.barrier = threading.Barrier(world)
+        self.failed: list[BaseException] = []
+
+    def gather(self, rank: int, mine: bytes) -> tuple[tuple[bytes, ...], list[bytes]]:
+        turns = self.told.setdefault(rank, [])
+        turns.append(mine)
+        self.barrier.wait(TIMEOUT_S)
+        return self.members, [self.told[other][len(turns) - 1] for other in range(self.world)]
+
+    def run(self, gather: Callable[[int, bytes], Any] | None = None) -> None:
+        def member(rank: int) -> None:
+            seen = {self.members[j]: (self.rate(j, rank, MANY), 0.02) for j in range(self.world) if j != rank}
+            ask = gather or self.gather
+            try:
+                measure._thin_out(Probe(self, rank), lambda mine, _: ask(rank, mine), self.members, seen, 0.0)
+            except (ConnectionError, threading.BrokenBarrierError) as error:
+                self.failed.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=member, args=(rank,)) for rank in range(self.world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+class Probe(measure._Probe):
+    def __init__(self, lab: Lab, rank: int) -> None:
+        self.lab, self.rank = lab, rank
+
+    @property
+    def me(self) -> bytes:
+        return self.lab.members[self.rank]
+
+    def conns(self, peer: bytes) -> int:
+        return MANY
+
+    def use(self, peer: bytes, count: int) -> None:
+        self.lab.uses[self.rank, peer[0]] = count or MANY
+
+    def rates(self, peers: Any, rtt_s: float) -> list[float]:
+        (peer,) = peers
+        self.lab.probed.append((self.rank, peer[0]))
+        return [self.lab.rate(peer[0], self.rank, self.lab.uses[peer[0], self.rank])]
+
+
+def of_hosts(up: list[float], down: list[float]) -> Callable[[int, int, int], float]:
+    return lambda i, j, conns: min(up[i], down[j])
+
+
+def test_slow_links_get_by_with_few_connections_and_fast_ones_keep_theirs() -> None:
+    lab = Lab(4, of_hosts([FAST, FAST, FAST, SLOW], [FAST, FAST, FAST, SLOW]))
+    lab.run()
+    assert not lab.failed
+    for (i, j), use in lab.uses.items():
+        assert use == (topology.few(SLOW, 0.02) if i != j and 3 in (i, j) else MANY), (i, j)
+    assert sorted(lab.probed) == sorted([(i, 3) for i in range(3)] + [(3, i) for i in range(3)])
+
+
+def test_who_is_slower_with_fewer_gets_them_all_back() -> None:
+    """A line that limits each flow: three of the links alone are as fast with few."""
+    lab = Lab(3, lambda i, j, conns: conns * SLOW / MANY if 0 in (i, j) else SLOW)
+    lab.run()
+    assert not lab.failed
+    assert lab.uses[1, 2] == lab.uses[2, 1] == topology.LANES_LEAST
+    assert all(lab.uses[i, j] == MANY for i, j in ((0, 1), (1, 0), (0, 2), (2, 0)))
+
+
+def test_where_nothing_is_slow_there_is_one_gather_and_no_round() -> None:
+    lab = Lab(3, of_hosts([FAST] * 3, [FAST] * 3))
+    lab.run()
+    assert not lab.failed and not lab.probed
+    assert {len(turns) for turns in lab.told.values()} == {1}
+
+
+@pytest.mark.parametrize("fails_at", [2, 3, 4, 5])
+def test_what_was_not_seen_to_be_enough_is_taken_back_when_it_fails(fails_at: int) -> None:
+    """At a round, or before the verdicts."""
+    lab = Lab(4, of_hosts([SLOW] * 4, [SLOW] * 4))
+
+    def gather(rank: int, mine: bytes) -> Any:
+        if len(lab.told.get(rank, [])) == fails_at - 1:
+            raise ConnectionError("lost")
+        return lab.gather(rank, mine)
+
+    lab.run(gather)
+    assert len(lab.failed) == 4 and set(lab.uses.values()) == {MANY}
+
+
+def test_numbers_that_are_none_are_not_used() -> None:
+    """A row of another member may hold any bytes."""
+    used: list[tuple[bytes, int]] = []
+
+    class Session:
+        class config:  # noqa: N801
+            connections = None
+
+        def slot_of(self, peer: bytes) -> int:
+            return 7
+
+        def need_engine(self) -> Any:
+            class Engine:
+                def use(self, slot: int, count: int) -> None:
+                    used.append((bytes([slot]), count))
+
+            return Engine()
+
+    session: Any = Session()
+    probe = measure._Probe(session, {}, lambda: None)
+    for count in (0, 1, 64, 65, 255):
+        probe.use(b"p" * 16, count)
+    assert used == [(b"\7", 0), (b"\7", 1), (b"\7", 64)]
+    session.config.connections = 4
+    probe.use(b"p" * 16, 2)
+    assert len(used) == 3  # the user has said how many
