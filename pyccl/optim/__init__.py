@@ -1,0 +1,7 @@
+"""Low-communication training: replicas train alone and exchange every now and then. See docs/optimizers.md."""
+
+from pyccl.optim.base import OuterOptimizer
+from pyccl.optim.group import Stats
+from pyccl.optim.local_sgd import LocalSGD
+
+__all__ = ["LocalSGD", "OuterOptimizer", "Stats"]

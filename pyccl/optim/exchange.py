@@ -1,0 +1,241 @@
+"""Exchange: the mean of everybody's vectors, in the background, agreed upon by all who took part.
+
+Vectors are cut into pieces; each is an operation of its own, all start at once. `send` is never written, so that what
+has to be done again starts from the original: pieces that failed, and pieces whose participants are not those of the
+newest epoch (a member was lost between two pieces), so that all pieces are means over the same replicas. Whether an
+operation ended well, and with whom, is the same on all survivors; so is everything decided here.
+
+Unquantized a piece is an ``all_reduce`` with op "avg": one sum in float32 (float64), one division. Quantized, every
+replica's piece travels as codes to all others, which decode all of them, its own too, and average in float32, in member
+order: each share is rounded once, the mean is not (arXiv:2501.18512, algorithm 2). That moves (N - 1) encoded pieces
+to each member.
+
+A *vow* rides along, a few numbers that must be equal on all members (round, digest of what is shared, settings), and
+how many newcomers are waiting. It is an ``all_reduce`` of its own whose size does not depend on the membership.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from pyccl import errors
+from pyccl.codecs import codec_of
+from pyccl.communicator import Communicator
+from pyccl.core import Gather, ReduceInfo, Work
+from pyccl.optim import codes
+from pyccl.reference import QUANTIZE_BLOCK
+
+Array = np.ndarray[Any, Any]
+
+PIECE_BYTES: Final = 256 << 20
+TAG_VOW: Final = 0x7063_6300  # tags of the optimizers; a program's own operations should keep away from them
+TAG_PIECES: Final = 0x7063_6301
+TAG_RECORDS: Final = 0x7063_6302
+ATTEMPTS_MAX: Final = 8
+RETRIED: Final = (errors.PeerLostError, errors.DeadlineError, errors.MasterUnavailableError, errors.MismatchError)
+_ALL_ONES: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class Vow:
+    """words: numbers below 2**64 that must be equal on all members. pending: newcomers that this peer knows of."""
+
+    words: tuple[int, ...]
+    pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Equal on all members. The mean is in `recv`.
+
+    world_size, members (hex ids in rank order): whose vectors the mean is of. kept: all had the same vow. pending:
+    somebody knows of newcomers. seconds: from launch until the last operation had ended.
+    """
+
+    world_size: int
+    members: tuple[str, ...]
+    kept: bool
+    pending: bool
+    attempts: int
+    tx_bytes: int
+    rx_bytes: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Piece:
+    send: Array
+    recv: Array
+    codes: Array | None = None  # of `send`
+    work: Work | Gather | None = None
+    info: ReduceInfo | None = None  # once it has ended well
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One exchange. ``launch()`` starts it and returns; ``wait()`` ends it.
+
+    Args:
+        comm: connected.
+        send: vectors, contiguous, float32 or float64; equal sizes on all members; must not change until ``wait()``.
+        recv: arrays of the same sizes and dtypes, apart from `send`; undefined until ``wait()`` has returned.
+        vow: or None, where nothing rides along.
+        quantize: None or a codec.
+        own: where quantized, arrays that receive `send` as the others decode it, at once at launch; or empty.
+        tag: of the pieces; exchanges that are under way at a time need different ones.
+    """
+
+    comm: Communicator
+    send: Sequence[Array]
+    recv: Sequence[Array]
+    vow: Vow | None = None
+    quantize: str | None = None
+    own: Sequence[Array] = ()
+    tag: int = TAG_PIECES
+    piece_bytes: int = PIECE_BYTES
+    _pieces: list[_Piece] = field(default_factory=list)
+    _vow: _Piece | None = None
+    _started: float = 0.0
+    _tx: int = 0
+    _rx: int = 0
+    _seconds: float = 0.0
+    _begun: float = 0.0  # the last attempt, seconds after launch
+
+    def launch(self) -> Exchange:
+        self._started = time.monotonic()
+        self._pieces = [
+            _Piece(send[at : at + step], recv[at : at + step])
+            for send, recv in zip(self.send, self.recv, strict=True)
+            for step in [max(QUANTIZE_BLOCK, self.piece_bytes // send.itemsize // QUANTIZE_BLOCK * QUANTIZE_BLOCK)]
+            for at in range(0, send.size, step)
+        ]
+        if self.quantize is not None:
+            codec_of(self.quantize)
+            for piece in self._pieces:
+                piece.codes = codes.encode(piece.send, self.quantize)
+            for vector, own in zip(self.send, self.own, strict=bool(self.own)):
+                codes.through(vector, self.quantize, own)
+        if self.vow is not None:
+            words = np.array(self.vow.words, np.uint64)
+            sent = np.concatenate([words, words ^ _ALL_ONES, [np.uint64(self.vow.pending)]])
+            self._vow = _Piece(sent, np.zeros_like(sent))
+        self._begin()
+        return self
+
+    def wait(self) -> Outcome:
+        """Wait for the end; what failed is tried again among those who are left.
+
+        Raises:
+            errors of RETRIED: it failed ATTEMPTS_MAX times, on all members alike.
+            EvictedError, OutcomeUnknownError: this peer is out of the run.
+        """
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            failed = self._end()
+            if failed is None and self._same_participants():
+                return self._outcome(attempt)
+            if failed is not None and attempt == ATTEMPTS_MAX:
+                raise failed
+            self._begin()
+        raise errors.PeerLostError(f"members were lost in each of {ATTEMPTS_MAX} attempts of an exchange")
+
+    @property
+    def seconds(self) -> float:
+        """From launch to the end of its last operation, which may be long before ``wait()`` saw it."""
+        return self._seconds
+
+    def give_up(self) -> None:
+        """End what is under way, with or without a result."""
+        for piece in self._all():
+            if piece.work is not None:
+                piece.work._settle()
+                piece.work = None
+
+    # ---- inside
+
+    def _all(self) -> list[_Piece]:
+        return self._pieces if self._vow is None else [self._vow, *self._pieces]
+
+    def _begin(self) -> None:
+        """Start what has no result yet."""
+        self._begun = time.monotonic() - self._started
+        try:
+            for piece in self._all():
+                if piece.info is None and piece.work is None:
+                    piece.work = self._submit(piece)
+        except BaseException:
+            self.give_up()
+            raise
+
+    def _submit(self, piece: _Piece) -> Work | Gather:
+        if piece is self._vow:
+            return self.comm.all_reduce_async(piece.send, out=piece.recv, op="max", tag=TAG_VOW)
+        if piece.codes is None:
+            return self.comm.all_reduce_async(piece.send, out=piece.recv, op="avg", tag=self.tag)
+        return self.comm._all_gather_async(piece.codes, tag=self.tag)
+
+    def _end(self) -> errors.PycclError | None:
+        """Wait for all that was started. The first error that another attempt may mend; others are raised."""
+        failed: errors.PycclError | None = None
+        for piece in self._all():
+            work, piece.work = piece.work, None
+            if work is None:
+                continue
+            try:
+                piece.info = self._finish(piece, work)
+            except errors.AloneError:
+                piece.info = self._alone(piece)
+            except RETRIED as e:
+                failed = failed or e
+            except BaseException:
+                self.give_up()
+                raise
+            if piece.info is not None:
+                self._tx += piece.info.tx_bytes
+                self._rx += piece.info.rx_bytes
+                self._seconds = max(self._seconds, self._begun + piece.info.seconds)
+        return failed
+
+    def _finish(self, piece: _Piece, work: Work | Gather) -> ReduceInfo:
+        if isinstance(work, Work):
+            return work.wait()
+        gathered, info = work.wait()
+        assert self.quantize is not None
+        codes.average(list(gathered), self.quantize, piece.recv)
+        return info
+
+    def _alone(self, piece: _Piece) -> ReduceInfo:
+        """Nobody else is left: the mean is of the own share, as others would have decoded it."""
+        if piece.codes is None:
+            np.copyto(piece.recv, piece.send)
+        else:
+            assert self.quantize is not None
+            codes.average([piece.codes], self.quantize, piece.recv)
+        return ReduceInfo(1, (self.comm.peer_id,), self.comm.epoch, 1, "direct", 0, 0, 0.0)
+
+    def _same_participants(self) -> bool:
+        """Drop the results of pieces in which somebody took part who was lost by the time of another."""
+        infos = [piece.info for piece in self._pieces if piece.info is not None]
+        fewest = min((info.world_size for info in infos), default=0)  # epochs of losses only remove members
+        for piece in self._pieces:
+            if piece.info is not None and piece.info.world_size != fewest:
+                piece.info = None
+        return all(piece.info is not None for piece in self._pieces)
+
+    def _outcome(self, attempts: int) -> Outcome:
+        info = next((piece.info for piece in reversed(self._all()) if piece.info is not None), None)
+        members = (self.comm.peer_id,) if info is None else info.members
+        most = max((piece.info.attempts for piece in self._all() if piece.info is not None), default=1)
+        kept, pending = True, False
+        if self._vow is not None and self.vow is not None:
+            count = len(self.vow.words)
+            high, low = self._vow.recv[:count], self._vow.recv[count : 2 * count] ^ _ALL_ONES
+            kept, pending = bool(np.array_equal(high, low)), bool(self._vow.recv[-1] > 0)
+        return Outcome(
+            len(members), members, kept, pending, attempts + most - 1, self._tx, self._rx,
+            self._seconds,
+        )  # fmt: skip
