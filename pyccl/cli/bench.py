@@ -10,7 +10,21 @@ from typing import Any, Final, TypeVar
 import click
 
 from pyccl import netlab
-from pyccl.bench import all_reduce, churn, content, digest, epochs, gloo, kernels, machine, memory, show, topology, wan
+from pyccl.bench import (
+    all_reduce,
+    churn,
+    content,
+    digest,
+    epochs,
+    gloo,
+    kernels,
+    machine,
+    memory,
+    outer,
+    show,
+    topology,
+    wan,
+)
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
 from pyccl.processes.children import Children, Interrupted
@@ -214,6 +228,18 @@ def digest_command(mib: float, as_json: bool) -> None:
         "digest", as_json, lambda: digest.measure(int(mib * MIB)),
         lambda rates: {"settings": {"mib": mib}, "unit": "GiB/s hashed", "rates": [rate.to_json() for rate in rates]},
         show.digest_rates, "xxhash",
+    )  # fmt: skip
+
+
+@bench.command("outer")
+@_mib("Size of theta, and of every other vector.", 256)
+@_AS_JSON
+def outer_command(mib: float, as_json: bool) -> None:
+    """Rates of the arithmetic of outer optimizers, one thread, beside a copy of memory."""
+    _report(
+        "outer", as_json, lambda: outer.measure(int(mib * MIB)),
+        lambda rates: {"settings": {"mib": mib}, "unit": "GiB/s moved", "rates": [rate.to_json() for rate in rates]},
+        show.outer_rates,
     )  # fmt: skip
 
 

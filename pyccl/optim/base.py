@@ -131,8 +131,8 @@ class OuterOptimizer(ABC):
         """Copies of all that this optimizer holds; save the live weights and the inner optimizer's state beside it."""
         return {
             "settings": dict(self._settings),
-            "theta": _copies(self._theta),
-            "buffers": {part: _copies(vectors) for part, vectors in self._buffers.items()},
+            "theta": copies(self._theta),
+            "buffers": {part: copies(vectors) for part, vectors in self._buffers.items()},
             "counters": self._counters.tolist(),
             "inner_steps": self._inner,
         }
@@ -152,9 +152,9 @@ class OuterOptimizer(ABC):
         )
         if differ:
             raise errors.UsageError(f"load_state_dict: {', '.join(differ)} are not as here")
-        _load(self._theta, state["theta"])
+        load(self._theta, state["theta"])
         for part, vectors in self._buffers.items():
-            _load(vectors, state["buffers"][part])
+            load(vectors, state["buffers"][part])
         self._counters[:] = state["counters"]
         self._inner = int(state["inner_steps"])
         if self._inner == 0:
@@ -220,7 +220,7 @@ class OuterOptimizer(ABC):
 
     def _wait(self, exchange: Exchange) -> Outcome:
         """The end of an exchange. MismatchError: the members' states differed; they are in step again."""
-        begun = time.monotonic()
+        begun, self._flight = time.monotonic(), None
         with self._blocked():
             outcome = exchange.wait()
         blocked = time.monotonic() - begun
@@ -288,10 +288,10 @@ class OuterOptimizer(ABC):
             self._flight = None
 
 
-def _copies(vectors: Vectors) -> dict[str, Array]:
+def copies(vectors: Vectors) -> dict[str, Array]:
     return {name: view.copy() for name, view in vectors.views.items()}
 
 
-def _load(vectors: Vectors, arrays: Mapping[str, Any]) -> None:
+def load(vectors: Vectors, arrays: Mapping[str, Any]) -> None:
     for name, view in vectors.views.items():
         np.copyto(view, arrays[name])

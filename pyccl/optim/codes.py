@@ -32,11 +32,6 @@ def decode(encoded: Array, codec: str, out: Array) -> None:
     check(lib.pyccl_codec_decode(*arguments), "decode")
 
 
-def through(x: Array, codec: str, out: Array) -> None:
-    """out = x as it comes out of the codec at everybody's; out may be x."""
-    decode(encode(x, codec), codec, out)
-
-
 def average(encoded: Sequence[Array], codec: str, out: Array) -> None:
     """The mean of what these decode to: added in float32, in this order, and divided once."""
     size = int(lib.pyccl_codec_size(_number(codec), QUANTIZE_BLOCK, out.size))

@@ -17,14 +17,13 @@ how many newcomers are waiting. It is an ``all_reduce`` of its own whose size do
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
 from pyccl import errors
-from pyccl.codecs import codec_of
 from pyccl.communicator import Communicator
 from pyccl.core import Gather, ReduceInfo, Work
 from pyccl.optim import codes
@@ -84,20 +83,19 @@ class Exchange:
         comm: connected.
         send: vectors, contiguous, float32 or float64; equal sizes on all members; must not change until ``wait()``.
         recv: arrays of the same sizes and dtypes, apart from `send`; undefined until ``wait()`` has returned.
-        vow: or None, where nothing rides along.
+        vow: makes what rides along, when the vectors are on their way; None: nothing does.
         quantize: None or a codec.
-        own: where quantized, arrays that receive `send` as the others decode it, at once at launch; or empty.
+        own: where quantized, arrays that receive `send` as the others decode it, at launch; or empty.
         tag: of the pieces; exchanges that are under way at a time need different ones.
     """
 
     comm: Communicator
     send: Sequence[Array]
     recv: Sequence[Array]
-    vow: Vow | None = None
+    vow: Callable[[], Vow] | None = None
     quantize: str | None = None
     own: Sequence[Array] = ()
     tag: int = TAG_PIECES
-    piece_bytes: int = PIECE_BYTES
     _pieces: list[_Piece] = field(default_factory=list)
     _vow: _Piece | None = None
     _started: float = 0.0
@@ -108,23 +106,26 @@ class Exchange:
 
     def launch(self) -> Exchange:
         self._started = time.monotonic()
-        self._pieces = [
-            _Piece(send[at : at + step], recv[at : at + step])
-            for send, recv in zip(self.send, self.recv, strict=True)
-            for step in [max(QUANTIZE_BLOCK, self.piece_bytes // send.itemsize // QUANTIZE_BLOCK * QUANTIZE_BLOCK)]
-            for at in range(0, send.size, step)
-        ]
-        if self.quantize is not None:
-            codec_of(self.quantize)
-            for piece in self._pieces:
-                piece.codes = codes.encode(piece.send, self.quantize)
-            for vector, own in zip(self.send, self.own, strict=bool(self.own)):
-                codes.through(vector, self.quantize, own)
-        if self.vow is not None:
-            words = np.array(self.vow.words, np.uint64)
-            sent = np.concatenate([words, words ^ _ALL_ONES, [np.uint64(self.vow.pending)]])
-            self._vow = _Piece(sent, np.zeros_like(sent))
-        self._begin()
+        try:
+            for vector, (send, recv) in enumerate(zip(self.send, self.recv, strict=True)):
+                step = max(1, PIECE_BYTES // send.itemsize // QUANTIZE_BLOCK) * QUANTIZE_BLOCK
+                for at in range(0, send.size, step):
+                    piece = _Piece(send[at : at + step], recv[at : at + step])
+                    self._pieces.append(piece)
+                    if self.quantize is not None:
+                        piece.codes = codes.encode(piece.send, self.quantize)
+                    piece.work = self._submit(piece)
+                    if self.quantize is not None and piece.codes is not None and self.own:
+                        codes.decode(piece.codes, self.quantize, self.own[vector][at : at + step])
+            if self.vow is not None:  # after the pieces: making it takes as long as a pass over theta
+                vow = self.vow()
+                words = np.array(vow.words, np.uint64)
+                sent = np.concatenate([words, words ^ _ALL_ONES, np.array([vow.pending], np.uint64)])
+                self._vow = _Piece(sent, np.zeros_like(sent))
+                self._vow.work = self._submit(self._vow)
+        except BaseException:
+            self.give_up()
+            raise
         return self
 
     def wait(self) -> Outcome:
@@ -231,8 +232,8 @@ class Exchange:
         members = (self.comm.peer_id,) if info is None else info.members
         most = max((piece.info.attempts for piece in self._all() if piece.info is not None), default=1)
         kept, pending = True, False
-        if self._vow is not None and self.vow is not None:
-            count = len(self.vow.words)
+        if self._vow is not None:
+            count = self._vow.send.size // 2
             high, low = self._vow.recv[:count], self._vow.recv[count : 2 * count] ^ _ALL_ONES
             kept, pending = bool(np.array_equal(high, low)), bool(self._vow.recv[-1] > 0)
         return Outcome(

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -76,7 +76,7 @@ class Group:
         state: the shared state; arrays are named PART/NAME.
         settings: name -> text, equal on all members.
         min_peers: fewer do not advance.
-        more: further states to synchronise after `state`, with newcomers only.
+        more: further states to synchronise after `state`, as they are then.
         per_replica: the members' arrays differ by design: a newcomer takes those of one of them.
     """
 
@@ -85,7 +85,7 @@ class Group:
     settings: Mapping[str, str]
     min_peers: int
     stats: Stats
-    more: Sequence[SharedState] = ()
+    more: Callable[[], Sequence[SharedState]] = tuple
     per_replica: bool = False
     is_new: bool = True  # not in step with anybody yet, in this incarnation
     _known: frozenset[str] = frozenset()  # members at the last agree
@@ -111,7 +111,7 @@ class Group:
             try:
                 changed = self._agree()
             except RETRIED as e:
-                if attempt == ATTEMPTS_MAX or isinstance(e, _Settled) or self._left():
+                if attempt == ATTEMPTS_MAX or isinstance(e, StatesDifferedError) or self._left():
                     raise
                 log.warning("agree_again cause=%r", e)
                 continue
@@ -160,8 +160,8 @@ class Group:
         self._check_settings(records)
         odd, fields = _odd({peer: record.parts for peer, record in records.items()}, records)
         if not odd:
-            return errors.MismatchError("the members' states differed, and agree now", tuple(records), ("state",))
-        return errors.MismatchError(
+            return StatesDifferedError("the members' states differed, and agree now", tuple(records), ("state",))
+        return StatesDifferedError(
             f"{_peers(odd)} held another state than the others, in {', '.join(fields)}", odd, fields
         )
 
@@ -202,7 +202,7 @@ class Group:
             if not (self.per_replica and e.peers == (self.comm.peer_id,)):  # else: its arrays are its own
                 raise
         changed = info is not None and bool(info.changed)
-        for state in self.more:
+        for state in self.more():
             self._count(self.comm.sync_shared_state(state))
         self._known = frozenset(self.comm.members)
         self.is_new = False
@@ -212,7 +212,9 @@ class Group:
         veterans = self._veterans - frozenset(info.holders)
         wrong = sorted(veterans & frozenset(info.members))
         if wrong and not self.per_replica:
-            raise _Settled(f"{_peers(wrong)} did not hold what the others agree on", tuple(wrong), ("state",))
+            raise StatesDifferedError(
+                f"{_peers(wrong)} did not hold what the others agree on", tuple(wrong), ("state",)
+            )
         return changed
 
     def _count(self, info: Any) -> None:
@@ -247,7 +249,7 @@ class Group:
         )
         if self._veterans:
             self.comm.close()  # the run goes on without this peer, instead of waiting for it
-        raise _Settled(f"the members' optimizers differ: {told}", odd, fields)
+        raise StatesDifferedError(f"the members' optimizers differ: {told}", odd, fields)
 
     def _parts(self) -> dict[str, str]:
         """Digests of the arrays by the first half of their names."""
@@ -261,8 +263,8 @@ class Group:
         return hashlib.sha256(FAST.table(arrays)).digest()[:16]
 
 
-class _Settled(errors.MismatchError):
-    """Not to be tried again."""
+class StatesDifferedError(errors.MismatchError):
+    """Members' settings or states were not equal. Not to be tried again."""
 
 
 def _short(value: str) -> str:

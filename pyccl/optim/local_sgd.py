@@ -29,7 +29,7 @@ class LocalSGD(OuterOptimizer):
 
     def _exchange_round(self) -> None:
         self.params.read(self._send)
-        outcome = self._wait(Exchange(self.comm, self._send.vectors, self._mean.vectors, vow=self.group.vow()).launch())
+        outcome = self._wait(Exchange(self.comm, self._send.vectors, self._mean.vectors, vow=self.group.vow).launch())
         if outcome.world_size < self.min_peers:
             self._wait_for_company()
             return

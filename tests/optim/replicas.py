@@ -20,7 +20,7 @@ import numpy as np
 
 import pyccl
 
-TIMEOUT_S: Final = 90.0
+TIMEOUT_S: Final = 40.0
 LISTENING: Final = "listening on "
 _GROUPS = itertools.count()
 
@@ -66,11 +66,12 @@ class Replicas:
         """All of one epoch, in rank order."""
         first, *others = [self.communicator() for _ in range(count)]
         first.connect(TIMEOUT_S)
-        joins = [self.start(other.connect, TIMEOUT_S) for other in others]
+        joins = {other: self.start(other.connect, TIMEOUT_S) for other in others}
         while first.group_world_size < count:
-            calls = [self.start(c.update_topology, TIMEOUT_S) for c in (first, *others) if c.peer_id in first.members]
-            ended(calls)
-        ended(joins)
+            inside = [other for other in others if other.peer_id in first.members]
+            ended([joins[other] for other in inside])
+            ended([self.start(comm.update_topology, TIMEOUT_S) for comm in (first, *inside)])
+        ended(list(joins.values()))
         return sorted([first, *others], key=lambda comm: comm.peer_id)
 
     def start(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
