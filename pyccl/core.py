@@ -108,6 +108,11 @@ class Core:
         return self._require().pending
 
     @property
+    def _is_watched(self) -> bool:
+        """Whether this peer knows of an observer, which learns of a new revision by syncs."""
+        return len(self._require().observed.observers) > 0
+
+    @property
     def world_size(self) -> int:
         """Members of all peer groups, as the master counted them when this group's epoch began."""
         return self._view.world_size

@@ -50,7 +50,6 @@ def measure(size_bytes: int, sample_s: float = SAMPLE_S) -> list[Rate]:
         "outer step, Nesterov": (5, step(momentum, nesterov=True)),
         "outer step, heavy-ball": (5, step(momentum, nesterov=False)),
         "outer step, SGD": (3, step(None, nesterov=False)),
-        "mean of two": (3, lambda: rules.average([theta, w], out.vectors[0])),
         "eager": (4, lambda: rules.eager(g, theta, w, 4, g)),
     }
     found = {what: sample(run, arrays * 4 * count, sample_s) for what, (arrays, run) in runs.items()}

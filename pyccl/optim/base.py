@@ -106,7 +106,11 @@ class OuterOptimizer(ABC):
         """Call ``step()`` after every ``optimizer.step()`` of a torch optimizer. Returns the hook's handle."""
         if not hasattr(optimizer, "register_step_post_hook"):
             raise errors.UsageError(f"attach: {type(optimizer).__name__} has no register_step_post_hook")
-        handle = optimizer.register_step_post_hook(lambda *_: self.step() and None)
+
+        def stepped(*_: Any) -> None:
+            self.step()
+
+        handle = optimizer.register_step_post_hook(stepped)
         self._hooks.append(handle)
         return handle
 
@@ -160,8 +164,7 @@ class OuterOptimizer(ABC):
         if self._inner == 0:
             self.params.write(self._theta)
         self.shared.revision = self.round
-        self.shared.voter = None  # all come from files: the newest state wins
-        self.group.is_new = True
+        self.group.loaded()
 
     # ---- for subclasses
 
@@ -204,6 +207,14 @@ class OuterOptimizer(ABC):
         self._drain()
         with self._blocked():
             self._took(self.group.admit())
+
+    def _end_round(self, *, pending: bool, watched: bool) -> None:
+        """As the exchange told, and so on all members: let newcomers in, or show observers the new revision."""
+        if pending:
+            self._admit()
+        elif watched:
+            with self._blocked():
+                self.group.show()
 
     def _wait_for_company(self) -> None:
         """Too few for an exchange; the round did not count."""

@@ -163,8 +163,7 @@ class DiLoCo(OuterOptimizer):
         self._contribution.committed()
         self._committed()
         self._begin_round()
-        if outcome.pending:
-            self._admit()
+        self._end_round(pending=outcome.pending, watched=outcome.watched)
 
     # ---- checkpoints
 
@@ -216,7 +215,7 @@ class AsyncDiLoCo(DiLoCo):
         self._before = self._theta.like() if eager else None  # our share of the mean that was not applied yet
         self._late = _Late(self._mean)
         self._is_in = False  # whether we have a share in it
-        self._too_few = self._pending = False  # as the last exchange told
+        self._too_few = self._pending = self._watched = False  # as the last exchange told
         self.group.more = self._late_states
         self._come_in()
 
@@ -227,27 +226,31 @@ class AsyncDiLoCo(DiLoCo):
         if self._too_few:
             self._roll_back()
             self._wait_for_company()
-            self._too_few = self._pending = False
+            self._forget()
             return
         self._flight = self._launch()
         self._late.launched()
         self._begin_round()
-        if self._pending:
-            self._admit()
+        self._end_round(pending=self._pending, watched=self._watched)
 
     def _admit(self) -> None:
         super()._admit()
-        self._too_few = self._pending = False  # a newcomer knows nothing of either
+        self._forget()
+
+    def _forget(self) -> None:
+        """What the last exchange told: a newcomer knows nothing of it."""
+        self._too_few = self._pending = self._watched = False
 
     def _agree(self) -> bool:
         changed = super()._agree()
-        self._too_few = self._pending = False
+        self._forget()
         return changed
 
     def _drain(self) -> None:
         """The mean of what was in flight is here then, or it is agreed that there is none; nothing is applied."""
         if self._flight is None:
             return
+        self._forget()
         self._late.world = 0
         if self._before is not None:
             self._before.copy_from(self._contribution.own)
@@ -258,7 +261,8 @@ class AsyncDiLoCo(DiLoCo):
                 raise
             log.warning("outer_step_skipped cause=%r", e)
             return
-        self._too_few, self._pending = outcome.world_size < self.min_peers, outcome.pending
+        self._too_few = outcome.world_size < self.min_peers
+        self._pending, self._watched = outcome.pending, outcome.watched
         if not self._too_few:
             self._late.world, self._is_in = outcome.world_size, True
             self._contribution.committed()

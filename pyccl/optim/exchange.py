@@ -10,8 +10,9 @@ replica's piece travels as codes to all others, which decode all of them, its ow
 order: each share is rounded once, the mean is not (arXiv:2501.18512, algorithm 2). That moves (N - 1) encoded pieces
 to each member.
 
-A *vow* rides along, a few numbers that must be equal on all members (round, digest of what is shared, settings), and
-how many newcomers are waiting. It is an ``all_reduce`` of its own whose size does not depend on the membership.
+A *vow* rides along: a few numbers that must be equal on all members (round, digest of what is shared, settings), and
+whether newcomers wait or observers watch. It is an ``all_reduce`` of its own, whose size does not depend on the
+membership.
 """
 
 from __future__ import annotations
@@ -42,24 +43,27 @@ _ALL_ONES: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 @dataclass(frozen=True, slots=True)
 class Vow:
-    """words: numbers below 2**64 that must be equal on all members. pending: newcomers that this peer knows of."""
+    """words: numbers below 2**64 that must be equal on all members. pending, watched: newcomers, or observers of the
+    shared state, that this peer knows of."""
 
     words: tuple[int, ...]
-    pending: int
+    pending: bool
+    watched: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Equal on all members. The mean is in `recv`.
 
-    world_size, members (hex ids in rank order): whose vectors the mean is of. kept: all had the same vow. pending:
-    somebody knows of newcomers. seconds: from launch until the last operation had ended.
+    world_size, members (hex ids in rank order): whose vectors the mean is of. kept: all had the same vow. pending,
+    watched: somebody knows of newcomers, of observers. seconds: from launch until the last operation had ended.
     """
 
     world_size: int
     members: tuple[str, ...]
     kept: bool
     pending: bool
+    watched: bool
     attempts: int
     tx_bytes: int
     rx_bytes: int
@@ -120,7 +124,7 @@ class Exchange:
             if self.vow is not None:  # after the pieces: making it takes as long as a pass over theta
                 vow = self.vow()
                 words = np.array(vow.words, np.uint64)
-                sent = np.concatenate([words, words ^ _ALL_ONES, np.array([vow.pending], np.uint64)])
+                sent = np.concatenate([words, words ^ _ALL_ONES, np.array([vow.pending, vow.watched], np.uint64)])
                 self._vow = _Piece(sent, np.zeros_like(sent))
                 self._vow.work = self._submit(self._vow)
         except BaseException:
@@ -231,12 +235,13 @@ class Exchange:
         info = next((piece.info for piece in reversed(self._all()) if piece.info is not None), None)
         members = (self.comm.peer_id,) if info is None else info.members
         most = max((piece.info.attempts for piece in self._all() if piece.info is not None), default=1)
-        kept, pending = True, False
+        kept, pending, watched = True, False, False
         if self._vow is not None:
-            count = self._vow.send.size // 2
+            count = self._vow.send.size // 2 - 1
             high, low = self._vow.recv[:count], self._vow.recv[count : 2 * count] ^ _ALL_ONES
-            kept, pending = bool(np.array_equal(high, low)), bool(self._vow.recv[-1] > 0)
+            kept = bool(np.array_equal(high, low))
+            pending, watched = (bool(flag) for flag in self._vow.recv[2 * count :])
         return Outcome(
-            len(members), members, kept, pending, attempts + most - 1, self._tx, self._rx,
+            len(members), members, kept, pending, watched, attempts + most - 1, self._tx, self._rx,
             self._seconds,
         )  # fmt: skip

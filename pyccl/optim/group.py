@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from pyccl import errors
+from pyccl._io.statesync import SyncInfo
 from pyccl.communicator import Communicator
 from pyccl.optim.exchange import ATTEMPTS_MAX, RETRIED, TAG_RECORDS, Vow
 from pyccl.state import FAST, SharedState
@@ -87,7 +88,7 @@ class Group:
     stats: Stats
     more: Callable[[], Sequence[SharedState]] = tuple
     per_replica: bool = False
-    is_new: bool = True  # not in step with anybody yet, in this incarnation
+    _in_step: object = None  # the membership (session) of the last agree
     _known: frozenset[str] = frozenset()  # members at the last agree
     _veterans: frozenset[str] = frozenset()  # of them, who was in step before
     _settings_digest: int = field(init=False)
@@ -95,6 +96,11 @@ class Group:
     def __post_init__(self) -> None:
         self.settings = {name: _short(value) for name, value in sorted(self.settings.items())}
         self._settings_digest = _number(hashlib.sha256(json.dumps(self.settings).encode()).digest())
+
+    @property
+    def is_new(self) -> bool:
+        """Not in step with anybody yet, since it connected, or since it loaded a checkpoint."""
+        return self._in_step is None or self._in_step is not self.comm._session
 
     # ---- collective
 
@@ -165,6 +171,13 @@ class Group:
             f"{_peers(odd)} held another state than the others, in {', '.join(fields)}", odd, fields
         )
 
+    def show(self) -> None:
+        """Somebody watches: a sync, which observers take new revisions from. It may fail; the next will do."""
+        try:
+            self._sync()
+        except RETRIED as e:
+            log.warning("not_shown cause=%r", e)
+
     # ---- local
 
     def vow(self) -> Vow:
@@ -172,13 +185,16 @@ class Group:
         words = [self._settings_digest, self.state.revision]
         if not self.per_replica:
             words.append(_number(self._digest(list(self.state.compared.values()))))
-        return Vow(tuple(words), self.comm._pending_known)
+        return Vow(tuple(words), self.comm._pending_known > 0, self.comm._is_watched)
 
     def rejoin(self) -> None:
         """This peer was taken out of the run: come back as a newcomer."""
         log.warning("rejoin cause=%r", self._left())
         self.comm.connect()
-        self.is_new = True
+
+    def loaded(self) -> None:
+        """The state comes from a file, as everybody's does: the newest wins."""
+        self.state.voter = self._in_step = None
 
     # ---- inside
 
@@ -194,21 +210,14 @@ class Group:
 
     def _agree(self) -> bool:
         self._check_settings(self._records({}))
-        info = None
-        try:
-            strategy = "send_only" if self.per_replica and not self.is_new else "enforce_popular"
-            info = self.comm.sync_shared_state(self.state, strategy)
-        except errors.MismatchError as e:
-            if not (self.per_replica and e.peers == (self.comm.peer_id,)):  # else: its arrays are its own
-                raise
+        info = self._sync()
         changed = info is not None and bool(info.changed)
         for state in self.more():
             self._count(self.comm.sync_shared_state(state))
         self._known = frozenset(self.comm.members)
-        self.is_new = False
+        self._in_step = self.comm._session
         if info is None:
             return False
-        self._count(info)
         veterans = self._veterans - frozenset(info.holders)
         wrong = sorted(veterans & frozenset(info.members))
         if wrong and not self.per_replica:
@@ -217,7 +226,20 @@ class Group:
             )
         return changed
 
-    def _count(self, info: Any) -> None:
+    def _sync(self) -> SyncInfo | None:
+        """None: the others' arrays are another one's, and ours stay."""
+        try:
+            info = self.comm.sync_shared_state(
+                self.state, "send_only" if self.per_replica and not self.is_new else "enforce_popular"
+            )
+        except errors.MismatchError as e:
+            if self.per_replica and e.peers == (self.comm.peer_id,):
+                return None
+            raise
+        self._count(info)
+        return info
+
+    def _count(self, info: SyncInfo) -> None:
         self.stats.syncs += 1
         self.stats.tx_bytes += info.tx_bytes
         self.stats.rx_bytes += info.rx_bytes

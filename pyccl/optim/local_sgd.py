@@ -36,8 +36,7 @@ class LocalSGD(OuterOptimizer):
         self._theta.copy_from(self._mean)
         self._committed()
         self._begin_round()
-        if outcome.pending:
-            self._admit()
+        self._end_round(pending=outcome.pending, watched=outcome.watched)
 
     def _roll_back(self) -> None:
         """The live weights are all that there is of the round: they stay."""

@@ -182,23 +182,27 @@ class TorchLeaf(Leaf):
 
 
 class DeviceLeaf(Leaf):
-    """A tensor on an accelerator, staged through a pinned host buffer. Not run on one yet: tests have a stand-in."""
+    """A tensor on an accelerator, staged through a host buffer, pinned for CUDA, where copies run in the background.
+
+    Not run on an accelerator yet: tests have a stand-in.
+    """
 
     def __init__(self, name: str, tensor: Any, *, pinned: bool = True) -> None:
         torch: Any = sys.modules["torch"]
         super().__init__(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        self._tensor = tensor
-        self._staging = torch.empty(self.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        self.device = tensor.device
+        self._tensor, self._is_cuda = tensor, self.device.type == "cuda"
+        self._staging = torch.empty(self.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned and self._is_cuda)
         self._host = _numpy_of(torch, self._staging)
 
     def host(self) -> Array:
         return self._host
 
     def fetch(self) -> None:
-        self._staging.copy_(self._tensor.detach(), non_blocking=True)
+        self._staging.copy_(self._tensor.detach(), non_blocking=self._is_cuda)
 
     def store(self) -> None:
-        self._tensor.detach().copy_(self._staging, non_blocking=True)
+        self._tensor.detach().copy_(self._staging, non_blocking=self._is_cuda)
 
 
 def _numpy_of(torch: Any, tensor: Any) -> Array:
@@ -283,9 +287,10 @@ class Params:
         self._settle(leaves)
 
     def _settle(self, leaves: Sequence[Leaf]) -> None:
-        """Copies to and from an accelerator have ended."""
-        if any(isinstance(leaf, DeviceLeaf) for leaf in leaves):
-            sys.modules["torch"].cuda.synchronize()
+        """Copies to and from accelerators have ended."""
+        for device in {leaf.device for leaf in leaves if isinstance(leaf, DeviceLeaf)}:
+            if device.type == "cuda":
+                sys.modules["torch"].cuda.synchronize(device)
 
 
 def _named(given: Any) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 """Update rules of the outer optimizers: arrays in, arrays out; no communication, no state of their own.
 
-All work in place, element by element, in the dtype of theta (float32, or float64 for float64 parameters), with NumPy's
-own loops and nothing that contracts a product and a sum: the same input gives the same bits on every machine. Arrays
-are walked in blocks that stay in a core's cache, so that an outer step reads and writes memory once.
+All work in place, element by element, in the dtype of theta (float32, or float64 for float64 parameters), and nothing
+contracts a product and a sum: the same input gives the same bits on every machine. The outer step, after which all
+members must hold the same bits, is a kernel of the core (native/src/outer.c): one pass over memory, in IEEE mode even
+in a thread that flushes denormals. What a replica computes for itself is NumPy in blocks that stay in a core's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+
+from pyccl._native._pyccl import ffi, lib
+from pyccl._native.status import check
+from pyccl.arrays import DTYPES
 
 Array = np.ndarray[Any, Any]
 
@@ -26,41 +30,12 @@ def outer_sgd(theta: Array, momentum: Array | None, g: Array, *, lr: float, mu: 
         theta, momentum, g: (n,) contiguous, of one floating dtype; theta and momentum are changed, g is not. momentum
             is zero before the first step, which makes it g; None where mu is 0: d = g then.
     """
-    kind = theta.dtype.type
-    rate, keep = kind(lr), kind(mu)
-    scratch = np.empty(min(BLOCK, theta.size), theta.dtype)
-    for at in range(0, theta.size, BLOCK):
-        t, u = theta[at : at + BLOCK], g[at : at + BLOCK]
-        d = scratch[: t.size]
-        if momentum is None:
-            np.multiply(u, rate, out=d)
-        else:
-            b = momentum[at : at + BLOCK]
-            np.multiply(b, keep, out=b)
-            np.add(b, u, out=b)
-            if nesterov:
-                np.multiply(b, keep, out=d)
-                np.add(u, d, out=d)
-                np.multiply(d, rate, out=d)
-            else:
-                np.multiply(b, rate, out=d)
-        np.subtract(t, d, out=t)
-
-
-def average(shares: Sequence[Array], out: Array) -> None:
-    """The mean: shares added in the order given, the sum divided once.
-
-    Args:
-        shares: at least one, each (n,) of the dtype of `out`.
-        out: (n,), no share.
-    """
-    count = out.dtype.type(len(shares))
-    for at in range(0, out.size, BLOCK):
-        total = out[at : at + BLOCK]
-        np.copyto(total, shares[0][at : at + BLOCK])
-        for share in shares[1:]:
-            np.add(total, share[at : at + BLOCK], out=total)
-        np.divide(total, count, out=total)
+    for array in (theta, g) if momentum is None else (theta, momentum, g):
+        assert array.dtype == theta.dtype and array.size == theta.size and array.flags.c_contiguous
+    pins = [ffi.from_buffer("uint8_t[]", array.view(np.uint8)) for array in (theta, g)]
+    b = ffi.NULL if momentum is None else ffi.from_buffer("uint8_t[]", momentum.view(np.uint8))
+    dtype = DTYPES[theta.dtype.name]
+    check(lib.pyccl_outer_sgd(dtype, pins[0], b, pins[1], theta.size, lr, mu, nesterov), "outer_sgd")
 
 
 def eager(late: Array, g: Array, g_before: Array, world: int, out: Array) -> None:
