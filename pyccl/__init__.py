@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from pyccl import aio
+from pyccl import aio, optim
 from pyccl._io.statesync import SyncInfo
 from pyccl.calls import ReduceOp
 from pyccl.communicator import Communicator, connect
@@ -48,6 +48,7 @@ __all__ = [
     "Work",
     "aio",
     "connect",
+    "optim",
     "reference_all_reduce",
     "reference_reduce_scatter",
 ]

@@ -17,7 +17,7 @@ from pyccl._io.session import Session, Waiter
 from pyccl._io.statesync import SyncInfo
 from pyccl._native.handles import TIMEOUT_S_MAX, Op
 from pyccl.calls import CONNECT_TIMEOUT_S, OPERATION_TIMEOUT_S, REACH_TIMEOUT_S, Array, Call, ReduceOp
-from pyccl.core import Core, Measuring, ReduceInfo, StateSync, Work, give_up, given_up_on_error
+from pyccl.core import Core, Gather, Measuring, ReduceInfo, StateSync, Work, give_up, given_up_on_error
 from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
@@ -279,6 +279,15 @@ class Communicator(Core):
         out = gathered.empty(info.world_size)
         work._take(out)
         return out
+
+    def _all_gather_async(
+        self, x: Any, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
+    ) -> Gather:
+        """Start an ``all_gather``; ``x`` belongs to it until ``wait()`` has ended."""
+        session = self._require()
+        call, gathered = calls.all_gather(x, tag, retry, timeout)
+        with given_up_on_error() as begun:
+            return Gather(self._start(session, call, begun), gathered)
 
     def reduce_scatter(
         self,

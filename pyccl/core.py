@@ -32,7 +32,7 @@ from pyccl._native._pyccl import lib
 from pyccl._native.handles import WORLD_MAX, Op, OpInfo
 from pyccl._proto import limits
 from pyccl._proto.election import Strategy
-from pyccl.calls import Array, Call
+from pyccl.calls import Array, Call, Gathered
 from pyccl.state import SharedState
 
 _EPOCHS_CACHED: Final = 16
@@ -101,6 +101,16 @@ class Core:
     def group_world_size(self) -> int:
         """Members of this peer group."""
         return len(self._view.members)
+
+    @property
+    def _pending_known(self) -> int:
+        """Newcomers that the master has told this peer of; other members may have been told of more, or fewer."""
+        return self._require().pending
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether this peer knows of an observer, which learns of a new revision by syncs."""
+        return len(self._require().observed.observers) > 0
 
     @property
     def world_size(self) -> int:
@@ -256,6 +266,24 @@ class Work:
 
     def __del__(self) -> None:
         self._op.abandon()
+
+
+class Gather:
+    """An all_gather that runs while the caller does something else."""
+
+    def __init__(self, work: Work, gathered: Gathered) -> None:
+        self._work, self._gathered = work, gathered
+
+    def wait(self) -> tuple[Array, ReduceInfo]:
+        """Once: everybody's arrays, (info.world_size, *shape), and how it went. Errors as of ``Work.wait``."""
+        info = self._work.wait()
+        out = self._gathered.empty(info.world_size)
+        self._work._take(out)
+        return out, info
+
+    def _settle(self) -> None:
+        """As of a Work; a result is dropped."""
+        self._work._settle()
 
 
 def take(op: Op, out: Array) -> None:

@@ -181,6 +181,13 @@ pyccl_status pyccl_codec_decode(uint8_t codec, uint8_t dtype, uint32_t block, co
 pyccl_status pyccl_codec_reduce(uint8_t codec, uint8_t op, uint32_t block, const uint8_t *const *in, const double *weights,
                                 size_t inputs, size_t count, float *out);
 
+/* One step of SGD as torch.optim.SGD makes it (dampening 0, no weight decay), in place: b = mu*b + g; d = g + mu*b if
+ * nesterov, else b; theta -= lr*d. momentum: b, zero before the first step; NULL: d = g. lr and mu are rounded to the
+ * dtype. Every operation is rounded by itself. The arrays are aligned for their dtype and do not overlap.
+ * ERR_ARGUMENT: dtype is neither float32 nor float64. */
+pyccl_status pyccl_outer_sgd(uint8_t dtype, void *theta, void *momentum, const void *g, size_t count, double lr,
+                             double mu, int nesterov);
+
 /* The instruction set that digests, folds and codecs use: "scalar", "avx2", "avx512" or "neon"; all give the same bytes. */
 const char *pyccl_kernel_name(void);
 /* For tests and benchmarks, of the whole process: one of those names, or "auto", which is how it starts: the best that

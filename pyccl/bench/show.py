@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pyccl.bench import digest, kernels
+from pyccl.bench import digest, kernels, outer
 from pyccl.bench.all_reduce import Result
 from pyccl.bench.churn import Arrivals, Losses, Quiet, Restarts
 from pyccl.bench.epochs import Changes
@@ -197,6 +197,19 @@ def digest_rates(rates: Iterable[digest.Rate]) -> list[str]:
         table.setdefault(f"{rate.what} {rate.kernel}".rstrip(), {})[rate.place] = spread
     rows = [["GiB/s hashed, median (min..max)", "cache", "memory"]]
     rows += [[what, cells["cache"], cells["memory"]] for what, cells in table.items()]
+    return columns(rows)
+
+
+def outer_rates(rates: Iterable[outer.Rate]) -> list[str]:
+    rows = [["GiB/s read and written, median (min..max)", "", "of a copy"]]
+    rows += [
+        [
+            rate.what,
+            f"{rate.gib_per_s.median:.2f} ({rate.gib_per_s.min:.2f}..{rate.gib_per_s.max:.2f})",
+            f"{rate.of_copy:.0%}",
+        ]
+        for rate in rates
+    ]
     return columns(rows)
 
 

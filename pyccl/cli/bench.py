@@ -20,6 +20,7 @@ from pyccl.bench import (
     kernels,
     machine,
     memory,
+    outer,
     scale,
     show,
     topology,
@@ -257,6 +258,18 @@ def digest_command(mib: float, as_json: bool) -> None:
         "digest", as_json, lambda: digest.measure(int(mib * MIB)),
         lambda rates: {"settings": {"mib": mib}, "unit": "GiB/s hashed", "rates": [rate.to_json() for rate in rates]},
         show.digest_rates, "xxhash",
+    )  # fmt: skip
+
+
+@bench.command("outer")
+@_mib("Size of theta, and of every other vector.", 256)
+@_AS_JSON
+def outer_command(mib: float, as_json: bool) -> None:
+    """Rates of the arithmetic of outer optimizers, one thread, beside a copy of memory."""
+    _report(
+        "outer", as_json, lambda: outer.measure(int(mib * MIB)),
+        lambda rates: {"settings": {"mib": mib}, "unit": "GiB/s moved", "rates": [rate.to_json() for rate in rates]},
+        show.outer_rates,
     )  # fmt: skip
 
 

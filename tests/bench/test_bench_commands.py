@@ -235,6 +235,15 @@ def test_digest_tells_own_rates_and_others() -> None:
         check_summary(rate["gib_per_s"])
 
 
+def test_outer_tells_rates_of_the_rules_beside_a_copy() -> None:
+    told = done("outer", "--mib", "1")
+    rates = {rate["what"]: rate for rate in told["rates"]}
+    assert {"memcpy", "theta - w", "outer step, Nesterov", "outer step, SGD"} <= set(rates)
+    for rate in rates.values():
+        check_summary(rate["gib_per_s"])
+        assert rate["of_copy"] == rate["gib_per_s"]["median"] / rates["memcpy"]["gib_per_s"]["median"]
+
+
 def wait_for_stopped_child(mark: str) -> None:
     """Until a member was stopped; the run goes on for a minute after that."""
     deadline = time.monotonic() + RUN_S

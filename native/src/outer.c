@@ -1,0 +1,46 @@
+/* outer.c: one step of the outer optimizers' SGD, in place, one pass over memory.
+ *
+ *     b <- mu*b + g      d = g + mu*b (Nesterov) or b      theta <- theta - lr*d
+ *
+ * Every product and every sum is rounded by itself (no FMA), in IEEE mode whatever the caller's thread has set, so all
+ * members of a run that hold the same bits hold the same bits after it. Memory-bound: the compiler's vectors will do.
+ * Threads: nothing shared. */
+#include "float_mode.h"
+#include "pyccl.h"
+
+#define STEPS(name, real)                                                                                   \
+    static void name##_plain(real *restrict theta, const real *restrict g, size_t count, real lr) {         \
+        for (size_t i = 0; i < count; i++) theta[i] -= lr * g[i];                                           \
+    }                                                                                                       \
+    static void name##_heavy(real *restrict theta, real *restrict b, const real *restrict g, size_t count,  \
+                             real lr, real mu) {                                                            \
+        for (size_t i = 0; i < count; i++) {                                                                \
+            b[i] = mu * b[i] + g[i];                                                                        \
+            theta[i] -= lr * b[i];                                                                          \
+        }                                                                                                   \
+    }                                                                                                       \
+    static void name##_nesterov(real *restrict theta, real *restrict b, const real *restrict g,             \
+                                size_t count, real lr, real mu) {                                           \
+        for (size_t i = 0; i < count; i++) {                                                                \
+            b[i] = mu * b[i] + g[i];                                                                        \
+            theta[i] -= lr * (g[i] + mu * b[i]);                                                            \
+        }                                                                                                   \
+    }                                                                                                       \
+    static void name(real *theta, real *b, const real *g, size_t count, real lr, real mu, int nesterov) {   \
+        if (b == NULL) name##_plain(theta, g, count, lr);                                                   \
+        else if (nesterov) name##_nesterov(theta, b, g, count, lr, mu);                                     \
+        else name##_heavy(theta, b, g, count, lr, mu);                                                      \
+    }
+
+STEPS(step_f32, float)
+STEPS(step_f64, double)
+
+pyccl_status pyccl_outer_sgd(uint8_t dtype, void *theta, void *momentum, const void *g, size_t count, double lr,
+                             double mu, int nesterov) {
+    if (dtype != PYCCL_FLOAT32 && dtype != PYCCL_FLOAT64) return PYCCL_ERR_ARGUMENT;
+    const float_mode before = float_mode_enter();
+    if (dtype == PYCCL_FLOAT32) step_f32(theta, momentum, g, count, (float)lr, (float)mu, nesterov);
+    else step_f64(theta, momentum, g, count, lr, mu, nesterov);
+    float_mode_leave(before);
+    return PYCCL_OK;
+}

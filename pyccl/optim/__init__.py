@@ -1,0 +1,8 @@
+"""Low-communication training: replicas train alone and exchange every now and then. See docs/optimizers.md."""
+
+from pyccl.optim.base import OuterOptimizer
+from pyccl.optim.diloco import AsyncDiLoCo, DiLoCo
+from pyccl.optim.group import Stats
+from pyccl.optim.local_sgd import LocalSGD
+
+__all__ = ["AsyncDiLoCo", "DiLoCo", "LocalSGD", "OuterOptimizer", "Stats"]

@@ -1,0 +1,56 @@
+"""Codecs of quantized exchanges: vectors to bytes and back, and the mean of several, by the core's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pyccl._native._pyccl import ffi, lib
+from pyccl._native.status import check
+from pyccl.arrays import DTYPES
+from pyccl.reference import QUANTIZE_BLOCK
+
+Array = np.ndarray[Any, Any]
+
+
+def encode(x: Array, codec: str) -> Array:
+    """(n,) float32 or float64 -> the bytes that travel, uint8."""
+    number = _number(codec)
+    out = np.empty(int(lib.pyccl_codec_size(number, QUANTIZE_BLOCK, x.size)), np.uint8)
+    status = lib.pyccl_codec_encode(number, DTYPES[x.dtype.name], QUANTIZE_BLOCK, _bytes(x), x.size, _bytes(out))
+    check(status, "encode")
+    return out
+
+
+def decode(encoded: Array, codec: str, out: Array) -> None:
+    """Into (n,) float32 or float64."""
+    size = int(lib.pyccl_codec_size(_number(codec), QUANTIZE_BLOCK, out.size))
+    assert encoded.size == size, f"{encoded.size} bytes, {size} are needed"
+    arguments = (_number(codec), DTYPES[out.dtype.name], QUANTIZE_BLOCK, _bytes(encoded), out.size, _bytes(out))
+    check(lib.pyccl_codec_decode(*arguments), "decode")
+
+
+def average(encoded: Sequence[Array], codec: str, out: Array) -> None:
+    """The mean of what these decode to: added in float32, in this order, and divided once."""
+    size = int(lib.pyccl_codec_size(_number(codec), QUANTIZE_BLOCK, out.size))
+    assert all(share.size == size for share in encoded)
+    pins = [_bytes(share) for share in encoded]
+    inputs = ffi.new("uint8_t *[]", pins)
+    mean = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
+    target = ffi.cast("float *", _bytes(mean))
+    status = lib.pyccl_codec_reduce(
+        _number(codec), lib.PYCCL_AVG, QUANTIZE_BLOCK, inputs, ffi.NULL, len(pins), out.size, target
+    )
+    check(status, "average")
+    if mean is not out:
+        np.copyto(out, mean)
+
+
+def _number(codec: str) -> int:
+    return int(getattr(lib, f"PYCCL_CODEC_{codec.upper()}"))
+
+
+def _bytes(array: Array) -> Any:
+    return ffi.from_buffer("uint8_t[]", array.view(np.uint8))

@@ -1,0 +1,66 @@
+"""Update rules of the outer optimizers: arrays in, arrays out; no communication, no state of their own.
+
+All work in place, element by element, in the dtype of theta (float32, or float64 for float64 parameters), and nothing
+contracts a product and a sum: the same input gives the same bits on every machine. The outer step, after which all
+members must hold the same bits, is a kernel of the core (native/src/outer.c): one pass over memory, in IEEE mode even
+in a thread that flushes denormals. What a replica computes for itself is NumPy in blocks that stay in a core's cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from pyccl._native._pyccl import ffi, lib
+from pyccl._native.status import check
+from pyccl.arrays import DTYPES
+
+Array = np.ndarray[Any, Any]
+
+BLOCK: Final = 1 << 15  # elements: four float32 arrays of it fit into a core's L2 cache
+
+
+def outer_sgd(theta: Array, momentum: Array | None, g: Array, *, lr: float, mu: float, nesterov: bool) -> None:
+    """One step of SGD as torch.optim.SGD makes it (dampening 0, no weight decay); g points uphill and is subtracted.
+
+        b <- mu*b + g;  d = g + mu*b if nesterov, else b;  theta <- theta - lr*d
+
+    Args:
+        theta, momentum, g: (n,) contiguous, of one floating dtype; theta and momentum are changed, g is not. momentum
+            is zero before the first step, which makes it g; None where mu is 0: d = g then.
+    """
+    for array in (theta, g) if momentum is None else (theta, momentum, g):
+        assert array.dtype == theta.dtype and array.size == theta.size and array.flags.c_contiguous
+    pins = [ffi.from_buffer("uint8_t[]", array.view(np.uint8)) for array in (theta, g)]
+    b = ffi.NULL if momentum is None else ffi.from_buffer("uint8_t[]", momentum.view(np.uint8))
+    dtype = DTYPES[theta.dtype.name]
+    check(lib.pyccl_outer_sgd(dtype, pins[0], b, pins[1], theta.size, lr, mu, nesterov), "outer_sgd")
+
+
+def eager(late: Array, g: Array, g_before: Array, world: int, out: Array) -> None:
+    """The own share fresh, those of the others one round old: out = late + (g - g_before) / world.
+
+    Args:
+        late: (n,) the mean of the round before, over `world` replicas, this one's `g_before` among them.
+        g: (n,) this replica's pseudo-gradient of this round.
+        out: (n,), may be `late`.
+    """
+    count = late.dtype.type(world)
+    scratch = np.empty(min(BLOCK, late.size), late.dtype)
+    for at in range(0, late.size, BLOCK):
+        part = slice(at, at + BLOCK)
+        d = scratch[: late[part].size]
+        np.subtract(g[part], g_before[part], out=d)
+        np.divide(d, count, out=d)
+        np.add(late[part], d, out=out[part])
+
+
+def eager_joining(late: Array, g: Array, world: int, out: Array) -> None:
+    """``eager`` of a replica that has no share in `late`: out = (world * late + g) / (world + 1)."""
+    kind = late.dtype.type
+    for at in range(0, late.size, BLOCK):
+        part = slice(at, at + BLOCK)
+        total = late[part] * kind(world)
+        np.add(total, g[part], out=total)
+        np.divide(total, kind(world + 1), out=out[part])

@@ -1,0 +1,124 @@
+"""torch modules and tensors as parameters: memory used where it is, ties, bfloat16, accelerators by a stand-in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pyccl
+from pyccl.optim import params as params_module
+from pyccl.optim.params import DeviceLeaf, Params
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 3)
+        self.head = torch.nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.norm = torch.nn.LayerNorm(3)
+
+
+def test_a_modules_parameters_are_used_in_place_and_tied_ones_once() -> None:
+    module = Tied()
+    params = Params(module)
+    assert params.names == ("embedding.weight", "norm.bias", "norm.weight")
+    values = params.vectors()
+    params.read(values)
+    assert np.array_equal(values.views["embedding.weight"], module.embedding.weight.detach().numpy())
+    address = module.embedding.weight.data_ptr()
+    values.vectors[0][:] = 3
+    params.write(values)
+    assert module.head.weight.data_ptr() == address and bool((module.head.weight == 3).all())
+    assert module.head.weight.requires_grad and module.head.weight.grad is None
+    both = Params([("a", module.embedding.weight), ("b", module.head.weight)])
+    assert both.names == ("a",) and both.aliases == {"b": "a"}
+
+
+def test_a_backward_pass_that_needs_the_values_before_a_write_fails() -> None:
+    module = torch.nn.Linear(2, 2)
+    params = Params(module)
+    values = params.vectors()
+    loss = (module.weight * module.weight).sum()
+    params.write(values)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_bfloat16_and_transposed_tensors() -> None:
+    x = torch.randn(4, 6).to(torch.bfloat16).t()
+    params = Params([("x", x)])
+    values, g = params.vectors(), params.vectors()
+    params.read(values)
+    assert np.array_equal(values.views["x"], x.float().numpy())
+    values.views["x"][:] += np.float32(0.3)
+    params.write(values)
+    assert torch.equal(x, torch.from_numpy(values.views["x"]).to(torch.bfloat16))
+    params.pseudo_gradient(values, g)
+    assert not g.vectors[0].any()
+
+
+def test_memory_that_moved_between_rounds_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where FSDP frees and fills the storage of a parameter."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    params = Params([("p", parameter)])
+    parameter.data = torch.full((3,), 5.0)
+    values = params.vectors()
+    params.read(values)
+    assert values.views["p"].tolist() == [5.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: torch.zeros(3, dtype=torch.int32), "dtype int32"),
+        (lambda: torch.zeros(1).expand(4), "share memory"),
+        (lambda: torch.zeros(3, device="meta"), "holds no dense array"),
+        (lambda: torch.zeros(3, 3).to_sparse(), "holds no dense array"),
+    ],
+    ids=["integers", "expanded", "meta", "sparse"],
+)
+def test_tensors_that_can_not_be_parameters_are_refused(make: Any, match: str) -> None:
+    with pytest.raises(pyccl.UsageError, match=match):
+        Params([("x", make())])
+
+
+class OnDevice(torch.Tensor):
+    """Says that it is on an accelerator; its values go in and out by ``copy_`` alone. No accelerator takes part."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+    def numpy(self) -> Any:
+        raise TypeError("can't convert a tensor on another device to numpy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_on_a_device_is_staged_and_waited_for(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(
+        params_module,
+        "DeviceLeaf",
+        type(
+            "Unpinned",
+            (DeviceLeaf,),
+            {"__init__": lambda self, name, tensor: DeviceLeaf.__init__(self, name, tensor, pinned=False)},
+        ),
+    )  # fmt: skip  pinned memory needs an accelerator
+    tensor = torch.randn(7).to(dtype).as_subclass(OnDevice)
+    host = torch.randn(3)
+    params = Params([("on.device", tensor), ("on.host", host)])
+    values = params.vectors()
+    params.read(values)
+    plain = tensor.as_subclass(torch.Tensor)
+    assert values.views["on.device"].tolist() == plain.float().tolist() and len(waited) == 1
+    (vector,) = values.vectors
+    vector *= np.float32(2)
+    params.write(values)
+    assert torch.equal(plain, torch.from_numpy(values.views["on.device"]).to(dtype)) and len(waited) == 2
+    assert torch.equal(host, torch.from_numpy(values.views["on.host"]))

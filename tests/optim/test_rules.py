@@ -1,0 +1,88 @@
+"""The update rules by themselves: worked examples of docs/optimizers.md, and NumPy written down plainly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pyccl.optim import rules
+
+SIZES = [1, 7, rules.BLOCK - 1, rules.BLOCK, 2 * rules.BLOCK + 5]
+
+
+def test_the_worked_example_of_nesterov() -> None:
+    theta, b = np.array([1.0]), np.zeros(1)
+    for w, expected in (([0.8, 0.4], 0.468), ([0.368, 0.368], 0.1082)):
+        g = np.array([np.mean(theta[0] - np.array(w))])
+        rules.outer_sgd(theta, b, g, lr=0.7, mu=0.9, nesterov=True)
+        assert theta[0] == pytest.approx(expected, abs=1e-12)
+    assert b[0] == pytest.approx(0.46, abs=1e-12)
+
+
+def test_the_first_nesterov_step_is_1_33_and_under_a_constant_gradient_it_tends_to_7() -> None:
+    theta, b, g = np.zeros(1), np.zeros(1), np.ones(1)
+    steps = []
+    for _ in range(300):
+        before = theta[0]
+        rules.outer_sgd(theta, b, g, lr=0.7, mu=0.9, nesterov=True)
+        steps.append(before - theta[0])
+    assert steps[0] == pytest.approx(1.33) and steps[-1] == pytest.approx(7.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("mu", "nesterov"), [(0.9, True), (0.5, False), (0.0, True)])
+def test_blocks_give_the_bits_of_the_rule_on_whole_arrays(
+    dtype: type[np.floating], size: int, mu: float, nesterov: bool
+) -> None:
+    rng = np.random.default_rng(size)
+    theta, plain = (rng.standard_normal(size).astype(dtype) for _ in range(2))
+    theta[:] = plain
+    b, kept = np.zeros(size, dtype), np.zeros(size, dtype)
+    lr, keep = dtype(0.7), dtype(mu)
+    for _ in range(3):
+        g = rng.standard_normal(size).astype(dtype)
+        before = g.copy()
+        rules.outer_sgd(theta, b if mu else None, g, lr=0.7, mu=mu, nesterov=nesterov)
+        kept = keep * kept + g
+        d = g + keep * kept if nesterov else kept
+        plain = plain - lr * d
+        assert theta.tobytes() == plain.tobytes() and g.tobytes() == before.tobytes()
+        assert not mu or b.tobytes() == kept.tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_eager_replaces_the_own_share_by_a_fresh_one(size: int) -> None:
+    rng = np.random.default_rng(size)
+    shares = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
+    fresh, late = rng.standard_normal(size).astype(np.float32), np.mean(shares, axis=0, dtype=np.float32)
+    out = np.empty(size, np.float32)
+    rules.eager(late, fresh, shares[1], 3, out)
+    assert out.tobytes() == (late + (fresh - shares[1]) / np.float32(3)).tobytes()
+    np.testing.assert_allclose(out, (shares[0] + fresh + shares[2]) / 3, rtol=0, atol=1e-5)
+    rules.eager_joining(late, fresh, 3, out)
+    np.testing.assert_allclose(out, (sum(shares) + fresh) / 4, rtol=0, atol=1e-5)
+    in_place = late.copy()
+    rules.eager(in_place, fresh, shares[1], 3, in_place)
+    assert in_place.tobytes() == (late + (fresh - shares[1]) / np.float32(3)).tobytes()
+
+
+@pytest.mark.parametrize(("lr", "mu", "late", "last_stable"), [
+    (0.7, 0.9, False, 1.94), (0.7, 0.9, True, 0.36), (0.4, 0.9, True, 0.63), (0.7, 0.0, True, 1.43),
+])  # fmt: skip
+def test_a_late_step_is_stable_for_less_local_progress(lr: float, mu: float, late: bool, last_stable: float) -> None:
+    """A replica covers the part q of the way to its optimum, 0, in a round: g = q*theta. See docs/optimizers.md."""
+
+    def ends_at(q: float) -> float:
+        theta, b = np.ones(1), np.zeros(1)
+        flying = None
+        for _ in range(3000):
+            g = q * theta
+            used, flying = (flying, g.copy()) if late else (g, None)
+            if used is not None:
+                rules.outer_sgd(theta, b if mu else None, used, lr=lr, mu=mu, nesterov=True)
+            if abs(theta[0]) > 1e6:
+                break
+        return abs(float(theta[0]))
+
+    assert ends_at(last_stable - 0.02) < 1e-3 < 1e3 < ends_at(last_stable + 0.02)
