@@ -4,5 +4,6 @@ from pyccl.optim.base import OuterOptimizer
 from pyccl.optim.diloco import AsyncDiLoCo, DiLoCo
 from pyccl.optim.group import Stats
 from pyccl.optim.local_sgd import LocalSGD
+from pyccl.optim.streaming import StreamingDiLoCo
 
-__all__ = ["AsyncDiLoCo", "DiLoCo", "LocalSGD", "OuterOptimizer", "Stats"]
+__all__ = ["AsyncDiLoCo", "DiLoCo", "LocalSGD", "OuterOptimizer", "Stats", "StreamingDiLoCo"]
