@@ -14,19 +14,20 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from pyccl.optim.rules import BLOCK
+
 Array = np.ndarray[Any, Any]
-Group = tuple[str, ...]
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-def draw_groups(seed: int, step: int, members: Iterable[str], group_size: int = 2) -> tuple[Group, ...]:
+def draw_groups(seed: int, step: int, members: Iterable[str], group_size: int = 2) -> tuple[tuple[str, ...], ...]:
     """Deal the members into groups, at random by the seed and the number of the outer step: the same on all members.
 
     Args:
@@ -44,49 +45,48 @@ def _lot(seed: int, step: int, member: str) -> bytes:
     return hashlib.blake2b(struct.pack("<QQ", seed, step) + member.encode(), digest_size=16).digest()
 
 
-def group_of(me: str, groups: Iterable[Group]) -> Group:
+def group_of(me: str, groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     """The group of a member; one that was not dealt with is alone."""
     return next((group for group in groups if me in group), (me,))
-
-
-def meetings(group: Group, me: str) -> tuple[str, ...]:
-    """With whom a member swaps, in which order, so that all pairs of the group meet and nobody waits in a ring.
-
-    The circle method: in each round the members are paired off, one resting where their number is odd. Who keeps the
-    order meets everybody, because no round begins for a pair before both have ended the one before.
-    """
-    seats: list[str | None] = [*group, *([None] if len(group) % 2 else [])]
-    found = []
-    for _ in range(len(seats) - 1):
-        opposite = seats[len(seats) - 1 - seats.index(me)]
-        if opposite is not None:
-            found.append(opposite)
-        seats = [seats[0], seats[-1], *seats[1:-1]]
-    return tuple(found)
 
 
 # ---- the outer step --------------------------------------------------------------------------------------------------
 
 
 def gossip_step(
-    phi: Array, v: Array, moved: Array, pull: Array, n: int, *, alpha: float, beta: float, gamma: float
+    phi: Array, v: Array, moved: Sequence[Array], phis: Sequence[Array], *, alpha: float, beta: float, gamma: float
 ) -> None:
-    """One outer step of one replica, in place on ``phi`` and ``v``; uses up ``moved`` and ``pull``.
+    """One outer step of one replica, in place on ``phi`` and ``v``.
 
     Args:
-        phi, v: slow weights and momentum, of equal shape and dtype, float.
-        moved: sum of w - phi over the group. pull: sum of phi over the group. Both as ``phi``.
-        n: members of the group; alone (1) there is no pull, whatever rounding would make of it.
+        phi, v: (n,) contiguous, of one floating dtype.
+        moved, phis: w - phi and phi of each member of the group, this one too (`phi` itself), in the order of their
+            ids, so that all members add in the same order. One of each is a step alone: no pull.
     """
-    moved *= beta / n
-    v *= alpha
-    v += moved
-    if n > 1:
-        pull /= n
-        np.subtract(phi, pull, out=pull)
-        pull *= gamma
-        v -= pull
-    phi += v
+    kind, count = phi.dtype.type, len(phis)
+    keep, push, pull, n = kind(alpha), kind(beta / count), kind(gamma), kind(count)
+    scratch = np.empty((2, min(BLOCK, phi.size)), phi.dtype)
+    for at in range(0, phi.size, BLOCK):
+        part = slice(at, at + BLOCK)
+        p, b = phi[part], v[part]
+        total, mean = scratch[0, : p.size], scratch[1, : p.size]
+        np.multiply(b, keep, out=b)
+        _add_up([share[part] for share in moved], total)
+        np.multiply(total, push, out=total)
+        np.add(b, total, out=b)
+        if count > 1:
+            _add_up([share[part] for share in phis], mean)
+            np.divide(mean, n, out=mean)
+            np.subtract(p, mean, out=mean)
+            np.multiply(mean, pull, out=mean)
+            np.subtract(b, mean, out=b)
+        np.add(p, b, out=p)
+
+
+def _add_up(shares: Sequence[Array], out: Array) -> None:
+    np.copyto(out, shares[0])
+    for share in shares[1:]:
+        np.add(out, share, out=out)
 
 
 # ---- stability -------------------------------------------------------------------------------------------------------

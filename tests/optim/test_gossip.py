@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyccl.optim.gossip import draw_groups, gamma_bound, gossip_step, group_of, meetings, stability_warnings
+from pyccl.optim.gossip import draw_groups, gamma_bound, gossip_step, group_of, stability_warnings
 
 IDS = st.lists(st.binary(min_size=16, max_size=16).map(bytes.hex), min_size=1, max_size=12, unique=True)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -57,18 +57,6 @@ def test_draw_is_the_same_in_every_release() -> None:
     assert draw_groups(0, 0, ["aa", "bb", "cc", "dd", "ee"]) == (("bb", "cc"), ("aa", "ee"), ("dd",))
 
 
-@given(IDS)
-def test_meetings_pair_everybody_with_everybody_without_waiting_in_a_ring(ids: list[str]) -> None:
-    group = tuple(sorted(ids))
-    queues = {me: list(meetings(group, me)) for me in group}
-    assert all(sorted(queue) == sorted(set(group) - {me}) for me, queue in queues.items())
-    while any(queues.values()):
-        ready = [me for me, queue in queues.items() if queue and queues[queue[0]][:1] == [me]]
-        assert ready, f"all wait: {queues}"
-        for me in ready:
-            queues[me].pop(0)
-
-
 # ---- the outer step
 
 ALPHA, BETA, GAMMA = 0.5, 0.7, 0.7
@@ -81,8 +69,8 @@ def step_all(
     before, moved = phi.copy(), w - phi
     for group in groups:
         for i in group:
-            sums = moved[group].sum(axis=0), before[group].sum(axis=0)
-            gossip_step(phi[i], v[i], *sums, len(group), alpha=alpha, beta=beta, gamma=gamma)
+            phis = [phi[i] if j == i else before[j] for j in group]
+            gossip_step(phi[i], v[i], list(moved[group]), phis, alpha=alpha, beta=beta, gamma=gamma)
 
 
 def test_check_values_of_the_rule() -> None:
@@ -132,7 +120,7 @@ def test_pair_without_momentum_meets_at_its_mean() -> None:
 def test_order_of_a_pair_changes_no_bit(seed: int) -> None:
     """Invariant 4: both sides may compute the sums."""
     rng = np.random.default_rng(seed)
-    phi, v, w = rng.standard_normal((3, 2, 33)).astype(np.float32)
+    phi, v, w = rng.standard_normal((3, 2, 33_000)).astype(np.float32)
     swapped = [a[::-1].copy() for a in (phi, v, w)]
     step_all(phi, v, w, [[0, 1]], ALPHA, BETA, GAMMA)
     step_all(*swapped, [[0, 1]], ALPHA, BETA, GAMMA)  # type: ignore[arg-type]
@@ -144,7 +132,7 @@ def test_alone_there_is_no_pull() -> None:
     phi, v = np.float32([0.1, 3.0]), np.float32([0.5, -1.0])
     expected_v = np.float32(ALPHA) * v + np.float32(BETA) * np.float32([0.25, 0.5])
     expected_phi = phi + expected_v
-    gossip_step(phi, v, np.float32([0.25, 0.5]), phi * 3, 1, alpha=ALPHA, beta=BETA, gamma=GAMMA)
+    gossip_step(phi, v, [np.float32([0.25, 0.5])], [phi], alpha=ALPHA, beta=BETA, gamma=GAMMA)
     np.testing.assert_array_equal(v, expected_v)
     np.testing.assert_array_equal(phi, expected_phi)
 
