@@ -387,6 +387,16 @@ class Communicator(Core):
         self._check_partner(session, partner)
         return self._of_pair(self._run(session, call), partner)
 
+    def _exchange_async(
+        self, x: Any, *, partner: str, out: Any = None, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S
+    ) -> Work:
+        """Start an ``exchange``; ``x`` and ``out`` belong to it until ``wait()`` has ended, which names all members."""
+        session = self._require()
+        call = calls.exchange(self._id, x, out, partner, tag, timeout)
+        self._check_partner(session, partner)
+        with given_up_on_error() as begun:
+            return self._start(session, call, begun)
+
     def barrier(self, *, tag: int = 0, timeout: float = OPERATION_TIMEOUT_S) -> ReduceInfo:
         """Return when every member has called it."""
         session = self._require()

@@ -4,5 +4,7 @@ from pyccl.optim.base import OuterOptimizer
 from pyccl.optim.diloco import AsyncDiLoCo, DiLoCo
 from pyccl.optim.group import Stats
 from pyccl.optim.local_sgd import LocalSGD
+from pyccl.optim.noloco import NoLoCo
+from pyccl.optim.streaming import StreamingDiLoCo
 
-__all__ = ["AsyncDiLoCo", "DiLoCo", "LocalSGD", "OuterOptimizer", "Stats"]
+__all__ = ["AsyncDiLoCo", "DiLoCo", "LocalSGD", "NoLoCo", "OuterOptimizer", "Stats", "StreamingDiLoCo"]

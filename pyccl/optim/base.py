@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class OuterOptimizer(ABC):
     stats: see ``Stats``. params: see ``Params``.
     """
 
+    _rounds_begin_at_theta: ClassVar[bool] = True
+
     def __init__(
         self,
         comm: Communicator,
@@ -52,7 +54,8 @@ class OuterOptimizer(ABC):
         """
         check_range("sync_every", sync_every, 1, 1 << 31)
         check_range("min_peers", min_peers, 1, 1 << 16)
-        self.comm, self.params, self.stats = comm, Params(params), Stats()
+        self.comm, self.stats = comm, Stats()
+        self.params = params if isinstance(params, Params) else Params(params)
         self.sync_every, self.min_peers = int(sync_every), int(min_peers)
         self._theta = self.params.vectors()
         self.params.read(self._theta)
@@ -161,7 +164,7 @@ class OuterOptimizer(ABC):
             load(vectors, state["buffers"][part])
         self._counters[:] = state["counters"]
         self._inner = int(state["inner_steps"])
-        if self._inner == 0:
+        if self._inner == 0 and self._rounds_begin_at_theta:
             self.params.write(self._theta)
         self.shared.revision = self.round
         self.group.loaded()
@@ -234,11 +237,10 @@ class OuterOptimizer(ABC):
         begun, self._flight = time.monotonic(), None
         with self._blocked():
             outcome = exchange.wait()
-        blocked = time.monotonic() - begun
         self.stats.tx_bytes += outcome.tx_bytes
         self.stats.rx_bytes += outcome.rx_bytes
         self.stats.retries += outcome.attempts - 1
-        self.stats.seconds_hidden += max(0.0, exchange.seconds - blocked)
+        self.stats.seconds_hidden += min(exchange.seconds, begun - exchange.started)
         if not outcome.kept:
             self._heal()
         return outcome
@@ -285,7 +287,7 @@ class OuterOptimizer(ABC):
             with self._blocked():
                 self.group.rejoin()
                 self._abandon()
-                self.group.start()
+                self._took(self.group.start())
             self._begin_round()
         except errors.PycclError:
             self._abandon()

@@ -149,6 +149,11 @@ class Exchange:
         raise errors.PeerLostError(f"members were lost in each of {ATTEMPTS_MAX} attempts of an exchange")
 
     @property
+    def started(self) -> float:
+        """When it was launched, on the monotonic clock."""
+        return self._started
+
+    @property
     def seconds(self) -> float:
         """From launch to the end of its last operation, which may be long before ``wait()`` saw it."""
         return self._seconds
