@@ -8,6 +8,7 @@ messages under way at a time, and so many seconds for each. Spec: proto/wire.md 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -201,7 +202,7 @@ class MasterServer:
                 nursery.start_soon(self._write, conn, receive)
                 self._perform(self._machine.connected(number, trio.current_time()))
                 try:
-                    await self._hear(stream, number, first)
+                    await self._hear(envelope.Ahead(stream), number, first)
                 except _SENDERS_LOSS as e:  # here and not outside: a nursery wraps what leaves it
                     self._notes.tell("connection_ended", reason_of(e))
                     nursery.cancel_scope.cancel()
@@ -213,7 +214,7 @@ class MasterServer:
             self._waits(conn, -conn.waiting_bytes)
             self._perform(self._machine.disconnected(number, trio.current_time()))
 
-    async def _hear(self, stream: trio.SocketStream, number: int, first: Message) -> None:
+    async def _hear(self, stream: envelope.Ahead, number: int, first: Message) -> None:
         message: Message | None = first
         while message is not None and number in self._conns:
             self._perform(self._machine.receive(number, message, trio.current_time()))
@@ -241,13 +242,23 @@ class MasterServer:
             return
         if effect.message is not self._packed[0]:  # one message to many comes many times in a row
             self._packed = effect.message, envelope.pack(effect.message)
-        data = self._packed[1]
+        data = self._packed[1] if conn.waiting_bytes else self._written_at_once(conn, self._packed[1])
+        if not data:
+            return
         self._waits(conn, len(data) + _MESSAGE_BYTES)
         conn.out.send_nowait(data)
         if conn.waiting_bytes > self._waiting_bytes_max:
             self._close_slow(conn)
         elif self._waiting_bytes > self._waiting_all_bytes_max:
             self._close_slow(max(self._writing, key=lambda other: other.waiting_bytes))
+
+    @staticmethod
+    def _written_at_once(conn: _Conn, data: bytes) -> bytes:
+        """What is left when the socket's buffer has taken what it can: nearly always nothing, and no task wakes."""
+        try:
+            return data[os.write(conn.stream.socket.fileno(), data) :]  # Trio's sockets never block
+        except OSError:
+            return data  # the buffer is full, or the connection is broken, which `_write` meets, too
 
     def _waits(self, conn: _Conn, more_bytes: int) -> None:
         conn.waiting_bytes += more_bytes

@@ -30,7 +30,6 @@ class Said:
     ready: int = 0  # version of the proposal it is ready for
     report: Report | None = None
     blocked: Blocked | None = None
-    entered: bool = False
 
 
 @dataclass(slots=True)
@@ -118,6 +117,7 @@ class Group:
     planning: Planning = field(default_factory=Planning)
     next_plan: MadePlan | None = None  # for the next safe point
     roster: list[Peer] = field(default_factory=list)  # of the epoch of `roster_of`: looked up for every message
+    ranks: tuple[bytes, ...] = ()  # their ids
     roster_of: EpochCommit | None = None
 
     @property

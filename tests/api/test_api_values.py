@@ -38,7 +38,7 @@ def run_drawn(peers: list[Peer], seed: int, rounds: int) -> None:
 
 def test_drawn_calls_give_the_bits_of_the_oracle_on_every_member(group: tuple[Cluster, list[Peer]], seed: int) -> None:
     _, peers = group
-    run_drawn(peers, seed, 10 if LONG else 2)
+    run_drawn(peers, seed, 5 if LONG else 2)
 
 
 def kernels_here() -> list[str]:
@@ -57,7 +57,7 @@ def test_members_with_different_instruction_sets_give_the_bits_of_the_oracle(
         for i, peer in enumerate(peers):
             wanted = kernels[(i + seed) % len(kernels)]  # two members: any two of them
             assert peer.ask("kernel", name=wanted) == wanted
-        run_drawn(peers, seed, 10 if LONG else 1)
+        run_drawn(peers, seed, 5 if LONG else 1)
     finally:
         for peer in peers:
             peer.ask("kernel", name="auto")

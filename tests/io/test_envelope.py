@@ -10,7 +10,7 @@ import trio
 from trio.testing import MemoryReceiveStream, MemorySendStream, MockClock, memory_stream_one_way_pair
 
 from pyccl._io import envelope
-from pyccl._io.envelope import BODY_S, LONG_BYTES, LONG_MAX
+from pyccl._io.envelope import AHEAD_BYTES, BODY_S, LONG_BYTES, LONG_MAX
 from pyccl._io.strangers import Places
 from pyccl._proto.messages import Message, Status
 from pyccl.errors import RemoteProtocolError
@@ -130,5 +130,44 @@ def test_an_end_inside_an_envelope_is_told_from_dawdling() -> None:
             with pytest.raises(RemoteProtocolError, match="ended inside"):
                 await envelope.receive(await ended(whole[:cut]), places=envelope.long_places())
         assert await envelope.receive(await ended(b"")) is None
+
+    run(main)
+
+
+class CountingStream(trio.abc.ReceiveStream):
+    """Gives what it has in parts of at most `most` bytes, as a socket would."""
+
+    def __init__(self, data: bytes, most: int) -> None:
+        self._data, self._most = data, most
+        self.reads = 0
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        self.reads += 1
+        size = min(self._most, len(self._data) if max_bytes is None else max_bytes)
+        part, self._data = self._data[:size], self._data[size:]
+        return part
+
+    async def aclose(self) -> None: ...
+
+
+@pytest.mark.parametrize("most", [1, 7, AHEAD_BYTES, 1 << 20])
+def test_reading_ahead_gives_every_message_however_the_bytes_come(most: int) -> None:
+    async def main() -> None:
+        messages = [Status("x"), Status(""), LONG, Status("y" * AHEAD_BYTES), Status("z")]
+        ahead = envelope.Ahead(CountingStream(b"".join(map(envelope.pack, messages)), most))
+        for message in messages:
+            assert await envelope.receive(ahead, places=envelope.long_places()) == message
+        assert await envelope.receive(ahead) is None
+
+    run(main)
+
+
+def test_reading_ahead_takes_short_messages_that_have_come_together_in_one_read() -> None:
+    async def main() -> None:
+        stream = CountingStream(envelope.pack(Status("short")) * 10, 1 << 20)
+        ahead = envelope.Ahead(stream)
+        for _ in range(10):
+            assert await envelope.receive(ahead) == Status("short")
+        assert stream.reads == 1
 
     run(main)
