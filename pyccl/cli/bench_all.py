@@ -33,15 +33,19 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--only", "names", callback=_parts, metavar="NAME,NAME", help=f"Of {', '.join(suite.PARTS)}.")
 @click.option("--quick", is_flag=True, help="Tiny sizes: whether everything runs, not how fast.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default="docs", show_default=True, metavar="DIR",
-    help=f"Where {PAGE}, its plots and {RAW} go.",
+    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help=f"Where {PAGE}, its plots and {RAW} go; docs unless given.",
 )  # fmt: skip
-def all_command(names: tuple[str, ...], quick: bool, out: Path) -> None:
+def all_command(names: tuple[str, ...], quick: bool, out: Path | None) -> None:
     """Run the whole suite and write its tables and plots.
 
-    Some 25 minutes; the long lines need root. What cannot run is named in its table. Parts that are not asked for
-    stay as the JSON file in the directory has them.
+    Less than half an hour; the long lines need root. What cannot run is named in its table. Parts that are not asked
+    for stay as the JSON file in the directory has them.
     """
+    if out is None:
+        if quick:
+            raise click.UsageError("--quick needs --out: its figures are not for docs")
+        out = Path("docs")
     try:
         from pyccl.bench import plots  # noqa: PLC0415  matplotlib is optional
     except ImportError as error:
