@@ -17,8 +17,8 @@
 #define STEP_MAX 0.4
 #define STEP_GROWS 1.5
 #define PAID 0.5                     /* of a trial's step, that arrives in addition */
-#define WIDEN 0.2                    /* a trial of more connections, which must show that they bring a tenth more (lanes.c) */
-#define WIDEN_RTTS 8                 /* new connections begin slowly */
+#define WIDEN 0.3                    /* more, for connections that must show what they bring (lanes.c) */
+#define WIDEN_RTTS 6                 /* new connections begin slowly */
 #define OVER 1.04                    /* of what arrives */
 #define UNDER 0.98                   /* so that the queue goes, slowly */
 #define OVER_WINDOWS 3
@@ -69,9 +69,9 @@ static void trial_paid(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) 
 
 void pace_widen(pace *p, int64_t now_ns, int64_t rtt_ns) {
     if (p->rate == 0) return;
-    if (p->before > 0) p->rate = p->before;
-    p->blamed = 0;
-    trial_begin(p, p->best > 0 ? p->best : p->rate, WIDEN, now_ns, rtt_ns);
+    const double rate = p->before > 0 ? p->before : p->rate;
+    p->before = p->blamed = p->raised = 0;
+    rate_set(p, rate * (1 + WIDEN), now_ns, rtt_ns);
     p->from_ns = now_ns + WIDEN_RTTS * rtt_ns;
 }
 

@@ -51,6 +51,6 @@ void pace_init(pace *p);
 bool pace_note(pace *p, int64_t now_ns, const pace_counts *counts, bool busy);
 bool pace_is_found(const pace *p);   /* the line, or its connections, take no more */
 void pace_pause(pace *p);            /* other connections: counts until now are not comparable with what will be */
-void pace_widen(pace *p, int64_t now_ns, int64_t rtt_ns);  /* more connections carry data: a long trial */
+void pace_widen(pace *p, int64_t now_ns, int64_t rtt_ns);  /* more connections carry data: room to show what they bring */
 
 #endif
