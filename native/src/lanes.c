@@ -1,14 +1,18 @@
 /* lanes.c: see lanes.h.                                           Spec: ARCHITECTURE.md, Decisions */
 #include "lanes.h"
 
-#define GAIN 1.1
+#define GAIN 1.15
+#define KEEPS 0.97                   /* of the rate, by fewer connections */
 #define WINDOW_MIN_NS INT64_C(250000000)
 #define WINDOW_RTTS 4                /* slow start and what new connections buffer are over within one */
 #define FADES 0.95                   /* a rate that was seen counts for less with every decision */
 #define RETRY_NS INT64_C(15000000000)
 #define RETRY_DOUBLED 6
 
-void lanes_init(lanes *l, uint32_t use, uint32_t most) { *l = (lanes){.use = use < most ? use : most, .most = most}; }
+void lanes_init(lanes *l, uint32_t use, uint32_t most) {
+    *l = (lanes){.use = use < most ? use : most, .most = most};
+    l->least = l->use;
+}
 
 static void window_begin(lanes *l) {
     l->busy_ns = 0;
@@ -31,27 +35,62 @@ static double middle(const lanes *l) {
     return sorted[l->windows / 2];
 }
 
-static bool give_up(lanes *l, int64_t now_ns) {
+/* The next trial is in the other direction. */
+static void fail(lanes *l, int64_t now_ns) {
     l->trial_ns = now_ns + (RETRY_NS << (l->failed < RETRY_DOUBLED ? l->failed : RETRY_DOUBLED));
     l->failed++;
+    l->fewer = !l->fewer;
+}
+
+static bool back(lanes *l) {
     change(l, l->before);
     l->before = 0;
+    return true;
+}
+
+static bool trial_begin(lanes *l) {
+    if (l->use == l->most) l->fewer = true;
+    if (l->use == l->least) l->fewer = false;
+    if (l->least == l->most) return false;
+    const uint32_t use = l->fewer ? l->use - l->use / 3 : l->use + (l->use + 1) / 2;
+    l->before = l->use;
+    change(l, use < l->least ? l->least : use > l->most ? l->most : use);
+    return true;
+}
+
+static bool trial_end(lanes *l, double rate, int64_t now_ns) {
+    if (rate >= (l->fewer ? KEEPS : GAIN) * l->rate) {
+        l->proving = l->use;
+        l->proving_rate = rate;
+        return back(l);
+    }
+    if (!l->fewer && l->windows < LANES_WINDOWS) return false;
+    fail(l, now_ns);
+    return back(l);
+}
+
+/* What the number before gives after the trial tells whether it was the trial that gave it, and not the weather. */
+static bool prove(lanes *l, double rate, int64_t now_ns) {
+    const uint32_t use = l->proving;
+    l->proving = 0;
+    if (l->proving_rate < (l->fewer ? KEEPS : GAIN) * rate) {
+        fail(l, now_ns);
+        return false;
+    }
+    l->failed = 0;
+    l->rate = l->proving_rate;
+    change(l, use);
     return true;
 }
 
 /* So many windows have been seen that their middle may tell what `use` gives. */
 static bool decide(lanes *l, int64_t now_ns) {
     const double rate = middle(l);
-    if (l->before > 0 && rate < GAIN * l->rate) return l->windows == LANES_WINDOWS && give_up(l, now_ns);
-    if (l->before > 0) l->failed = 0;
-    l->before = 0;
+    if (l->before > 0) return trial_end(l, rate, now_ns);
     l->windows = 0;
     l->rate = rate > l->rate * FADES ? rate : l->rate * FADES;
-    if (l->use == l->most || now_ns < l->trial_ns) return false;
-    const uint32_t more = l->use + (l->use + 1) / 2;
-    l->before = l->use;
-    change(l, more < l->most ? more : l->most);
-    return true;
+    if (l->proving > 0) return prove(l, rate, now_ns);
+    return now_ns >= l->trial_ns && trial_begin(l);
 }
 
 static bool window_end(lanes *l, int64_t now_ns) {

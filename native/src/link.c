@@ -18,7 +18,7 @@
 #define UNSENT_S 0.04                /* of a link's rate waits in its sockets: less runs dry when the thread wakes late */
 #define UNSENT_MIN (32 << 10)        /* in one of them */
 #define UNSENT_MAX (256 << 10)
-#define LANES_LOOK_NS INT64_C(20000000)
+#define LOOK_NS INT64_C(20000000)
 #define WANTED_AGAIN_NS INT64_C(10000000000)
 
 /* ---- the plain transport ---- */
@@ -50,6 +50,7 @@ void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE],
     link->slot = slot;
     link->heard_ns = env->now_ns;
     lanes_init(&link->lanes, env->lanes > 0 ? env->lanes : PYCCL_CONNS_MAX, PYCCL_CONNS_MAX);
+    pace_init(&link->pace);
 }
 
 void link_fini(pyccl_link *link) {
@@ -121,12 +122,25 @@ static int unsent_bytes(const lanes *l, uint32_t used) {
     return share < UNSENT_MIN ? UNSENT_MIN : share > UNSENT_MAX ? UNSENT_MAX : (int)share;
 }
 
+/* The kernel keeps each connection's own pace below its share. A share and no common purse: what one does not use is little,
+ * and nobody has to wake for it. */
+static void pace_apply(pyccl_link *link) {
+    const double share = link->pace.rate / (link->carriers > 0 ? link->carriers : 1);
+    const unsigned long most = link->pace.rate > 0 ? (unsigned long)share : ~0ul;
+    link->paced = true;
+    for (uint32_t i = 0; i < link->data_end; i++)
+        if (link->conns[i] != NULL) (void)setsockopt(link->conns[i]->fd, SOL_SOCKET, SO_MAX_PACING_RATE, &most, sizeof most);
+}
+
 /* Connections came or went, another number of them carries data, or the rate is known better. */
 static void lanes_changed(pyccl_link *link) {
     const uint32_t used = link->lanes.use < link->conn_count ? link->lanes.use : link->conn_count;
     const int lowat = unsent_bytes(&link->lanes, used);
     uint32_t left = used;
     lanes_pause(&link->lanes);
+    if (link->carriers > 0 && used > link->carriers) pace_widen(&link->pace, link->env->now_ns, link->rtt_ns);
+    if (used != link->carriers) pace_pause(&link->pace);
+    link->carriers = used;
     link->wants_send = true;
     for (link->data_end = 0; left > 0; link->data_end++) {
         const pyccl_conn *conn = link->conns[link->data_end];
@@ -134,6 +148,7 @@ static void lanes_changed(pyccl_link *link) {
         left--;
         (void)setsockopt(conn->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
     }
+    if (link->paced) pace_apply(link);
 }
 
 void link_use(pyccl_link *link, uint32_t conns) {
@@ -361,31 +376,50 @@ static bool is_busy(const pyccl_link *link) {
     return full > 0 && !link->starved;
 }
 
-static uint64_t acked_bytes(const pyccl_link *link) {
-    uint64_t acked = 0;
+static void round_trips(pace_counts *counts, const struct tcp_info *info) {
+    const int64_t now_ns = info->tcpi_rtt * INT64_C(1000), least_ns = info->tcpi_min_rtt * INT64_C(1000);
+    if (now_ns > counts->rtt_ns) counts->rtt_ns = now_ns;
+    if (now_ns - least_ns < counts->queue_ns) counts->queue_ns = now_ns > least_ns ? now_ns - least_ns : 0;
+}
+
+/* Of all connections; round trips of those that carry data. */
+static void tcp_counts(const pyccl_link *link, uint64_t *acked, pace_counts *counts) {
+    *acked = 0;
+    *counts = (pace_counts){.rtt_ns = link->rtt_ns, .queue_ns = INT64_MAX};
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
         struct tcp_info info = {0};
         socklen_t size = sizeof info;
-        if (link->conns[i] == NULL) continue;
-        if (getsockopt(link->conns[i]->fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0) acked += info.tcpi_bytes_acked;
+        if (link->conns[i] == NULL || getsockopt(link->conns[i]->fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) continue;
+        *acked += info.tcpi_bytes_acked;
+        counts->delivered += (uint64_t)info.tcpi_delivered * info.tcpi_snd_mss;
+        counts->sent += info.tcpi_data_segs_out;
+        counts->repeated += info.tcpi_total_retrans;
+        if (i < link->data_end) round_trips(counts, &info);
     }
-    return acked;
 }
 
-static bool lanes_learn(pyccl_link *link) {
-    lanes *l = &link->lanes;
+/* What the kernel has counted is looked at while the line is busy, and where that begins and ends. Returns whether the
+ * number of connections has changed. */
+static bool line_learn(pyccl_link *link) {
     const int64_t now = link->env->now_ns;
     const bool busy = is_busy(link);
-    if (busy == l->busy && (!busy || now - l->at_ns < LANES_LOOK_NS)) return false;
-    return lanes_note(l, now, acked_bytes(link), busy, link->conn_count, link->rtt_ns);
+    if (busy == link->pace.busy && (!busy || now - link->looked_ns < LOOK_NS)) return false;
+    uint64_t acked;
+    pace_counts counts;
+    tcp_counts(link, &acked, &counts);
+    link->looked_ns = now;
+    if (pace_note(&link->pace, now, &counts, busy)) pace_apply(link);
+    if (link->env->lanes == 0) return false;
+    const bool tells = busy && (link->lanes.before > 0 || link->lanes.proving > 0 || pace_is_found(&link->pace));
+    return lanes_note(&link->lanes, now, acked, tells, link->conn_count, link->rtt_ns);
 }
 
 /* How many connections a long line is worth is found out while it works. Those to begin with come unasked. */
 static void lanes_look(pyccl_link *link) {
     const link_env *env = link->env;
-    const bool searches = env->lanes > 0 && is_long(env, link->rtt_ns);
+    const bool learns = is_long(env, link->rtt_ns), searches = learns && env->lanes > 0;
     const double rate = link->lanes.rate;
-    const bool changed = searches && lanes_learn(link);
+    const bool changed = learns && line_learn(link);
     if (changed) link->wanted_ns = 0;
     if (changed || link->lanes.rate != rate) lanes_changed(link);
     if (!link->told_use && (!searches || link->lanes.use <= env->lanes)) return;

@@ -24,6 +24,7 @@
 
 #include "../include/pyccl.h"
 #include "lanes.h"
+#include "pace.h"
 #include "throttle.h"
 
 #define LINK_STAGE_BYTES 4096        /* received ahead of the payload that is expected */
@@ -128,7 +129,11 @@ struct pyccl_link {
     pyccl_conn *conns[PYCCL_CONNS_MAX];
     uint32_t conn_count;
     uint32_t data_end;               /* connections below this index carry data: the first lanes.use of them */
+    uint32_t carriers;               /* of them */
     lanes lanes;
+    pace pace;
+    bool paced;                      /* it has given some connection a share */
+    int64_t looked_ns;               /* when what the kernel counts was looked at last */
     int64_t rtt_ns;                  /* of the last connection, when it came; 0: not known */
     int64_t wanted_ns;               /* when more connections were asked for last */
     bool told_use;                   /* link_use was called: what it said is wanted on a short line too */

@@ -64,6 +64,24 @@ TEST(lanes_fill_a_line_that_caps_each_flow_within_three_operations) {
     CHECK_EQ(r.l.use, 12);
 }
 
+TEST(lanes_come_down_when_the_line_does_not_need_them_any_more) {
+    run r = run_new(8);
+    work(&r, capped_flows, 20 * SECOND);
+    CHECK_EQ(r.l.use, 12);
+    work(&r, one_is_enough, 200 * SECOND);
+    CHECK_EQ(r.l.use, 8);
+}
+
+TEST(lanes_keep_what_the_line_needs) {
+    run r = run_new(8);
+    work(&r, capped_flows, 20 * SECOND);
+    const double before = r.sent;
+    work(&r, capped_flows, 120 * SECOND);
+    CHECK_EQ(r.l.use, 12);
+    CHECK(r.changes >= 5); /* there were trials in both directions */
+    CHECK(r.sent - before > 0.95 * 120 * 25e6);
+}
+
 TEST(lanes_go_back_where_more_gives_nothing_and_try_again_later_and_later) {
     run r = run_new(8);
     work(&r, one_is_enough, 15 * SECOND);
@@ -91,9 +109,17 @@ TEST(lanes_give_a_trial_more_than_one_window) {
     while (r.l.before == 0) work(&r, capped_flows, SECOND / 10);
     work(&r, capped_flows, SECOND);
     work(&r, one_of_eight, SECOND); /* a pause of the machine in the middle of the trial */
-    work(&r, capped_flows, 3 * SECOND);
+    work(&r, capped_flows, 8 * SECOND);
     CHECK_EQ(r.l.failed, 0);
     CHECK(r.l.use >= 12);
+}
+
+TEST(lanes_believe_no_gain_that_is_there_without_them) {
+    run r = run_new(8);
+    while (r.l.before == 0) work(&r, one_of_eight, SECOND / 10);
+    work(&r, one_is_enough, 12 * SECOND); /* the line became faster in the middle of the trial */
+    CHECK_EQ(r.l.use, 8);
+    CHECK_EQ(r.l.failed, 1);
 }
 
 TEST(lanes_stop_at_the_most_there_may_be) {

@@ -1,0 +1,176 @@
+/* pace.c: see pace.h.                                              Spec: ARCHITECTURE.md, Decisions */
+#include "pace.h"
+
+#define LOSS_ALLOWED 0.02
+#define MUCH 0.15                    /* the line has become slower: what arrived before says nothing */
+#define CURED 0.7                    /* of the share of repeats: a cut that leaves more has not helped */
+#define JUDGED 3
+#define INNOCENT_NS INT64_C(30000000000)
+#define PACKETS_MIN 50               /* in a window: fewer say nothing of a share */
+#define WINDOW_MIN_NS INT64_C(50000000)
+#define SETTLE_RTTS 2                /* what was lost before a change is repeated for so long */
+#define BOUND 0.85                   /* of the rate arrives: nothing else limits it */
+#define RAISE 0.05                   /* at first */
+#define RAISE_GROWS 1.25
+#define CALM_NS INT64_C(1000000000)  /* after the queue of a rise */
+#define STEP 0.1
+#define STEP_MAX 0.4
+#define STEP_GROWS 1.5
+#define PAID 0.5                     /* of a trial's step, that arrives in addition */
+#define WIDEN 0.3                    /* more, for connections that must show what they bring (lanes.c) */
+#define WIDEN_RTTS 6                 /* new connections begin slowly */
+#define OVER 1.04                    /* of what arrives */
+#define UNDER 0.98                   /* so that the queue goes, slowly */
+#define OVER_WINDOWS 3
+#define DRAINS 3
+#define STANDS_NS INT64_C(10000000)  /* a queue of so long, and of this part of a round trip */
+#define STANDS_RTTS 16
+#define WAIT_MIN_NS INT64_C(1000000000)
+#define WAIT_MAX_NS INT64_C(16000000000)
+#define RATE_MIN 16384.0
+
+void pace_init(pace *p) { *p = (pace){.wait_ns = WAIT_MIN_NS}; }
+
+bool pace_is_found(const pace *p) { return p->rate == 0 || (p->found && p->before == 0 && p->blamed == 0); }
+
+void pace_pause(pace *p) { p->busy = p->open = false; }
+
+static void rate_set(pace *p, double rate, int64_t now_ns, int64_t rtt_ns) {
+    p->rate = rate < RATE_MIN ? RATE_MIN : rate;
+    p->from_ns = now_ns + SETTLE_RTTS * rtt_ns;
+    p->best = 0;
+    p->windows = p->over = 0;
+    p->open = false;
+}
+
+/* ---- trials ---- */
+
+static void trial_begin(pace *p, double arrived, double step, int64_t now_ns, int64_t rtt_ns) {
+    p->before = p->rate;
+    p->seen = arrived;
+    p->step = step;
+    rate_set(p, p->rate * (1 + step), now_ns, rtt_ns);
+}
+
+static bool trial_fail(pace *p, int64_t now_ns, int64_t rtt_ns) {
+    const double before = p->before;
+    p->before = 0;
+    p->trial_ns = now_ns + p->wait_ns;
+    p->wait_ns = 2 * p->wait_ns < WAIT_MAX_NS ? 2 * p->wait_ns : WAIT_MAX_NS;
+    rate_set(p, before, now_ns, rtt_ns);
+    return true;
+}
+
+static void trial_paid(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
+    const double more = p->step * STEP_GROWS;
+    p->wait_ns = WAIT_MIN_NS;
+    trial_begin(p, arrived, more < STEP_MAX ? more : STEP_MAX, now_ns, rtt_ns);
+}
+
+void pace_widen(pace *p, int64_t now_ns, int64_t rtt_ns) {
+    if (p->rate == 0) return;
+    const double rate = p->before > 0 ? p->before : p->rate;
+    p->before = p->blamed = p->raised = 0;
+    rate_set(p, rate * (1 + WIDEN), now_ns, rtt_ns);
+    p->from_ns = now_ns + WIDEN_RTTS * rtt_ns;
+}
+
+/* ---- cuts ---- */
+
+static bool cut(pace *p, double arrived, double repeats, int64_t now_ns, int64_t rtt_ns) {
+    const double most = p->rate * (1 - (repeats - p->innocent) / 2);
+    if (p->blamed == 0) p->restore = p->rate;
+    p->blamed = repeats;
+    p->seen = arrived;
+    p->judged = 0;
+    p->raised = 0;
+    p->calm_ns = now_ns + CALM_NS;
+    p->wait_ns = WAIT_MIN_NS;
+    p->trial_ns = now_ns + p->wait_ns;
+    rate_set(p, UNDER * (p->rate > 0 && most < arrived ? most : arrived), now_ns, rtt_ns);
+    return true;
+}
+
+/* Repeats go on after a cut. What is too much for a line is lost there, and as much arrives as before. */
+static bool judge(pace *p, double arrived, double repeats, int64_t now_ns, int64_t rtt_ns) {
+    if (repeats < CURED * p->blamed) return cut(p, arrived, repeats, now_ns, rtt_ns);
+    if (++p->judged < JUDGED) return false;
+    if (p->best > p->seen * (1 - p->blamed / 2)) return cut(p, p->best, repeats, now_ns, rtt_ns);
+    p->innocent = repeats;
+    p->innocent_ns = now_ns + INNOCENT_NS;
+    p->blamed = 0;
+    p->rate = p->restore;
+    p->best = 0;
+    return true;
+}
+
+/* ---- windows ---- */
+
+/* Without a queue the line is not full. */
+static bool rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
+    p->found = false;
+    p->drained = 0;
+    if (arrived < BOUND * p->rate || now_ns < p->calm_ns) return false;
+    const double more = p->raised * RAISE_GROWS;
+    p->raised = more < RAISE ? RAISE : more < STEP_MAX ? more : STEP_MAX;
+    rate_set(p, p->rate * (1 + p->raised), now_ns, rtt_ns);
+    return true;
+}
+
+/* To what was before the first step up, or below what arrives. The queue may be others': it is waited for DRAINS times. */
+static bool drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
+    const double most = p->best < p->rate ? p->best : p->rate;
+    const double rate = p->raised > 0 && p->raised <= RAISE ? p->rate / (1 + p->raised) : UNDER * most;
+    p->raised = 0;
+    p->drained++;
+    p->calm_ns = now_ns + CALM_NS;
+    p->trial_ns = now_ns + p->wait_ns;
+    rate_set(p, rate, now_ns, rtt_ns);
+    return true;
+}
+
+static bool stands(const pace_counts *c) { return c->queue_ns > STANDS_NS + c->rtt_ns / STANDS_RTTS; }
+
+static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, const pace_counts *c) {
+    if (repeats < p->innocent) p->innocent = repeats;
+    if (now_ns >= p->innocent_ns) p->innocent = 0;
+    p->best = arrived > p->best ? arrived : p->best;
+    p->windows++;
+    if (repeats > p->innocent + LOSS_ALLOWED) {
+        if (p->before > 0) return trial_fail(p, now_ns, c->rtt_ns);
+        if (p->blamed > 0) return judge(p, arrived, repeats, now_ns, c->rtt_ns);
+        return ++p->over > 1 && cut(p, repeats > MUCH && p->rate > 0 ? arrived : p->best, repeats, now_ns, c->rtt_ns);
+    }
+    p->over = 0;
+    p->blamed = 0;
+    if (p->rate == 0) return false;
+    if (p->before > 0) {
+        if (arrived >= p->seen * (1 + PAID * p->step)) trial_paid(p, arrived, now_ns, c->rtt_ns);
+        else trial_fail(p, now_ns, c->rtt_ns);
+        return true;
+    }
+    if (!stands(c)) return rise(p, arrived, now_ns, c->rtt_ns);
+    p->found = true;
+    if (p->raised > 0 || (p->windows >= OVER_WINDOWS && (p->drained < DRAINS || p->rate > OVER * p->best))) return drain(p, now_ns, c->rtt_ns);
+    if (now_ns < p->trial_ns || arrived < BOUND * p->rate) return false;
+    trial_begin(p, arrived, STEP, now_ns, c->rtt_ns);
+    return true;
+}
+
+bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+    if (busy && !p->busy && p->from_ns < now_ns + c->rtt_ns) p->from_ns = now_ns + c->rtt_ns; /* nothing of this spell arrives before */
+    if (busy != p->busy) p->open = false;
+    p->busy = busy;
+    if (!busy || now_ns < p->from_ns) return false;
+    const int64_t length = c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS;
+    if (p->open && now_ns - p->start_ns < length) return false;
+    const pace_counts was = p->start;
+    const double seconds = (double)(now_ns - p->start_ns) / 1e9;
+    const bool whole = p->open;
+    p->open = true;
+    p->start_ns = now_ns;
+    p->start = *c;
+    if (!whole || c->sent < was.sent + PACKETS_MIN || c->delivered < was.delivered || c->repeated < was.repeated) return false;
+    const double repeats = (double)(c->repeated - was.repeated) / (double)(c->sent - was.sent);
+    return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, c);
+}

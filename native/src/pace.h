@@ -1,0 +1,56 @@
+/* pace.h: how fast all connections of a long line may send together: what the line has carried while it lost what was too
+ * much. A pure machine: counters of TCP and times go in, a rate comes out.
+ *
+ * Each connection's BBR seeks the line's rate for itself, so that eight of them send more than the line takes and a
+ * shallow queue drops the rest, for as long as they are busy. Here windows of a round trip are looked at in which the line had more to
+ * send than it took:
+ *   more than LOSS_ALLOWED of what was sent were repeats: the rate is what arrived. If that cures nothing in JUDGED
+ *       windows and less arrives, the line loses packets whatever is sent: the rate is as before, that share `innocent` for a
+ *       while;
+ *   no queue stands and the rate is what keeps us: it rises;
+ *   a queue stands, by the last rise or because the rate is more than what arrives: less, until it is gone;
+ *   else a queue stands that may be others': a trial of a little more, kept if so much more arrives and little is lost. It
+ *       comes again at once after it paid, else later and later.
+ * Until something was too much there is no rate: the kernel's own search is the fastest start.
+ * Threads: nothing shared, it belongs to its caller.               Spec: ARCHITECTURE.md, Decisions */
+#ifndef PYCCL_PACE_H
+#define PYCCL_PACE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct pace_counts {         /* of all connections, since they are there */
+    uint64_t delivered;              /* bytes */
+    uint64_t sent, repeated;         /* packets, repeats included; of them */
+    int64_t rtt_ns, queue_ns;        /* of now: the longest round trip; how much longer the shortest is than the line's own */
+} pace_counts;
+
+typedef struct pace {
+    double rate;                     /* bytes a second; 0: as fast as they like */
+    double best;                     /* what arrived in the best of the windows since the last change */
+    uint32_t windows, over;          /* so many; the last of them in which too much was repeated: of one, what arrived may be older */
+    double seen;                     /* what arrived before a trial or a cut */
+    double before, step;             /* while a trial runs: the rate to go back to, what it adds; before 0: none */
+    double raised;                   /* by so much the last time; 0: it has not risen since a queue stood */
+    uint32_t drained;                /* times that it was lowered for a queue since there was none */
+    bool found;                      /* a queue stood since it rose */
+    double blamed, restore;          /* after a cut: the share of repeats that it is to cure, the rate that it cut; blamed 0: none */
+    uint32_t judged;                 /* windows that it did not cure */
+    double innocent;                 /* share of repeats that is not our doing */
+    int64_t innocent_ns;             /* until then */
+    int64_t calm_ns;                 /* it does not rise before */
+    int64_t trial_ns, wait_ns;       /* when the next trial may be; how long after the last */
+    bool busy, open;                 /* at the last note; a window has begun */
+    int64_t from_ns;                 /* no window begins before */
+    int64_t start_ns;
+    pace_counts start;
+} pace;
+
+void pace_init(pace *p);
+/* busy: every connection that carries data is full. Returns true when `rate` has changed. */
+bool pace_note(pace *p, int64_t now_ns, const pace_counts *counts, bool busy);
+bool pace_is_found(const pace *p);   /* the line, or its connections, take no more */
+void pace_pause(pace *p);            /* other connections: counts until now are not comparable with what will be */
+void pace_widen(pace *p, int64_t now_ns, int64_t rtt_ns);  /* more connections carry data: room to show what they bring */
+
+#endif

@@ -1,0 +1,198 @@
+/* test_pace.c: the rate of a long line, on a line with a queue that drops what is too much, and senders that always want
+ * more than it takes. */
+#include "pace.h"
+#include "test.h"
+
+#define MS INT64_C(1000000)
+#define SECOND INT64_C(1000000000)
+#define STEP_NS (10 * MS)
+#define LINKS 2
+#define LATER 64                     /* steps that something may take to come back */
+#define PACKET 1448.0
+
+typedef struct sender {
+    pace p;
+    double hunger;                   /* bytes a second that its connections send as long as nobody says otherwise */
+    double cap;                      /* of all its flows, each on its own; 0: none */
+    double delivered, sent, repeated, dropped;
+    double acks[LATER], losses[LATER]; /* by step: what the sender will hear of */
+} sender;
+
+typedef struct line {
+    sender of[LINKS];
+    int links;
+    double rate, queue_s, loss;      /* bytes a second; what waits at most; share that is lost whatever is sent */
+    int64_t rtt_ns, at_ns;
+    double waiting;                  /* bytes in the queue */
+    uint64_t step;
+} line;
+
+static line line_new(double rate, int links, double hunger) {
+    line l = {.rate = rate, .queue_s = 0.05, .rtt_ns = 150 * MS, .at_ns = 5 * SECOND, .links = links};
+    for (int i = 0; i < links; i++) {
+        pace_init(&l.of[i].p);
+        l.of[i].hunger = hunger;
+    }
+    return l;
+}
+
+static double wants(const sender *s) {
+    return s->p.rate > 0 && s->p.rate < s->hunger ? s->p.rate : s->hunger;
+}
+
+static void step_line(line *l, bool busy) {
+    const double seconds = (double)STEP_NS / 1e9;
+    double offered[LINKS] = {0}, all = 0;
+    for (int i = 0; i < l->links; i++) {
+        sender *s = &l->of[i];
+        const double sent = busy ? wants(s) * seconds : 0, capped = s->cap > 0 && sent > s->cap * seconds ? s->cap * seconds : sent;
+        s->sent += sent / PACKET;
+        offered[i] = capped * (1 - l->loss);
+        s->losses[l->step % LATER] = sent - offered[i];
+        all += offered[i];
+    }
+    const double room = l->rate * (seconds + l->queue_s) - l->waiting, dropped = all > room ? (all - room) / all : 0;
+    l->waiting += all * (1 - dropped) - l->rate * seconds;
+    if (l->waiting < 0) l->waiting = 0;
+    const uint64_t later = (uint64_t)((l->rtt_ns + (int64_t)(l->waiting / l->rate * 1e9)) / STEP_NS);
+    for (int i = 0; i < l->links; i++) {
+        sender *s = &l->of[i];
+        s->losses[l->step % LATER] += offered[i] * dropped;
+        s->dropped += offered[i] * dropped;
+        s->acks[(l->step + later) % LATER] += offered[i] * (1 - dropped);
+        s->delivered += s->acks[l->step % LATER];
+        s->acks[l->step % LATER] = 0;
+        s->repeated += s->losses[(l->step + LATER - (uint64_t)(l->rtt_ns / STEP_NS)) % LATER] / PACKET;
+        const pace_counts counts = {(uint64_t)s->delivered, (uint64_t)s->sent, (uint64_t)s->repeated,
+                                    (int64_t)later * STEP_NS, (int64_t)later * STEP_NS - l->rtt_ns};
+        (void)pace_note(&s->p, l->at_ns, &counts, busy);
+    }
+    l->at_ns += STEP_NS;
+    l->step++;
+}
+
+typedef struct share { double delivered[LINKS], all, dropped; } share; /* of the line's rate; of what was sent */
+
+static share work(line *l, int64_t ns) {
+    double delivered[LINKS], sent = 0, dropped = 0;
+    share got = {.all = 0};
+    for (int i = 0; i < l->links; i++) {
+        delivered[i] = l->of[i].delivered;
+        sent -= l->of[i].sent;
+        dropped -= l->of[i].dropped;
+    }
+    for (const int64_t end = l->at_ns + ns; l->at_ns < end;) step_line(l, true);
+    for (int i = 0; i < l->links; i++) {
+        got.delivered[i] = (l->of[i].delivered - delivered[i]) / (l->rate * (double)ns / 1e9);
+        got.all += got.delivered[i];
+        sent += l->of[i].sent;
+        dropped += l->of[i].dropped;
+    }
+    got.dropped = dropped / PACKET / sent;
+    return got;
+}
+
+static void rest(line *l, int64_t ns) {
+    for (const int64_t end = l->at_ns + ns; l->at_ns < end;) step_line(l, false);
+}
+
+TEST(pace_ends_the_loss_that_a_sender_makes_itself) {
+    line l = line_new(50e6, 1, 75e6);
+    CHECK(work(&l, 400 * MS).dropped > 0.2);
+    work(&l, SECOND);
+    const share got = work(&l, 8 * SECOND);
+    CHECK(got.dropped < 0.01);
+    CHECK(got.all > 0.95);
+}
+
+TEST(pace_leaves_no_queue_behind) {
+    line l = line_new(50e6, 1, 75e6);
+    double stood = 0;
+    work(&l, 9 * SECOND);
+    for (int i = 0; i < 800; i++) {
+        step_line(&l, true);
+        stood += l.waiting / l.rate / 800;
+    }
+    CHECK(stood < 0.025);
+}
+
+TEST(pace_limits_nothing_where_nothing_is_too_much) {
+    line l = line_new(50e6, 1, 45e6);
+    work(&l, 10 * SECOND);
+    CHECK(l.of[0].p.rate == 0);
+}
+
+TEST(pace_is_remembered_between_operations) {
+    line l = line_new(50e6, 1, 75e6);
+    double dropped = 0;
+    work(&l, 2 * SECOND);
+    for (int op = 0; op < 10; op++) {
+        rest(&l, 20 * SECOND);
+        dropped += work(&l, SECOND).dropped / 10;
+    }
+    CHECK(dropped < 0.03);
+}
+
+TEST(pace_follows_a_line_that_becomes_slower) {
+    line l = line_new(50e6, 1, 75e6);
+    work(&l, 5 * SECOND);
+    l.rate = 12.5e6;
+    l.waiting = 0;
+    work(&l, 2 * SECOND);
+    const share got = work(&l, 5 * SECOND);
+    CHECK(got.dropped < 0.02);
+    CHECK(got.all > 0.9);
+}
+
+TEST(pace_follows_a_line_that_becomes_faster) {
+    line l = line_new(12.5e6, 1, 150e6);
+    work(&l, 20 * SECOND); /* trials are rare by now */
+    l.rate = 100e6;
+    work(&l, 25 * SECOND);
+    CHECK(work(&l, 5 * SECOND).all > 0.9);
+}
+
+TEST(pace_blames_nobody_for_what_the_line_loses_by_itself) {
+    line l = line_new(50e6, 1, 30e6);
+    l.loss = 0.05;
+    work(&l, 5 * SECOND);
+    CHECK(work(&l, 10 * SECOND).all > 0.9 * 0.6 * 0.95);
+    l.of[0].hunger = 75e6; /* and yet sees what is its own */
+    work(&l, 5 * SECOND);
+    const share got = work(&l, 10 * SECOND);
+    CHECK(got.dropped < 0.05);
+    CHECK(got.all > 0.9);
+}
+
+TEST(pace_of_links_that_share_a_line_starves_none) {
+    line l = line_new(50e6, LINKS, 60e6);
+    work(&l, 10 * SECOND);
+    const share got = work(&l, 20 * SECOND);
+    CHECK(got.all > 0.93);
+    CHECK(got.dropped < 0.02);
+    for (int i = 0; i < LINKS; i++) CHECK(got.delivered[i] > 0.25);
+}
+
+TEST(pace_learns_nothing_from_operations_shorter_than_a_round_trip) {
+    line l = line_new(50e6, 1, 75e6);
+    for (int op = 0; op < 50; op++) {
+        work(&l, 100 * MS);
+        rest(&l, SECOND);
+    }
+    CHECK(l.of[0].p.rate == 0);
+    CHECK_EQ(l.of[0].p.windows, 0);
+}
+
+TEST(pace_gives_more_connections_room_to_show_what_they_bring) {
+    line l = line_new(50e6, 1, 75e6);
+    l.of[0].cap = 20e6; /* each flow on its own: what is too much is lost there */
+    work(&l, 3 * SECOND);
+    CHECK(l.of[0].p.rate > 18e6 && l.of[0].p.rate < 24e6);
+    l.of[0].cap = 30e6;
+    pace_widen(&l.of[0].p, l.at_ns, l.rtt_ns);
+    const double before = l.of[0].delivered;
+    work(&l, SECOND);
+    CHECK(l.of[0].delivered - before > 1.1 * 19e6); /* at once, whenever the next trial would have been */
+    work(&l, 4 * SECOND);
+    CHECK(work(&l, 2 * SECOND).all > 0.9 * 0.6);
+}
