@@ -5,6 +5,7 @@ Values: test_api_values.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,8 +87,9 @@ def parts_are_right(cluster: Cluster, calls: Sequence[Call], seed: int, shape: l
 
 def test_reduce_scatter_gives_each_its_rows_and_cuts_anew_after_a_loss(cluster: Cluster) -> None:
     first, last, victim = peers = cluster.members(3)
-    for shape in ([7, 11], [2, 300], [0, 4], [100_001, 3]):
-        settings = {"op": "avg", "quantize": "uint8" if shape[0] == 7 else None}
+    shapes = ([7, 11], [2, 300], [0, 4], [100_001, 3])
+    for shape, algorithm in itertools.product(shapes, ("direct", "ring")):
+        settings = {"op": "avg", "quantize": "uint8" if shape[0] == 7 else None, "algorithm": algorithm}
         calls = [peer.call("reduce_scatter", seed=5, shape=shape, **settings) for peer in peers]
         parts_are_right(cluster, calls, 5, shape, **settings)
     shape = [LARGE // 4, 4]
@@ -96,6 +98,24 @@ def test_reduce_scatter_gives_each_its_rows_and_cuts_anew_after_a_loss(cluster: 
     victim.call("reduce_scatter", seed=6, shape=shape).died()  # before the last has called: three can't have ended it
     parts_are_right(cluster, [call, last.call("reduce_scatter", seed=6, shape=shape)], 6, shape)
     cluster.agree([first, last])
+
+
+def test_reduce_scatter_goes_round_the_ring_of_the_plan_and_of_those_who_are_left(cluster: Cluster) -> None:
+    peers = in_rank_order(cluster.members(4))
+    victim = peers.pop(1)
+    cluster.master.plan_next(shares=[0, 3, 1, 2], ring=[2, 0, 3, 1], ring_from_bytes=4000)
+    meet([*peers, victim])
+    shape = [1000, 1]
+    calls = [peer.call("reduce_scatter", seed=7, shape=shape) for peer in (*peers, victim)]
+    parts_are_right(cluster, calls, 7, shape, algorithm="ring", ring=[2, 0, 3, 1])
+    shape = [LARGE // 4, 4]
+    victim.ask("hook", phase="data", when="after", bytes=LARGE // 2)
+    first, *others = peers
+    begun = [peer.call("reduce_scatter", seed=8, shape=shape) for peer in others]
+    victim.call("reduce_scatter", seed=8, shape=shape).died()
+    late = first.call("reduce_scatter", seed=8, shape=shape)
+    parts_are_right(cluster, [late, *begun], 8, shape, algorithm="ring", ring=[1, 0, 2])
+    cluster.agree(peers)
 
 
 def test_weights_of_a_reduce_scatter_that_add_up_to_nothing_are_an_error_on_all(cluster: Cluster) -> None:
