@@ -75,6 +75,41 @@ def test_a_peer_dies_in_a_ring(cluster: Cluster, world: int) -> None:
     cluster.agree(rest)
 
 
+def test_rings_run_on_while_connections_break_somebody_comes_and_somebody_stops_reading(cluster: Cluster) -> None:
+    """By a plan that wants the ring for all, which is carried to the newcomer and to the survivors."""
+    peers, (newcomer,) = cluster.members(4), cluster.spawn(1)
+    cluster.make([newcomer])
+    cluster.master.plan_next(ring=[2, 0, 3, 1])
+    meet(peers)
+    seed, loops = cluster.rng.getrandbits(32), {}
+
+    def begin(peer: Peer) -> None:
+        loops[peer] = peer.call("loop", thread="loop", seed=seed, count=100_000, report=3)
+
+    for peer in peers:
+        begin(peer)
+    for peer in peers:
+        peer.wait_event("loop")
+    for _ in range(4):
+        cluster.rng.choice(peers).ask("cut", what="peers")
+        assert cluster.reduce(peers, tag=1, dtype="int64", algorithm="auto")["algorithm"] == "ring"
+    cluster.admit(peers, [newcomer])
+    begin(newcomer)
+    newcomer.wait_event("loop")
+    stopped = cluster.rng.choice(peers)
+    stopped.stop()
+    rest = [peer for peer in (*peers, newcomer) if peer is not stopped]
+    for peer in rest:
+        peer.ask("wait_world", world=4)
+    stopped.resume()
+    loops.pop(stopped).error("EvictedError", "OutcomeUnknownError")
+    for peer in rest:
+        peer.ask("stop_loop")
+    cluster.check_loops({peer: loop.value() for peer, loop in loops.items()}, seed, 100_000)
+    assert cluster.reduce(rest, tag=1, dtype="int64", algorithm="auto")["algorithm"] == "ring"
+    cluster.agree(rest)
+
+
 def parts_are_right(cluster: Cluster, calls: Sequence[Call], seed: int, shape: list[int], **settings: Any) -> None:
     """Of those who called, in rank order."""
     values = {call.peer: call.value() for call in calls}
