@@ -350,6 +350,7 @@ class Communicator(Core):
         *,
         tag: int = 0,
         quantize: str | None = None,
+        algorithm: str = "auto",
         weight: float = 1.0,
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
@@ -357,7 +358,9 @@ class Communicator(Core):
     ) -> Array:
         """As ``pyccl.Communicator.reduce_scatter``."""
         session = self._require()
-        call, scattered = calls.reduce_scatter(x, op, tag, quantize, weight, retry, timeout, quantize_block)
+        call, scattered = calls.reduce_scatter(
+            x, op, tag, quantize, algorithm, weight, retry, timeout, quantize_block
+        )
         await checkpoint_if_cancelled()
         work = self._start(session, call)
         info = await work.wait()

@@ -86,10 +86,8 @@ def all_reduce(
     code = _reduce_op(op, source)
     check_out(source, target)
     codec, block = _codec(quantize, quantize_block, source)
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        raise errors.UsageError(f"algorithm={algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     spec = Spec(
-        Kind.ALL_REDUCE, source.code, code, codec, ALGORITHMS[algorithm],
+        Kind.ALL_REDUCE, source.code, code, codec, _algorithm(algorithm),
         retry=bool(retry), tag=_tag(tag), block=block, elements=source.count,
     )  # fmt: skip
     return Call("all_reduce", spec, source, target, seconds("timeout", timeout), _weight(weight, code))
@@ -139,6 +137,7 @@ def reduce_scatter(
     op: ReduceOp | str,
     tag: int,
     quantize: str | None,
+    algorithm: str,
     weight: float,
     retry: bool,
     timeout: float,
@@ -152,8 +151,8 @@ def reduce_scatter(
     codec, block = _codec(quantize, quantize_block, buffer)
     row = max(1, math.prod(shape[1:]))
     spec = Spec(
-        Kind.REDUCE_SCATTER, buffer.code, code, codec, retry=bool(retry), tag=_tag(tag), block=block,
-        elements=buffer.count, root=row.to_bytes(8, "little") + bytes(8),
+        Kind.REDUCE_SCATTER, buffer.code, code, codec, _algorithm(algorithm), retry=bool(retry), tag=_tag(tag),
+        block=block, elements=buffer.count, root=row.to_bytes(8, "little") + bytes(8),
     )  # fmt: skip
     call = Call("reduce_scatter", spec, buffer, None, seconds("timeout", timeout), _weight(weight, code))
     return call, Scattered(shape, numpy_dtype(buffer))
@@ -261,6 +260,12 @@ def _reduce_op(op: ReduceOp | str, x: Buffer) -> int:
     if code == _AVG and not x.is_float:
         raise errors.UsageError(f"op='avg' needs floats, not {x.dtype}: sum them and divide as you need")
     return code
+
+
+def _algorithm(algorithm: str) -> int:
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise errors.UsageError(f"algorithm={algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[algorithm]
 
 
 def _codec(quantize: str | None, block: int, x: Buffer) -> tuple[int, int]:

@@ -296,6 +296,7 @@ class Communicator(Core):
         *,
         tag: int = 0,
         quantize: str | None = None,
+        algorithm: str = "auto",
         weight: float = 1.0,
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
@@ -308,13 +309,18 @@ class Communicator(Core):
             op, tag, weight, retry, timeout: as for ``all_reduce``.
             quantize, quantize_block: as for ``all_reduce``, but each contribution is rounded once and the part, which
                 travels no further, not again. Blocks are counted from the first element of each part.
+            algorithm: as for ``all_reduce``. The order of additions is that of ``members`` ("direct"), or that of the
+                ring from the member after the part's owner to the owner. In a ring each member holds about a whole
+                ``x`` of unfinished sums until the operation ends, and only a contribution's first hop is quantized.
         Returns:
             A new NumPy array: part `rank` of ``numpy.array_split(reduced, world_size)`` among those who contributed,
             which after a loss are those of the view. Empty where there are more members than rows.
         Raises: as ``all_reduce``; UsageError where ``x`` has no dimension.
         """
         session = self._require()
-        call, scattered = calls.reduce_scatter(x, op, tag, quantize, weight, retry, timeout, quantize_block)
+        call, scattered = calls.reduce_scatter(
+            x, op, tag, quantize, algorithm, weight, retry, timeout, quantize_block
+        )
         with given_up_on_error() as begun:
             work = self._start(session, call, begun)
             info = work.wait()

@@ -77,8 +77,10 @@ def reference_reduce_scatter(
     *,
     op: str = "sum",
     quantize: str | None = None,
+    algorithm: str = "auto",
     weights: Sequence[float] | None = None,
     quantize_block: int = QUANTIZE_BLOCK,
+    ring: Sequence[int] | None = None,
 ) -> list[Array]:
     """The exact bits that ``reduce_scatter`` gives to each member, in rank order.
 
@@ -86,10 +88,17 @@ def reference_reduce_scatter(
     Raises: as ``reference_all_reduce``.
     """
     arrays = [np.ascontiguousarray(x) for x in inputs]
-    _check(arrays, op, quantize, "direct", weights)
+    _check(arrays, op, quantize, algorithm, weights)
+    order, world = _ring_order(len(arrays), ring), len(arrays)
     if np.ndim(inputs[0]) == 0:
         raise UsageError("the inputs have no axis that could be split")
-    return [_reduce_part(part, op, quantize, _scales(weights), quantize_block) for part in _parts(arrays)]
+    in_ring = algorithm == "ring" and world > 2
+    scales = _scales(weights)
+    parts = []
+    for owner, part in enumerate(_parts(arrays)):
+        turn = _turn(order, owner) if in_ring else list(range(world))
+        parts.append(_reduce_part(part, turn, op, quantize, scales, quantize_block))
+    return parts
 
 
 def _parts(arrays: Sequence[Array]) -> list[list[Array]]:
@@ -99,16 +108,22 @@ def _parts(arrays: Sequence[Array]) -> list[list[Array]]:
 
 
 def _reduce_part(
-    part: list[Array], op: str, quantize: str | None, scales: list[float] | None, quantize_block: int
+    part: list[Array],
+    turn: list[int],
+    op: str,
+    quantize: str | None,
+    scales: list[float] | None,
+    quantize_block: int,
 ) -> Array:
-    """Of its owner: what travels is encoded, the result does not travel."""
+    """Of its owner: what travels is encoded, the result does not travel. turn: the ranks in the order of the fold."""
     shape, dtype = part[0].shape, part[0].dtype
-    flat = [x.reshape(-1) for x in part]
+    flat = [part[rank].reshape(-1) for rank in turn]
+    turned, divisor = _turned(scales, turn)
     with np.errstate(all="ignore"):
         if quantize is None:
-            return _reduce(flat, op, scales).reshape(shape)
+            return _reduce(flat, op, turned, divisor).reshape(shape)
         decoded = [_coded(_to_float32(x), quantize, quantize_block) for x in flat]
-        return _from_float32(_reduce(decoded, op, scales), dtype).reshape(shape)
+        return _from_float32(_reduce(decoded, op, turned, divisor), dtype).reshape(shape)
 
 
 def _scales(weights: Sequence[float] | None) -> list[float] | None:
@@ -141,15 +156,23 @@ def _cut(count: int, world: int, block: int, shares: Sequence[int] | None) -> li
 def _reduce_along(
     order: list[int], cut: list[slice], flat: Sequence[Array], op: str, weights: Sequence[float] | None
 ) -> Array:
-    """Each share begins behind its owner in the ring and ends there; the divisor is that of rank order."""
-    divisor = None if weights is None else _sum64(weights)
     parts = []
     for owner, at in enumerate(cut):
-        place = order.index(owner) + 1
-        turn = order[place:] + order[:place]
-        turned = None if weights is None else [weights[rank] for rank in turn]
+        turn = _turn(order, owner)
+        turned, divisor = _turned(weights, turn)
         parts.append(_reduce([flat[rank][at] for rank in turn], op, turned, divisor))
     return np.concatenate(parts)
+
+
+def _turn(order: list[int], owner: int) -> list[int]:
+    """A share begins behind its owner in the ring and ends there."""
+    place = order.index(owner) + 1
+    return order[place:] + order[:place]
+
+
+def _turned(weights: Sequence[float] | None, turn: list[int]) -> tuple[list[float] | None, float | None]:
+    """The weights in that order; the divisor is that of rank order."""
+    return (None, None) if weights is None else ([weights[rank] for rank in turn], _sum64(weights))
 
 
 def _check(

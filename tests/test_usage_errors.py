@@ -151,6 +151,7 @@ def test_all_reduce_refuses_bad_keywords(comm: pyccl.Communicator, keywords: dic
         ({"quantize": "uint8", "quantize_block": 100}, "quantize_block=100"),
         ({"weight": 2.0}, "weight=2.0"),
         ({"op": "avg", "weight": -1.0}, "weight=-1.0"),
+        ({"algorithm": "tree"}, "algorithm='tree'"),
     ],
 )
 def test_reduce_scatter_refuses_bad_keywords(comm: pyccl.Communicator, keywords: dict[str, Any], match: str) -> None:

@@ -33,8 +33,8 @@ Body = list[object]
 def plan(shares: tuple[int, ...] = (), ring: tuple[int, ...] = (), **head: int) -> bytes:
     """Of an epoch with two members, right or wrong."""
     flags = head.get("flags", bool(shares) + 2 * bool(ring))
-    fixed = struct.pack("<BBHQ", head.get("version", 1), flags, head.get("members", 2), head.get("ring_from", U64))
-    return fixed + struct.pack(f"<{len(shares)}I{len(ring)}H", *shares, *ring)
+    numbers = head.get("version", 1), flags, head.get("members", 2), head.get("ring_from", U64), head.get("pace", 0)
+    return struct.pack("<BBHQI", *numbers) + struct.pack(f"<{len(shares)}I{len(ring)}H", *shares, *ring)
 
 
 def epoch(
@@ -89,7 +89,9 @@ GOOD: dict[str, Body] = {
     "epoch_propose_shares": [34, 1, epoch(2, b"E" * 16, plan=plan(shares=(0, U32))), []],
     "epoch_propose_ring": [34, 1, epoch(2, b"E" * 16, plan=plan(ring=(1, 0), ring_from=0)), []],
     "epoch_propose_ring_from": [34, 1, epoch(2, b"E" * 16, plan=plan(ring_from=U64 - 1)), []],
-    "epoch_propose_all_of_a_plan": [34, 1, epoch(2, b"E" * 16, plan=plan((3, 1), (1, 0), ring_from=1 << 20)), []],
+    "epoch_propose_all_of_a_plan": [
+        34, 1, epoch(2, b"E" * 16, plan=plan((3, 1), (1, 0), ring_from=1 << 20, pace=999_999)), [],
+    ],
     "epoch_commit_by_majority": [35, epoch(2, b"E" * 16), "loss", [], "", 2, False],
     "epoch_commit_found": [35, epoch(1, peers="A"), "found", [], "", 1, True],
     "epoch_commit_loss": [35, epoch(2, b"E" * 16), "loss", [[0, 0, 4, 1], [0, 0, 5, 2]], "", 2, True],
@@ -183,6 +185,7 @@ BAD: dict[str, object] = {
     "epoch_plan_of_5_bytes": [34, 1, epoch(2, b"E" * 16, plan=plan()[:5]), []],
     "epoch_plan_version_2": [34, 1, epoch(2, b"E" * 16, plan=plan((1, 1), version=2)), []],
     "epoch_plan_flags_4": [34, 1, epoch(2, b"E" * 16, plan=plan(flags=4, ring_from=1)), []],
+    "epoch_plan_pace_of_direct": [34, 1, epoch(2, b"E" * 16, plan=plan(ring_from=1, pace=1_000_000)), []],
     "epoch_plan_for_3_members": [34, 1, epoch(2, b"E" * 16, plan=plan((1, 1, 1), members=3)), []],
     "epoch_plan_shares_missing": [34, 1, epoch(2, b"E" * 16, plan=plan(flags=1)), []],
     "epoch_plan_shares_too_many": [34, 1, epoch(2, b"E" * 16, plan=plan((1, 1, 1))), []],

@@ -268,11 +268,11 @@ def spec_lines() -> Iterator[str]:
             ("retry", 2), ("space", 0 if kind == "exchange" else 2), ("space", 3), ("reserved", 1), ("block", 1),
         ):  # fmt: skip
             yield refused(f"{kind}_{field}_{wrong}", spec(kind, **{field: wrong}))
+        reduces = kind in ("all_reduce", "reduce_scatter")
         for algorithm in (0, 2):
             other = spec(kind, algorithm=algorithm)
             name = f"{kind}_algorithm_{algorithm}"
-            yield ok(name, other) if kind == "all_reduce" else refused(name, other)
-        reduces = kind in ("all_reduce", "reduce_scatter")
+            yield ok(name, other) if reduces else refused(name, other)
         if reduces:
             yield from (refused(f"{kind}_op_{op}", spec(kind, op=op)) for op in (0, 6, 255))
         else:

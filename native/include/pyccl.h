@@ -30,6 +30,7 @@ extern "C" {
 #define PYCCL_PLAN_PIECE_MAX 131072
 #define PYCCL_BLOCK_MIN 64          /* elements of a codec block: a power of two */
 #define PYCCL_BLOCK_MAX 65536
+#define PYCCL_PACE_DIRECT 1000000   /* pyccl_plan.ring_pace in millionths of it */
 #define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
 #define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
 #define PYCCL_EARLY_MAX 4096        /* operations one peer may open, or open and give up, before we submit them */
@@ -208,8 +209,10 @@ typedef struct pyccl_fsm_options {
 typedef struct pyccl_plan {
     const uint32_t *shares;          /* [world]: weights of the shares that ranks own, not all 0; NULL: equal ones */
     const uint32_t *ring;            /* [world]: the ranks, each once, in the order of the ring; NULL: rank order */
-    uint64_t ring_from_bytes;        /* an all_reduce of algorithm AUTO of so many bytes takes the ring; UINT64_MAX: none */
+    uint64_t ring_from_bytes;        /* a reduction of algorithm AUTO of so many bytes takes the ring; UINT64_MAX: none */
     uint32_t piece_bytes;            /* of a piece of a share: a power of two, PYCCL_PLAN_PIECE_MIN..MAX; 0: twice the greatest */
+    uint32_t ring_pace;              /* what a byte more costs there, in millionths of what it costs direct; below PYCCL_PACE_DIRECT.
+                                        Decides where a ring sends more bytes than direct: sums of halves and of what was coded */
 } pyccl_plan;
 
 typedef struct pyccl_epoch {

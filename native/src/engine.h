@@ -160,7 +160,7 @@ struct attempt {
     uint64_t partial_count;
     uint64_t *ready;                 /* items of phase 1 that are ready to go out, in that order */
     uint64_t ready_count;
-    uint64_t pieces_left;            /* of the result that we keep */
+    uint64_t pieces_left;            /* of the result that we keep; ring, reduce_scatter: and of sums for others */
     uint64_t hash;
     bool told;                       /* pyccl_fsm_result was called */
     bool has_local;                  /* pieces that need nothing from the network wait for ops_work */

@@ -101,7 +101,7 @@ static pyccl_status attempt_tables(attempt *a) {
         if (rank > 0 && !s->swap && s->kind != PYCCL_EXCHANGE) a->slot_at[rank] = a->slot_at[rank - 1] + schedule_pieces(s, rank - 1);
     }
     const uint64_t ready = s->ring ? items[SCHEDULE_RESULT] : a->own_pieces, partials = s->ring ? items[SCHEDULE_CONTRIBUTION] : 0;
-    a->pieces_left = schedule_kept_pieces(s);
+    a->pieces_left = schedule_due_pieces(s);
     a->contribution_count = schedule_folds(s) ? items[SCHEDULE_CONTRIBUTION] : 0;
     for (int phase = 0; phase < 2; phase++) a->arrived[phase] = calloc(items[phase] + 1, 1);
     a->missing = calloc(a->own_pieces + 1, sizeof *a->missing);
@@ -280,7 +280,7 @@ void ops_result_ready(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t
     const schedule *s = &a->schedule;
     if (s->ring) {
         const uint32_t next = schedule_next(s, s->rank);
-        if (owner == next) return; /* it has been round */
+        if (owner == next || a->peers[next].items[SCHEDULE_RESULT] == 0) return; /* it has been round, or does not go round */
         a->ready[a->ready_count++] = a->slot_at[owner] + piece;
         tx_enqueue(engine, &a->peers[next]);
         return;

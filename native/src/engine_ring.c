@@ -5,7 +5,8 @@
  *                                            --> or, where the share is ours, the finished piece in the result
  *
  * A sum is kept until its result has come round, so that it can be sent again when a connection is lost; then it is of no
- * use any more (ops_partial_used). A member that has opened the operation takes whatever comes, a vector of sums at
+ * use any more (ops_partial_used). Of a reduce_scatter none comes: sums stay until the end, and a member is done only when
+ * all of them have gone through it, since who is prepared takes no more data. A member that has opened the operation takes whatever comes, a vector of sums at
  * most, so nobody waits for room that only his own sending would make.
  * Threads: the engine's thread only.                               Spec: proto/wire.md 3.3, 3.7 */
 #include <string.h>
@@ -41,7 +42,7 @@ static void fold_coded(pyccl_engine *engine, attempt *a, const reduce_fold *fold
     const pyccl_spec *spec = &a->op->args.spec;
     const uint64_t tile = fold_tile_elements(a);
     const uint8_t *own = fold_encoded_input(a, owner, piece);
-    uint8_t *codes = result != NULL ? fold_result_codes(a, owner, piece) : NULL;
+    uint8_t *codes = result != NULL && a->result_codes != NULL ? fold_result_codes(a, owner, piece) : NULL;
     float *ours = engine->tile;
     uint64_t n;
     for (uint64_t left = schedule_piece_elements(&a->schedule, owner, piece); left > 0; left -= n) {
@@ -82,6 +83,7 @@ static bool fold_on(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t p
     fold_into(engine, a, owner, piece, from, sum, NULL);
     if (sum != from) piece_free(engine, from, bytes);
     *buffer = sum;
+    if (a->schedule.kind == PYCCL_REDUCE_SCATTER) a->pieces_left--; /* nothing that comes back will show that it passed */
     ops_partial_ready(engine, a, item);
     return true;
 }

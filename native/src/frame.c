@@ -150,8 +150,10 @@ pyccl_status pyccl_frame_decode_untrusted(const uint8_t in[64], pyccl_frame *out
 
 /* ---- specs ---- */
 
+static bool spec_reduces(const pyccl_spec *spec) { return spec->kind == PYCCL_ALL_REDUCE || spec->kind == PYCCL_REDUCE_SCATTER; }
+
 static bool spec_op_valid(const pyccl_spec *spec) {
-    if (spec->kind != PYCCL_ALL_REDUCE && spec->kind != PYCCL_REDUCE_SCATTER) return spec->op == 0;
+    if (!spec_reduces(spec)) return spec->op == 0;
     if (spec->op < PYCCL_SUM || spec->op > PYCCL_MAX) return false;
     return spec->op != PYCCL_AVG || spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 ||
            spec->dtype == PYCCL_FLOAT16 || spec->dtype == PYCCL_BFLOAT16;
@@ -162,8 +164,7 @@ static bool spec_codec_valid(const pyccl_spec *spec) {
     const bool floats = spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 || spec->dtype == PYCCL_FLOAT16 ||
                         spec->dtype == PYCCL_BFLOAT16;
     if (spec->codec == PYCCL_CODEC_NONE) return spec->block == 0;
-    const bool reduces = spec->kind == PYCCL_ALL_REDUCE || spec->kind == PYCCL_REDUCE_SCATTER;
-    return pyccl_codec_size(spec->codec, PYCCL_BLOCK_MIN, 1) > 0 && reduces && floats && spec->block >= PYCCL_BLOCK_MIN &&
+    return pyccl_codec_size(spec->codec, PYCCL_BLOCK_MIN, 1) > 0 && spec_reduces(spec) && floats && spec->block >= PYCCL_BLOCK_MIN &&
            spec->block <= PYCCL_BLOCK_MAX && (spec->block & (spec->block - 1)) == 0;
 }
 
@@ -183,7 +184,7 @@ static bool spec_peers_valid(const pyccl_spec *spec) {
 }
 
 static bool spec_algorithm_valid(const pyccl_spec *spec) {
-    return spec->algorithm == PYCCL_DIRECT || (spec->kind == PYCCL_ALL_REDUCE && spec->algorithm <= PYCCL_RING);
+    return spec->algorithm == PYCCL_DIRECT || (spec_reduces(spec) && spec->algorithm <= PYCCL_RING);
 }
 
 bool frame_spec_valid(const pyccl_spec *spec) {

@@ -27,11 +27,13 @@ pyccl_status epoch_plan_init(epoch_plan *out, const pyccl_plan *plan, uint32_t w
     const uint32_t *shares = plan != NULL ? plan->shares : NULL, *ring = plan != NULL ? plan->ring : NULL;
     if (ring != NULL && !is_permutation(ring, world)) return PYCCL_ERR_ARGUMENT;
     if (plan != NULL && plan->piece_bytes != 0 && !is_piece(plan->piece_bytes)) return PYCCL_ERR_ARGUMENT;
+    if (plan != NULL && plan->ring_pace >= PYCCL_PACE_DIRECT) return PYCCL_ERR_ARGUMENT;
     memset(out, 0, sizeof *out);
     out->world = world;
     out->equal = shares == NULL;
     out->ring_from_bytes = plan != NULL ? plan->ring_from_bytes : UINT64_MAX;
     out->piece_bytes = plan != NULL && plan->piece_bytes != 0 ? plan->piece_bytes : SCHEDULE_PIECE_BYTES;
+    out->ring_pace = plan != NULL ? plan->ring_pace : 0;
     for (uint32_t rank = 0; rank < world; rank++) {
         out->before[rank + 1] = out->before[rank] + (shares != NULL ? shares[rank] : 1);
         out->ring[rank] = ring != NULL ? ring[rank] : rank;
@@ -47,10 +49,24 @@ static uint64_t wire_bytes(const schedule *s, uint64_t elements) {
     return pyccl_codec_size(s->codec, s->block, elements);
 }
 
+/* What passes over a hop of the ring, in the measure in which direct moves the input once each way: between two hops of
+ * phase 0 sums travel, not codes. */
+static wide ring_bytes(const schedule *s) {
+    const wide coded = wire_bytes(s, s->count), sums = (wide)s->count * s->partial_bytes, world = s->world;
+    if (s->kind == PYCCL_REDUCE_SCATTER) return (coded + (world - 2) * sums) / (world - 1);
+    return (world * coded + (world - 2) * sums) / (2 * (world - 1));
+}
+
+/* Two lines of time over bytes that meet at ring_from_bytes. */
+static bool plan_wants_ring(const schedule *s) {
+    const wide from = s->plan->ring_from_bytes, pace = s->plan->ring_pace;
+    if (from == UINT64_MAX) return false;
+    return (wide)wire_bytes(s, s->count) * PYCCL_PACE_DIRECT >= ring_bytes(s) * pace + from * (PYCCL_PACE_DIRECT - pace);
+}
+
 static bool wants_ring(const schedule *s, const pyccl_spec *spec) {
-    if (spec->kind != PYCCL_ALL_REDUCE || s->world < 3) return false;
-    if (spec->algorithm == PYCCL_AUTO) return s->plan->ring_from_bytes != UINT64_MAX && schedule_input_bytes(s) >= s->plan->ring_from_bytes;
-    return spec->algorithm == PYCCL_RING;
+    if (!schedule_folds(s) || s->world < 3) return false;
+    return spec->algorithm == PYCCL_RING || (spec->algorithm == PYCCL_AUTO && plan_wants_ring(s));
 }
 
 static uint64_t row_of(const pyccl_spec *spec) {
@@ -148,6 +164,12 @@ uint64_t schedule_kept_pieces(const schedule *s) {
     return s->kind == PYCCL_REDUCE_SCATTER ? schedule_pieces(s, s->rank) : schedule_input_pieces(s);
 }
 
+/* All that comes, in a ring without results; nothing comes of the share of whom it comes from. */
+uint64_t schedule_due_pieces(const schedule *s) {
+    if (!s->ring || s->kind != PYCCL_REDUCE_SCATTER) return schedule_kept_pieces(s);
+    return schedule_input_pieces(s) - schedule_pieces(s, schedule_previous(s, s->rank));
+}
+
 uint64_t schedule_piece_start(const schedule *s, uint32_t owner, uint64_t piece) {
     return schedule_share_start(s, owner) + piece * s->piece_elements;
 }
@@ -220,7 +242,7 @@ uint32_t schedule_step(const schedule *s, uint32_t owner, uint32_t rank) {
 }
 
 uint64_t schedule_items(const schedule *s, uint32_t phase, uint32_t from, uint32_t to) {
-    if (s->ring) return to == schedule_next(s, from) ? schedule_input_pieces(s) : 0;
+    if (s->ring) return to == schedule_next(s, from) && (phase == SCHEDULE_CONTRIBUTION || s->kind == PYCCL_ALL_REDUCE) ? schedule_input_pieces(s) : 0;
     if (phase == SCHEDULE_CONTRIBUTION) return schedule_contributes(s, from, to) ? schedule_pieces(s, to) : 0;
     return schedule_receives(s, from, to) ? schedule_pieces(s, from) : 0;
 }

@@ -41,10 +41,11 @@ typedef struct epoch_plan {          /* of an epoch; judged */
     uint32_t place[PYCCL_WORLD_MAX]; /* of a rank in `ring` */
     uint64_t ring_from_bytes;
     uint32_t piece_bytes;
+    uint32_t ring_pace;
 } epoch_plan;
 
 /* plan NULL: shares are equal, the ring is in rank order, nothing chooses it. ERR_ARGUMENT: shares are all zero, ring is no
- * permutation of the ranks, or no plan may have such pieces. */
+ * permutation of the ranks, no plan may have such pieces, or ring_pace is no less than PYCCL_PACE_DIRECT. */
 pyccl_status epoch_plan_init(epoch_plan *out, const pyccl_plan *plan, uint32_t world);
 
 typedef struct schedule {
@@ -74,6 +75,7 @@ uint64_t schedule_share_elements(const schedule *s, uint32_t owner);
 uint64_t schedule_pieces(const schedule *s, uint32_t owner);              /* pieces of the owner's share */
 uint64_t schedule_input_pieces(const schedule *s);                        /* pieces of all shares; swap: of the one vector */
 uint64_t schedule_kept_pieces(const schedule *s);                         /* that must be whole here in the end */
+uint64_t schedule_due_pieces(const schedule *s);                          /* these, and sums that go on without coming back whole */
 uint64_t schedule_piece_start(const schedule *s, uint32_t owner, uint64_t piece); /* first element in the result */
 uint64_t schedule_piece_elements(const schedule *s, uint32_t owner, uint64_t piece);
 uint32_t schedule_piece_bytes_max(const schedule *s);                     /* of a piece as it is, or encoded; 0: there is none */

@@ -197,6 +197,63 @@ static inline void check_any(const cluster *c, pyccl_spec spec, const double *we
     vectors_free(&v);
 }
 
+/* ---- reduce_scatter ---- */
+
+static inline pyccl_spec scatter_spec(uint8_t algorithm, uint8_t dtype, uint8_t op, uint64_t rows, uint64_t row) {
+    pyccl_spec spec = {.kind = PYCCL_REDUCE_SCATTER, .dtype = dtype, .op = op, .algorithm = algorithm, .count = rows * row};
+    for (int i = 0; i < 8; i++) spec.root[i] = (uint8_t)(row >> (8 * i));
+    return spec;
+}
+
+static inline uint64_t row_of_rank(uint64_t rows, uint32_t world, uint32_t rank) {
+    return rank * (rows / world) + (rank < rows % world ? rank : rows % world);
+}
+
+/* The inputs in the order in which those of this rank's share are folded. */
+static inline void fold_order(const pyccl_spec *spec, uint32_t world, const pyccl_plan *plan, uint32_t rank, uint32_t order[ENGINES_MAX]) {
+    epoch_plan judged;
+    schedule s;
+    REQUIRE(epoch_plan_init(&judged, plan, world) == PYCCL_OK);
+    schedule_init(&s, spec, &judged, 0, 0);
+    CHECK_EQ(s.ring, world > 2 && spec->algorithm == PYCCL_RING);
+    for (uint32_t i = 0, at = rank; i < world; i++) order[i] = s.ring ? at = schedule_next(&s, at) : i;
+}
+
+/* What all_reduce would give, one rounding less: a share is encoded for its owner alone, from its first element on. */
+static inline uint8_t *expected_part(const pyccl_spec *spec, const vectors *v, const double *given, const pyccl_plan *plan, uint32_t rank,
+                              uint64_t start, uint64_t count) {
+    const uint64_t size = pyccl_dtype_size(spec->dtype);
+    uint8_t *out = malloc(count * size + 1), *codes = malloc(count * 2 + 4096);
+    const void *in[ENGINES_MAX];
+    float *wide[ENGINES_MAX];
+    uint32_t order[ENGINES_MAX];
+    double turned[ENGINES_MAX];
+    const double *weights = given != NULL ? turned : NULL;
+    fold_order(spec, v->world, plan, rank, order);
+    for (uint32_t i = 0; i < v->world; i++) {
+        in[i] = v->in[order[i]] + start * size;
+        turned[i] = given != NULL ? given[order[i]] : 1;
+    }
+    if (spec->codec == 0) {
+        REQUIRE(pyccl_reduce(spec->dtype, spec->op, in, weights, v->world, count, out) == PYCCL_OK);
+        free(codes);
+        return out;
+    }
+    for (uint32_t i = 0; i < v->world; i++) {
+        wide[i] = malloc(count * sizeof(float) + 1);
+        REQUIRE(pyccl_codec_encode(spec->codec, spec->dtype, spec->block, in[i], count, codes) == PYCCL_OK);
+        REQUIRE(pyccl_codec_decode(spec->codec, PYCCL_FLOAT32, spec->block, codes, count, wide[i]) == PYCCL_OK);
+    }
+    REQUIRE(pyccl_reduce(PYCCL_FLOAT32, spec->op, (const void *const *)wide, weights, v->world, count, wide[0]) == PYCCL_OK);
+    for (uint64_t i = 0; i < count; i++) {
+        if (spec->dtype == PYCCL_FLOAT32) ((float *)(void *)out)[i] = wide[0][i];
+        if (spec->dtype == PYCCL_BFLOAT16) ((uint16_t *)(void *)out)[i] = bf16_from_f32(wide[0][i]);
+    }
+    for (uint32_t i = 0; i < v->world; i++) free(wide[i]);
+    free(codes);
+    return out;
+}
+
 /* Any plan: some own nothing, the ring in any order. */
 typedef struct drawn_plan {
     uint32_t shares[ENGINES_MAX], ring[ENGINES_MAX];

@@ -348,6 +348,7 @@ TEST(engine_rings_of_many_tags_in_any_order) {
 typedef struct bad {
     const char *what;
     uint32_t from;                   /* rank that sends it */
+    uint8_t kind;                    /* 0: all_reduce */
     uint8_t phase, wrong_hash;
     uint64_t element, length;        /* offset / 4 */
     int refused;
@@ -356,15 +357,17 @@ typedef struct bad {
 /* Engine 1 is real, the test plays 0 and 2; the ring is 0, 1, 2. */
 TEST(engine_ring_refuses_pieces_that_are_not_due) {
     static const bad cases[] = {
-        {"the previous member's own share never comes from it as a contribution", 0, 0, 0, 0, SCHEDULE_PIECE_BYTES, 1},
-        {"the result of our own share does not come to us", 0, 1, 0, SHARE, SCHEDULE_PIECE_BYTES, 1},
-        {"the next member sends nothing", 2, 0, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES, 1},
-        {"the next member sends no results", 2, 1, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES, 1},
-        {"in the middle of a piece", 0, 0, 0, 2 * SHARE + 1, SCHEDULE_PIECE_BYTES, 1},
-        {"too short", 0, 0, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES - 4, 1},
-        {"too long", 0, 0, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES + 4, 1},
-        {"behind the end", 0, 0, 0, 3 * SHARE, SCHEDULE_PIECE_BYTES, 1},
-        {"of another operation's hash: discarded", 0, 0, 1, 0, SCHEDULE_PIECE_BYTES, 0},
+        {"the previous member's own share never comes from it as a contribution", 0, 0, 0, 0, 0, SCHEDULE_PIECE_BYTES, 1},
+        {"the result of our own share does not come to us", 0, 0, 1, 0, SHARE, SCHEDULE_PIECE_BYTES, 1},
+        {"the next member sends nothing", 2, 0, 0, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES, 1},
+        {"the next member sends no results", 2, 0, 1, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES, 1},
+        {"in the middle of a piece", 0, 0, 0, 0, 2 * SHARE + 1, SCHEDULE_PIECE_BYTES, 1},
+        {"too short", 0, 0, 0, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES - 4, 1},
+        {"too long", 0, 0, 0, 0, 2 * SHARE, SCHEDULE_PIECE_BYTES + 4, 1},
+        {"behind the end", 0, 0, 0, 0, 3 * SHARE, SCHEDULE_PIECE_BYTES, 1},
+        {"of another operation's hash: discarded", 0, 0, 0, 1, 0, SCHEDULE_PIECE_BYTES, 0},
+        {"a reduce_scatter has no results", 0, PYCCL_REDUCE_SCATTER, 1, 0, 0, SCHEDULE_PIECE_BYTES, 1},
+        {"nor the sums of the previous member's share from it", 0, PYCCL_REDUCE_SCATTER, 0, 0, 0, SCHEDULE_PIECE_BYTES, 1},
     };
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         const bad *b = &cases[k];
@@ -379,8 +382,12 @@ TEST(engine_ring_refuses_pieces_that_are_not_due) {
         }
         pyccl_spec spec = ring_spec(PYCCL_FLOAT32, PYCCL_SUM, 3 * SHARE);
         spec.retry = 1;
+        if (b->kind != 0) {
+            spec.kind = b->kind;
+            spec.root[0] = 1;
+        }
         float *x = calloc(spec.count, sizeof *x);
-        pyccl_op *op = submit(&c, 1, spec, x, x, 0);
+        pyccl_op *op = submit(&c, 1, spec, x, b->kind != 0 ? NULL : x, 0);
         const pyccl_frame frame = {.type = PYCCL_FRAME_DATA, .phase = b->phase, .epoch_number = c.number, .epoch_tag = UINT64_C(0x4141414141414141),
                                    .offset = b->element * 4, .length = (uint32_t)b->length, .spec_hash = pyccl_spec_hash(&spec) + b->wrong_hash};
         uint8_t *bytes = calloc(1, PYCCL_FRAME_SIZE + b->length);

@@ -63,6 +63,7 @@ TEST(schedule_plan_is_refused_unless_its_ring_has_every_rank_once_and_some_share
     epoch_plan plan;
     CHECK_EQ(epoch_plan_init(&plan, &(pyccl_plan){.ring = twice}, 3), PYCCL_ERR_ARGUMENT);
     CHECK_EQ(epoch_plan_init(&plan, &(pyccl_plan){.ring = beyond}, 3), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(epoch_plan_init(&plan, &(pyccl_plan){.ring_pace = PYCCL_PACE_DIRECT}, 3), PYCCL_ERR_ARGUMENT);
     CHECK_EQ(epoch_plan_init(&plan, &(pyccl_plan){.shares = none}, 3), PYCCL_ERR_ARGUMENT);
     CHECK_EQ(epoch_plan_init(&plan, &(pyccl_plan){.shares = one, .ring = good}, 3), PYCCL_OK);
     const pyccl_spec spec = {.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_INT8, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .count = 1000};
@@ -221,12 +222,37 @@ TEST(schedule_takes_the_ring_where_it_was_asked_for_or_the_plan_says_so) {
         {PYCCL_ALL_REDUCE, PYCCL_RING, 3, UINT64_MAX, 1, PYCCL_RING},      {PYCCL_ALL_REDUCE, PYCCL_RING, 2, 0, 1000, PYCCL_DIRECT},
         {PYCCL_ALL_REDUCE, PYCCL_DIRECT, 3, 0, 1000, PYCCL_DIRECT},        {PYCCL_ALL_REDUCE, PYCCL_AUTO, 3, UINT64_MAX, 1000, PYCCL_DIRECT},
         {PYCCL_ALL_REDUCE, PYCCL_AUTO, 3, 4000, 1000, PYCCL_RING},         {PYCCL_ALL_REDUCE, PYCCL_AUTO, 3, 4001, 1000, PYCCL_DIRECT},
-        {PYCCL_BROADCAST, PYCCL_DIRECT, 3, 0, 1000, PYCCL_DIRECT},         {PYCCL_REDUCE_SCATTER, PYCCL_DIRECT, 3, 0, 1000, PYCCL_DIRECT}};
+        {PYCCL_BROADCAST, PYCCL_DIRECT, 3, 0, 1000, PYCCL_DIRECT},         {PYCCL_REDUCE_SCATTER, PYCCL_DIRECT, 3, 0, 1000, PYCCL_DIRECT},
+        {PYCCL_REDUCE_SCATTER, PYCCL_RING, 3, UINT64_MAX, 1, PYCCL_RING},  {PYCCL_REDUCE_SCATTER, PYCCL_RING, 2, 0, 1000, PYCCL_DIRECT},
+        {PYCCL_REDUCE_SCATTER, PYCCL_AUTO, 3, 4000, 1000, PYCCL_RING},     {PYCCL_REDUCE_SCATTER, PYCCL_AUTO, 3, 4001, 1000, PYCCL_DIRECT}};
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         epoch_plan plan;
         REQUIRE(epoch_plan_init(&plan, &(pyccl_plan){.ring_from_bytes = cases[k].from}, cases[k].world) == PYCCL_OK);
         const pyccl_spec spec = {.kind = cases[k].kind, .dtype = PYCCL_FLOAT32, .op = PYCCL_SUM, .algorithm = cases[k].algorithm,
                                  .count = cases[k].count, .root = {1}};
+        const schedule s = of_plan(&plan, &spec, 0, 0);
+        CHECK_EQ(schedule_algorithm(&s), cases[k].runs);
+    }
+}
+
+/* Four members; a byte takes so many millionths in the ring of what it takes direct. Codes of 8 bits become sums of 32. */
+TEST(schedule_by_a_plan_counts_what_a_ring_sends_more_of) {
+    static const struct { uint8_t kind, dtype, codec; uint32_t pace; uint8_t runs; } cases[] = {
+        {PYCCL_ALL_REDUCE, PYCCL_FLOAT32, 0, 999999, PYCCL_RING},
+        {PYCCL_ALL_REDUCE, PYCCL_FLOAT32, PYCCL_CODEC_INT8, 490000, PYCCL_RING},
+        {PYCCL_ALL_REDUCE, PYCCL_FLOAT32, PYCCL_CODEC_INT8, 510000, PYCCL_DIRECT},
+        {PYCCL_ALL_REDUCE, PYCCL_FLOAT32, PYCCL_CODEC_FP4_E3M0, 290000, PYCCL_RING},
+        {PYCCL_ALL_REDUCE, PYCCL_FLOAT32, PYCCL_CODEC_FP4_E3M0, 310000, PYCCL_DIRECT},
+        {PYCCL_ALL_REDUCE, PYCCL_FLOAT16, 0, 740000, PYCCL_RING},
+        {PYCCL_ALL_REDUCE, PYCCL_FLOAT16, 0, 760000, PYCCL_DIRECT},
+        {PYCCL_REDUCE_SCATTER, PYCCL_FLOAT32, 0, 999999, PYCCL_RING},
+        {PYCCL_REDUCE_SCATTER, PYCCL_FLOAT32, PYCCL_CODEC_INT8, 330000, PYCCL_RING},
+        {PYCCL_REDUCE_SCATTER, PYCCL_FLOAT32, PYCCL_CODEC_INT8, 340000, PYCCL_DIRECT}};
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+        epoch_plan plan;
+        REQUIRE(epoch_plan_init(&plan, &(pyccl_plan){.ring_from_bytes = 1000, .ring_pace = cases[k].pace}, 4) == PYCCL_OK);
+        const pyccl_spec spec = {.kind = cases[k].kind, .dtype = cases[k].dtype, .op = PYCCL_SUM, .codec = cases[k].codec,
+                                 .block = cases[k].codec ? 65536 : 0, .algorithm = PYCCL_AUTO, .count = 1 << 24, .root = {1}};
         const schedule s = of_plan(&plan, &spec, 0, 0);
         CHECK_EQ(schedule_algorithm(&s), cases[k].runs);
     }
@@ -273,19 +299,24 @@ TEST(schedule_all_gather_shares_are_whole_inputs) {
 TEST(schedule_reduce_scatter_keeps_whole_rows_of_our_share) {
     static const uint64_t rows[] = {0, 1, 2, 3, 5, 8, 1000};
     for (uint32_t world = 2; world <= WORLD_MAX; world++)
-        for (size_t k = 0; k < sizeof rows / sizeof *rows; k++)
+        for (size_t k = 0; k < 2 * sizeof rows / sizeof *rows; k++)
             for (uint32_t rank = 0; rank < world; rank++) {
-                const pyccl_spec spec = {.kind = PYCCL_REDUCE_SCATTER, .dtype = PYCCL_FLOAT32, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT,
-                                         .count = rows[k] * 300, .root = {300 & 255, 300 >> 8}};
+                const uint64_t count = rows[k / 2];
+                const bool ring = world > 2 && k % 2;
+                const pyccl_spec spec = {.kind = PYCCL_REDUCE_SCATTER, .dtype = PYCCL_FLOAT32, .op = PYCCL_SUM, .algorithm = k % 2 ? PYCCL_RING : PYCCL_DIRECT,
+                                         .count = count * 300, .root = {300 & 255, 300 >> 8}};
                 uint64_t seed = world; /* a plan's shares are not asked */
                 const epoch_plan plan = drawn_plan(&seed, world);
                 const schedule s = of_plan(&plan, &spec, rank, 0);
-                const uint64_t mine = rows[k] / world + (rank < rows[k] % world);
+                const uint64_t mine = count / world + (rank < count % world);
                 CHECK_EQ(schedule_share_elements(&s, rank), mine * 300);
                 CHECK_EQ(schedule_kept_bytes(&s), mine * 1200);
                 CHECK_EQ(schedule_kept_pieces(&s), schedule_pieces(&s, rank));
+                const uint64_t passing = schedule_input_pieces(&s) - schedule_pieces(&s, schedule_previous(&s, rank));
+                CHECK_EQ(schedule_due_pieces(&s), ring ? passing : schedule_pieces(&s, rank));
                 for (uint32_t to = 0; to < world; to++) {
-                    CHECK_EQ(to != rank ? schedule_items(&s, SCHEDULE_CONTRIBUTION, rank, to) : 0, to != rank ? schedule_pieces(&s, to) : 0);
+                    const uint64_t sent = ring ? (to == schedule_next(&s, rank)) * schedule_input_pieces(&s) : schedule_pieces(&s, to);
+                    if (to != rank) CHECK_EQ(schedule_items(&s, SCHEDULE_CONTRIBUTION, rank, to), sent);
                     CHECK_EQ(schedule_items(&s, SCHEDULE_RESULT, rank, to), 0);
                 }
                 check_schedule(&s);

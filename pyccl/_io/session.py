@@ -612,7 +612,7 @@ class Session:
         try:
             self.engine.enter(
                 *(epoch.number, epoch.id, epoch.peers, effect.rank, effect.restart, effect.mismatch, effect.verdicts),
-                *(plan.shares, plan.ring, plan.ring_from_bytes, plan.piece_bytes),
+                *(plan.shares, plan.ring, plan.ring_from_bytes, plan.piece_bytes, plan.ring_pace),
             )
         except errors.OutcomeUnknownError:
             self._left()

@@ -257,8 +257,9 @@ class Engine:
         ring: Sequence[int] = (),
         ring_from_bytes: int = (1 << 64) - 1,
         piece_bytes: int = 0,
+        ring_pace: int = 0,
     ) -> None:
-        """Apply the verdicts and enter the epoch in one step. The last four: pyccl_plan; empty is NULL."""
+        """Apply the verdicts and enter the epoch in one step. The last five: pyccl_plan; empty is NULL."""
         packed = ffi.from_buffer("uint8_t[]", b"".join(members))
         epoch = ffi.new("pyccl_epoch *")
         epoch.number, epoch.world, epoch.rank = number, len(members), rank
@@ -266,7 +267,7 @@ class Engine:
         ffi.memmove(epoch.id, epoch_id, 16)
         weights = ffi.new("uint32_t[]", shares) if shares else _NULL
         order = ffi.new("uint32_t[]", ring) if ring else _NULL
-        plan = ffi.new("pyccl_plan *", (weights, order, ring_from_bytes, piece_bytes))
+        plan = ffi.new("pyccl_plan *", (weights, order, ring_from_bytes, piece_bytes, ring_pace))
         epoch.plan = plan
         given = ffi.new("pyccl_op_verdict[]", max(1, len(verdicts)))
         for i, (space, tag, seq, verdict) in enumerate(verdicts):

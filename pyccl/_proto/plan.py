@@ -17,8 +17,9 @@ from pyccl.errors import RemoteProtocolError
 
 NO_PLAN: Final = b""  # equal shares, the ring in rank order, and only where it is asked for
 NEVER: Final = limits.U64_MAX
+PACE_DIRECT: Final = 1_000_000
 _VERSION: Final = 1
-_HEAD: Final = struct.Struct("<BBHQ")  # version, flags, members, ring_from_bytes; then what the flags say
+_HEAD: Final = struct.Struct("<BBHQI")  # version, flags, members, ring_from_bytes, ring_pace; then what the flags say
 _HAS_SHARES: Final = 1
 _HAS_RING: Final = 2
 _HAS_PIECE: Final = 4
@@ -27,13 +28,15 @@ _HAS_PIECE: Final = 4
 @dataclass(frozen=True, slots=True)
 class Plan:
     """shares: weights of what the ranks own, not all 0; empty: equal. ring: every rank once; empty: rank order.
-    ring_from_bytes: from this input size on an all_reduce with algorithm "auto" takes the ring; NEVER: none does.
-    piece_bytes: a power of two, limits.PLAN_PIECE_MIN..MAX, of the pieces of shares; 0: 2 * PLAN_PIECE_MAX."""
+    ring_from_bytes: from this input size on a reduction with algorithm "auto" takes the ring; NEVER: none does.
+    piece_bytes: a power of two, limits.PLAN_PIECE_MIN..MAX, of the pieces of shares; 0: 2 * PLAN_PIECE_MAX.
+    ring_pace: what a byte more costs there, in millionths of what it costs direct: less than PACE_DIRECT."""
 
     shares: tuple[int, ...] = ()
     ring: tuple[int, ...] = ()
     ring_from_bytes: int = NEVER
     piece_bytes: int = 0
+    ring_pace: int = 0
 
     def encode(self, members: int) -> bytes:
         """Our own bug if it does not fit so many members."""
@@ -43,7 +46,7 @@ class Plan:
             return NO_PLAN
         flags = (_HAS_SHARES if self.shares else 0) | (_HAS_RING if self.ring else 0)
         flags |= _HAS_PIECE if self.piece_bytes else 0
-        head = _HEAD.pack(_VERSION, flags, members, self.ring_from_bytes)
+        head = _HEAD.pack(_VERSION, flags, members, self.ring_from_bytes, self.ring_pace)
         piece = struct.pack("<I", self.piece_bytes) if self.piece_bytes else b""
         return head + piece + struct.pack(f"<{len(self.shares)}I{len(self.ring)}H", *self.shares, *self.ring)
 
@@ -54,7 +57,7 @@ def decode_untrusted(data: bytes, members: int) -> Plan:
         return Plan()
     if len(data) < _HEAD.size:
         raise RemoteProtocolError(f"a plan of {len(data)} bytes")
-    version, flags, world, ring_from_bytes = _HEAD.unpack_from(data)
+    version, flags, world, ring_from_bytes, ring_pace = _HEAD.unpack_from(data)
     if version != _VERSION or flags > (_HAS_SHARES | _HAS_RING | _HAS_PIECE) or world != members:
         raise RemoteProtocolError(f"plan version {version}, flags {flags}, for {world} members of {members}")
     share_count, ring_count = (members if flags & flag else 0 for flag in (_HAS_SHARES, _HAS_RING))
@@ -64,7 +67,7 @@ def decode_untrusted(data: bytes, members: int) -> Plan:
         raise RemoteProtocolError(f"a plan for {members} members has not {len(data)} bytes")
     numbers = layout.unpack_from(data, _HEAD.size)
     piece_bytes, numbers = (numbers[0], numbers[1:]) if piece_count else (0, numbers)
-    plan = Plan(numbers[:share_count], numbers[share_count:], ring_from_bytes, piece_bytes)
+    plan = Plan(numbers[:share_count], numbers[share_count:], ring_from_bytes, piece_bytes, ring_pace)
     reason = _reason_to_refuse(plan, members)
     if reason is None and piece_count and piece_bytes == 0:
         reason = "a piece of 0 bytes"
@@ -91,7 +94,7 @@ def carry(plan: Plan, before: Sequence[bytes], after: Sequence[bytes]) -> Plan:
     if plan.ring:
         stay = [rank_after[before[rank]] for rank in plan.ring if before[rank] in rank_after]
         ring = (*stay, *new)
-    return Plan(shares, ring, plan.ring_from_bytes, plan.piece_bytes)
+    return Plan(shares, ring, plan.ring_from_bytes, plan.piece_bytes, plan.ring_pace)
 
 
 def carry_bytes(data: bytes, before: Sequence[bytes], after: Sequence[bytes]) -> bytes:
@@ -114,4 +117,6 @@ def _reason_to_refuse(plan: Plan, members: int) -> str | None:
         return f"ring_from_bytes={plan.ring_from_bytes}"
     if plan.piece_bytes and not is_piece(plan.piece_bytes):
         return f"pieces of {plan.piece_bytes} bytes"
+    if not 0 <= plan.ring_pace < PACE_DIRECT:
+        return f"ring_pace={plan.ring_pace}"
     return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pyccl._proto import limits, topology
-from pyccl._proto.plan import NEVER, Plan, decode_untrusted
+from pyccl._proto.plan import NEVER, PACE_DIRECT, Plan, decode_untrusted
 from pyccl._proto.ring_order import EXACT_MAX
 from pyccl._proto.shares import equal_shares
 from pyccl._proto.topology import REFERENCE_BYTES, Choice, Line, Network
@@ -87,8 +87,11 @@ def plan_of(choice: Choice) -> Plan:
     """As it travels: shares as weights, rounded."""
     shares = tuple(round(share * _WEIGHTS) for share in choice.shares)
     size = choice.ring_from_bytes
-    ring_from_bytes = NEVER if size == topology.NEVER else min(int(size), limits.U64_MAX - 1)
-    return Plan(shares, choice.order, ring_from_bytes, choice.piece_bytes % topology.PIECE_BYTES)
+    piece = choice.piece_bytes % topology.PIECE_BYTES
+    if size == topology.NEVER:
+        return Plan(shares, choice.order, NEVER, piece)
+    pace = int(PACE_DIRECT * choice.ring.pace / choice.direct.pace)  # 0 where direct can't be done
+    return Plan(shares, choice.order, min(int(size), limits.U64_MAX - 1), piece, min(pace, PACE_DIRECT - 1))
 
 
 class Planning:

@@ -104,12 +104,16 @@ def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
 
 
 def network_of(scenario: Scenario) -> planner.Network:
-    """The lines as the planner would like to know them: host lines only, and one delay between all."""
-    world = len(scenario.hosts)
-    up, down = (
-        tuple(planner.UNKNOWN if line.rate is None else line.rate / 8 for line in lines)
-        for lines in ([host.up for host in scenario.hosts], [host.down for host in scenario.hosts])
+    """The lines as the planner would like to know them. What several pairs share counts whole for each."""
+    ranks = range(len(scenario.hosts))
+    return planner.Network(
+        up=tuple(_bytes_s(host.up.rate) for host in scenario.hosts),
+        down=tuple(_bytes_s(host.down.rate) for host in scenario.hosts),
+        rate=tuple(tuple(_bytes_s(scenario.rate(i, j)) if i != j else planner.UNKNOWN for j in ranks) for i in ranks),
+        delay=tuple(tuple(scenario.delay_ns(i, j) / 1e9 if i != j else 0.0 for j in ranks) for i in ranks),
+        fold=(planner.UNKNOWN,) * len(ranks),
     )
-    trip = scenario.rtt_ns / 2e9
-    unknown = (planner.UNKNOWN,) * world
-    return planner.Network(up, down, (unknown,) * world, ((trip,) * world,) * world, unknown)
+
+
+def _bytes_s(rate: int | None) -> float:
+    return planner.UNKNOWN if rate is None else rate / 8

@@ -56,15 +56,15 @@ class Case:
             return [sha(x) for x in ranks[self.root]]
         if self.call == "all_gather":
             return [sha(np.concatenate([x.view(np.uint8) for (x,) in ranks]))]
-        settings: dict[str, Any] = {"op": self.op, "quantize": self.quantize, "quantize_block": self.block}
+        settings: dict[str, Any] = {
+            "op": self.op, "quantize": self.quantize, "quantize_block": self.block,
+            "algorithm": self.algorithm, "weights": self.weights,
+        }  # fmt: skip
         try:
             if self.call == "reduce_scatter":
                 shaped = [_shaped(x, random.Random(self.seed), scatter=True) for (x,) in ranks]
-                return [sha(x) for x in pyccl.reference_reduce_scatter(shaped, weights=self.weights, **settings)]
-            return [
-                sha(pyccl.reference_all_reduce(each, algorithm=self.algorithm, weights=self.weights, **settings))
-                for each in zip(*ranks, strict=True)
-            ]
+                return [sha(x) for x in pyccl.reference_reduce_scatter(shaped, **settings)]
+            return [sha(pyccl.reference_all_reduce(each, **settings)) for each in zip(*ranks, strict=True)]
         except pyccl.UsageError:
             return ["UsageError"]
 
@@ -93,8 +93,12 @@ def _round(rng: random.Random, world: int) -> Iterator[Case]:
                             rng, "all_reduce", dtype, world, op=op, algorithm=algorithm,
                             quantize=codec, block=rng.choice(_BLOCKS),
                         )  # fmt: skip
-            codec = rng.choice([None, *_CODECS]) if floats else None
-            yield _case(rng, "reduce_scatter", dtype, world, op=op, quantize=codec, block=rng.choice(_BLOCKS))
+            for algorithm in (rng.choice(["auto", "direct"]), "ring"):
+                codec = rng.choice([None, *_CODECS]) if floats else None
+                yield _case(
+                    rng, "reduce_scatter", dtype, world, op=op, algorithm=algorithm,
+                    quantize=codec, block=rng.choice(_BLOCKS),
+                )  # fmt: skip
         if floats:
             for codec in (None, rng.choice(_CODECS)):
                 for pool in (_WEIGHTS, _WEIGHTS[:-_WILD_WEIGHTS], _WEIGHTS[:3]):
@@ -166,9 +170,9 @@ def run_case(comm: pyccl.Communicator, case: Case, rng: random.Random) -> tuple[
         return [sha(x.array) for x in xs], len(infos) == len(xs) and all(x.guards_stand() for x in xs)
     if case.weights is not None:
         keywords["weight"] = case.weights[rank]
+    keywords["algorithm"] = case.algorithm
     if scatter:
         return _reduce_scatter(comm, xs[0], inputs[0], keywords)
-    keywords["algorithm"] = case.algorithm
     return _all_reduce(comm, xs[0], inputs[0], keywords, rng)
 
 

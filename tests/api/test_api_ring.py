@@ -5,6 +5,7 @@ Values: test_api_values.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,6 +75,41 @@ def test_a_peer_dies_in_a_ring(cluster: Cluster, world: int) -> None:
     cluster.agree(rest)
 
 
+def test_rings_run_on_while_connections_break_somebody_comes_and_somebody_stops_reading(cluster: Cluster) -> None:
+    """By a plan that wants the ring for all, which is carried to the newcomer and to the survivors."""
+    peers, (newcomer,) = cluster.members(4), cluster.spawn(1)
+    cluster.make([newcomer])
+    cluster.master.plan_next(ring=[2, 0, 3, 1])
+    meet(peers)
+    seed, loops = cluster.rng.getrandbits(32), {}
+
+    def begin(peer: Peer) -> None:
+        loops[peer] = peer.call("loop", thread="loop", seed=seed, count=100_000, report=3)
+
+    for peer in peers:
+        begin(peer)
+    for peer in peers:
+        peer.wait_event("loop")
+    for _ in range(4):
+        cluster.rng.choice(peers).ask("cut", what="peers")
+        assert cluster.reduce(peers, tag=1, dtype="int64", algorithm="auto")["algorithm"] == "ring"
+    cluster.admit(peers, [newcomer])
+    begin(newcomer)
+    newcomer.wait_event("loop")
+    stopped = cluster.rng.choice(peers)
+    stopped.stop()
+    rest = [peer for peer in (*peers, newcomer) if peer is not stopped]
+    for peer in rest:
+        peer.ask("wait_world", world=4)
+    stopped.resume()
+    loops.pop(stopped).error("EvictedError", "OutcomeUnknownError")
+    for peer in rest:
+        peer.ask("stop_loop")
+    cluster.check_loops({peer: loop.value() for peer, loop in loops.items()}, seed, 100_000)
+    assert cluster.reduce(rest, tag=1, dtype="int64", algorithm="auto")["algorithm"] == "ring"
+    cluster.agree(rest)
+
+
 def parts_are_right(cluster: Cluster, calls: Sequence[Call], seed: int, shape: list[int], **settings: Any) -> None:
     """Of those who called, in rank order."""
     values = {call.peer: call.value() for call in calls}
@@ -86,8 +122,9 @@ def parts_are_right(cluster: Cluster, calls: Sequence[Call], seed: int, shape: l
 
 def test_reduce_scatter_gives_each_its_rows_and_cuts_anew_after_a_loss(cluster: Cluster) -> None:
     first, last, victim = peers = cluster.members(3)
-    for shape in ([7, 11], [2, 300], [0, 4], [100_001, 3]):
-        settings = {"op": "avg", "quantize": "uint8" if shape[0] == 7 else None}
+    shapes = ([7, 11], [2, 300], [0, 4], [100_001, 3])
+    for shape, algorithm in itertools.product(shapes, ("direct", "ring")):
+        settings = {"op": "avg", "quantize": "uint8" if shape[0] == 7 else None, "algorithm": algorithm}
         calls = [peer.call("reduce_scatter", seed=5, shape=shape, **settings) for peer in peers]
         parts_are_right(cluster, calls, 5, shape, **settings)
     shape = [LARGE // 4, 4]
@@ -96,6 +133,24 @@ def test_reduce_scatter_gives_each_its_rows_and_cuts_anew_after_a_loss(cluster: 
     victim.call("reduce_scatter", seed=6, shape=shape).died()  # before the last has called: three can't have ended it
     parts_are_right(cluster, [call, last.call("reduce_scatter", seed=6, shape=shape)], 6, shape)
     cluster.agree([first, last])
+
+
+def test_reduce_scatter_goes_round_the_ring_of_the_plan_and_of_those_who_are_left(cluster: Cluster) -> None:
+    peers = in_rank_order(cluster.members(4))
+    victim = peers.pop(1)
+    cluster.master.plan_next(shares=[0, 3, 1, 2], ring=[2, 0, 3, 1], ring_from_bytes=4000)
+    meet([*peers, victim])
+    shape = [1000, 1]
+    calls = [peer.call("reduce_scatter", seed=7, shape=shape) for peer in (*peers, victim)]
+    parts_are_right(cluster, calls, 7, shape, algorithm="ring", ring=[2, 0, 3, 1])
+    shape = [LARGE // 4, 4]
+    victim.ask("hook", phase="data", when="after", bytes=LARGE // 2)
+    first, *others = peers
+    begun = [peer.call("reduce_scatter", seed=8, shape=shape) for peer in others]
+    victim.call("reduce_scatter", seed=8, shape=shape).died()
+    late = first.call("reduce_scatter", seed=8, shape=shape)
+    parts_are_right(cluster, [late, *begun], 8, shape, algorithm="ring", ring=[1, 0, 2])
+    cluster.agree(peers)
 
 
 def test_weights_of_a_reduce_scatter_that_add_up_to_nothing_are_an_error_on_all(cluster: Cluster) -> None:

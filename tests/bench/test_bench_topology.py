@@ -9,7 +9,8 @@ from bench_runs import bench, check_summary, done
 from click.testing import CliRunner
 
 from pyccl import netlab
-from pyccl.bench.topology import network_of
+from pyccl._proto import topology as planner
+from pyccl.bench.topology import EFFORT, network_of
 from pyccl.cli.main import main
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces and TUN devices need root")
@@ -43,6 +44,20 @@ def test_lines_of_the_home_scenario_are_what_the_planner_is_told() -> None:
     network = network_of(netlab.load("home"))
     assert network.up == (50e6, 50e6, 50e6, 2.5e6) and network.down == (50e6, 50e6, 50e6, 6.25e6)
     assert network.delay[0][3] == pytest.approx(0.02)
+
+
+def test_only_the_fast_links_of_six_neighbours_make_a_ring_and_it_wins() -> None:
+    network = network_of(netlab.load("neighbours"))
+    choice = planner.choose(network, EFFORT)
+    hops = zip(choice.order, [*choice.order[1:], choice.order[0]], strict=True)
+    assert {network.rate[i][j] for i, j in hops} == {12.5e6}
+    assert choice.algorithm(1 << 20) == "ring" and choice.direct.pace > 2.4 * choice.ring.pace
+
+
+@pytest.mark.parametrize("name", [name for name in netlab.names() if name != "neighbours"])
+def test_where_each_line_is_a_hosts_own_the_ring_never_wins(name: str) -> None:
+    network = network_of(netlab.load(name))
+    assert planner.choose(network, EFFORT).ring_from_bytes == planner.NEVER
 
 
 def test_scenario_that_is_none_is_a_bad_argument() -> None:

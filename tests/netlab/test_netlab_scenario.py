@@ -19,7 +19,7 @@ def two(host: str = "", more: str = "") -> Scenario:
 
 
 def test_every_scenario_of_the_package_is_valid_and_described() -> None:
-    assert names() == ["atlantic", "europe", "flowcap", "home", "lan", "newcomer", "pacific"]
+    assert names() == ["atlantic", "europe", "flowcap", "home", "lan", "neighbours", "newcomer", "pacific"]
     for name in names():
         scenario = load(name)
         assert scenario.description and scenario.rate(0, 1)
@@ -43,6 +43,9 @@ def test_uneven_scenarios_say_which_host_has_which_rate() -> None:
     newcomer = load("newcomer")
     assert [host.name for host in newcomer.hosts] == ["holder0", "holder1", "holder2", "newcomer"]
     assert [newcomer.rate(holder, 3) for holder in range(3)] == [100 * MBIT] * 3
+    neighbours = load("neighbours")
+    rates = [sorted(neighbours.rate(a, b) or 0 for b in range(6) if b != a) for a in range(6)]
+    assert rates == [[8 * MBIT] * 3 + [100 * MBIT] * 2] * 6 and neighbours.rtt_ns == 20 * MS
     flowcap = load("flowcap")
     assert (flowcap.rate(0, 1), flowcap.flow_cap(0, 1)) == (200 * MBIT, 20 * MBIT)
 

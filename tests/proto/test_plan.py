@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import struct
 
 import pytest
 from test_master import World, group_of, peer_id
@@ -26,7 +27,7 @@ def test_a_plan_comes_back_from_its_bytes_and_that_of_nothing_is_empty() -> None
         (Plan(piece_bytes=limits.PLAN_PIECE_MIN), 4),
         (Plan((3, 2), (1, 0), NEVER, limits.PLAN_PIECE_MAX), 2),
         (Plan(ring_from_bytes=NEVER - 1), 256),
-        (Plan(tuple(range(256)), tuple(reversed(range(256))), 1 << 20), 256),
+        (Plan(tuple(range(256)), tuple(reversed(range(256))), 1 << 20, 1 << 14, 999_999), 256),
     ):
         assert decode_untrusted(plan.encode(members), members) == plan
     assert Plan().encode(3) == NO_PLAN == b""
@@ -38,21 +39,22 @@ def test_a_plan_comes_back_from_its_bytes_and_that_of_nothing_is_empty() -> None
     [
         (b"direct", "6 bytes"),
         (b"\1", "1 bytes"),
-        (Plan(ring_from_bytes=5).encode(3)[:-1], "11 bytes"),
-        (Plan(ring_from_bytes=5).encode(3) + b"\0", "has not 13 bytes"),
+        (Plan(ring_from_bytes=5).encode(3)[:-1], "15 bytes"),
+        (Plan(ring_from_bytes=5).encode(3) + b"\0", "has not 17 bytes"),
         (b"\2" + Plan(ring_from_bytes=5).encode(3)[1:], "version 2"),
         (b"\1\10" + Plan(ring_from_bytes=5).encode(3)[2:], "flags 8"),
         (Plan(ring_from_bytes=5).encode(4), "for 4 members of 3"),
         (Plan((1, 2, 3)).encode(3)[:-4] + b"\0", "has not"),
-        (b"\1\1\3\0" + b"\xff" * 8 + bytes(12), "all 0"),
-        (b"\1\2\3\0" + b"\xff" * 8 + b"\0\0\1\0\1\0", "no order"),
-        (b"\1\2\3\0" + b"\xff" * 8 + b"\0\0\1\0\3\0", "no order"),
-        (b"\1\0\3\0" + b"\xff" * 8, "says nothing"),
-        (b"\1\4\3\0" + b"\xff" * 8, "has not 12 bytes"),
-        (b"\1\4\3\0" + b"\xff" * 8 + bytes(4), "a piece of 0 bytes"),
-        (b"\1\4\3\0" + b"\xff" * 8 + b"\1\x80\0\0", "pieces of 32769 bytes"),
-        (b"\1\4\3\0" + b"\xff" * 8 + b"\0\x20\0\0", "pieces of 8192 bytes"),
-        (b"\1\4\3\0" + b"\xff" * 8 + b"\0\0\4\0", "pieces of 262144 bytes"),
+        (b"\1\1\3\0" + b"\xff" * 8 + bytes(16), "all 0"),
+        (b"\1\2\3\0" + b"\xff" * 8 + bytes(4) + b"\0\0\1\0\1\0", "no order"),
+        (b"\1\2\3\0" + b"\xff" * 8 + bytes(4) + b"\0\0\1\0\3\0", "no order"),
+        (b"\1\0\3\0" + b"\xff" * 8 + bytes(4), "says nothing"),
+        (b"\1\0\3\0" + bytes(8) + struct.pack("<I", 1_000_000), "ring_pace=1000000"),
+        (b"\1\4\3\0" + b"\xff" * 8 + bytes(4), "has not 16 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + bytes(8), "a piece of 0 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + bytes(4) + b"\1\x80\0\0", "pieces of 32769 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + bytes(4) + b"\0\x20\0\0", "pieces of 8192 bytes"),
+        (b"\1\4\3\0" + b"\xff" * 8 + bytes(4) + b"\0\0\4\0", "pieces of 262144 bytes"),
     ],
 )
 def test_what_is_no_plan_is_refused_also_in_an_epoch(data: bytes, reason: str) -> None:
@@ -81,11 +83,11 @@ def test_any_bytes_are_a_plan_or_refused() -> None:
 
 def test_who_stays_keeps_weight_and_place_and_who_is_new_gets_the_mean() -> None:
     assert carry(Plan(piece_bytes=1 << 14), [A, B, C], [A, C]) == Plan(piece_bytes=1 << 14)
-    plan = Plan((1, 0, 5, 3), (3, 1, 0, 2), 99)
+    plan = Plan((1, 0, 5, 3), (3, 1, 0, 2), 99, ring_pace=9)
     assert carry(plan, [A, B, C, D], [A, B, C, D]) == plan
-    assert carry(plan, [A, B, C, D], [A, C, D]) == Plan((1, 5, 3), (2, 0, 1), 99)
-    assert carry(plan, [A, C, D, E], [A, B, C, D, E]) == Plan((1, 2, 0, 5, 3), (4, 2, 0, 3, 1), 99)
-    assert carry(plan, [A, B, C, D], [B]) == Plan((), (0,), 99)  # who owned something is gone
+    assert carry(plan, [A, B, C, D], [A, C, D]) == Plan((1, 5, 3), (2, 0, 1), 99, ring_pace=9)
+    assert carry(plan, [A, C, D, E], [A, B, C, D, E]) == Plan((1, 2, 0, 5, 3), (4, 2, 0, 3, 1), 99, ring_pace=9)
+    assert carry(plan, [A, B, C, D], [B]) == Plan((), (0,), 99, ring_pace=9)  # who owned something is gone
     assert carry(Plan((0, 1), (), 7), [A, B], [A, B, C]) == Plan((0, 1, 1), (), 7)
     assert carry(Plan(), [A], [A, B]) == Plan()
     assert carry_bytes(NO_PLAN, [A], [A, B]) == NO_PLAN

@@ -182,6 +182,17 @@ def test_many_members_get_a_second_longer_search_that_nobody_waits_for() -> None
     assert world.last(1, EpochPropose) == before and len(world.searches) == 2
 
 
+@pytest.mark.parametrize(("slow", "pace"), [(10, 500_000), (5, 250_000), (0, 0)])
+def test_plan_says_how_much_less_a_byte_costs_in_the_ring(slow: float, pace: int) -> None:
+    """Six, each with two neighbours at 100; direct takes 1/3 of a vector at `slow`, the ring 5/3 at 100."""
+    ranks, unknown = range(6), (topology.UNKNOWN,) * 6
+    rate = tuple(tuple(100.0 if (i - j) % 6 in (1, 5) else float(slow) for j in ranks) for i in ranks)
+    network = topology.Network((100.0,) * 6, (100.0,) * 6, rate, ((0.01,) * 6,) * 6, unknown)
+    plan = planning.plan_of(topology.choose(network, planning.EFFORT))
+    assert plan.ring in ((0, 1, 2, 3, 4, 5), (0, 5, 4, 3, 2, 1))
+    assert plan.ring_from_bytes < (1 << 20 if slow else 1) and plan.ring_pace == pytest.approx(pace, abs=pace / 50)
+
+
 def test_two_members_need_no_plan_and_hear_what_their_swap_will_take() -> None:
     world = planned(2)
     tell_all(world, 2, {1: FAST, 2: SLOW})
