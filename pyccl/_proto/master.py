@@ -963,7 +963,7 @@ class MasterMachine:
 
     def _step_join(self, group: Group) -> bool:
         proposal = group.proposal
-        if proposal is None or not all(
+        if proposal is None or proposal.stale or not all(  # stale: it waits for a plan, and may name who is gone
             self._peers[member.peer, member.incarnation].said.ready == proposal.version
             for member in proposal.epoch.members
         ):
@@ -1399,7 +1399,8 @@ class MasterMachine:
                 "waits_for": [
                     short(m.peer)
                     for m in proposal.epoch.members
-                    if self._peers[m.peer, m.incarnation].said.ready != proposal.version
+                    if (record := self._peers.get((m.peer, m.incarnation))) is not None
+                    and record.said.ready != proposal.version
                 ],
             },
         }

@@ -167,6 +167,25 @@ def test_member_that_is_lost_while_its_plan_is_searched_for_holds_up_nobody() ->
     assert world.master.status()["groups"][0]["epoch"] == 2
 
 
+def test_newcomer_that_leaves_a_proposal_while_a_plan_without_it_is_searched_for_holds_up_nobody() -> None:
+    world = planned(3)
+    tell_all(world, 3, {1: FAST, 2: FAST, 3: SLOW})
+    world.hello(4)
+    arrive_all(world, 3, 2)
+    world.end(world.searches[0])
+    proposal = world.last(1, EpochPropose)
+    assert peer_id(4) in proposal.epoch.peers
+    world.do(world.master.disconnected(4, world.now))
+    assert len(world.searches) == 2 and world.last(1, EpochPropose) == proposal  # it waits for the second
+    for n in (1, 2, 3):
+        world.say(n, Ready(3, proposal.version))
+    assert world.master.status()["groups"][0]["epoch"] == 2  # nobody enters an epoch with one who is gone
+    world.end(world.searches[1])
+    assert world.last(1, EpochPropose).epoch.peers == tuple(peer_id(n) for n in (1, 2, 3))
+    world.ready(1, 2, 3)
+    assert world.epoch().number == 3
+
+
 def test_many_members_get_a_second_longer_search_that_nobody_waits_for() -> None:
     members = 14
     world = planned(members)
