@@ -19,6 +19,7 @@ import hashlib
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,11 @@ def start_all(args: argparse.Namespace) -> int:
         for stream in range(args.peers):
             command = [sys.executable, __file__, "--master", address, "--stream", stream, *options]
             peers.append(subprocess.Popen([str(part) for part in command], text=True))
-        return max(peer.wait() for peer in peers)
+        while not all(peer.poll() == 0 for peer in peers):
+            if any(peer.poll() for peer in peers):
+                return 1  # one has failed, and the others wait for company
+            time.sleep(0.1)
+        return 0
     finally:
         for process in [*peers, master]:
             process.kill()

@@ -189,6 +189,9 @@ pyccl_status pyccl_codec_reduce(uint8_t codec, uint8_t op, uint32_t block, const
 pyccl_status pyccl_outer_sgd(uint8_t dtype, void *theta, void *momentum, const void *g, size_t count, double lr,
                              double mu, int nesterov);
 
+/* out[i] = a[i] - b[i]. The arrays are aligned for float and do not overlap. */
+void pyccl_difference(const float *a, const float *b, size_t count, float *out);
+
 /* The instruction set that digests, folds and codecs use: "scalar", "avx2", "avx512" or "neon"; all give the same bytes. */
 const char *pyccl_kernel_name(void);
 /* For tests and benchmarks, of the whole process: one of those names, or "auto", which is how it starts: the best that

@@ -1,4 +1,4 @@
-/* outer.c: one step of the outer optimizers' SGD, in place, one pass over memory.
+/* outer.c: one step of the outer optimizers' SGD, in place, and theta - w; one pass over memory each.
  *
  *     b <- mu*b + g      d = g + mu*b (Nesterov) or b      theta <- theta - lr*d
  *
@@ -7,6 +7,12 @@
  * Threads: nothing shared. */
 #include "float_mode.h"
 #include "pyccl.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define STREAM_FROM ((size_t)1 << 20) /* elements: what is longer does not stay in a cache, so stores go past them */
 
 #define STEPS(name, real)                                                                                   \
     static void name##_plain(real *restrict theta, const real *restrict g, size_t count, real lr) {         \
@@ -43,4 +49,22 @@ pyccl_status pyccl_outer_sgd(uint8_t dtype, void *theta, void *momentum, const v
     else step_f64(theta, momentum, g, count, lr, mu, nesterov);
     float_mode_leave(before);
     return PYCCL_OK;
+}
+
+static void difference_f32(const float *a, const float *b, float *out, size_t count) {
+    size_t i = 0;
+#if defined(__SSE2__)
+    if (count >= STREAM_FROM) {
+        for (; ((uintptr_t)(out + i) & 15) != 0; i++) out[i] = a[i] - b[i];
+        for (; i + 4 <= count; i += 4) _mm_stream_ps(out + i, _mm_sub_ps(_mm_loadu_ps(a + i), _mm_loadu_ps(b + i)));
+        _mm_sfence();
+    }
+#endif
+    for (; i < count; i++) out[i] = a[i] - b[i];
+}
+
+void pyccl_difference(const float *a, const float *b, size_t count, float *out) {
+    const float_mode before = float_mode_enter();
+    difference_f32(a, b, out, count);
+    float_mode_leave(before);
 }

@@ -1,5 +1,6 @@
 /* test_outer.c: the outer step rounds every product and sum by itself, in IEEE mode. */
 #include <float.h>
+#include <stdbool.h>
 
 #include "pyccl.h"
 #include "test.h"
@@ -44,6 +45,26 @@ TEST(outer_float64_and_no_other_dtype) {
     CHECK(theta[0] > 0.468 - 1e-12 && theta[0] < 0.468 + 1e-12 && theta[1] == theta[0]);
     CHECK_EQ(pyccl_outer_sgd(PYCCL_FLOAT16, theta, b, g, 2, 0.7, 0.9, 1), PYCCL_ERR_ARGUMENT);
     CHECK_EQ(pyccl_outer_sgd(PYCCL_INT32, theta, b, g, 2, 0.7, 0.9, 1), PYCCL_ERR_ARGUMENT);
+}
+
+TEST(outer_difference_of_any_length_and_place) {
+    const size_t counts[] = {0, 1, 5, 1000, (1 << 20) - 1, 1 << 20, (1 << 20) + 7};
+    uint64_t seed = test_seed();
+    const size_t most = (1 << 20) + 16;
+    float *a = malloc(3 * most * sizeof *a);
+    REQUIRE(a != NULL);
+    float *b = a + most, *out = b + most;
+    draw(&seed, a, 2 * most);
+    for (size_t c = 0; c < sizeof counts / sizeof *counts; c++)
+        for (size_t at = 0; at < 5; at++) {
+            const size_t n = counts[c];
+            bool right = true;
+            out[at + n] = 7.0f;
+            pyccl_difference(a + at, b + 1, n, out + at);
+            for (size_t i = 0; i < n; i++) right &= out[at + i] == plus(a[at + i], -b[1 + i]);
+            CHECK(right && out[at + n] == 7.0f);
+        }
+    free(a);
 }
 
 #if defined(__x86_64__)

@@ -296,7 +296,7 @@ class AsyncDiLoCo(DiLoCo):
 
     def _late_states(self) -> Sequence[SharedState]:
         """The mean that everybody will apply at the end of the round, for a newcomer."""
-        if self.group.is_new:
+        if not self.group.keeps_own:
             self._is_in = False
         return (self._late.settled(),)
 

@@ -89,6 +89,7 @@ class Group:
     more: Callable[[], Sequence[SharedState]] = tuple
     per_replica: bool = False
     _in_step: object = None  # the membership (session) of the last agree
+    keeps_own: bool = False  # per replica: what is here is ours to keep
     _known: frozenset[str] = frozenset()  # members at the last agree
     _veterans: frozenset[str] = frozenset()  # of them, who was in step before
     _settings_digest: int = field(init=False)
@@ -190,11 +191,13 @@ class Group:
     def rejoin(self) -> None:
         """This peer was taken out of the run: come back as a newcomer."""
         log.warning("rejoin cause=%r", self._left())
+        self.keeps_own = False
         self.comm.connect()
 
     def loaded(self) -> None:
         """The state comes from a file, as everybody's does: the newest wins."""
         self.state.voter = self._in_step = None
+        self.keeps_own = self.per_replica
 
     # ---- inside
 
@@ -215,7 +218,7 @@ class Group:
         for state in self.more():
             self._count(self.comm.sync_shared_state(state))
         self._known = frozenset(self.comm.members)
-        self._in_step = self.comm._session
+        self._in_step, self.keeps_own = self.comm._session, self.per_replica
         if info is None:
             return False
         veterans = self._veterans - frozenset(info.holders)
@@ -229,11 +232,9 @@ class Group:
     def _sync(self) -> SyncInfo | None:
         """None: the others' arrays are another one's, and ours stay."""
         try:
-            info = self.comm.sync_shared_state(
-                self.state, "send_only" if self.per_replica and not self.is_new else "enforce_popular"
-            )
+            info = self.comm.sync_shared_state(self.state, "send_only" if self.keeps_own else "enforce_popular")
         except errors.MismatchError as e:
-            if self.per_replica and e.peers == (self.comm.peer_id,):
+            if self.keeps_own and e.peers == (self.comm.peer_id,) and e.fields == ("root",):
                 return None
             raise
         self._count(info)

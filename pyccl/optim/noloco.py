@@ -186,9 +186,10 @@ class NoLoCo(OuterOptimizer):
         if self.group.has_strangers():
             self._members = None
             self._agree()
-        elif news.pending:
-            self._members = None
-            self._admit()
+        else:
+            if news.pending:
+                self._members = None
+            self._end_round(pending=news.pending, watched=news.watched)
         self._open()
 
     def _swap_moved(self) -> dict[str, tuple[Vectors, Vectors]]:
@@ -261,7 +262,6 @@ class NoLoCo(OuterOptimizer):
         """As of every optimizer, but each replica keeps what it loads. All members load states of the same round."""
         self._abandon()
         super().load_state_dict(state)
-        self.group.is_new = False
 
     def _took(self, changed: bool) -> bool:
         if changed:

@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from pyccl.errors import UsageError
+from pyccl.optim.rules import difference
 
 Array = np.ndarray[Any, Any]
 
@@ -123,7 +124,7 @@ class Leaf:
     def pseudo_gradient(self, theta: Array, out: Array) -> None:
         """out = theta - live, theta rounded to the live dtype."""
         if self.is_wide:
-            np.subtract(theta, self.host(), out=out)
+            difference(theta, self.host(), out)
             return
         self.read(out)
         np.subtract(self.rounded(theta), out, out=out)

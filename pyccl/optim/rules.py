@@ -38,6 +38,15 @@ def outer_sgd(theta: Array, momentum: Array | None, g: Array, *, lr: float, mu: 
     check(lib.pyccl_outer_sgd(dtype, pins[0], b, pins[1], theta.size, lr, mu, nesterov), "outer_sgd")
 
 
+def difference(a: Array, b: Array, out: Array) -> None:
+    """out = a - b. Any shape and strides, equal shapes; one pass where all are contiguous float32."""
+    if all(x.dtype == np.float32 and x.flags.c_contiguous and x.flags.aligned for x in (a, b, out)):
+        x, y, z = (ffi.from_buffer("float[]", array.reshape(-1)) for array in (a, b, out))
+        lib.pyccl_difference(x, y, out.size, z)
+    else:
+        np.subtract(a, b, out=out)
+
+
 def eager(late: Array, g: Array, g_before: Array, world: int, out: Array) -> None:
     """The own share fresh, those of the others one round old: out = late + (g - g_before) / world.
 

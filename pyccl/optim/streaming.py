@@ -151,10 +151,10 @@ class StreamingDiLoCo(OuterOptimizer):
         self._inner = 0
         if self._flight is None:
             return
-        fragment, world_size, pending = self._fragment, 0, False
+        fragment, world_size, pending, watched = self._fragment, 0, False, False
         try:
             outcome = self._wait(self._flight)
-            world_size, pending = outcome.world_size, outcome.pending
+            world_size, pending, watched = outcome.world_size, outcome.pending, outcome.watched
         except RETRIED as e:  # it failed on all members alike
             if isinstance(e, StatesDifferedError):
                 raise
@@ -169,8 +169,8 @@ class StreamingDiLoCo(OuterOptimizer):
             self._wait_for_company()
         elif not committed:
             self.stats.rollbacks += 1
-        elif pending:
-            self._admit()
+        else:
+            self._end_round(pending=pending, watched=watched)
 
     def _apply(self) -> None:
         outer, momentum = self._outer, self._buffers.get("momentum")

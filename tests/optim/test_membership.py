@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from replicas import TIMEOUT_S, Replicas, bits, copied, ended, move, weights
 
 import pyccl
 from pyccl.optim import AsyncDiLoCo, DiLoCo, LocalSGD, OuterOptimizer
+from pyccl.optim.exchange import Exchange, Outcome
 
 
 def wait_pending(comm: pyccl.Communicator) -> None:
@@ -362,3 +364,65 @@ def test_an_observer_keeps_the_states_of_rounds_although_nobody_joins(
     finally:
         observer.kill()
         observer.communicate(timeout=TIMEOUT_S)
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """The n-th exchange of each member can't be completed."""
+    inner, counts = Exchange.wait, Counter[str]()
+
+    def wait(self: Exchange) -> Outcome:
+        outcome = inner(self)
+        counts[self.comm.peer_id] += 1
+        if counts[self.comm.peer_id] == nth:
+            raise pyccl.DeadlineError("for a test")
+        return outcome
+
+    monkeypatch.setattr(Exchange, "wait", wait)
+
+
+@pytest.mark.parametrize("kind", [LocalSGD, DiLoCo])
+def test_an_exchange_that_can_not_be_completed_raises_and_the_round_does_not_count(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch, seed: int, kind: type[OuterOptimizer]
+) -> None:
+    failing_at(monkeypatch, 2)
+
+    def train(comm: pyccl.Communicator, rank: int) -> Any:
+        params = weights()
+        opt = kind(comm, params, H)
+        one_round(opt, params, seed, rank, 0)
+        before, live = copied(opt.theta), copied(params)
+        for step in range(H, 2 * H):
+            move(live, seed, rank, step)
+        with pytest.raises(pyccl.DeadlineError):
+            one_round(opt, params, seed, rank, 1)
+        assert bits(opt.theta) == bits(before) and opt.round == 1
+        assert bits(params) == bits(live if kind is LocalSGD else before)
+        return one_round(opt, params, seed, rank, 2), opt.shared.digest(), opt.round
+
+    told = replicas.run(2, train)
+    assert told[0][1:] == told[1][1:] and told[0][2] == 2
+    if kind is DiLoCo:
+        outer = Outer(weights(), 0.7, 0.9, True)
+        for round_ in (0, 2):
+            outer.step(mean([local(outer.theta, seed, rank, round_) for rank in range(2)]))
+        assert bits(told[0][0]) == bits(outer.theta)
+
+
+def test_late_an_exchange_that_can_not_be_completed_is_an_outer_step_less(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    failing_at(monkeypatch, 2)
+
+    def train(comm: pyccl.Communicator, rank: int) -> Any:
+        params = weights()
+        opt = AsyncDiLoCo(comm, params, H, outer_lr=0.4, outer_momentum=0.5)
+        return [one_round(opt, params, seed, rank, round_) for round_ in range(5)]
+
+    late, expected = Late(2, 0.4, 0.5, eager=False), []
+    for round_ in range(5):
+        if round_ == 2:
+            late.flying = {}
+        late.round(range(2), seed, round_)
+        expected.append(copied(late.outers[0].theta))
+    for seen in replicas.run(2, train):
+        same(seen, expected)

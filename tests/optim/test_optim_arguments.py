@@ -51,7 +51,7 @@ def test_a_step_without_a_connection_says_so() -> None:
         opt.step()
 
 
-def test_a_quantized_exchange_of_two_moves_an_eighth_and_hidden_seconds_are_told(replicas: Replicas, seed: int) -> None:
+def test_a_quantized_exchange_of_two_moves_an_eighth(replicas: Replicas, seed: int) -> None:
     def train(comm: pyccl.Communicator, rank: int) -> list[int]:
         sent = []
         for codec in (None, "fp4_e3m0"):
@@ -81,3 +81,20 @@ def test_tied_parameters_have_one_theta_under_both_names(replicas: Replicas, see
 
     told = replicas.run(2, train)
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("kind", [DiLoCo, AsyncDiLoCo])
+def test_seconds_are_hidden_where_an_exchange_ran_while_the_caller_did_not_wait(
+    replicas: Replicas, seed: int, kind: type[DiLoCo]
+) -> None:
+    def train(comm: pyccl.Communicator, rank: int) -> tuple[float, float]:
+        params = weights()
+        opt = kind(comm, params, H)
+        for step in range(3 * H):
+            move(params, seed, rank, step)
+            opt.step()
+        return opt.stats.seconds_hidden, opt.stats.seconds_blocked
+
+    for hidden, blocked in replicas.run(2, train):
+        assert blocked > 0
+        assert hidden > 0 or kind is DiLoCo

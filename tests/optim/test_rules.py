@@ -51,6 +51,20 @@ def test_blocks_give_the_bits_of_the_rule_on_whole_arrays(
         assert not mu or b.tobytes() == kept.tobytes()
 
 
+@pytest.mark.parametrize("size", [0, 1, 1000, (1 << 20) + 3])
+def test_a_difference_has_numpys_bits_whatever_the_strides(size: int) -> None:
+    rng = np.random.default_rng(size)
+    a, b = (rng.standard_normal(2 * size + 2).astype(np.float32) for _ in range(2))
+    for step, dtype in ((1, np.float32), (2, np.float32), (1, np.float64)):
+        x, y = (
+            a[1 : 1 + step * size : step].astype(dtype, copy=False),
+            b[: step * size : step].astype(dtype, copy=False),
+        )
+        out = np.zeros(size + 1, dtype)
+        rules.difference(x, y, out[:size])
+        assert out[:size].tobytes() == (x - y).tobytes() and out[size] == 0
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_eager_replaces_the_own_share_by_a_fresh_one(size: int) -> None:
     rng = np.random.default_rng(size)
