@@ -32,8 +32,8 @@ extern "C" {
 #define PYCCL_BLOCK_MAX 65536
 #define PYCCL_PACE_DIRECT 1000000   /* pyccl_plan.ring_pace in millionths of it */
 #define PYCCL_EAGER_MAX 4194304     /* bytes one peer may send of operations that the receiver has not submitted yet */
-#define PYCCL_OPS_OPEN_MAX 4096     /* operations of one member that are open at a time */
-#define PYCCL_EARLY_MAX 4096        /* operations one peer may open, or open and give up, before we submit them */
+#define PYCCL_OPS_OPEN_MAX 4096     /* open at a time of those that one member is the first to call: further submits wait */
+#define PYCCL_EARLY_MAX 4096        /* operations one peer may open, or open and give up, before we submit them: likewise */
 #define PYCCL_CULPRIT_NOBODY 257    /* in ABORT and ANSWER, above the status: 0 the sender gave it up, 1.. its rank + 1 */
 #define PYCCL_CONNS_MAX 64          /* connections of one pair */
 #define PYCCL_TAGS_MAX 65536        /* different tags between two restarts of numbers: a control message holds as many */
@@ -45,8 +45,7 @@ typedef enum pyccl_status {
     PYCCL_ERR_NOMEM = -1,            /* MemoryError                                                             */
     PYCCL_ERR_OS = -2,               /* OSError: a system call failed, errno tells                              */
     PYCCL_ERR_ARGUMENT = -10,        /* UsageError: the caller's bug, nothing was sent                          */
-    PYCCL_ERR_LIMIT = -11,           /* UsageError: more open operations or tags than the limits above, or more
-                                        that a participant has not submitted, failed ones included */
+    PYCCL_ERR_LIMIT = -11,           /* UsageError: more tags than the limit above                               */
     PYCCL_ERR_CLOSED = -12,          /* UsageError: the communicator is closed or not connected                 */
     PYCCL_ERR_PEER_LOST = -20,       /* PeerLostError: a participant (or the root) was lost; input restored      */
     PYCCL_ERR_ALONE = -21,           /* AloneError: nobody else is left in the group                             */
@@ -206,6 +205,7 @@ typedef struct pyccl_fsm_options {
     int64_t settle_ns;               /* a prepared operation may stay unsettled this long after its deadline     */
     int64_t stall_ns;                /* a started operation without progress fails after this long; 0: never     */
     int64_t tell_ns;                 /* settled numbers nobody was told of are announced after this long         */
+    uint32_t open_max, early_max;    /* 0: PYCCL_OPS_OPEN_MAX, PYCCL_EARLY_MAX. The same on all members           */
 } pyccl_fsm_options;
 
 /* How the members of an epoch share the work. Pointers may be NULL, see there; arrays are copied. */
@@ -253,13 +253,15 @@ typedef struct pyccl_op_verdict {
     uint64_t seq;
 } pyccl_op_verdict;
 
-typedef struct pyccl_op_count {      /* operations of this channel submitted since numbers restarted */
+typedef struct pyccl_op_count {      /* operations of this channel submitted since numbers restarted, also those that wait for
+                                        room, but not above a cut */
     uint8_t space;
     uint64_t tag;
     uint64_t count;
 } pyccl_op_count;
 
-typedef struct pyccl_op_lack {       /* an operation we have open that a participant has not opened */
+typedef struct pyccl_op_lack {       /* an operation we have open that a participant has not opened; or have given up and it
+                                        has not called, and a submit waits for that */
     uint8_t space;
     uint64_t tag;
     uint64_t seq;
@@ -307,7 +309,8 @@ typedef enum pyccl_gate {
 
 pyccl_status pyccl_fsm_new(const pyccl_fsm_options *options, pyccl_fsm **out);
 void pyccl_fsm_free(pyccl_fsm *fsm);
-/* cookie: not 0, unique among open operations. The machine answers with START or FAIL, at once or in a later epoch. */
+/* cookie: not 0, unique among open operations. The machine answers with START or FAIL, at once, when there is room below
+ * the limits, or in a later epoch. What waits costs memory here alone; there may be any number. */
 pyccl_status pyccl_fsm_submit(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, int64_t deadline_ns, int64_t now_ns);
 /* weight: what its OPEN tells the others; pyccl_fsm_submit: 1. */
 pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, double weight,
@@ -335,7 +338,8 @@ int pyccl_fsm_frozen(const pyccl_fsm *fsm);
 size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap);
 size_t pyccl_fsm_counts(const pyccl_fsm *fsm, pyccl_op_count *out, size_t cap);
 size_t pyccl_fsm_lacking(const pyccl_fsm *fsm, pyccl_op_lack *out, size_t cap);
-size_t pyccl_fsm_open_count(const pyccl_fsm *fsm);
+size_t pyccl_fsm_open_count(const pyccl_fsm *fsm);                        /* those that wait included */
+int pyccl_fsm_moves(const pyccl_fsm *fsm);    /* 1: something is open that all participants have opened */
 /* All members stand at the safe point: numbers below the cut run in this epoch, later ones wait for the next.
  * Returns 0, or 1 when a count of ours is above the cut (send the counts: the cut must rise). open: 1 takes the cut back. */
 int pyccl_fsm_cut(pyccl_fsm *fsm, const pyccl_op_count *cut, size_t cuts, int open, int64_t now_ns);

@@ -498,6 +498,7 @@ static void engine_delete(pyccl_engine *engine) {
         free(p);
     }
     pyccl_fsm_free(engine->fsm);
+    pyccl_map_fini(&engine->ops);
     plan_release(engine->plan);
     state_fini(engine);
     memory_fini(engine);
@@ -541,8 +542,6 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
     pthread_mutex_init(&engine->stop_lock, NULL);
     pthread_mutex_init(&engine->event_lock, NULL);
     pthread_cond_init(&engine->command_done, NULL);
-    for (uint32_t i = 0; i < PYCCL_OPS_OPEN_MAX; i++) engine->table_free[i] = (uint16_t)(PYCCL_OPS_OPEN_MAX - 1 - i);
-    engine->table_free_count = PYCCL_OPS_OPEN_MAX;
 }
 
 /* Signals are the callers': the thread inherits a mask that blocks all. */

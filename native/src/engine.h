@@ -28,6 +28,7 @@
 #include <stdint.h>
 
 #include "../include/pyccl.h"
+#include "map.h"
 #include "schedule.h"
 #include "link.h"
 #include "status.h"
@@ -77,7 +78,7 @@ struct pyccl_op {
     pyccl_engine *engine;
     pyccl_op_args args;
     int64_t submitted_ns;
-    uint64_t cookie;                 /* 0: not in the table */
+    uint64_t cookie;                 /* 0: not in engine->ops */
     attempt *attempt;                /* NULL: none runs */
     uint64_t tx_bytes, rx_bytes, seq;
     void *kept;                      /* result that has no dst, after the commit: see pyccl_op_take */
@@ -249,9 +250,7 @@ struct pyccl_engine {
     uint8_t members[PYCCL_WORLD_MAX][PYCCL_ID_SIZE];
     peer *ranks[PYCCL_WORLD_MAX];    /* NULL: ourselves, or removed */
 
-    pyccl_op *table[PYCCL_OPS_OPEN_MAX];
-    uint16_t table_free[PYCCL_OPS_OPEN_MAX];
-    uint32_t table_free_count;
+    pyccl_map ops;                   /* by cookie: those that the fsm has, waiting ones included */
     uint64_t cookies;
     attempt *attempts, *attempts_last;
     uint64_t ordinals;

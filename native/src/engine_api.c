@@ -1,7 +1,7 @@
 /* engine_api.c: pyccl_op_*: how callers hand operations to the engine's thread, wait for them and give them up.
  *
  * An operation is its own command: submit checks it, queues it and returns. What only the thread can know (no epoch,
- * too many open operations) ends the operation with that status. `ended` is set as the last thing the thread does to it;
+ * too many tags) ends the operation with that status. `ended` is set as the last thing the thread does to it;
  * from then on it is the caller's. Waiters sleep on that word itself (a futex): a condition's lock would be held while
  * they are woken, and who wakes on the thread's own processor would find it taken.
  * Threads: pyccl_op_* from any; engine_* on the engine's thread.   Spec: pyccl.h */
@@ -25,36 +25,13 @@ static long futex(atomic_int *word, int what, int value, const struct timespec *
 
 /* ---- on the thread ---- */
 
-#define COOKIE_INDEX_MASK UINT64_C(0xFFFF) /* low bits of a cookie: place in the table, plus 1 */
-_Static_assert(PYCCL_OPS_OPEN_MAX < 0xFFFF, "a place in the table fits a cookie");
-
-pyccl_op *engine_op(const pyccl_engine *engine, uint64_t cookie) {
-    const uint64_t index = (cookie & COOKIE_INDEX_MASK) - 1;
-    PYCCL_ASSERT(index < PYCCL_OPS_OPEN_MAX);
-    pyccl_op *op = engine->table[index];
-    return op != NULL && op->cookie == cookie ? op : NULL;
-}
-
-static bool table_add(pyccl_engine *engine, pyccl_op *op) {
-    if (engine->table_free_count == 0) return false;
-    const uint16_t index = engine->table_free[--engine->table_free_count];
-    op->cookie = ++engine->cookies << 16 | (index + 1u);
-    engine->table[index] = op;
-    return true;
-}
-
-static void table_remove(pyccl_engine *engine, pyccl_op *op) {
-    if (op->cookie == 0) return;
-    const uint16_t index = (uint16_t)((op->cookie & COOKIE_INDEX_MASK) - 1);
-    engine->table[index] = NULL;
-    engine->table_free[engine->table_free_count++] = index;
-    op->cookie = 0;
-}
+pyccl_op *engine_op(const pyccl_engine *engine, uint64_t cookie) { return pyccl_map_get(&engine->ops, cookie); }
 
 void engine_op_end(pyccl_op *op, int32_t status, uint32_t attempts, const uint8_t culprit[16]) {
     pyccl_engine *engine = op->engine;
     ops_stop(engine, op);
-    table_remove(engine, op);
+    if (op->cookie != 0) pyccl_map_remove(&engine->ops, op->cookie);
+    op->cookie = 0;
     engine->moved_ns = engine->env.now_ns;
     const pyccl_event event = {.type = PYCCL_EVENT_OP, .slot = UINT32_MAX, .code = status, .value = op->args.user,
                                .seq = op->seq, .tag = op->args.spec.tag, .space = op->args.spec.space};
@@ -76,10 +53,8 @@ static void run_submit(pyccl_engine *engine, command *c) {
     const int64_t deadline = op->args.timeout_ns > INT64_MAX - op->submitted_ns ? INT64_MAX : op->submitted_ns + op->args.timeout_ns;
     engine->moved_ns = now;
     engine->tick_stale = true;
-    if (!table_add(engine, op)) {
-        engine_op_end(op, PYCCL_ERR_LIMIT, 0, NULL);
-        return;
-    }
+    op->cookie = ++engine->cookies;
+    pyccl_map_put(&engine->ops, op->cookie, op);
     const pyccl_status rc = pyccl_fsm_submit_weighted(engine->fsm, op->cookie, &op->args.spec, op->args.weight, deadline, now);
     if (rc != PYCCL_OK) engine_op_end(op, rc, 0, NULL);
 }

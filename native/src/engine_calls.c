@@ -258,11 +258,9 @@ pyccl_status pyccl_engine_give_up(pyccl_engine *engine, pyccl_status why, const 
 
 static void run_blocked(pyccl_engine *engine, command *c) {
     fsm_command *f = (fsm_command *)c;
-    size_t running = 0;
-    for (const attempt *a = engine->attempts; a != NULL; a = a->next) running++;
     f->count = pyccl_fsm_lacking(engine->fsm, f->out, f->cap);
     f->below = pyccl_fsm_below_cut(engine->fsm);
-    f->quiet_ns = running > f->count ? 0 : engine->env.now_ns - engine->moved_ns;
+    f->quiet_ns = pyccl_fsm_moves(engine->fsm) ? 0 : engine->env.now_ns - engine->moved_ns;
     f->waiters = atomic_load_explicit(&engine->waiters, memory_order_relaxed);
 }
 

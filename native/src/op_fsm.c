@@ -70,16 +70,25 @@ struct fsm_tag {
     uint32_t partner;                      /* SPACE_PAIR: rank of the other one; world: it is gone  */
     uint8_t partner_id[PYCCL_ID_SIZE];
     uint8_t space, dirty;
+    struct lane *lane;                     /* submits that wait for its next numbers; NULL: none    */
 };
 
-typedef struct deferred {                  /* submitted while frozen or above the cut: no number yet */
+typedef struct deferred {                  /* submitted while frozen, above the cut or without room: no number yet */
     struct deferred *next;
+    uint64_t order;                        /* of submits: the older ones go first                   */
     uint64_t cookie;
     pyccl_spec spec;
     double weight;
     int64_t submitted_ns, deadline_ns;
     int32_t status;                        /* not 0: given up, it only takes its number             */
 } deferred;
+
+typedef struct lane {                      /* those of one channel, in the order of their numbers: behind one that waits all do */
+    struct lane *next;
+    fsm_tag *tag;                          /* NULL: the partner is no member                        */
+    deferred *first, **end;
+    uint64_t count;
+} lane;
 
 struct pyccl_fsm {
     pyccl_fsm_options options;
@@ -91,8 +100,12 @@ struct pyccl_fsm {
     pyccl_map tag_map, cookie_map;
     fsm_op *live_first, *live_last;
     size_t live_count, tag_count;
-    deferred *deferred_first, **deferred_end;
+    lane *lanes, **lanes_end;              /* by the order of their first ones                      */
+    pyccl_map deferred_map;                /* cookie -> deferred, not those given up                */
     size_t deferred_count;
+    uint64_t orders;                       /* submits so far                                        */
+    int64_t deferred_ns;                   /* before it no deadline of a deferred one passes        */
+    uint8_t room;                          /* something that a lane may wait for has happened       */
     uint32_t early[PYCCL_WORLD_MAX];
     uint32_t ahead[PYCCL_WORLD_MAX];       /* numbers of ours that it is not known to have submitted: its `early` of us */
     int64_t tell_ns_at;                    /* 0: nothing to tell                                    */
@@ -287,20 +300,33 @@ static void ahead_remove(pyccl_fsm *fsm, const fsm_op *op) {
 }
 
 static void op_submitted_by(pyccl_fsm *fsm, fsm_op *op, uint32_t rank) {
+    if (set_has(&op->submitted, rank)) return;
     if (awaits_submit_of(fsm, op, rank)) fsm->ahead[rank]--;
     set_add(&op->submitted, rank);
+    fsm->room = 1;
 }
 
-/* One more would be more than a participant has to keep of us. Those that wait here count as if they all went to it. */
-static int is_too_far_ahead(const pyccl_fsm *fsm, const pyccl_spec *spec, uint32_t partner) {
-    uint32_t most = 0;
-    for (uint32_t rank = 0; rank < fsm->world; rank++)
-        if ((spec->space != PYCCL_SPACE_PAIR || rank == partner) && fsm->ahead[rank] > most) most = fsm->ahead[rank];
-    return most + fsm->deferred_count >= PYCCL_EARLY_MAX;
+/* A participant that has submitted the next number of the tag has to keep nothing of us for it; any other one must not be
+ * full. What another member has called first may run beside open_max of ours: members that each ran ahead in channels of
+ * their own come together again. */
+static int has_room(const pyccl_fsm *fsm, const fsm_tag *tag, int given_up) {
+    const int open = given_up || fsm->live_count < fsm->options.open_max;
+    int full = 0;
+    for (uint32_t rank = 0; rank < fsm->world && !full; rank++)
+        full = rank != fsm->rank && takes_part(fsm, tag, rank) && fsm->ahead[rank] >= fsm->options.early_max;
+    if (open && !full) return 1;
+    const fsm_op *early = op_find(tag, tag->next_seq);
+    if (early == NULL) return 0;
+    for (uint32_t rank = 0; rank < fsm->world; rank++) {
+        if (rank == fsm->rank || !takes_part(fsm, tag, rank) || set_has(&early->submitted, rank)) continue;
+        if (fsm->ahead[rank] >= fsm->options.early_max) return 0;
+    }
+    return 1;
 }
 
 static void op_drop(pyccl_fsm *fsm, fsm_op *op) {
     ahead_remove(fsm, op);
+    fsm->room = 1;
     fsm_op **at = &op->tag->ops;
     while (*at != op) at = &(*at)->tag_next;
     *at = op->tag_next;
@@ -324,6 +350,7 @@ static void live_remove(pyccl_fsm *fsm, fsm_op *op) {
     if (op->live_next != NULL) op->live_next->live_prev = op->live_prev;
     else fsm->live_last = op->live_prev;
     fsm->live_count--;
+    fsm->room = 1;
     pyccl_map_remove(&fsm->cookie_map, op->cookie);
 }
 
@@ -542,30 +569,112 @@ static int fails_for_want_of_peers(pyccl_fsm *fsm, uint64_t cookie, const pyccl_
     return 1;
 }
 
-/* Submits that waited and may run now, in their order. */
-static void admit_deferred(pyccl_fsm *fsm, int64_t now_ns) {
-    deferred **at = &fsm->deferred_first;
-    while (*at != NULL) {
-        deferred *item = *at;
-        const uint32_t partner = partner_of(fsm, &item->spec);
-        fsm_tag *tag = partner < fsm->world ? tag_get(fsm, item->spec.space, item->spec.tag, partner) : NULL;
-        if (!admissible(fsm, tag)) {
-            at = &item->next;
-            continue;
-        }
-        *at = item->next;
-        fsm->deferred_count--;
-        const int fails = item->status == 0 && fails_for_want_of_peers(fsm, item->cookie, &item->spec);
-        if (!fails && tag != NULL) op_admit(fsm, tag, item, now_ns);
-        free(item);
+/* ---- submits that wait ---- */
+
+/* Its submit takes a number now; NULL: the partner is no member, so there is none to take. */
+static void admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *item, int64_t now_ns) {
+    const int fails = item->status == 0 && fails_for_want_of_peers(fsm, item->cookie, &item->spec);
+    if (!fails && tag != NULL) op_admit(fsm, tag, item, now_ns);
+}
+
+/* Behind all lanes whose first one is older. at: where to look from. */
+static void lane_insert(pyccl_fsm *fsm, lane **at, lane *l) {
+    while (*at != NULL && (*at)->first->order < l->first->order) at = &(*at)->next;
+    l->next = *at;
+    *at = l;
+    if (l->next == NULL) fsm->lanes_end = &l->next;
+}
+
+static deferred *lane_pop(pyccl_fsm *fsm, lane **at) {
+    lane *l = *at;
+    deferred *item = l->first;
+    *at = l->next;
+    if (l->next == NULL) fsm->lanes_end = at;
+    l->first = item->next;
+    l->count--;
+    fsm->deferred_count--;
+    if (item->status == 0) pyccl_map_remove(&fsm->deferred_map, item->cookie);
+    if (l->first != NULL) lane_insert(fsm, at, l);
+    else {
+        if (l->tag != NULL) l->tag->lane = NULL;
+        free(l);
     }
-    fsm->deferred_end = at;
+    return item;
+}
+
+/* Submits that waited and may run now: the oldest first, in each lane one behind the other. */
+static void admit_deferred(pyccl_fsm *fsm, int64_t now_ns) {
+    do {
+        fsm->room = 0;
+        for (lane **at = &fsm->lanes; *at != NULL;) {
+            fsm_tag *tag = (*at)->tag;
+            if (!admissible(fsm, tag) || (tag != NULL && !has_room(fsm, tag, (*at)->first->status != 0))) {
+                at = &(*at)->next;
+                continue;
+            }
+            deferred *item = lane_pop(fsm, at);
+            admit(fsm, tag, item, now_ns);
+            free(item);
+        }
+    } while (fsm->room && fsm->lanes != NULL);
+}
+
+static void admit_if_room(pyccl_fsm *fsm, int64_t now_ns) {
+    if (fsm->room && fsm->lanes != NULL && !fsm->frozen) admit_deferred(fsm, now_ns);
+}
+
+/* Of a pair without a partner there is no tag. */
+static lane *lane_without_tag(const pyccl_fsm *fsm, const pyccl_spec *spec) {
+    lane *l = fsm->lanes;
+    while (l != NULL && (l->tag != NULL || l->first->spec.tag != spec->tag || memcmp(l->first->spec.root, spec->root, sizeof spec->root) != 0))
+        l = l->next;
+    return l;
+}
+
+/* tag: of its channel; NULL: the partner is no member. */
+static pyccl_status defer(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from) {
+    lane *l = tag != NULL ? tag->lane : lane_without_tag(fsm, &from->spec);
+    deferred *item = malloc(sizeof *item);
+    if (item != NULL && l == NULL) {
+        l = calloc(1, sizeof *l);
+        if (l != NULL) l->end = &l->first;
+    }
+    if (item == NULL || l == NULL) {
+        free(item);
+        return PYCCL_ERR_NOMEM;
+    }
+    if (fsm->lanes == NULL) fsm->room = 0;  /* whatever has happened is in the judgement that it waits */
+    *item = *from;
+    item->next = NULL;
+    item->order = ++fsm->orders;
+    *l->end = item;
+    l->end = &item->next;
+    if (l->count++ == 0) {
+        l->tag = tag;
+        if (tag != NULL) tag->lane = l;
+        lane_insert(fsm, fsm->lanes_end, l);
+    }
+    fsm->deferred_count++;
+    if (item->status == 0) pyccl_map_put(&fsm->deferred_map, item->cookie, item);
+    if (item->status == 0 && item->deadline_ns < fsm->deferred_ns) fsm->deferred_ns = item->deadline_ns;
+    return PYCCL_OK;
 }
 
 static void deferred_give_up(pyccl_fsm *fsm, deferred *item, int32_t status) {
     fail_action(fsm, item->cookie, 0, status, 0, NULL);
+    pyccl_map_remove(&fsm->deferred_map, item->cookie);
     item->cookie = 0;
     item->status = status;
+}
+
+/* Tags were freed and ranks have moved. */
+static void lanes_follow(pyccl_fsm *fsm) {
+    for (lane *l = fsm->lanes; l != NULL; l = l->next) {
+        const pyccl_spec *spec = &l->first->spec;
+        const uint32_t partner = partner_of(fsm, spec);
+        l->tag = partner < fsm->world ? tag_get(fsm, spec->space, spec->tag, partner) : NULL;
+        if (l->tag != NULL) l->tag->lane = l;
+    }
 }
 
 /* ---- life ---- */
@@ -576,7 +685,10 @@ pyccl_status pyccl_fsm_new(const pyccl_fsm_options *options, pyccl_fsm **out) {
     pyccl_fsm *fsm = calloc(1, sizeof *fsm);
     if (fsm == NULL) return PYCCL_ERR_NOMEM;
     fsm->options = *options;
-    fsm->deferred_end = &fsm->deferred_first;
+    if (fsm->options.open_max == 0) fsm->options.open_max = PYCCL_OPS_OPEN_MAX;
+    if (fsm->options.early_max == 0) fsm->options.early_max = PYCCL_EARLY_MAX;
+    fsm->lanes_end = &fsm->lanes;
+    fsm->deferred_ns = INT64_MAX;
     *out = fsm;
     return PYCCL_OK;
 }
@@ -594,22 +706,32 @@ static void free_tags(pyccl_fsm *fsm) {
     pyccl_map_clear(&fsm->tag_map);
 }
 
-static void free_deferred(pyccl_fsm *fsm) {
-    while (fsm->deferred_first != NULL) {
-        deferred *item = fsm->deferred_first;
-        fsm->deferred_first = item->next;
-        free(item);
+/* why: what the callers are told; 0: they have been told. Tags that lanes belong to are freed with them. */
+static void free_deferred(pyccl_fsm *fsm, int32_t why) {
+    while (fsm->lanes != NULL) {
+        lane *l = fsm->lanes;
+        fsm->lanes = l->next;
+        while (l->first != NULL) {
+            deferred *item = l->first;
+            l->first = item->next;
+            if (why != 0 && item->status == 0) fail_action(fsm, item->cookie, 0, why, 0, NULL);
+            free(item);
+        }
+        free(l);
     }
-    fsm->deferred_end = &fsm->deferred_first;
+    fsm->lanes_end = &fsm->lanes;
     fsm->deferred_count = 0;
+    fsm->deferred_ns = INT64_MAX;
+    pyccl_map_clear(&fsm->deferred_map);
 }
 
 void pyccl_fsm_free(pyccl_fsm *fsm) {
     if (fsm == NULL) return;
     free_tags(fsm);
-    free_deferred(fsm);
+    free_deferred(fsm, 0);
     pyccl_map_fini(&fsm->tag_map);
     pyccl_map_fini(&fsm->cookie_map);
+    pyccl_map_fini(&fsm->deferred_map);
     free(fsm->queue);
     free(fsm);
 }
@@ -622,9 +744,7 @@ void pyccl_fsm_end(pyccl_fsm *fsm, pyccl_status why) {
         fail_action(fsm, op->cookie, op->seq, status, op->attempts, NULL);
         live_remove(fsm, op);
     }
-    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
-        if (item->status == 0) fail_action(fsm, item->cookie, 0, why, 0, NULL);
-    free_deferred(fsm);
+    free_deferred(fsm, (int32_t)why);
     free_tags(fsm);
     fsm->entered = 0;
     fsm->left = 0;
@@ -642,24 +762,16 @@ pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const py
                                        int64_t deadline_ns, int64_t now_ns) {
     PYCCL_ASSERT(cookie != 0);
     if (!fsm->entered) return PYCCL_ERR_CLOSED;
-    if (fsm->live_count + fsm->deferred_count >= PYCCL_OPS_OPEN_MAX) return PYCCL_ERR_LIMIT;
     const uint32_t partner = partner_of(fsm, spec);
     fsm_tag *tag = partner < fsm->world ? tag_find(fsm, spec->space, spec->tag, partner) : NULL;
     if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
-    if (is_too_far_ahead(fsm, spec, partner)) return PYCCL_ERR_LIMIT;
     deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .submitted_ns = now_ns, .deadline_ns = deadline_ns};
     if (!fsm->frozen && !fsm->cutting && fails_for_want_of_peers(fsm, cookie, spec))
         return PYCCL_OK;  /* frozen or cutting: a newcomer may be on its way, wait for it */
-    if (admissible(fsm, tag)) {
-        op_admit(fsm, tag_get(fsm, spec->space, spec->tag, partner), &item, now_ns);
-        return PYCCL_OK;
-    }
-    deferred *kept = malloc(sizeof *kept);
-    if (kept == NULL) return PYCCL_ERR_NOMEM;
-    *kept = item;
-    *fsm->deferred_end = kept;
-    fsm->deferred_end = &kept->next;
-    fsm->deferred_count++;
+    if (tag == NULL && partner < fsm->world) tag = tag_get(fsm, spec->space, spec->tag, partner);
+    if (tag == NULL || tag->lane != NULL || !admissible(fsm, tag) || !has_room(fsm, tag, 0)) return defer(fsm, tag, &item);
+    op_admit(fsm, tag, &item, now_ns);
+    admit_if_room(fsm, now_ns);
     return PYCCL_OK;
 }
 
@@ -670,6 +782,7 @@ void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t no
     op->hash[fsm->rank] = hash;
     op->progress_ns = now_ns;
     op_advance(fsm, op, now_ns);
+    admit_if_room(fsm, now_ns);
 }
 
 void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns) {
@@ -680,16 +793,11 @@ void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns) {
 void pyccl_fsm_cancel(pyccl_fsm *fsm, uint64_t cookie, pyccl_status why, int64_t now_ns) {
     PYCCL_ASSERT(why < 0);
     fsm_op *op = pyccl_map_get(&fsm->cookie_map, cookie);
-    if (op != NULL) {
-        if (op->state == RUNNING) op_fail_alone(fsm, op, why, now_ns);
-        else if (op->deadline_ns > now_ns) op->deadline_ns = now_ns;  /* prepared: settle it; see tick */
-        return;
-    }
-    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
-        if (item->status == 0 && item->cookie == cookie) {
-            deferred_give_up(fsm, item, why);
-            return;
-        }
+    deferred *item = pyccl_map_get(&fsm->deferred_map, cookie);
+    if (item != NULL) deferred_give_up(fsm, item, why);
+    else if (op != NULL && op->state == RUNNING) op_fail_alone(fsm, op, why, now_ns);
+    else if (op != NULL && op->deadline_ns > now_ns) op->deadline_ns = now_ns;  /* prepared: settle it; see tick */
+    admit_if_room(fsm, now_ns);
 }
 
 static int concerns_any(const pyccl_fsm *fsm, const fsm_tag *tag, const uint8_t *ids, size_t count) {
@@ -708,8 +816,12 @@ void pyccl_fsm_give_up(pyccl_fsm *fsm, pyccl_status why, const uint8_t *lost, si
         if (op->state != RUNNING || op->submitted_ns >= before_ns) continue;
         if (fsm->frozen || concerns_any(fsm, op->tag, lost, count)) op_fail_alone(fsm, op, why, now_ns);
     }
-    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
-        if (item->status == 0 && item->submitted_ns < before_ns) deferred_give_up(fsm, item, why);
+    for (lane *l = fsm->lanes; l != NULL; l = l->next) {
+        if (!fsm->frozen && !fsm->cutting && l->tag != NULL && !concerns_any(fsm, l->tag, lost, count)) continue;
+        for (deferred *item = l->first; item != NULL; item = item->next)
+            if (item->status == 0 && item->submitted_ns < before_ns) deferred_give_up(fsm, item, why);
+    }
+    admit_if_room(fsm, now_ns);
 }
 
 /* ---- frames ---- */
@@ -726,7 +838,7 @@ pyccl_gate pyccl_fsm_data(pyccl_fsm *fsm, uint32_t rank, uint8_t space, uint32_t
     if (fsm->frozen) return PYCCL_GATE_DROP;
     const fsm_tag *tag = tag_find(fsm, space, tag_number, rank);
     uint64_t next_seq = tag != NULL ? tag->next_seq : 0;
-    if (seq >= next_seq) return seq - next_seq < PYCCL_EARLY_MAX ? PYCCL_GATE_PASS : PYCCL_GATE_REFUSE;
+    if (seq >= next_seq) return seq - next_seq < fsm->options.early_max ? PYCCL_GATE_PASS : PYCCL_GATE_REFUSE;
     const fsm_op *op = op_find(tag, seq);
     if (op == NULL || op->state != RUNNING) return PYCCL_GATE_DROP;
     *cookie = op->cookie;
@@ -744,7 +856,7 @@ static fsm_op *op_for_peer(pyccl_fsm *fsm, const pyccl_message *message, pyccl_s
     }
     uint64_t next_seq = tag != NULL ? tag->next_seq : 0;
     if (message->seq < next_seq) return NULL;
-    if (message->seq - next_seq >= PYCCL_EARLY_MAX || fsm->early[message->rank] >= PYCCL_EARLY_MAX) {
+    if (message->seq - next_seq >= fsm->options.early_max || fsm->early[message->rank] >= fsm->options.early_max) {
         *rc = PYCCL_ERR_FRAME;
         return NULL;
     }
@@ -910,16 +1022,17 @@ pyccl_status pyccl_fsm_receive(pyccl_fsm *fsm, const pyccl_message *message, int
         return PYCCL_OK;
     }
     if (fsm->frozen) return PYCCL_OK;
+    pyccl_status rc = PYCCL_OK;
     switch (message->type) {
-    case PYCCL_FRAME_OPEN: return on_open(fsm, message, now_ns);
-    case PYCCL_FRAME_DONE: return on_done(fsm, message, now_ns);
-    case PYCCL_FRAME_ABORT: return on_abort(fsm, message, now_ns);
-    case PYCCL_FRAME_ANSWER: return on_answer(fsm, message, now_ns);
-    case PYCCL_FRAME_SETTLED:
-        settled_below(fsm, message->space, message->tag, message->rank, message->seq);
-        return PYCCL_OK;
+    case PYCCL_FRAME_OPEN: rc = on_open(fsm, message, now_ns); break;
+    case PYCCL_FRAME_DONE: rc = on_done(fsm, message, now_ns); break;
+    case PYCCL_FRAME_ABORT: rc = on_abort(fsm, message, now_ns); break;
+    case PYCCL_FRAME_ANSWER: rc = on_answer(fsm, message, now_ns); break;
+    case PYCCL_FRAME_SETTLED: settled_below(fsm, message->space, message->tag, message->rank, message->seq); break;
     default: return PYCCL_ERR_FRAME;
     }
+    admit_if_room(fsm, now_ns);
+    return rc;
 }
 
 void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
@@ -972,14 +1085,40 @@ size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap) 
     return count;
 }
 
+/* Numbers that were given, or are owed to what waits. What was submitted above a cut is left out: it waits for the next
+ * epoch, and nobody needs to run it in this one. */
+static uint64_t tag_claimed(const pyccl_fsm *fsm, const fsm_tag *tag) {
+    const uint64_t claimed = tag->next_seq + (tag->lane != NULL ? tag->lane->count : 0);
+    if (!fsm->cutting || claimed <= tag->cut) return claimed;
+    return tag->next_seq > tag->cut ? tag->next_seq : tag->cut;
+}
+
 size_t pyccl_fsm_counts(const pyccl_fsm *fsm, pyccl_op_count *out, size_t cap) {
     size_t count = 0;
     for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
-        if (tag->next_seq == 0) continue;
-        if (count < cap) out[count] = (pyccl_op_count){.space = tag->space, .tag = channel_of(fsm, tag), .count = tag->next_seq};
+        const uint64_t claimed = tag_claimed(fsm, tag);
+        if (claimed == 0) continue;
+        if (count < cap) out[count] = (pyccl_op_count){.space = tag->space, .tag = channel_of(fsm, tag), .count = claimed};
         count++;
     }
     return count;
+}
+
+/* Something given up whose number `rank` has not called yet; NULL: nothing. The oldest of its tag. */
+static const fsm_op *given_up_ahead_of(const pyccl_fsm *fsm, uint32_t rank) {
+    const fsm_op *found = NULL;
+    for (const fsm_tag *tag = fsm->tags; tag != NULL && found == NULL; tag = tag->next)
+        for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next)
+            if (op->state == FAILED && awaits_submit_of(fsm, op, rank) && (found == NULL || op->seq < found->seq)) found = op;
+    return found;
+}
+
+/* Whether a submit waits for this participant to call what it has not called yet. */
+static int is_waited_for(const pyccl_fsm *fsm, uint32_t rank) {
+    if (rank == fsm->rank || fsm->ahead[rank] < fsm->options.early_max) return 0;
+    for (const lane *l = fsm->lanes; l != NULL; l = l->next)
+        if (l->tag != NULL && takes_part(fsm, l->tag, rank) && admissible(fsm, l->tag)) return 1;
+    return 0;
 }
 
 size_t pyccl_fsm_lacking(const pyccl_fsm *fsm, pyccl_op_lack *out, size_t cap) {
@@ -991,7 +1130,20 @@ size_t pyccl_fsm_lacking(const pyccl_fsm *fsm, pyccl_op_lack *out, size_t cap) {
             out[count] = (pyccl_op_lack){.space = op->tag->space, .tag = channel_of(fsm, op->tag), .seq = op->seq, .rank = rank};
         count++;
     }
+    for (uint32_t rank = 0; rank < fsm->world; rank++) {
+        const fsm_op *op = is_waited_for(fsm, rank) ? given_up_ahead_of(fsm, rank) : NULL;
+        if (op == NULL) continue;
+        if (count < cap)
+            out[count] = (pyccl_op_lack){.space = op->tag->space, .tag = channel_of(fsm, op->tag), .seq = op->seq, .rank = rank};
+        count++;
+    }
     return count;
+}
+
+int pyccl_fsm_moves(const pyccl_fsm *fsm) {
+    for (const fsm_op *op = fsm->live_first; op != NULL; op = op->live_next)
+        if (set_is_full(fsm, op->tag, &op->opened)) return 1;
+    return 0;
 }
 
 size_t pyccl_fsm_open_count(const pyccl_fsm *fsm) { return fsm->live_count + fsm->deferred_count; }
@@ -1013,12 +1165,15 @@ int pyccl_fsm_cut(pyccl_fsm *fsm, const pyccl_op_count *cut, size_t cuts, int op
 int pyccl_fsm_below_cut(const pyccl_fsm *fsm) {
     if (!fsm->cutting) return 0;
     for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
-        if (tag->next_seq < tag->cut) return 1;
+        if (tag_claimed(fsm, tag) < tag->cut) return 1;
     return 0;
 }
 
 int pyccl_fsm_drained(const pyccl_fsm *fsm) {
-    return fsm->cutting && fsm->live_count == 0 && !pyccl_fsm_below_cut(fsm);
+    if (!fsm->cutting || fsm->live_count != 0) return 0;
+    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
+        if (tag->next_seq < tag->cut) return 0;
+    return 1;
 }
 
 /* ---- epochs ---- */
@@ -1181,10 +1336,8 @@ pyccl_status pyccl_fsm_epoch(pyccl_fsm *fsm, const pyccl_epoch *epoch, const pyc
         else if (now_ns >= op->deadline_ns) op_fail_alone(fsm, op, PYCCL_ERR_DEADLINE, now_ns);  /* or it asks for flush after flush */
         else op_begin(fsm, op, now_ns);
     }
-    if (epoch->mismatch)
-        for (deferred *item = fsm->deferred_first; item != NULL; item = item->next)
-            if (item->status == 0) fail_action(fsm, item->cookie, 0, PYCCL_ERR_MISMATCH, 0, NULL);
-    if (epoch->mismatch) free_deferred(fsm);  /* numbers are 0 on all: nothing is owed */
+    if (epoch->mismatch) free_deferred(fsm, PYCCL_ERR_MISMATCH);  /* numbers are 0 on all: nothing is owed */
+    lanes_follow(fsm);
     admit_deferred(fsm, now_ns);
     return PYCCL_OK;
 }
@@ -1221,6 +1374,16 @@ static void op_tick(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns, int64_t *due, in
     else sooner(due, op->leave_ns);
 }
 
+static void deferred_tick(pyccl_fsm *fsm, int64_t now_ns) {
+    fsm->deferred_ns = INT64_MAX;
+    for (lane *l = fsm->lanes; l != NULL; l = l->next)
+        for (deferred *item = l->first; item != NULL; item = item->next) {
+            if (item->status != 0) continue;
+            if (now_ns >= item->deadline_ns) deferred_give_up(fsm, item, PYCCL_ERR_DEADLINE);
+            else sooner(&fsm->deferred_ns, item->deadline_ns);
+        }
+}
+
 static void tell_settled(pyccl_fsm *fsm) {
     while (fsm->dirty != NULL) {
         fsm_tag *tag = fsm->dirty;
@@ -1241,16 +1404,17 @@ int64_t pyccl_fsm_tick(pyccl_fsm *fsm, int64_t now_ns) {
         next = op->live_next;
         op_tick(fsm, op, now_ns, &due, &leave);
     }
-    for (deferred *item = fsm->deferred_first; item != NULL; item = item->next) {
-        if (item->status != 0) continue;
-        if (now_ns >= item->deadline_ns) deferred_give_up(fsm, item, PYCCL_ERR_DEADLINE);
-        else sooner(&due, item->deadline_ns);
-    }
+    if (now_ns >= fsm->deferred_ns) deferred_tick(fsm, now_ns);
+    sooner(&due, fsm->deferred_ns);
     if (leave) {
         pyccl_fsm_end(fsm, PYCCL_ERR_CLOSED);
         fsm->left = 1;
         act(fsm, PYCCL_ACT_LEAVE);
         return INT64_MAX;
+    }
+    if (fsm->room && fsm->lanes != NULL && !fsm->frozen) {
+        admit_deferred(fsm, now_ns);
+        sooner(&due, now_ns);              /* what began has timers of its own */
     }
     if (fsm->tell_ns_at != 0 && !fsm->frozen) {
         if (now_ns >= fsm->tell_ns_at) tell_settled(fsm);

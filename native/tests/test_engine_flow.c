@@ -141,16 +141,53 @@ TEST(engine_keeps_an_upload_cap_over_all_connections_together) { capped(4, 3, OV
 TEST(engine_keeps_a_download_cap_over_one_connection) { capped(2, 1, OVER_UNIX, 0); }
 TEST(engine_keeps_a_download_cap_over_all_connections_together) { capped(4, 3, OVER_TCP, 0); }
 
-/* What is refused, as too far ahead of a peer, until that peer has told that it has caught up. */
-static pyccl_op *submit_when_room(const cluster *c, uint32_t i, pyccl_spec spec, void *x) {
-    const int64_t until = now_ns() + PATIENCE;
-    for (;;) {
-        pyccl_op *op = submit(c, i, spec, x, x, 0);
+/* More than are numbered at a time, by one member before the others call any: the last ones wait for room. */
+TEST(engine_holds_back_what_one_member_submits_thousands_ahead) {
+    enum { MANY = PYCCL_EARLY_MAX + 900, WORLD = 3 };
+    static int64_t x[WORLD][MANY];
+    pyccl_op **ops = calloc((size_t)WORLD * MANY, sizeof *ops);
+    const pyccl_spec spec = reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 3);
+    cluster c;
+    cluster_open(&c, WORLD, 1, OVER_TCP);
+    for (uint32_t i = 0; i < WORLD; i++) {
+        for (uint32_t k = 0; k < MANY; k++) {
+            x[i][k] = (int64_t)(i + 1) * k + i;
+            ops[i * MANY + k] = submit(&c, i, spec, &x[i][k], &x[i][k], 0);
+        }
         pyccl_link_stats stats;
-        REQUIRE(pyccl_engine_link_stats(c->engine[i], c->slot[i][1 - i], &stats) == PYCCL_OK); /* commands run in order */
-        if (pyccl_op_wait(op, 0) != PYCCL_ERR_LIMIT || now_ns() > until) return op;
-        pyccl_op_free(op);
+        REQUIRE(pyccl_engine_link_stats(c.engine[i], c.slot[i][i == 0], &stats) == PYCCL_OK); /* commands run in order */
     }
+    int wrong = 0;
+    for (uint32_t i = 0; i < WORLD; i++)
+        for (uint32_t k = 0; k < MANY; k++) {
+            CHECK_EQ(finish(ops[i * MANY + k]), PYCCL_OK);
+            wrong += x[i][k] != 6 * (int64_t)k + 3;
+        }
+    CHECK_EQ(wrong, 0);
+    free(ops);
+    cluster_close(&c);
+}
+
+TEST(engine_ends_what_waits_for_room) {
+    enum { MANY = PYCCL_EARLY_MAX + 500 };
+    static int64_t x[MANY];
+    pyccl_op **ops = calloc(MANY, sizeof *ops);
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    for (uint32_t k = 0; k < MANY; k++) {
+        x[k] = k;
+        ops[k] = submit(&c, 0, reduce_spec(PYCCL_INT64, PYCCL_SUM, 1, 3), &x[k], &x[k], 0);
+    }
+    pyccl_op_cancel(ops[MANY - 1], PYCCL_ERR_CANCELLED);
+    CHECK_EQ(finish(ops[MANY - 1]), PYCCL_ERR_CANCELLED);
+    CHECK(!pyccl_op_done(ops[MANY - 2]));
+    CHECK(pyccl_engine_end(c.engine[0], PYCCL_ERR_EVICTED) == PYCCL_OK);
+    for (uint32_t k = 0; k < MANY - 1; k++) {
+        CHECK_EQ(finish(ops[k]), PYCCL_ERR_EVICTED);
+        CHECK_EQ(x[k], k);
+    }
+    free(ops);
+    cluster_close(&c);
 }
 
 /* Member 0 gives up operations before 1 has submitted them, three times: 1 keeps the piece of each until the epoch ends.
@@ -167,7 +204,7 @@ TEST(engine_sends_no_more_small_early_pieces_than_a_peer_keeps) {
         const uint32_t sent = KEPT - pieces < EACH ? KEPT - pieces : EACH;
         pyccl_link_stats before;
         REQUIRE(pyccl_engine_link_stats(c.engine[1], c.slot[1][0], &before) == PYCCL_OK);
-        for (uint32_t k = 0; k < EACH; k++) ops[k] = submit_when_room(&c, 0, spec, &x[0][k]);
+        for (uint32_t k = 0; k < EACH; k++) ops[k] = submit(&c, 0, spec, &x[0][k], &x[0][k], 0);
         await_bytes(&c, 1, 0, before.rx_bytes + EACH * OPEN_BYTES + sent * PIECE_BYTES);
         for (uint32_t k = 0; k < EACH; k++) pyccl_op_cancel(ops[k], PYCCL_ERR_CANCELLED);
         for (uint32_t k = 0; k < EACH; k++) CHECK_EQ(finish(ops[k]), PYCCL_ERR_CANCELLED);

@@ -64,8 +64,9 @@ static pyccl_status enter(rig *r, unsigned members, int self, int restart, int m
     return rc;
 }
 
-static rig *rig_new(unsigned members, int self) {
-    static const pyccl_fsm_options options = {.settle_ns = SETTLE_NS, .stall_ns = STALL_NS, .tell_ns = TELL_NS};
+/* 0: the limits that ship. */
+static rig *rig_limited(unsigned members, int self, uint32_t open_max, uint32_t early_max) {
+    const pyccl_fsm_options options = {.settle_ns = SETTLE_NS, .stall_ns = STALL_NS, .tell_ns = TELL_NS, .open_max = open_max, .early_max = early_max};
     rig *r = &the_rig;
     pyccl_fsm_free(r->fsm);                /* of the test before */
     memset(r, 0, offsetof(rig, acts));
@@ -73,6 +74,8 @@ static rig *rig_new(unsigned members, int self) {
     REQUIRE(enter(r, members, self, 1, 0, NULL, 0) == PYCCL_OK);
     return r;
 }
+
+static rig *rig_new(unsigned members, int self) { return rig_limited(members, self, 0, 0); }
 
 static void submit_spec(rig *r, uint64_t cookie, pyccl_spec spec, int64_t deadline) {
     CHECK(pyccl_fsm_submit(r->fsm, cookie, &spec, deadline, r->now) == PYCCL_OK);
@@ -505,7 +508,7 @@ TEST(fsm_submits_while_frozen_wait_and_run_in_order_in_the_next_epoch) {
     pyccl_fsm_freeze(r->fsm, r->now);
     submit(r, 2);
     submit(r, 3);
-    CHECK(r->count == 0 && counted(r) == 1 && pyccl_fsm_open_count(r->fsm) == 3);
+    CHECK(r->count == 0 && counted(r) == 3 && pyccl_fsm_open_count(r->fsm) == 3);
     CHECK(enter(r, 3, 0, 0, 0, NULL, 0) == PYCCL_OK);
     for (uint64_t cookie = 1; cookie <= 3; cookie++) CHECK_EQ(action(r, PYCCL_ACT_START, cookie)->seq, cookie - 1);
     CHECK(counted(r) == 3 && sends(r, PYCCL_FRAME_OPEN) == 3);
@@ -1039,58 +1042,187 @@ TEST(fsm_refused_open_settles_nothing) {
     CHECK_EQ(reported(r), 1);
 }
 
-TEST(fsm_refuses_more_open_operations_than_allowed) {
-    rig *r = rig_new(3, 0);
-    pyccl_spec spec = spec_of(TAG);
-    for (uint64_t cookie = 1; cookie <= PYCCL_OPS_OPEN_MAX; cookie++) {
-        if (cookie == PYCCL_OPS_OPEN_MAX / 2) pyccl_fsm_freeze(r->fsm, r->now);
-        CHECK(pyccl_fsm_submit(r->fsm, cookie, &spec, DEADLINE, r->now) == PYCCL_OK);
-    }
-    CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_ERR_LIMIT);
-    pyccl_fsm_cancel(r->fsm, PYCCL_OPS_OPEN_MAX, PYCCL_ERR_CANCELLED, r->now);
-    CHECK(pyccl_fsm_submit(r->fsm, 100000, &spec, DEADLINE, r->now) == PYCCL_ERR_LIMIT);  /* its number is still owed */
-    take(r);
-}
+/* ---- no room ---- */
 
-/* Submits that fail at once, until one is refused. */
-static int submits_in_vain(rig *r, pyccl_spec spec) {
-    int count = 0;
-    for (; pyccl_fsm_submit(r->fsm, 1, &spec, DEADLINE, r->now) == PYCCL_OK; count++) {
-        pyccl_fsm_cancel(r->fsm, 1, PYCCL_ERR_CANCELLED, r->now);
+/* Submits that fail at once; they take their numbers where they got one. */
+static void submit_in_vain(rig *r, pyccl_spec spec, int times) {
+    for (; times > 0; times--) {
+        CHECK(pyccl_fsm_submit(r->fsm, 9999, &spec, DEADLINE, r->now) == PYCCL_OK);
+        pyccl_fsm_cancel(r->fsm, 9999, PYCCL_ERR_CANCELLED, r->now);
         take(r);
     }
-    return count;
 }
 
-TEST(fsm_gives_no_number_that_a_participant_would_have_to_refuse) {
-    rig *r = rig_new(7, 0);
-    const pyccl_spec spec = spec_of(TAG);
-    CHECK_EQ(submits_in_vain(r, spec), PYCCL_EARLY_MAX);
-    CHECK_EQ(submits_in_vain(r, spec_of(TAG + 1)), 0);             /* all tags together, as the receiver counts */
-    for (uint32_t rank = 1; rank < 3; rank++)
-        for (uint64_t seq = 0; seq < 3; seq++) receive(r, (pyccl_frame_type[]){PYCCL_FRAME_OPEN, PYCCL_FRAME_ABORT, PYCCL_FRAME_DONE}[seq], rank, seq, 1 * (seq == 1));
-    CHECK_EQ(submits_in_vain(r, spec), 3);
+static int starts(const rig *r, uint64_t cookie) { return action(r, PYCCL_ACT_START, cookie) != NULL; }
+
+TEST(fsm_submit_waits_while_a_participant_would_have_to_refuse_it) {
+    rig *r = rig_limited(7, 0, 0, 4);
+    submit_in_vain(r, spec_of(TAG), 4);
+    submit(r, 1);
+    submit_spec(r, 2, spec_of(TAG + 1), DEADLINE);                 /* all tags together, as the receiver counts */
+    submit(r, 3);
+    CHECK(r->count == 0 && pyccl_fsm_open_count(r->fsm) == 3 && counted(r) == 7 - 1);
+    receive(r, PYCCL_FRAME_OPEN, 1, 0, 0);
+    receive(r, PYCCL_FRAME_ABORT, 1, 1, 1);
+    receive(r, PYCCL_FRAME_DONE, 1, 2, 0);
+    CHECK(!starts(r, 1));                                          /* member 2 is where it was */
+    submit_spec(r, 4, exchange_of(TAG, 0, 1), DEADLINE);
+    CHECK(starts(r, 4));                                           /* which is nothing to member 1 */
+    receive(r, PYCCL_FRAME_SETTLED, 2, 1, 0);
+    CHECK(starts(r, 1) && action(r, PYCCL_ACT_START, 1)->seq == 4);
+    CHECK(!starts(r, 2) && !starts(r, 3));                         /* the oldest takes the place */
+    receive(r, PYCCL_FRAME_SETTLED, 2, 4, 0);
+    CHECK(starts(r, 2) && !starts(r, 3));                          /* member 1: one given up, 1, the exchange, 2 */
+    receive(r, PYCCL_FRAME_SETTLED, 1, 4, 0);
+    CHECK(starts(r, 3) && action(r, PYCCL_ACT_START, 3)->seq == 5);
+}
+
+TEST(fsm_submit_that_the_full_participants_have_called_has_room) {
+    rig *r = rig_limited(7, 0, 0, 2);
+    submit_in_vain(r, spec_of(TAG), 2);
+    pyccl_message open = {.type = PYCCL_FRAME_OPEN, .rank = 1, .tag = TAG + 1, .spec = spec_of(TAG + 1)};
+    receive_full(r, open);
+    submit_spec(r, 1, spec_of(TAG + 1), DEADLINE);
+    CHECK(!starts(r, 1));                                          /* member 2 is full as well */
+    submit_spec(r, 2, spec_of(TAG + 1), DEADLINE);
+    open.rank = 2;
+    receive_full(r, open);
+    CHECK(starts(r, 1) && !starts(r, 2));                          /* number 0 is called by both, 1 by nobody */
+    open.tag = open.spec.tag = TAG + 2;
+    receive_full(r, open);
+    receive(r, PYCCL_FRAME_SETTLED, 1, 2, 0);
+    submit_spec(r, 3, spec_of(TAG + 2), DEADLINE);
+    CHECK(starts(r, 3));                                           /* one has room, the full one called it */
+}
+
+TEST(fsm_no_room_is_kept_through_epochs_and_ends_with_a_restart) {
+    rig *r = rig_limited(7, 0, 0, 3);
+    submit_in_vain(r, spec_of(TAG), 3);
     receive(r, PYCCL_FRAME_SETTLED, 1, 100, 0);
-    CHECK_EQ(submits_in_vain(r, spec), 0);                         /* member 2 is where it was */
-    CHECK_EQ(submits_in_vain(r, exchange_of(TAG, 0, 1)), 97);      /* which is nothing to member 1 */
+    submit(r, 1);
     pyccl_fsm_freeze(r->fsm, r->now);
+    submit(r, 2);
     CHECK(enter(r, 5, 0, 0, 0, NULL, 0) == PYCCL_OK);              /* member 2 has another rank, and still owes the same */
-    CHECK_EQ(submits_in_vain(r, spec), 0);
-    receive(r, PYCCL_FRAME_SETTLED, 1, 10, 0);
-    CHECK_EQ(submits_in_vain(r, spec), 7);
-    pyccl_fsm_freeze(r->fsm, r->now);
-    int waiting = 0;
-    receive(r, PYCCL_FRAME_SETTLED, 1, 20, 0);                     /* frozen: not heard */
-    for (; pyccl_fsm_submit(r->fsm, 1000u + (unsigned)waiting, &spec, DEADLINE, r->now) == PYCCL_OK; waiting++) {}
-    CHECK_EQ(waiting, 0);
-    CHECK(enter(r, 5, 0, 1, 0, NULL, 0) == PYCCL_OK);              /* numbers restart */
-    pyccl_fsm_freeze(r->fsm, r->now);
-    for (; pyccl_fsm_submit(r->fsm, 1000u + (unsigned)waiting, &spec, DEADLINE, r->now) == PYCCL_OK; waiting++)
-        pyccl_fsm_cancel(r->fsm, 1000u + (unsigned)waiting, PYCCL_ERR_CANCELLED, r->now);
+    CHECK(r->count == 0);
+    receive(r, PYCCL_FRAME_SETTLED, 1, 1, 0);
+    CHECK(starts(r, 1) && !starts(r, 2));
+    pyccl_fsm_cancel(r->fsm, 1, PYCCL_ERR_CANCELLED, r->now);
     take(r);
-    CHECK_EQ(waiting, PYCCL_EARLY_MAX);                            /* each will take a number */
-    CHECK(enter(r, 5, 0, 0, 0, NULL, 0) == PYCCL_OK);
-    CHECK_EQ(submits_in_vain(r, spec), 0);
+    CHECK(enter(r, 5, 0, 1, 0, NULL, 0) == PYCCL_OK);              /* numbers restart: nobody owes anything */
+    CHECK(starts(r, 2) && action(r, PYCCL_ACT_START, 2)->seq == 0);
+    submit_in_vain(r, spec_of(TAG), 2);
+    submit(r, 3);
+    CHECK(!starts(r, 3));
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 1, 0, 0, 0, NULL, 0) == PYCCL_OK);              /* nobody is left who could call it */
+    CHECK(failed_with(r, 3, PYCCL_ERR_ALONE, -1));
+}
+
+TEST(fsm_what_waits_for_room_can_be_given_up_and_takes_its_number) {
+    rig *r = rig_limited(3, 0, 0, 2);
+    submit_in_vain(r, spec_of(TAG), 2);
+    submit_spec(r, 1, spec_of(TAG), 20);
+    submit_spec(r, 2, spec_of(TAG), 500);
+    submit(r, 3);
+    submit(r, 4);
+    CHECK(tick(r, 15) == 20 && r->count == 1 && sends(r, PYCCL_FRAME_SETTLED) == 1);
+    CHECK_EQ(tick(r, 20), 500);
+    CHECK(failed_with(r, 1, PYCCL_ERR_DEADLINE, -1) && r->count == 1);
+    pyccl_fsm_cancel(r->fsm, 3, PYCCL_ERR_CANCELLED, r->now);
+    take(r);
+    CHECK(failed_with(r, 3, PYCCL_ERR_CANCELLED, -1) && r->count == 1);
+    receive(r, PYCCL_FRAME_SETTLED, 1, 2, 0);                      /* room for two: the one given up, and 2 */
+    CHECK(sends(r, PYCCL_FRAME_ABORT) == 1 && starts(r, 2) && action(r, PYCCL_ACT_START, 2)->seq == 3 && !starts(r, 4));
+    receive(r, PYCCL_FRAME_SETTLED, 1, 4, 0);
+    CHECK(sends(r, PYCCL_FRAME_ABORT) == 1 && starts(r, 4) && action(r, PYCCL_ACT_START, 4)->seq == 5);
+    submit(r, 5);
+    pyccl_fsm_give_up(r->fsm, PYCCL_ERR_MASTER_AWAY, (const uint8_t[16]){0}, 1, FAR, r->now);
+    take(r);
+    CHECK_EQ(r->count, 0);                                         /* nobody is lost: this needs no master */
+    pyccl_fsm_end(r->fsm, PYCCL_ERR_EVICTED);
+    take(r);
+    CHECK(failed_with(r, 5, PYCCL_ERR_EVICTED, -1) && failed_with(r, 4, PYCCL_ERR_EVICTED, -1) && failed_with(r, 2, PYCCL_ERR_EVICTED, -1));
+}
+
+TEST(fsm_more_open_operations_than_allowed_wait_unless_another_called_them_first) {
+    rig *r = rig_limited(7, 0, 2, 0);
+    for (uint64_t cookie = 1; cookie <= 4; cookie++) submit(r, cookie);
+    CHECK(!starts(r, 3) && !starts(r, 4) && pyccl_fsm_open_count(r->fsm) == 4);
+    pyccl_fsm_cancel(r->fsm, 1, PYCCL_ERR_CANCELLED, r->now);
+    take(r);
+    CHECK(starts(r, 3) && !starts(r, 4));
+    receive(r, PYCCL_FRAME_OPEN, 1, 3, 0);
+    CHECK(starts(r, 4) && action(r, PYCCL_ACT_START, 4)->seq == 3);
+    submit(r, 5);
+    CHECK(!starts(r, 5));
+    for (uint32_t rank = 1; rank < 3; rank++) receive(r, PYCCL_FRAME_OPEN, rank, 1, 0);
+    result(r, 2, 7);
+    pyccl_fsm_cancel(r->fsm, 3, PYCCL_ERR_CANCELLED, r->now);
+    take(r);
+    CHECK(!starts(r, 5));                                          /* two are open still */
+    for (uint32_t rank = 1; rank < 3; rank++) receive(r, PYCCL_FRAME_DONE, rank, 1, 7);
+    CHECK(committed(r, 2) && starts(r, 5));
+}
+
+TEST(fsm_cut_includes_what_waits_for_room_and_was_submitted_before) {
+    rig *r = rig_limited(3, 0, 0, 2);
+    for (uint64_t cookie = 1; cookie <= 5; cookie++) submit(r, cookie);
+    CHECK_EQ(counted(r), 5);
+    const pyccl_op_count cut[] = {{.tag = TAG, .count = 5}};
+    CHECK_EQ(pyccl_fsm_cut(r->fsm, cut, 1, 0, r->now), 0);
+    CHECK(!pyccl_fsm_below_cut(r->fsm) && !pyccl_fsm_drained(r->fsm));
+    submit(r, 6);
+    CHECK_EQ(counted(r), 5);                                       /* it waits for the next epoch */
+    for (uint64_t cookie = 1; cookie <= 5; cookie++) {
+        receive(r, PYCCL_FRAME_OPEN, 1, cookie - 1, 0);
+        CHECK(cookie > 3 || starts(r, cookie + 2));
+        result(r, cookie, 7);
+        CHECK(!pyccl_fsm_drained(r->fsm));
+        receive(r, PYCCL_FRAME_DONE, 1, cookie - 1, 7);
+        CHECK(committed(r, cookie));
+    }
+    CHECK(pyccl_fsm_drained(r->fsm));
+    CHECK(enter(r, 7, 0, 1, 0, NULL, 0) == PYCCL_OK);
+    CHECK(starts(r, 6) && action(r, PYCCL_ACT_START, 6)->seq == 0);
+}
+
+TEST(fsm_lists_what_was_given_up_and_holds_a_submit_back) {
+    rig *r = rig_limited(7, 0, 0, 2);
+    pyccl_op_lack lack[4];
+    submit_in_vain(r, spec_of(TAG), 2);
+    CHECK_EQ(pyccl_fsm_lacking(r->fsm, lack, 4), 0);               /* nothing waits for it */
+    receive(r, PYCCL_FRAME_SETTLED, 1, 1, 0);
+    submit(r, 1);
+    CHECK_EQ(pyccl_fsm_lacking(r->fsm, lack, 4), 1);
+    CHECK(lack[0].tag == TAG && lack[0].seq == 0 && lack[0].rank == 2 && !pyccl_fsm_moves(r->fsm));
+    receive(r, PYCCL_FRAME_SETTLED, 2, 1, 0);
+    CHECK(starts(r, 1) && pyccl_fsm_lacking(r->fsm, lack, 4) == 1 && lack[0].seq == 2);
+    receive(r, PYCCL_FRAME_OPEN, 1, 2, 0);
+    receive(r, PYCCL_FRAME_OPEN, 2, 2, 0);
+    CHECK(pyccl_fsm_lacking(r->fsm, lack, 4) == 0 && pyccl_fsm_moves(r->fsm));
+}
+
+/* Two members, one of which submits everything before the other one begins. */
+TEST(fsm_runs_tens_of_thousands_of_submits_in_order) {
+    enum { MANY = 30000 };
+    rig *r = rig_new(3, 0);
+    const pyccl_spec spec = spec_of(TAG);
+    uint64_t next = 0;                     /* number that starts next */
+    for (uint64_t cookie = 1; cookie <= MANY; cookie++) {
+        CHECK(pyccl_fsm_submit(r->fsm, cookie, &spec, DEADLINE, r->now) == PYCCL_OK);
+        take(r);
+        CHECK_EQ(starts(r, cookie), cookie <= PYCCL_EARLY_MAX);
+        next += (uint64_t)starts(r, cookie);
+    }
+    for (uint64_t seq = 0; seq < MANY; seq++) {
+        receive(r, PYCCL_FRAME_OPEN, 1, seq, seq);
+        result(r, seq + 1, 7);
+        receive(r, PYCCL_FRAME_DONE, 1, seq, 7);
+        CHECK(committed(r, seq + 1));
+        if (next < MANY) CHECK(starts(r, next + 1) && action(r, PYCCL_ACT_START, next + 1)->seq == next);
+        next += next < MANY;
+    }
+    CHECK(next == MANY && pyccl_fsm_open_count(r->fsm) == 0);
 }
 
 TEST(fsm_refuses_options_below_zero_and_submits_before_an_epoch) {
@@ -1668,11 +1800,14 @@ static void same_outcome(const group *g, uint64_t tally[2]) {
 }
 
 static void one_group(uint64_t seed, uint64_t tally[2]) {
-    static const pyccl_fsm_options options = {.settle_ns = INT64_C(1) << 50, .stall_ns = 0, .tell_ns = 20};
+    pyccl_fsm_options options = {.settle_ns = INT64_C(1) << 50, .stall_ns = 0, .tell_ns = 20};
     group *g = &the_group;
     memset(g, 0, offsetof(group, bag));
     g->random = g->seed = seed;
     g->nodes = 2 + (int)below(g, NODES - 1);
+    /* Half of them often wait for room. Ahead of others in a channel each, three or more may wait in a circle. */
+    options.early_max = g->nodes == 2 && below(g, 2) ? 1 + (uint32_t)below(g, 4) : 0;
+    options.open_max = below(g, 2) ? 1 + (uint32_t)below(g, 4) : 0;
     g->now = 1;
     g->epoch = 1;
     g->members[1] = (1u << g->nodes) - 1;

@@ -53,19 +53,20 @@ typedef struct variant {
     uint8_t submit, retry;                 /* submit: 1: at any time, 0: all have                      */
     uint8_t crash, suspect, revoke, deadline, leave, reset, late, tell, split, differ;
     uint8_t pair, alone, lose_a;           /* pair: members of an exchange, or 0; alone: no collective beside it; the victim is A */
+    uint8_t early;                         /* so many operations may be ahead of a member, or more than there are: 0 */
     int mutation;
 } variant;
 
 enum {
     SOUND, REPORT_WITHOUT_FREEZE, ABORT_WHILE_FROZEN, DATA_WHILE_FROZEN, STALE_EPOCH, ABORT_AFTER_DONE, MAJORITY_COMMITS, FORGET_TOMBSTONE,
-    VERDICT_FORGETS_COMMIT, DROP_RECORD, RESET_WITHOUT_REPEAT, PREPARE_WITHOUT_DATA, HALF_A_PAIR_PREPARES, VERDICT_IN_NEW_RANKS, THIRD_IS_ASKED
+    VERDICT_FORGETS_COMMIT, DROP_RECORD, RESET_WITHOUT_REPEAT, PREPARE_WITHOUT_DATA, HALF_A_PAIR_PREPARES, VERDICT_IN_NEW_RANKS, THIRD_IS_ASKED, ROOM_IS_NOT_ASKED
 };
 
 typedef struct op_bits {
     uint8_t submitted;
     uint8_t tag, next_seq, told, dirty;                                  /* the machine's tag          */
     uint8_t op, opened, done, settled, result, asked, leave, abort, blamed, have_spec, spec_rank, owner_rank, attempts, cookie, hash[N];
-    uint8_t deferred, deferred_status;
+    uint8_t deferred, deferred_status, ahead_of;                         /* deferred: its place, from 1; ahead_of: who has not submitted it */
     uint8_t started, data;                                               /* the engine                 */
     uint8_t outcome, status, out_ep, out_set, culprit;                   /* culprit: 0 none, else member + 1 */
 } op_bits;
@@ -100,7 +101,7 @@ static const variant *now;
 static pyccl_fsm *machine;                 /* one, loaded with whoever moves */
 static const char *bad;                    /* set: the first rule broken     */
 static char bad_text[160];
-static uint64_t commits, failures;         /* seen in the walk: it is not empty */
+static uint64_t commits, failures, deferrals; /* seen in the walk: it is not empty; deferrals: for want of room */
 
 static void broken(const char *text) { if (bad == NULL) bad = text; }
 static void brokenf(const char *format, ...) {
@@ -189,6 +190,8 @@ static void save_op(const pyccl_fsm *fsm, const fsm_tag *tag, op_bits *o) {
         o->spec_rank = (uint8_t)op->spec_rank;
         o->owner_rank = (uint8_t)op->owner_rank;
     }
+    for (uint32_t r = 0; now->early && r < fsm->world; r++)
+        if (!set_has(&op->submitted, r)) o->ahead_of |= (uint8_t)(1 << r);
     for (uint32_t r = 0; r < fsm->world && r < N; r++)
         if (o->done >> r & 1 || (r == fsm->rank && op->result)) o->hash[r] = (uint8_t)op->hash[r];
 }
@@ -212,10 +215,12 @@ static void save(const pyccl_fsm *fsm, member *m) {
         o->out_set = kept.out_set;
         o->culprit = kept.culprit;
     }
-    for (const deferred *item = fsm->deferred_first; item != NULL; item = item->next) {
-        op_bits *o = &m->o[op_of_space(item->spec.space)];
-        o->deferred = 1;
-        o->deferred_status = status_code(item->status);
+    uint8_t place = 0;
+    for (const lane *l = fsm->lanes; l != NULL; l = l->next) {
+        op_bits *o = &m->o[op_of_space(l->first->spec.space)];
+        PYCCL_ASSERT(l->count == 1);
+        o->deferred = ++place;
+        o->deferred_status = status_code(l->first->status);
     }
     for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
         op_bits *o = &m->o[op_of_space(tag->space)];
@@ -242,7 +247,7 @@ static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, uint32_t partner) {
     op->opened.word[0] = o->opened;
     op->done.word[0] = o->done;
     op->settled.word[0] = o->settled;
-    op->submitted.word[0] = UINT64_MAX;    /* who is how far ahead binds thousands of operations, none of these */
+    op->submitted.word[0] = (uint8_t)~o->ahead_of; /* without a limit nobody's: 4,096 bind none of these */
     op->result = o->result;
     op->asked = o->asked;
     op->leave_ns = o->leave ? AT_LEAVE : 0;
@@ -256,12 +261,15 @@ static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, uint32_t partner) {
     for (uint32_t r = 0; r < fsm->world; r++) op->hash[r] = o->hash[r];
     if (op->state == RUNNING || op->state == PREPARED) live_add(fsm, op);
     if (op->state == EARLY) fsm->early[op->owner_rank]++;
+    ahead_add(fsm, op);
 }
+
+static int partner_in_pair(int self) { return __builtin_ctz((unsigned)(now->pair & ~(1 << self))); }
 
 static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
     free_tags(fsm);
     memset(fsm->ahead, 0, sizeof fsm->ahead);
-    free_deferred(fsm);
+    free_deferred(fsm, 0);
     pyccl_map_clear(&fsm->cookie_map);
     fsm->live_first = fsm->live_last = NULL;
     fsm->live_count = 0;
@@ -275,16 +283,17 @@ static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
     fsm->tell_ns_at = m->tell ? AT_START : 0;
     for (int k = 0; k < OPS; k++) {
         const op_bits *o = &m->o[k];
-        const uint8_t other = (uint8_t)(now->pair & ~(1 << self));
-        if (o->tag) load_op(fsm, o, k, k == PAIR ? rank_of(members, __builtin_ctz(other)) : 0);
-        if (!o->deferred) continue;
-        deferred *item = calloc(1, sizeof *item);
-        PYCCL_ASSERT(item != NULL);
-        *item = (deferred){.cookie = o->deferred_status ? 0 : k + 1u, .spec = the_spec(k), .deadline_ns = AT_DEADLINE, .status = -(int32_t)o->deferred_status};
-        *fsm->deferred_end = item;
-        fsm->deferred_end = &item->next;
-        fsm->deferred_count++;
+        if (o->tag) load_op(fsm, o, k, k == PAIR ? rank_of(members, partner_in_pair(self)) : 0);
     }
+    for (int place = 1; place <= OPS; place++)
+        for (int k = 0; k < OPS; k++) {
+            const op_bits *o = &m->o[k];
+            if (o->deferred != place) continue;
+            const deferred item = {.cookie = o->deferred_status ? 0 : k + 1u, .spec = the_spec(k), .deadline_ns = AT_DEADLINE, .status = -(int32_t)o->deferred_status};
+            const uint32_t partner = partner_of(fsm, &item.spec);
+            PYCCL_ASSERT(defer(fsm, partner < fsm->world ? tag_find(fsm, space_of(k), 0, partner) : NULL, &item) == PYCCL_OK);
+        }
+    fsm->room = 0;
 }
 
 /* The machine of member i as the state has it; in the twin test the one that was never written down. */
@@ -565,7 +574,10 @@ static void apply(state *s, step a) {
     switch (a.kind) {
     case A_SUBMIT:
         m->o[a.j].submitted = 1;
+        if (now->mutation == ROOM_IS_NOT_ASKED) machine->options.early_max = PYCCL_EARLY_MAX;
         if (pyccl_fsm_submit(machine, a.j + 1u, &spec, AT_DEADLINE, clock_of(m)) != PYCCL_OK) broken("submit refused");
+        deferrals += machine->lanes != NULL && !m->frozen;
+        machine->options.early_max = now->early ? now->early : PYCCL_EARLY_MAX;
         carry_out(s, i, N_A);
         break;
     case A_FRAME: deliver(s, i, take(s, a.n)); return;
@@ -652,6 +664,7 @@ static int doomed(const state *s, frame_bits f) {
     if (m->frozen) return f.type != PYCCL_FRAME_ASK;
     const uint8_t op = m->o[f.k].op;
     if (op == COMMITTED + 1) return f.type != PYCCL_FRAME_ASK && f.type != PYCCL_FRAME_SETTLED;
+    if (op == FAILED + 1 && now->early) return f.type == PYCCL_FRAME_DATA || f.type == PYCCL_FRAME_ANSWER; /* the others show that they submitted */
     if (op == FAILED + 1) return f.type == PYCCL_FRAME_DONE || f.type == PYCCL_FRAME_DATA || f.type == PYCCL_FRAME_ABORT || f.type == PYCCL_FRAME_ANSWER;
     if (op == PREPARED + 1) return f.type == PYCCL_FRAME_OPEN || f.type == PYCCL_FRAME_DATA;
     return 0;
@@ -912,8 +925,8 @@ static void start_state(state *s) {
 static const char *walk(const variant *v, int verbose) {
     now = v;
     bad = NULL;
-    commits = failures = 0;
-    pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .stall_ns = 0, .tell_ns = v->tell ? 0 : INT64_C(1) << 40};
+    commits = failures = deferrals = 0;
+    pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .tell_ns = v->tell ? 0 : INT64_C(1) << 40, .early_max = v->early};
     PYCCL_ASSERT(pyccl_fsm_new(&options, &machine) == PYCCL_OK);
     path = malloc(DEPTH * sizeof *path);
     PYCCL_ASSERT(path != NULL);
@@ -974,7 +987,7 @@ static const char *walk(const variant *v, int verbose) {
 /* Random runs, once with machines written down and set up again at every step and once with machines left alone. */
 static void machines_left_alone_do_the_same(const variant *v) {
     static state played[2][200];
-    const pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .tell_ns = 0};
+    const pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .tell_ns = 0, .early_max = v->early};
     uint64_t seed = 20310504, compared = 0;
     now = v;
     for (int run = 0; run < 3000; run++, seed++) {
@@ -1142,6 +1155,17 @@ TEST(op_walk_exchange_beside_a_collective) {
     HOLDS(960000, .name = "exchange beside a collective, the third suspected", .retry = 1, .suspect = 1, .pair = 6, .lose_a = 1);
 }
 
+/* One operation may be ahead of a member: who has called the collective first waits with the exchange, and the other way
+ * round, until the other is known to have called what it called itself. */
+TEST(op_walk_submits_without_room_wait) {
+    HOLDS(200000, .name = "room for one, submits at any time", .submit = 1, .retry = 1, .pair = 3, .early = 1);
+    CHECK(commits > 0 && failures == 0 && deferrals > 0);
+    HOLDS(370000, .name = "room for one, the partner crashes", .submit = 1, .retry = 1, .crash = 1, .pair = 6, .early = 1);
+    CHECK(commits > 0 && deferrals > 0);
+    HOLDS(480000, .name = "room for one, the third crashes", .submit = 1, .retry = 1, .crash = 1, .pair = 6, .lose_a = 1, .early = 1);
+    CHECK(commits > 0 && deferrals > 0);
+}
+
 /* ---- canaries: a walk that can't find these finds nothing ---- */
 
 static void finds(const variant *v) { CHECK(walk(v, getenv("OP_WALK_SHOW") != NULL) != NULL); }
@@ -1161,3 +1185,7 @@ TEST(op_walk_finds_a_verdict_on_half_a_pair) { FINDS(.name = "canary: a verdict 
 TEST(op_walk_finds_a_verdict_in_the_ranks_of_the_new_epoch) { FINDS(.name = "canary: a verdict in the ranks of the new epoch", .submit = 1, .crash = 1, .mutation = VERDICT_IN_NEW_RANKS, .pair = 6, .alone = 1, .lose_a = 1); }
 TEST(op_walk_finds_a_verdict_that_asks_the_third) { FINDS(.name = "canary: a verdict that asks the third", .submit = 1, .crash = 1, .mutation = THIRD_IS_ASKED, .pair = 6, .alone = 1); }
 TEST(op_walk_finds_a_result_without_all_contributions) { FINDS(.name = "canary: prepared without all contributions", .retry = 1, .mutation = PREPARE_WITHOUT_DATA); }
+TEST(op_walk_finds_a_submit_that_asks_for_no_room) { FINDS(.name = "canary: a submit that asks for no room", .submit = 1, .retry = 1, .pair = 3, .early = 1, .mutation = ROOM_IS_NOT_ASKED); }
+TEST(op_walk_save_and_load_keep_what_waits_for_room) {
+    machines_left_alone_do_the_same(&(variant){.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 2, .reset = 1, .tell = 1, .pair = 6, .lose_a = 1, .early = 1});
+}

@@ -20,10 +20,7 @@ ARGUMENT: Final[int] = lib.PYCCL_ERR_ARGUMENT
 
 _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
     lib.PYCCL_ERR_ARGUMENT: (errors.UsageError, "the engine does not take these arguments"),
-    lib.PYCCL_ERR_LIMIT: (
-        errors.UsageError,
-        "too many operations or tags are open at a time, or too many (failed ones too) that others have not called",
-    ),
+    lib.PYCCL_ERR_LIMIT: (errors.UsageError, "too many different tags are in use"),
     lib.PYCCL_ERR_CLOSED: (errors.UsageError, "the communicator is closed or not connected"),
     lib.PYCCL_ERR_PEER_LOST: (errors.PeerLostError, "a participant was lost"),
     lib.PYCCL_ERR_ALONE: (errors.AloneError, "nobody else is left in the group"),

@@ -408,6 +408,30 @@ class Agent:
             if x[0] == info.world_size:
                 return records
 
+    def do_run_ahead(self, calls: int, factor: int) -> list[int]:
+        """All-reduces of one int64 each, all of them submitted before the first is waited for. [result of each]"""
+        comm = self.need()
+        x = np.arange(calls, dtype=np.int64) * factor
+        works = [comm.all_reduce_async(x[k : k + 1], "sum", timeout=DEADLINE_S) for k in range(calls)]
+        self.say(event="submitted")
+        for work in works:
+            work.wait()
+        return [int(value) for value in x]
+
+    def do_call_in_vain(self, calls: int, timeout: float) -> list[str]:
+        """How each of so many all-reduces ends: the class of its error, and "restored" where the input is back."""
+        comm = self.need()
+        x = np.arange(calls, dtype=np.int64)
+        works = [comm.all_reduce_async(x[k : k + 1], "sum", timeout=timeout) for k in range(calls)]
+        ends = []
+        for k, work in enumerate(works):
+            try:
+                work.wait()
+                ends.append("OK")
+            except pyccl.PycclError as e:
+                ends.append(type(e).__name__ + (" restored" if x[k] == k else ""))
+        return ends
+
     def do_stop_loop(self) -> None:
         self.stop_wanted = True
 

@@ -47,6 +47,44 @@ def blocked(peer: Peer) -> None:
     peer.ask("wait_blocked", thread="watch")
 
 
+MANY = 10_000  # operations of one member may be 4,096 ahead of another
+
+
+def test_a_member_far_ahead_of_the_others_waits_for_them(cluster: Cluster) -> None:
+    first, *late = cluster.members(3)
+    calls = [first.call("run_ahead", calls=MANY, factor=1)]
+    first.wait_event("submitted")
+    calls += [peer.call("run_ahead", calls=MANY, factor=factor) for peer, factor in zip(late, (2, 3), strict=True)]
+    for call in calls:
+        assert call.value() == [6 * k for k in range(MANY)]
+
+
+def test_calls_given_up_by_thousands_are_followed_by_one_that_works(cluster: Cluster) -> None:
+    hasty, *late = peers = cluster.members(3)
+    many = MANY // 2
+    failed = ["DeadlineError restored"] * many
+    assert hasty.call("call_in_vain", calls=many, timeout=0.05).value() == failed
+    again = hasty.call("all_reduce", seed=1, count=1000)  # behind thousands that the others have not called
+    for call in [peer.call("call_in_vain", calls=many, timeout=60) for peer in late]:
+        assert call.value() == failed
+    calls = [again, *(peer.call("all_reduce", seed=1, count=1000) for peer in late)]
+    cluster.check([call.value() for call in calls], 1, 1000)
+    assert cluster.reduce(peers)["world_size"] == 3
+
+
+def test_ctrl_c_ends_a_call_that_waits_for_room_and_its_number_is_taken(cluster: Cluster) -> None:
+    hasty, *late = peers = cluster.members(3)
+    many = MANY // 2
+    assert "OK" not in hasty.call("call_in_vain", calls=many, timeout=0.05).value()
+    call = hasty.call("all_reduce", seed=1, count=1000, timeout=600)
+    blocked(hasty)
+    hasty.signal(signal.SIGINT)
+    assert call.error("KeyboardInterrupt")["restored"]
+    for call in [peer.call("call_in_vain", calls=many + 1, timeout=60) for peer in late]:
+        assert call.value() == ["DeadlineError restored"] * many + ["PeerLostError restored"]
+    cluster.reduce(peers)
+
+
 def test_ctrl_c_at_the_safe_point_takes_the_peer_back_from_it(cluster: Cluster) -> None:
     interrupted, *rest = peers = cluster.members(3)
     calls = [peer.call("update_topology") for peer in (interrupted, rest[0])]

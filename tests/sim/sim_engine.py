@@ -539,5 +539,5 @@ class SimEngine:
 
     def blocked(self) -> tuple[list[tuple[int, int, int]], float, bool]:
         lacking = self.fsm.lacking()
-        quiet = 0.0 if len(self.attempts) > len(lacking) else (self.owner.now - self.quiet_since) / S
+        quiet = 0.0 if lib.pyccl_fsm_moves(self.handle) else (self.owner.now - self.quiet_since) / S
         return lacking, quiet, bool(lib.pyccl_fsm_below_cut(self.handle))
