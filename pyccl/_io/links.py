@@ -104,9 +104,29 @@ async def _connect_to(host: str, port: int) -> trio.SocketStream:
         except BaseException:
             sock.close()
             raise
-    if len(failed) == 1:
-        raise failed[0]
-    raise OSError(f"{host}: no address of it takes a connection") from ExceptionGroup(host, failed)
+    try:
+        if len(failed) == 1:
+            raise failed[0]
+        raise OSError(f"{host}: no address of it takes a connection") from ExceptionGroup(host, failed)
+    finally:
+        failed.clear()  # or the exception holds this frame, which holds it, until garbage is collected
+
+
+async def _connect(addresses: Iterable[Address]) -> trio.SocketStream:
+    """A TCP connection to the first address that answers."""
+    error: OSError = ConnectionRefusedError("the peer names no address")
+    for address in addresses:
+        try:
+            return await _connect_to(address.host, address.port)
+        except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
+            error = OSError(f"{address.host!r} is no name of a host: {e}")
+        except OSError as e:
+            refused = all(isinstance(cause, ConnectionRefusedError) for cause in causes_of(e))
+            error = ConnectionRefusedError(str(e)) if refused else e
+    try:
+        raise error
+    finally:
+        del error  # as above
 
 
 class Links:
@@ -269,7 +289,7 @@ class Links:
             while True:
                 try:
                     with trio.fail_after(_DIAL_S):
-                        stream = await self._connect(peer.member.addresses)
+                        stream = await _connect(peer.member.addresses)
                         with_hello = await self._greet(stream, peer.member)
                     if with_hello:
                         peer.dialing.discard(scope)
@@ -283,19 +303,6 @@ class Links:
                     log.debug("dial_failed peer=%s cause=%s", peer.member.peer.hex()[:8], e)
                 await trio.sleep(pause * (0.5 + random.random()))
                 pause = min(pause * 2, _BACKOFF_S[1])
-
-    async def _connect(self, addresses: Iterable[Address]) -> trio.SocketStream:
-        """A TCP connection to the first address that answers."""
-        error: OSError = ConnectionRefusedError("the peer names no address")
-        for address in addresses:
-            try:
-                return await _connect_to(address.host, address.port)
-            except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
-                error = OSError(f"{address.host!r} is no name of a host: {e}")
-            except OSError as e:
-                refused = all(isinstance(cause, ConnectionRefusedError) for cause in causes_of(e))
-                error = ConnectionRefusedError(str(e)) if refused else e
-        raise error
 
     async def _greet(self, stream: trio.SocketStream, member: Member) -> bool:
         me = self._me

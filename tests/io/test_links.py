@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from typing import Any
 
@@ -186,3 +187,28 @@ def test_a_link_that_comes_up_after_the_time_ran_out_is_reported_ready(monkeypat
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_a_refused_connection_leaves_nothing_for_the_garbage_collector(addresses: int) -> None:
+    """Members dial whoever has left: what that leaves would stay until the next full collection, which is rare."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))  # and nobody listens
+        port = sock.getsockname()[1]
+
+        async def main() -> None:
+            try:
+                await links._connect([Address("127.0.0.1", port)] * addresses)
+            except ConnectionRefusedError:
+                pass
+            else:
+                pytest.fail("it was not refused")
+
+        gc.collect()
+        gc.disable()
+        try:
+            trio.run(main)
+            left = [e for e in gc.get_objects() if isinstance(e, ConnectionRefusedError)]
+        finally:
+            gc.enable()
+        assert left == []

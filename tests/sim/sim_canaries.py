@@ -55,7 +55,7 @@ _ALL: Final = (
         "skip_flush",
         _MASTER,
         "a loss epoch is decided before the survivors have frozen and reported",
-        (("        if len(reports) < len(staying):\n            return False\n", ""),),
+        (("if not all(has_reported(self._peers[key], ballot) for key in ballot.members):\n", "if False:\n"),),
     ),
     Canary(
         "report_without_freezing",
