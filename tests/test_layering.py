@@ -34,7 +34,7 @@ MARKS_OF_A_PURE_ROOM = ("pyccl._proto", "pyccl.errors")  # standard library only
 LAYERS: list[set[str]] = [
     {"op_fsm", "map"},
     {"kernel", "element", "float_mode", "simd"},
-    {"frame", "digest", "reduce", "quant", "outer", "status", "schedule", "throttle", "lanes"},
+    {"frame", "digest", "reduce", "quant", "outer", "status", "schedule", "throttle", "lanes", "pace"},
     {"link"},
     {"engine"},
 ]
