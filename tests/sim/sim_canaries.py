@@ -197,8 +197,8 @@ _ALL: Final = (
         "ABORT is not heard",
         (
             (
-                "case PYCCL_FRAME_ABORT: return on_abort(fsm, message, now_ns);",
-                "case PYCCL_FRAME_ABORT: return PYCCL_OK;",
+                "case PYCCL_FRAME_ABORT: rc = on_abort(fsm, message, now_ns); break;",
+                "case PYCCL_FRAME_ABORT: break;",
             ),
         ),
     ),
@@ -223,7 +223,7 @@ _ALL: Final = (
         "early_drained",
         _FSM,
         "a member is ready for the next epoch before its operations have ended",
-        (("return fsm->cutting && fsm->live_count == 0 && !pyccl_fsm_below_cut(fsm);", "return fsm->cutting;"),),
+        (("    if (!fsm->cutting || fsm->live_count != 0) return 0;\n", "    return fsm->cutting;\n"),),
     ),
     Canary(
         "mixes_pairs",

@@ -19,6 +19,13 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("name", CANARIES)
+def test_the_code_still_holds_what_the_canary_changes(name: str) -> None:
+    canary = CANARIES[name]
+    source = (ROOT / canary.file).read_text(encoding="utf-8")
+    assert canary.planted(source) != source
+
+
+@pytest.mark.parametrize("name", CANARIES)
 def test_planted_bug_is_found(name: str) -> None:
     status, out = sim("--canary", name, "--json")
     told = json.loads(out)
