@@ -34,6 +34,7 @@ LANES: Final = 8  # connections that a long link begins with; each has a piece u
 LANE_S: Final = 0.1  # that a piece of the usual length may be under way on one, or two round trips
 LANES_LEAST: Final = 2  # one alone stands still with each loss
 GAIN_LEAST: Final = 0.1  # a plan that predicts less gain than this is within what measurements differ by
+RING_GAIN_LEAST: Final = 0.25  # of a ring over direct: two lines of the model, each wrong by as much as this
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,8 @@ def judged(
     ring_from_bytes: float | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> Choice:
-    """These shares and this ring on that network. ring_from_bytes None: from the size on from which the ring wins."""
+    """These shares and this ring on that network. ring_from_bytes None: from the size on from which the ring wins by
+    RING_GAIN_LEAST: one pair that was measured while a processor was busy slows direct, and hardly a ring."""
     direct, ring = direct_line(network, shares, piece_bytes), ring_line(network, order, piece_bytes)
     if ring_from_bytes is None:
         ring_from_bytes = _ring_from(direct, ring, network.world)
@@ -205,6 +207,8 @@ def _ring_from(direct: Line, ring: Line, world: int) -> float:
         return NEVER  # two are a ring already
     if direct.pace == math.inf:
         return 0.0
+    left = 1 - RING_GAIN_LEAST
+    direct = Line(direct.delay_s * left, direct.pace * left, direct.lag_bytes, direct.lag_pace * left)
     if ring.pace >= direct.pace:
         return NEVER
     low, high = 0.0, max(direct.lag_bytes, ring.lag_bytes)

@@ -43,6 +43,7 @@ class Result:
     measured_s: float  # that optimize_topology took
     predicted_s: float | None
     bound_s: float
+    plans: list[dict[str, Any]]  # what the master logged of them
 
     @property
     def to_bound(self) -> float:
@@ -60,6 +61,7 @@ class Result:
                 for name, seconds in self.seconds.items()
             },
             "optimize_s": self.measured_s,
+            "plans": self.plans,
             "predicted_s": self.predicted_s,
             "bound_s": self.bound_s,
             "planned_to_bound": self.to_bound,
@@ -100,7 +102,7 @@ def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
         predicted_s = planner.Line(*line).seconds(plan.size_bytes)
     best = planner.choose(network_of(scenario), EFFORT)
     bound_s = min(best.direct.least_s(plan.size_bytes), best.ring.least_s(plan.size_bytes))
-    return Result(scenario, plan, seconds, algorithms, measured_s, predicted_s, bound_s)
+    return Result(scenario, plan, seconds, algorithms, measured_s, predicted_s, bound_s, reports[0]["plans"])
 
 
 def network_of(scenario: Scenario) -> planner.Network:

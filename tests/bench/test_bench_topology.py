@@ -51,7 +51,7 @@ def test_only_the_fast_links_of_six_neighbours_make_a_ring_and_it_wins() -> None
     choice = planner.choose(network, EFFORT)
     hops = zip(choice.order, [*choice.order[1:], choice.order[0]], strict=True)
     assert {network.rate[i][j] for i, j in hops} == {12.5e6}
-    assert choice.algorithm(1 << 20) == "ring" and choice.direct.pace > 2.4 * choice.ring.pace
+    assert choice.algorithm(2 << 20) == "ring" and choice.direct.pace > 2.4 * choice.ring.pace
 
 
 @pytest.mark.parametrize("name", [name for name in netlab.names() if name != "neighbours"])

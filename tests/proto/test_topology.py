@@ -186,10 +186,20 @@ def test_ring_wins_from_the_size_on_where_slow_pairs_can_be_left_out() -> None:
     choice = topology.choose(network([fast] * 6, rate=rate, delay=0.05), MANY)
     assert choice.ring.pace == pytest.approx(2 * 5 / 6 / fast)
     assert 0 < choice.ring_from_bytes < NEVER
-    at = choice.ring_from_bytes
-    assert choice.ring.seconds(at) <= choice.direct.seconds(at)
-    assert choice.ring.seconds(at - 2) > choice.direct.seconds(at - 2)
+    at, left = choice.ring_from_bytes, 1 - topology.RING_GAIN_LEAST
+    assert choice.ring.seconds(at) <= choice.direct.seconds(at) * left
+    assert choice.ring.seconds(at - 2) > choice.direct.seconds(at - 2) * left
     assert (choice.algorithm(at / 2), choice.algorithm(at * 2)) == ("direct", "ring")
+
+
+@pytest.mark.parametrize(("seen", "rings"), [(40.0, False), (30.0, False), (5.0, True)])
+def test_ring_must_gain_more_than_one_pair_that_was_measured_badly_makes_of_it(seen: float, rings: bool) -> None:
+    """All alike, but one pair seemed slow one way: direct needs it, a ring goes round the other way."""
+    rate = [[125.0] * 3 for _ in range(3)]
+    rate[0][1] = seen
+    choice = topology.choose(network([125.0] * 3, rate=rate), MANY)
+    assert choice.ring.pace < choice.direct.pace
+    assert (choice.ring_from_bytes < NEVER) is rings
 
 
 def test_two_members_swap_and_one_waits_for_nobody() -> None:
