@@ -2,33 +2,51 @@
 
 Those that need torch are in files named test_*_torch.py: collected where it is. tools/test runs both ways.
 
-Under pytest-xdist (``-n 2 --dist loadgroup``, as tools/test does) there are two lanes. The tests of groups on loopback
-run one after the other in the one, those of commands, emulated lines and faults in the other; each waits more than it
-computes, and passes on a machine with that much load. What only computes fills up whichever lane is shorter.
+Under pytest-xdist (``-n 2``, as in tools/test) there are two lanes. The tests of groups on loopback run one after the
+other in the one, those of commands, emulated lines and faults in the other; each waits more than it computes, and
+passes on a machine with that much load. What only computes fills up whichever lane is shorter.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import signal
+from typing import Any
 
 import pytest
 
+try:
+    from xdist.scheduler import LoadScopeScheduling
+except ImportError:  # then everything runs in one process
+    LoadScopeScheduling = object
+
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["*_torch.py"]
 
-_HERE = Path(__file__).parent
-_GROUPS = [_HERE / "api", _HERE / "arrays"]
-_COMPUTES = [
-    *(_HERE / name for name in ("native", "proto", "sim")),
-    *(_HERE / "demo" / f"test_demo_{name}.py" for name in ("corpus", "model", "progress")),
-    _HERE / "stress" / "test_stress_oracle.py",
-    *(_HERE / f"test_{name}.py" for name in ("layering", "statefile", "usage_errors")),
-]
+_GROUPS = ("tests/api/", "tests/arrays/", "tests/optim/")
+_COMPUTES = (
+    *(f"tests/{name}/" for name in ("native", "proto", "sim")),
+    *(f"tests/demo/test_demo_{name}.py" for name in ("corpus", "model", "progress")),
+    *(f"tests/optim/test_{name}.py" for name in ("fragments", "gossip", "rules", "schedule")),
+    "tests/stress/test_stress_oracle.py",
+    *(f"tests/test_{name}.py" for name in ("layering", "statefile", "usage_errors")),
+)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    def is_in(paths: list[Path]) -> bool:
-        return any(item.path.is_relative_to(path) for path in paths)
+class Lanes(LoadScopeScheduling):  # type: ignore[misc]
+    """By path and not by the marks of ``--dist loadgroup``, which get lost under pytest 9.2."""
 
-    if item.config.pluginmanager.hasplugin("xdist") and not is_in(_COMPUTES):
-        item.add_marker(pytest.mark.xdist_group("groups" if is_in(_GROUPS) else "lines"))
+    def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(_COMPUTES):
+            return nodeid
+        return "groups" if nodeid.startswith(_GROUPS) else "lines"
+
+
+def pytest_configure() -> None:
+    # A shell ignores SIGINT for a command in the background: tests of Ctrl-C would wait for ever.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return Lanes(config, log)
