@@ -35,7 +35,7 @@ _STRANGERS_MAX: Final = 256  # of these, how many that have not said anything
 _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
 _WAITING_ALL_BYTES_MAX: Final = 256 << 20  # to all of them
 _MESSAGE_BYTES: Final = 64  # that a message costs beside its own
-_WRITE_AGAIN_S: Final = 0.5  # after the journal could not be written
+WRITE_AGAIN_S: Final = 0.5  # after the journal could not be written
 # What a connection may end with besides a clean end; the loss is its sender's.
 _SENDERS_LOSS: Final = (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -128,7 +128,7 @@ class MasterServer:
                 except OSError as e:
                     log.error("journal_failed path=%s cause=%s: nothing is decided meanwhile", journal.path, e)
                     self._perform(self._machine.not_persisted(reason_of(e), trio.current_time()))
-                    await trio.sleep(_WRITE_AGAIN_S)
+                    await trio.sleep(WRITE_AGAIN_S)
                 else:
                     for _ in batch:
                         self._to_write.popleft()

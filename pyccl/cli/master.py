@@ -5,21 +5,25 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import ipaddress
+import itertools
 import logging
+import math
 import os
 import resource
 import secrets
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import click
 import trio
 
 from pyccl._io.journal import Journal, JournalError
-from pyccl._io.master_server import CONNECTIONS_MAX, MasterServer
+from pyccl._io.master_server import CONNECTIONS_MAX, WRITE_AGAIN_S, MasterServer
 from pyccl._proto import limits
 from pyccl._proto.past import NONCE_BITS, Began, Past, make_term, start_of
 from pyccl.cli import log as logs
@@ -29,7 +33,19 @@ EXIT_ADDRESS: Final = 3
 EXIT_JOURNAL: Final = 4
 _OTHER_FILES: Final = 64  # descriptors that are no connections
 
+_TRIES_PER_LINE: Final = 60  # of the log: one in half a minute
+
 log = logging.getLogger("pyccl.master")
+
+
+@dataclass(frozen=True)
+class _Options:
+    peer_timeout: float
+    journal: Path | None
+    new_run: bool
+    adopt_run: bool
+    needs_majority: bool
+
 
 _EPILOG = """
 \b
@@ -37,7 +53,10 @@ Exit status:
   0  stopped by SIGTERM or Ctrl-C
   2  bad arguments
   3  the address is in use or can't be bound
-  4  the journal can't be used: another master has it, it is damaged, or it can't be written
+  4  the journal can't be used: another master has it, it is damaged, or a new one can't be written
+\b
+A journal that holds a run and can't be written, as on a full disk, is tried again until it can; nobody can connect
+until then.
 \b
 The journal is what lets a new master continue the run of one that died: the same command again, on the same
 machine. Without --journal it is $XDG_STATE_HOME/pyccl/master-HOST-PORT.journal (~/.local/state by default), and
@@ -49,7 +68,7 @@ Example: pyccl-master --listen 127.0.0.1:48148
 """
 
 
-def _fail(code: int, text: str) -> None:
+def _fail(code: int, text: str) -> NoReturn:
     click.echo(f"pyccl-master: {text}", err=True)
     sys.exit(code)
 
@@ -67,21 +86,32 @@ def _resolve(host: str, port: int) -> tuple[int, tuple[str, int]]:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as e:
         _fail(EXIT_ARGUMENTS, f"--listen {host}:{port}: {e.strerror}")
-        raise AssertionError from e  # _fail does not return
     return family, (str(address[0]), port)
 
 
-async def _listen(family: int, address: tuple[str, int]) -> trio.SocketListener:
+async def _bind(family: int, address: tuple[str, int]) -> trio.socket.SocketType:
+    """It is ours, and nobody can connect yet."""
     sock = trio.socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await sock.bind(address)
+    except OSError as e:
+        _fail_address(sock, address, e)
+    return sock
+
+
+def _listen(sock: trio.socket.SocketType, address: tuple[str, int]) -> trio.SocketListener:
+    try:
         sock.listen(1024)
     except OSError as e:
-        sock.close()
-        cause = "the address is in use" if e.errno == errno.EADDRINUSE else str(e.strerror)
-        _fail(EXIT_ADDRESS, f"--listen {address[0]}:{address[1]}: {cause}")
+        _fail_address(sock, address, e)
     return trio.SocketListener(sock)
+
+
+def _fail_address(sock: trio.socket.SocketType, address: tuple[str, int], error: OSError) -> NoReturn:
+    sock.close()
+    cause = "the address is in use" if error.errno == errno.EADDRINUSE else str(error.strerror)
+    _fail(EXIT_ADDRESS, f"--listen {address[0]}:{address[1]}: {cause}")
 
 
 def _connections_max() -> int:
@@ -100,24 +130,43 @@ def _default_journal(host: str, port: int) -> Path:
     return state / "pyccl" / f"master-{name}-{port}.journal"
 
 
-def _open_journal(path: Path, new_run: bool, adopt_run: bool) -> tuple[Past, Journal]:
-    """The run it holds, or a new one; this start is in it when this returns."""
+def _open_journal(path: Path, new_run: bool, adopt_run: bool) -> Journal:
+    """The run it holds, or a new one."""
     try:
         journal = Journal.open(path, forget=new_run)
         if adopt_run and journal.past is not None and journal.past.groups:
             raise JournalError(f"{path}: it holds run {journal.past.run.hex()}; --adopt-run needs a new journal")
         if journal.past is None:
             journal.begin(_new_past())
-        else:
-            journal.append([Began(_next_term(journal.past.term))])
     except (JournalError, OSError) as e:
         _fail(EXIT_JOURNAL, str(e) if isinstance(e, JournalError) else f"--journal {path}: {e.strerror}")
-        raise AssertionError from e  # _fail does not return
-    past = journal.past
-    assert past is not None
+    return journal
+
+
+async def _begin_term(journal: Journal, stopped: Callable[[float], Awaitable[bool]]) -> bool:
+    """Write this start into the journal, again and again until it is durable; False: stopped meanwhile.
+
+    A full disk may have been what the master before met, too, and the members of its run wait for one that can write.
+    """
+    assert journal.past is not None
+    began = Began(_next_term(journal.past.term))
+    for tries in itertools.count():
+        try:
+            journal.append([began])
+        except OSError as e:
+            if tries % _TRIES_PER_LINE == 0:
+                log.error("journal_failed path=%s cause=%s next=try_again: no connections until then", journal.path, e)
+        else:
+            _log_journal(journal.path, journal.past)
+            return True
+        if await stopped(WRITE_AGAIN_S):
+            return False
+    raise AssertionError("it counts for ever")
+
+
+def _log_journal(path: Path, past: Past) -> None:
     members = sum(len(g.commit.epoch.members) for g in past.groups.values() if g.commit is not None)
     log.info("journal path=%s run=%s start=%d members=%d", path, past.run.hex(), start_of(past.term), members)
-    return past, journal
 
 
 def _new_past() -> Past:
@@ -128,18 +177,38 @@ def _next_term(term: int) -> int:
     return make_term(start_of(term) + 1, secrets.randbits(NONCE_BITS))
 
 
-async def _serve(family: int, address: tuple[str, int], server: MasterServer) -> None:
+async def _serve(family: int, address: tuple[str, int], options: _Options) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        listener = await _listen(family, address)
+
+        async def stopped(within_s: float) -> bool:
+            with trio.move_on_after(within_s):
+                log.info("stopped signal=%s", signal.Signals(await anext(signals)).name)
+                return True
+            return False
+
+        sock = await _bind(family, address)
+        journal = None
+        if options.journal is not None:
+            journal = _open_journal(options.journal, options.new_run, options.adopt_run)
+            if not await _begin_term(journal, stopped):
+                return
+        server = MasterServer(
+            _new_past() if journal is None or journal.past is None else journal.past,
+            journal,
+            options.peer_timeout,
+            importlib.metadata.version("pyccl-p2p"),
+            connections_max=_connections_max(),
+            needs_majority=options.needs_majority,
+            adopts=options.adopt_run or options.needs_majority,
+        )
+        listener = _listen(sock, address)
         host, port = listener.socket.getsockname()[:2]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
             click.echo(f"listening on {f'[{host}]' if ':' in host else host}:{port}")
             sys.stdout.flush()
-            async for number in signals:
-                log.info("stopped signal=%s", signal.Signals(number).name)
-                nursery.cancel_scope.cancel()
-                break
+            await stopped(math.inf)
+            nursery.cancel_scope.cancel()
 
 
 @click.command(epilog=_EPILOG, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
@@ -200,26 +269,15 @@ def main(
         _fail(EXIT_ARGUMENTS, "--journal and --no-journal exclude each other")
     if adopt_run and new_run:
         _fail(EXIT_ARGUMENTS, "--adopt-run and --new-run exclude each other")
-    past, journal = _new_past(), None
-    if journal_path is not None or (port and not no_journal):
-        past, journal = _open_journal(journal_path or _default_journal(host, port), new_run, adopt_run)
-    elif no_journal:
+    path = journal_path or (_default_journal(host, port) if port and not no_journal else None)
+    if no_journal:
         log.warning(
             "no_journal: this master goes on after a loss only with more than half of the members, and one that is "
             "started after it knows nothing but what they tell"
         )
-    else:
+    elif path is None:
         log.info("no_journal: nobody can come back to port 0; give --journal to keep the run when this process ends")
-    server = MasterServer(
-        past,
-        journal,
-        peer_timeout,
-        importlib.metadata.version("pyccl-p2p"),
-        connections_max=_connections_max(),
-        needs_majority=no_journal,
-        adopts=adopt_run or no_journal,
-    )
-    trio.run(_serve, family, address, server)
+    trio.run(_serve, family, address, _Options(peer_timeout, path, new_run, adopt_run, no_journal))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ started, stopped and waited for. One thread: timers and reports are taken in tur
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import json
@@ -111,6 +112,7 @@ class Conductor:
         self._master_up = False
         self._master_killed = False
         self._master_hindered = False  # by a fault
+        self._disk_full = False  # of the master that is started next, too
         self._still_until_s = self.start_s  # nobody could make progress before it
         self._faults_until_s = 0.0
         self._stalled_at, self._stalled, self._master_faults = 0, 0, 0  # faults since this revision
@@ -150,7 +152,8 @@ class Conductor:
         where = again if self.master_address else self._network.master_options()
         options = [*where, "--peer-timeout", str(self.peer_timeout_s), "--journal", str(self._journal)]
         before = self._network.place(MASTER)
-        self._children.start(MASTER, "pyccl.processes.leash", ["pyccl.cli.master", *options], before=before)
+        with disk.full_for_children() if self._disk_full else contextlib.nullcontext():
+            self._children.start(MASTER, "pyccl.processes.leash", ["pyccl.cli.master", *options], before=before)
 
     def _calm(self) -> None:
         """Without faults, to compare with."""
@@ -274,7 +277,7 @@ class Conductor:
             tail = self._children.stderr_tail(MASTER)
             self._children.forget(MASTER)
             if self._master_killed and event.returncode == -signal.SIGKILL:
-                if not self._master_hindered:
+                if not self._master_hindered or self._disk_full:
                     self._restart_now()
             elif not self._master_up and self.master_address and event.returncode == EXIT_ADDRESS:
                 self.after(RETRY_S, self._start_master)
@@ -471,10 +474,13 @@ class Conductor:
 
     def fill_journal(self) -> None:
         self._hinder_master()
+        self._disk_full = True
         disk.fill(self.master_pid())
 
     def empty_journal(self) -> None:
-        disk.empty(self.master_pid())
+        self._disk_full = False
+        if MASTER in self._children:  # or it is started when the one before is reaped
+            disk.empty(self.master_pid())
         self._master_free()
 
     def line(self, peer: int) -> NetworkLine:

@@ -49,14 +49,16 @@ class Lab(Protocol):
 
     def stop_master(self) -> None: ...
     def resume_master(self) -> None: ...
-    def kill_master(self) -> None: ...
+    def kill_master(self) -> None:
+        """Until `restart_master`; under a full disk another one is started at once, which can't write either."""
+
     def restart_master(self) -> None:
         """With the same journal, on the same address, as soon as the old one is gone."""
 
     def cut_master(self) -> None: ...
     def mend_master(self) -> None: ...
     def fill_journal(self) -> None:
-        """Every write to the journal fails until `empty_journal`."""
+        """Every write to the journal fails until `empty_journal`, also those of a master that is started meanwhile."""
 
     def empty_journal(self) -> None: ...
     def line(self, peer: int) -> Line: ...
@@ -305,6 +307,29 @@ class DiskFull(_OfMaster):
         self.lab.empty_journal()
 
 
+class DiskFullKillMaster(_OfMaster):
+    """SIGKILL while its journal can't be written; another one starts on the same disk, which has room later."""
+
+    name, weight = "disk-full-kill-master", LONG_WEIGHT
+
+    def apply(self) -> float:
+        self._healed = False
+        seconds = super().apply()
+        self.lab.after(seconds * self.rng.uniform(0.1, 0.5), self._kill)
+        return seconds
+
+    def begin(self) -> None:
+        self.lab.fill_journal()
+
+    def _kill(self) -> None:
+        if not self._healed:
+            self.lab.kill_master()
+
+    def heal(self) -> None:
+        self._healed = True
+        self.lab.empty_journal()
+
+
 class SilenceMaster(_OfMaster):
     """The master's line is cut: no peer hears it, and it hears none."""
 
@@ -529,8 +554,8 @@ class Garbage(Fault):
 KINDS: Final[dict[str, type[Fault]]] = {
     kind.name: kind
     for kind in (
-        Kill, StopShort, StopLong, Slow, ResetData, ResetControl, KillMaster, StopMaster, DiskFull, JoinMany,
-        JoinerDies, Garbage, Leave,
+        Kill, StopShort, StopLong, Slow, ResetData, ResetControl, KillMaster, StopMaster, DiskFull,
+        DiskFullKillMaster, JoinMany, JoinerDies, Garbage, Leave,
         HostDies, SilenceShort, SilenceLong, SilenceMaster, Partition, PartitionMaster, Loss, Delay, Narrow,
     )
 }  # fmt: skip

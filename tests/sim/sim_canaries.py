@@ -111,7 +111,7 @@ _ALL: Final = (
         "forget_journal",
         "tests/sim/sim_master.py",
         "a master that starts again knows the run and none of its epochs",
-        (("            past=disk.past,\n", "            past=Past(disk.past.run, disk.past.term),\n"),),
+        (("            past=past,\n", "            past=Past(past.run, past.term),\n"),),
     ),
     Canary(
         "send_before_fsync",
@@ -124,6 +124,12 @@ _ALL: Final = (
                 "        if group is not None:\n            self._commit_epoch(group)\n",
             ),
         ),
+    ),
+    Canary(
+        "starts_unwritten",
+        "tests/sim/sim_master.py",
+        "a master starts although the journal has no room for its start",
+        (("            self.written = [began]\n            return None\n", "            return past\n"),),
     ),
     Canary(
         "admit_twice",

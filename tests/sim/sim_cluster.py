@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sim_checks import Checks
 from sim_faults import Faults
-from sim_master import Disk, SimMaster
+from sim_master import WRITE_AGAIN_S, Disk, SimMaster
 from sim_options import Options, draw_options
 from sim_peer import SimPeer
 from sim_program import Background, Gossip, Program, Thread
@@ -18,10 +18,12 @@ from sim_saved import Saved, SavedProgram
 from sim_world import S, SimError, World
 
 from pyccl._proto.epoch import Address
+from pyccl._proto.past import NONCE_BITS
 
 HEAL_S: Final = 150.0  # bound on the way back to rest; the longest timers of the machines are 60 s
 ROUNDS_AFTER: Final = 3
 CHAOS_TIMES: Final = 4  # a seed whose faults and operations take longer than this is no run
+KILLED_WAITING_RATE: Final = 0.1  # of masters that wait for room on the disk, each time they try
 OPERATOR_S: Final = 15.0  # a person looks so often, and decides what only a person can if it has not changed since
 
 
@@ -42,14 +44,15 @@ class SimCluster:
         self.checks = Checks(self)
         self.disk = Disk(self.world)
         self.journals_lost = 0
+        self.starts_refused = 0  # how often a full disk kept a master from starting
         self.peers_most = 0  # at a time
         self.faults = Faults(self)
-        self.master = SimMaster(self, self.disk)
+        self._start_master(False)
         self.saved = Saved(self) if options.observers else None
         self._stuck: set[tuple[int, int]] = set()  # peers at epochs, when the operator looked
         self.world.at(OPERATOR_S, self._operate)
         for _ in range(options.peers):
-            self.world.at(self.rng.random() * 0.5, self.add)
+            self.world.at(self.rng.random() * 0.5, self.come)  # a fault may have brought one before
 
     # ---- processes
 
@@ -108,10 +111,22 @@ class SimCluster:
                 self.disk.lose()
             self.world.at(for_s, self._start_master, journal_lost)
 
-    def _start_master(self, journal_lost: bool) -> None:
+    def _start_master(self, journal_lost: bool, nonce: int | None = None) -> None:
+        if not self.options.journaled:  # it knows nothing of those before it
+            self.disk.lose()
+        nonce = self.rng.getrandbits(NONCE_BITS) if nonce is None else nonce
+        past = self.disk.begin_term(nonce)
+        if past is None:
+            self.starts_refused += 1
+            killed = self.rng.random() < KILLED_WAITING_RATE
+            self.world.note("a master can't write its start%s", ", and is killed" if killed else "")
+            if killed:
+                self.disk.crashed()
+            self.world.at(WRITE_AGAIN_S, self._start_master, journal_lost, None if killed else nonce)
+            return
         adopts = journal_lost and any(peer.number > 0 for peer in self.living())
         self.world.note("a master starts%s", ", which is to take over a run" if adopts else "")
-        self.master = SimMaster(self, self.disk, adopts=adopts)
+        self.master = SimMaster(self, self.disk, past, adopts=adopts)
 
     # ---- the whole run
 

@@ -161,9 +161,12 @@ class Faults:
                 cluster.disk.doom_s = length_s
             case "journal_lost" if cluster.master.alive:
                 cluster.crash_master(length_s, journal_lost=True)
-            case "disk_full":
+            case "disk_full" | "disk_full_crash" if self.options.journaled:
                 cluster.disk.full = True
                 self.world.at(length_s, setattr, cluster.disk, "full", False)
+                if kind == "disk_full_crash":  # killed, and mostly started again, while it can't write
+                    crash_s = self.rng.random() * length_s
+                    self.world.at(crash_s, cluster.crash_master, self.rng.random() * (length_s - crash_s))
             case _:
                 return False
         return True

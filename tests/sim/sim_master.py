@@ -15,7 +15,6 @@ from sim_world import CLOSE, Conn, Process, World
 from pyccl._io import journal
 from pyccl._proto import master, planning
 from pyccl._proto.past import (
-    NONCE_BITS,
     Began,
     Past,
     Record,
@@ -64,6 +63,17 @@ class Disk:
         """The journal is gone, and the next master begins another run."""
         self.past = Past(self.world.rng.randbytes(16))
 
+    def begin_term(self, nonce: int) -> Past | None:
+        """What a master starts from, its start in it; None: there is no room for it, and it is to try again."""
+        began = Began(make_term(start_of(self.past.term) + 1, nonce))
+        past = self.past.copy()
+        past.apply(began)
+        if self.full:
+            self.written = [began]
+            return None
+        self.past, self.written = past, []
+        return past
+
     def sync(self, count: int) -> None:
         for record in self.written[:count]:
             self.past.apply(record_from_plain(record_to_plain(record)))
@@ -71,23 +81,23 @@ class Disk:
 
 
 class SimMaster(Process):
-    def __init__(self, cluster: SimCluster, disk: Disk, *, adopts: bool = False) -> None:
-        """adopts: on the operator's word that the journal of the members' run is lost."""
+    def __init__(self, cluster: SimCluster, disk: Disk, past: Past, *, adopts: bool = False) -> None:
+        """past: with its start, durable.
+
+        adopts: on the operator's word that the journal of the members' run is lost.
+        """
         super().__init__(cluster.world, "master", 0)
         self.cluster, self.disk, self.adopts = cluster, disk, adopts
-        journaled, rng = cluster.options.journaled, self.world.rng
-        if not journaled:  # it knows nothing of those before it
-            disk.lose()
-        disk.past.apply(Began(make_term(start_of(disk.past.term) + 1, rng.getrandbits(NONCE_BITS))))
+        journaled = cluster.options.journaled
         self.machine = master.MasterMachine(
-            disk.past.run,
-            disk.past.term,
+            past.run,
+            past.term,
             cluster.options.peer_timeout,
             "sim",
             journaled=journaled,
             needs_majority=not journaled,
             adopts=adopts or not journaled,
-            past=disk.past,
+            past=past,
             now=self.now_s,
         )
         self._to_write: deque[master.Persist] = deque()
@@ -138,13 +148,13 @@ class SimMaster(Process):
         if self._is_writing or not self._to_write:
             return
         batch = tuple(self._to_write)
+        self.disk.written = [persist.record for persist in batch]  # anew after a failure, of which a part may be there
         if self.disk.full:
             self._perform(self.machine.not_persisted("no space left", self.now_s))
             self.soon(WRITE_AGAIN_S, self._write)
             return
         self._is_writing = True
         self.cluster.faults.on_event("journal_written")
-        self.disk.written += [persist.record for persist in batch]
         doom_s, self.disk.doom_s = self.disk.doom_s, None
         if doom_s is not None:
             self.soon(self.world.rng.random() * self.cluster.options.sync_s, self.cluster.crash_master, doom_s)

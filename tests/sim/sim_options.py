@@ -12,7 +12,7 @@ FAULT_KINDS: Final = (
     *("stop", "hold", "slow", "clock"),
     *("silence", "mute", "deaf", "pair", "pair_way", "uplink", "uplink_way"),
     *("reset_data", "reset_control", "stale", "tangle"),
-    *("master_stop", "master_cut", "master_clock", "master_crash", "journal_lost", "disk_full"),
+    *("master_stop", "master_cut", "master_clock", "master_crash", "journal_lost", "disk_full", "disk_full_crash"),
 )
 PEERS: Final = (4, 4, 4, 4, 5, 5, 5, 6, 6, 7, 8, 10, 12)
 PEERS_MAX: Final = 12

@@ -215,6 +215,25 @@ def test_with_a_full_disk_nothing_is_decided_and_operations_go_on(seed: int) -> 
     assert cluster.checks.evictions == 0
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_master_killed_and_started_again_on_a_full_disk_decides_nothing_until_it_has_room(seed: int) -> None:
+    """A newcomer waits, and what the first master was writing for it may be there in part."""
+    cluster = _at_work(seed, QUIET)
+    cluster.disk.full = True
+    newcomer = cluster.add()
+    cluster.world.run(cluster.world.now_s + 5)
+    epochs = [peer.number for peer in cluster.peers]
+    assert epochs[-1] == 0 and cluster.master.machine.status()["journal"]["waiting"] == 1
+    cluster.crash_master(0.5)
+    cluster.world.run(cluster.world.now_s + 10)
+    assert cluster.starts_refused > 0 and not cluster.master.alive
+    assert [peer.number for peer in cluster.peers] == epochs
+    cluster.disk.full = False
+    assert cluster.world.run(cluster.world.now_s + 5, lambda: newcomer.number > 0), cluster.replay_line()
+    assert cluster.converge(30.0), cluster.replay_line()
+    assert cluster.checks.evictions == 0 and not any(peer.over for peer in cluster.peers)
+
+
 @pytest.mark.parametrize("fault", ["master_stop", "master_cut", "master_crash"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_master_that_is_away_for_thirty_seconds_evicts_nobody(seed: int, fault: str) -> None:

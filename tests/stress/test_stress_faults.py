@@ -202,6 +202,48 @@ for line in sys.stdin:
         assert write() == "10"
 
 
+def test_a_child_started_on_a_full_disk_can_write_once_it_is_emptied(tmp_path: Path) -> None:
+    program = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+os.write(fd, b"0")
+try:
+    os.write(fd, b"1")
+except OSError as error:
+    print(error.strerror, flush=True)
+input()
+print(os.write(fd, b"2"))
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "journal")]
+    with disk.full_for_children():
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdin is not None and child.stdout is not None
+        assert child.stdout.readline() == "File too large\n"
+        disk.empty(child.pid)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "1\n"
+    assert (tmp_path / "ours").write_text("we can write") == 12
+
+
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_the_master_is_killed_while_its_disk_is_full_and_not_after(ends_early: bool) -> None:
+    lab = FakeLab()
+    fault = KINDS["disk-full-kill-master"](lab, random.Random(3), [])
+    seconds = fault.apply()
+    ((delay_s, kill),) = lab.timers
+    assert 0 < delay_s < seconds
+    if ends_early:  # the run was cut short
+        fault.heal()
+        kill()
+    else:
+        kill()
+        fault.heal()
+    killed = [] if ends_early else ["kill_master"]
+    assert [name for name, _ in lab.done] == ["fill_journal", *killed, "empty_journal"]
+
+
 # ---- workload and figures
 
 
