@@ -10,8 +10,8 @@
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
 and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
-for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: three
-parts of 0.2 s and three round trips each, or ROUND_MOST_S.
+for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: two
+parts of 0.2 s and three round trips each after connections have risen to it, or ROUND_MOST_S. How they rose is no rate.
 Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
 twice, and the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
 Threads: the caller's.
@@ -210,9 +210,9 @@ class _Probe:
             now = time.monotonic()
             for stream in streams:
                 stream.sample(now)
-            if now >= begun + 3 * part_s and all(stream.is_steady(now, part_s) for stream in streams):
+            if all(stream.is_steady(now, part_s) for stream in streams):
                 break
-        rates = [stream.best((now - begun) / 2) for stream in streams]
+        rates = [stream.best(max(part_s, (now - stream.risen_at) / 2)) for stream in streams]
         while any(stream.open for stream in streams) and time.monotonic() < now + _DRAIN_S:
             self._check()
             _ended(done)
@@ -271,6 +271,8 @@ class _Stream:
         self._keys = itertools.count()
         self._asked: dict[int, tuple[int, int]] = {}  # key -> number of the request, bytes
         self._seen = [(time.monotonic(), probe.received(peer))]  # when, and how much had been received
+        self._fastest = 0.0
+        self.risen_at = self._seen[0][0]  # since then it has not become twice as fast
         self._failed = False
         self.fill()
 
@@ -302,10 +304,15 @@ class _Stream:
             return
         self._seen.append((now, self._probe.received(self._peer)))
         rate = self.rate(now - max(self._rtt_s, 2 * _SAMPLE_S), now)
+        if rate > 2 * self._fastest:
+            self._fastest, self.risen_at = rate, now
         self._window = max(self._window, min(int(2 * rate * (self._rtt_s + _SLACK_S)), _WINDOW_MOST))
 
     def is_steady(self, now: float, part_s: float) -> bool:
-        """Two parts of the round in a row went about as fast."""
+        """Two parts of the round in a row went about as fast. Not before it has risen: a part that is half slow start
+        may be no slower than the next part, in which the first losses are repaired."""
+        if now < self.risen_at + 2 * part_s:
+            return False
         before, last = self.rate(now - 2 * part_s, now - part_s), self.rate(now - part_s, now)
         return 0 < _STEADY * max(before, last) <= min(before, last)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -157,3 +158,48 @@ def test_numbers_that_are_none_are_not_used() -> None:
     session.config.connections = 4
     probe.use(b"p" * 16, 2)
     assert len(used) == 3  # the user has said how many
+
+
+def stream_of(
+    rates: list[tuple[float, float]], rtt_s: float, monkeypatch: pytest.MonkeyPatch
+) -> tuple[measure._Stream, float]:
+    """After so many seconds each at so many bytes per second, looked at every 20 ms; and when that is over."""
+    now, received = [100.0], [0.0]
+
+    class Source:
+        def received(self, peer: bytes) -> int:
+            return int(received[0])
+
+        def ask(self, peer: bytes, size: int, then: Callable[[int], None]) -> int:
+            return 1
+
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    source: Any = Source()
+    stream = measure._Stream(source, b"p" * 16, rtt_s, queue.SimpleQueue())
+    for seconds, rate in rates:
+        for _ in range(round(seconds / 0.02)):
+            now[0] += 0.0201
+            received[0] += 0.0201 * rate
+            stream.sample(now[0])
+    return stream, now[0]
+
+
+SLOW_START = [(0.1, 1e6), (0.1, 2e6), (0.1, 4e6), (0.1, 8e6), (0.1, 16e6), (0.1, 32e6)]
+
+
+def test_what_connections_rise_from_is_neither_steady_nor_part_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of 0.4 s made about as much: one ends in the line's rate, in the next losses are repaired."""
+    lossy = [*SLOW_START, (0.1, 50e6), (0.1, 10e6), (0.3, 25e6)]
+    stream, now = stream_of(lossy, 0.09, monkeypatch)
+    before, last = stream.rate(now - 0.8, now - 0.4), stream.rate(now - 0.4, now)
+    assert 0.75 * max(before, last) < min(before, last)
+    assert not stream.is_steady(now, 0.4)
+    stream, now = stream_of([*lossy, (1.0, 40e6)], 0.09, monkeypatch)
+    assert stream.is_steady(now, 0.4)
+    assert stream.best(max(0.4, (now - stream.risen_at) / 2)) == pytest.approx(40e6, rel=0.05)
+
+
+def test_line_that_is_slow_from_the_start_has_risen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = stream_of([(0.9, 2e6)], 0.03, monkeypatch)
+    assert stream.risen_at < now - 0.8 and stream.is_steady(now, 0.3)
+    assert stream.best(0.4) == pytest.approx(2e6, rel=0.05)
