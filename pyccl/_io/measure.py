@@ -4,14 +4,14 @@
     2  all-gather: whose links each member lacks; the rounds follow from that (`_proto.measuring`)
     3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count
     4  all-gather: of whom each thinks that fewer connections would do; rounds of such pairs, with so many, and of
-       pairs that look odd, with all of them: the better figure counts; then an all-gather: for whom fewer were slower,
+       pairs that look odd, with all they have (the better figure counts); an all-gather: for whom fewer were slower,
        who goes back
     5  the crowd, if anything was missing: barrier; the same from several members at once
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
 and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
 for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: two
-parts of 0.2 s and three round trips each after connections have risen to it, or ROUND_MOST_S. How they rose is no rate.
+parts of 0.2 s and three round trips each after connections have risen to it, or ROUND_MOST_S.
 Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
 twice, and the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
 Threads: the caller's.
@@ -114,7 +114,7 @@ def _again(
     seen: dict[bytes, tuple[float, float]],
     deadline: float,
 ) -> None:
-    """Use fewer connections where that is no slower. `seen` has the better figures of those that measured again."""
+    """Use fewer connections where that is no slower. `seen` gets the better figures of odd pairs."""
     me, world = members.index(probe.me), len(members)
     wishes = bytearray(limits.MEMBERS_MAX)
     fastest = max((rate for rate, _ in seen.values()), default=0.0)
@@ -141,7 +141,8 @@ def _again(
                 before, rtt_s = seen.get(peer, (0.0, 0.0))
                 (rate,) = probe.rates([peer], rtt_s)
                 slower[partner] = rate < measuring.ENOUGH * before
-                seen[peer] = max(rate, before), rtt_s
+                if wishes[partner] == _AS_IT_IS:
+                    seen[peer] = max(rate, before), rtt_s
                 log.info(
                     "link_again peer=%s wished=%d bytes_s=%.0f before=%.0f slower=%s",
                     *(peer.hex()[:8], wishes[partner], rate, before, bool(slower[partner])),
@@ -212,7 +213,7 @@ class _Probe:
                 stream.sample(now)
             if all(stream.is_steady(now, part_s) for stream in streams):
                 break
-        rates = [stream.best(max(part_s, (now - stream.risen_at) / 2)) for stream in streams]
+        rates = [stream.best(max(2 * part_s, (now - begun) / 2)) for stream in streams]
         while any(stream.open for stream in streams) and time.monotonic() < now + _DRAIN_S:
             self._check()
             _ended(done)
