@@ -3,14 +3,15 @@
     1  all-gather: under which id everybody serves the bytes that the others receive
     2  all-gather: whose links each member lacks; the rounds follow from that (`_proto.measuring`)
     3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count
-    4  all-gather: of whom each thinks that fewer connections would do; rounds of such pairs, with so many; then an
-       all-gather: for whom that was slower, who goes back
+    4  all-gather: of whom each thinks that fewer connections would do; rounds of such pairs, with so many, and of
+       pairs that look odd, with all they have (the better figure counts); an all-gather: for whom fewer were slower,
+       who goes back
     5  the crowd, if anything was missing: barrier; the same from several members at once
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
 and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
-for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: three
-parts of 0.2 s and three round trips each, or ROUND_MOST_S.
+for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: two
+parts of 0.2 s and three round trips each after connections have risen to it, or ROUND_MOST_S.
 Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
 twice, and the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
 Threads: the caller's.
@@ -54,6 +55,7 @@ _PART_LEAST: Final = 1 << 13
 _SLACK_S: Final = 0.05  # beyond the round trip that a window lasts
 _SAMPLE_S: Final = 0.02
 _SERVED: Final = 4096  # times the same FETCH_BYTES_MAX of zeros, one behind the other
+_AS_IT_IS: Final = 255  # as a number of connections: more than there may be
 _HELLO: Final = struct.Struct("<Q")
 
 log = logging.getLogger("pyccl.measure")
@@ -90,7 +92,9 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
                 seen[peer] = rate, rtt_s
                 log.info("link_measured peer=%s bytes_s=%.0f rtt_s=%.4f", peer.hex()[:8], rate, rtt_s)
         if rounds:
-            _thin_out(probe, gather, members, seen, deadline)
+            _again(probe, gather, members, seen, deadline)
+            for peer, (rate, rtt_s) in seen.items():
+                table.measured(peer, rate, rtt_s, time.monotonic())
             gather(b"\0", deadline)
             if len(members) > 2:
                 crowd = [members[rank] for rank in measuring.crowd(len(members), members.index(me))]
@@ -103,46 +107,52 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
         engine.unpublish(sync)
 
 
-def _thin_out(
+def _again(
     probe: _Probe,
     gather: Gather,
     members: tuple[bytes, ...],
     seen: dict[bytes, tuple[float, float]],
     deadline: float,
 ) -> None:
-    """Use fewer connections where that is no slower."""
+    """Use fewer connections where that is no slower. `seen` gets the better figures of odd pairs."""
     me, world = members.index(probe.me), len(members)
     wishes = bytearray(limits.MEMBERS_MAX)
+    fastest = max((rate for rate, _ in seen.values()), default=0.0)
     for peer, (rate, rtt_s) in seen.items():
         few = topology.few(rate, rtt_s)
-        wishes[members.index(peer)] = few if rate > 0 and few < probe.conns(peer) else 0
+        if rate > 0 and few < probe.conns(peer):
+            wishes[members.index(peer)] = few
+        elif measuring.is_odd(rate, fastest):
+            wishes[members.index(peer)] = _AS_IT_IS
     told = _by_rank(members, *gather(bytes(wishes), deadline))
     pairs = {(min(a, b), max(a, b)) for a, row in told.items() for b in range(world) if row[b] and b in told and a != b}
     rounds = measuring.rounds(world, pairs)
     partners = [measuring.partner(disjoint, me) for disjoint in rounds]
-    unproven = {rank for rank in partners if rank is not None and told[rank][me]}  # who wish fewer of us
+    wished = {rank: told[rank][me] for rank in partners if rank is not None}
+    unproven = {rank for rank, count in wished.items() if count not in (0, _AS_IT_IS)}  # who wish fewer of us
     slower = bytearray(limits.MEMBERS_MAX)
     try:
         for rank in unproven:
-            probe.use(members[rank], told[rank][me])
+            probe.use(members[rank], wished[rank])
         for partner in partners:
             gather(b"\0", deadline)
             if partner is not None:
                 peer = members[partner]
-                slower[partner] = _is_slower(probe, peer, *seen.get(peer, (0.0, 0.0)))
+                before, rtt_s = seen.get(peer, (0.0, 0.0))
+                (rate,) = probe.rates([peer], rtt_s)
+                slower[partner] = rate < measuring.ENOUGH * before
+                if wishes[partner] == _AS_IT_IS:
+                    seen[peer] = max(rate, before), rtt_s
+                log.info(
+                    "link_again peer=%s wished=%d bytes_s=%.0f before=%.0f slower=%s",
+                    *(peer.hex()[:8], wishes[partner], rate, before, bool(slower[partner])),
+                )
         if rounds:
             verdicts = _by_rank(members, *gather(bytes(slower), deadline))
             unproven = {rank for rank in unproven if rank not in verdicts or verdicts[rank][me]}
     finally:
         for rank in unproven:
             probe.use(members[rank], 0)
-
-
-def _is_slower(probe: _Probe, peer: bytes, before: float, rtt_s: float) -> bool:
-    (rate,) = probe.rates([peer], rtt_s)
-    slower = rate < measuring.ENOUGH * before
-    log.info("link_thinned peer=%s bytes_s=%.0f before=%.0f enough=%s", peer.hex()[:8], rate, before, not slower)
-    return slower
 
 
 def _by_rank(members: tuple[bytes, ...], staying: tuple[bytes, ...], told: list[bytes]) -> dict[int, bytes]:
@@ -201,9 +211,9 @@ class _Probe:
             now = time.monotonic()
             for stream in streams:
                 stream.sample(now)
-            if now >= begun + 3 * part_s and all(stream.is_steady(now, part_s) for stream in streams):
+            if all(stream.is_steady(now, part_s) for stream in streams):
                 break
-        rates = [stream.best((now - begun) / 2) for stream in streams]
+        rates = [stream.best(max(2 * part_s, (now - begun) / 2)) for stream in streams]
         while any(stream.open for stream in streams) and time.monotonic() < now + _DRAIN_S:
             self._check()
             _ended(done)
@@ -262,6 +272,8 @@ class _Stream:
         self._keys = itertools.count()
         self._asked: dict[int, tuple[int, int]] = {}  # key -> number of the request, bytes
         self._seen = [(time.monotonic(), probe.received(peer))]  # when, and how much had been received
+        self._fastest = 0.0
+        self.risen_at = self._seen[0][0]  # since then it has not become twice as fast
         self._failed = False
         self.fill()
 
@@ -293,10 +305,15 @@ class _Stream:
             return
         self._seen.append((now, self._probe.received(self._peer)))
         rate = self.rate(now - max(self._rtt_s, 2 * _SAMPLE_S), now)
+        if rate > 2 * self._fastest:
+            self._fastest, self.risen_at = rate, now
         self._window = max(self._window, min(int(2 * rate * (self._rtt_s + _SLACK_S)), _WINDOW_MOST))
 
     def is_steady(self, now: float, part_s: float) -> bool:
-        """Two parts of the round in a row went about as fast."""
+        """Two parts of the round in a row went about as fast. Not before it has risen: a part that is half slow start
+        may be no slower than the next part, in which the first losses are repaired."""
+        if now < self.risen_at + 2 * part_s:
+            return False
         before, last = self.rate(now - 2 * part_s, now - part_s), self.rate(now - part_s, now)
         return 0 < _STEADY * max(before, last) <= min(before, last)
 

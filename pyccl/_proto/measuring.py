@@ -4,6 +4,8 @@
             pairs, so that nobody's line is shared. Of all pairs of N members N - 1 rounds (N odd: N)
     thin    pairs whose rate fewer connections could carry measure again with these: on a slow line many hold up one
             another, each with a piece that is begun. If that is no slower, they are enough
+    odd     so do pairs far slower than the fastest of one of both, with all connections: what keeps a processor busy
+            meanwhile makes a pair slower, nothing makes it faster, and one slow pair may turn a plan into a ring
     crowd   then everybody receives from several at once: what a host's line takes, all its links together
 
 Members choose the rounds for themselves from the same facts, so they must all come to the same answer: pure, and in
@@ -23,6 +25,7 @@ CROWD_MAX: Final = 8  # members that one receives from at once
 ROUNDS_MAX: Final = 16  # of one call: with 17 members and more the rest is measured by the next
 
 ENOUGH: Final = 0.9  # of the rate of many is what few must reach
+_ODD: Final = 0.5  # of the rate of the fastest pair
 
 Pair = tuple[int, int]  # ranks, the lower first
 
@@ -42,6 +45,11 @@ def rounds(world: int, missing: Collection[Pair]) -> list[list[Pair]]:
         out[at].append(pair)
         busy[at].update(pair)
     return out[:ROUNDS_MAX]
+
+
+def is_odd(rate: float, fastest: float) -> bool:
+    """Whether a pair of one member, of whose pairs one made `fastest`, is worth measuring again."""
+    return 0 < rate < _ODD * fastest
 
 
 def _tournament(world: int) -> list[Pair]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,8 @@ class Lab:
         self.world, self.rate = world, rate
         self.members = tuple(bytes([n]) * 16 for n in range(world))
         self.uses = {(i, j): MANY for i in range(world) for j in range(world)}
+        self.first: dict[tuple[int, int], float] = {}  # where the first round saw something else than `rate`
+        self.seen: dict[int, dict[int, float]] = {}  # by whom, of whom: in the end
         self.probed: list[tuple[int, int]] = []  # to, from
         self.told: dict[int, list[bytes]] = {}
         self.barrier = threading.Barrier(world)
@@ -37,10 +40,13 @@ class Lab:
 
     def run(self, gather: Callable[[int, bytes], Any] | None = None) -> None:
         def member(rank: int) -> None:
-            seen = {self.members[j]: (self.rate(j, rank, MANY), 0.02) for j in range(self.world) if j != rank}
+            others = [j for j in range(self.world) if j != rank]
+            rates = {j: self.first.get((j, rank), self.rate(j, rank, MANY)) for j in others}
+            seen = {self.members[j]: (rate, 0.02) for j, rate in rates.items()}
             ask = gather or self.gather
             try:
-                measure._thin_out(Probe(self, rank), lambda mine, _: ask(rank, mine), self.members, seen, 0.0)
+                measure._again(Probe(self, rank), lambda mine, _: ask(rank, mine), self.members, seen, 0.0)
+                self.seen[rank] = {peer[0]: rate for peer, (rate, _) in seen.items()}
             except (ConnectionError, threading.BrokenBarrierError) as error:
                 self.failed.append(error)
                 self.barrier.abort()
@@ -94,6 +100,17 @@ def test_who_is_slower_with_fewer_gets_them_all_back() -> None:
     assert all(lab.uses[i, j] == MANY for i, j in ((0, 1), (1, 0), (0, 2), (2, 0)))
 
 
+def test_pair_that_looks_odd_measures_again_as_it_is_and_the_better_figure_counts() -> None:
+    """What was seen of 0 by 1 was a busy processor; what is seen again of 1 by 0 is less than before."""
+    lab = Lab(4, of_hosts([FAST] * 4, [FAST] * 4))
+    lab.first = {(0, 1): 0.45 * FAST, (1, 0): 1.1 * FAST, (2, 3): 0.7 * FAST}
+    lab.run()
+    assert not lab.failed
+    assert sorted(lab.probed) == [(0, 1), (1, 0)]
+    assert set(lab.uses.values()) == {MANY}
+    assert lab.seen[1][0] == FAST and lab.seen[0][1] == 1.1 * FAST and lab.seen[3][2] == 0.7 * FAST
+
+
 def test_where_nothing_is_slow_there_is_one_gather_and_no_round() -> None:
     lab = Lab(3, of_hosts([FAST] * 3, [FAST] * 3))
     lab.run()
@@ -141,3 +158,48 @@ def test_numbers_that_are_none_are_not_used() -> None:
     session.config.connections = 4
     probe.use(b"p" * 16, 2)
     assert len(used) == 3  # the user has said how many
+
+
+def stream_of(
+    rates: list[tuple[float, float]], rtt_s: float, monkeypatch: pytest.MonkeyPatch
+) -> tuple[measure._Stream, float]:
+    """After so many seconds each at so many bytes per second, looked at every 20 ms; and when that is over."""
+    now, received = [100.0], [0.0]
+
+    class Source:
+        def received(self, peer: bytes) -> int:
+            return int(received[0])
+
+        def ask(self, peer: bytes, size: int, then: Callable[[int], None]) -> int:
+            return 1
+
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    source: Any = Source()
+    stream = measure._Stream(source, b"p" * 16, rtt_s, queue.SimpleQueue())
+    for seconds, rate in rates:
+        for _ in range(round(seconds / 0.02)):
+            now[0] += 0.0201
+            received[0] += 0.0201 * rate
+            stream.sample(now[0])
+    return stream, now[0]
+
+
+SLOW_START = [(0.1, 1e6), (0.1, 2e6), (0.1, 4e6), (0.1, 8e6), (0.1, 16e6), (0.1, 32e6)]
+
+
+def test_what_connections_rise_from_is_not_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of 0.4 s made about as much: one ends in the line's rate, in the next losses are repaired."""
+    lossy = [*SLOW_START, (0.1, 50e6), (0.1, 10e6), (0.3, 25e6)]
+    stream, now = stream_of(lossy, 0.09, monkeypatch)
+    before, last = stream.rate(now - 0.8, now - 0.4), stream.rate(now - 0.4, now)
+    assert 0.75 * max(before, last) < min(before, last)
+    assert not stream.is_steady(now, 0.4)
+    stream, now = stream_of([*lossy, (1.0, 40e6)], 0.09, monkeypatch)
+    assert stream.is_steady(now, 0.4)
+    assert stream.best(0.8) == pytest.approx(40e6, rel=0.05)
+
+
+def test_line_that_is_slow_from_the_start_has_risen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = stream_of([(0.9, 2e6)], 0.03, monkeypatch)
+    assert stream.risen_at < now - 0.8 and stream.is_steady(now, 0.3)
+    assert stream.best(0.4) == pytest.approx(2e6, rel=0.05)
