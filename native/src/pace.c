@@ -106,20 +106,25 @@ static bool judge(pace *p, double arrived, double repeats, int64_t now_ns, int64
 
 /* ---- windows ---- */
 
+/* What is more came out of a queue. */
+static double carried(const pace *p) { return p->best < p->rate ? p->best : p->rate; }
+
 /* Without a queue the line is not full. */
 static bool rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
     p->found = false;
     p->drained = 0;
     if (arrived < BOUND * p->rate || now_ns < p->calm_ns) return false;
     const double more = p->raised * RAISE_GROWS;
+    p->most = p->raised > 0 && p->most > carried(p) ? p->most : carried(p);
     p->raised = more < RAISE ? RAISE : more < STEP_MAX ? more : STEP_MAX;
     rate_set(p, p->rate * (1 + p->raised), now_ns, rtt_ns);
     return true;
 }
 
-/* To what was before the first step up, or below what arrives. The queue may be others': it is waited for DRAINS times. */
+/* To what was before the first step up, or below what arrives, or arrived while it rose: one window may have little for other
+ * reasons. The queue may be others': it is waited for DRAINS times. */
 static bool drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
-    const double most = p->best < p->rate ? p->best : p->rate;
+    const double most = p->raised > 0 && p->most > carried(p) ? p->most : carried(p);
     const double rate = p->raised > 0 && p->raised <= RAISE ? p->rate / (1 + p->raised) : UNDER * most;
     p->raised = 0;
     p->drained++;

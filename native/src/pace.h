@@ -32,6 +32,7 @@ typedef struct pace {
     double seen;                     /* what arrived before a trial or a cut */
     double before, step;             /* while a trial runs: the rate to go back to, what it adds; before 0: none */
     double raised;                   /* by so much the last time; 0: it has not risen since a queue stood */
+    double most;                     /* what the line carried in the best of all windows since then */
     uint32_t drained;                /* times that it was lowered for a queue since there was none */
     bool found;                      /* a queue stood since it rose */
     double blamed, restore;          /* after a cut: the share of repeats that it is to cure, the rate that it cut; blamed 0: none */

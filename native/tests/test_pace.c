@@ -152,6 +152,28 @@ TEST(pace_follows_a_line_that_becomes_faster) {
     CHECK(work(&l, 5 * SECOND).all > 0.9);
 }
 
+typedef struct hearing { pace p; pace_counts counts; double delivered, sent, repeated; int64_t at_ns; } hearing;
+
+static void hear(hearing *h, double rate, double repeats, int64_t queue_ns) {
+    const double bytes = rate * (double)STEP_NS / 1e9;
+    h->at_ns += STEP_NS;
+    h->delivered += bytes;
+    h->sent += bytes / PACKET;
+    h->repeated += bytes / PACKET * repeats;
+    h->counts = (pace_counts){(uint64_t)h->delivered, (uint64_t)h->sent, (uint64_t)h->repeated, 150 * MS, queue_ns};
+    (void)pace_note(&h->p, h->at_ns, &h->counts, true);
+}
+
+TEST(pace_does_not_fall_to_what_one_window_had) {
+    hearing h = {.at_ns = 5 * SECOND};
+    pace_init(&h.p);
+    while (h.p.rate == 0) hear(&h, 50e6, 0.3, 50 * MS);
+    while (h.p.rate < 60e6) hear(&h, h.p.rate, 0, 0);
+    const double rate = h.p.rate;
+    while (h.p.rate >= rate) hear(&h, 35e6, 0, 50 * MS);
+    CHECK(h.p.rate > 50e6 && h.p.rate < 60e6);
+}
+
 TEST(pace_blames_nobody_for_what_the_line_loses_by_itself) {
     line l = line_new(50e6, 1, 30e6);
     l.loss = 0.05;
