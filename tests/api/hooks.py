@@ -31,6 +31,7 @@ import trio
 
 from pyccl._io import envelope, journal, session, staging, statesync
 from pyccl._io.links import Links
+from pyccl._io.master_server import MasterServer
 from pyccl._io.session import Session
 from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
@@ -174,7 +175,7 @@ def _effect(hook: Hook, when: str) -> None:
 
 def _send(hook: Hook, name: str, when: str) -> None:
     """The message is known when it is packed, perhaps once for many receivers; its bytes are nobody else's."""
-    pack, send_all = envelope.pack, trio.SocketStream.send_all
+    pack, send_all, at_once = envelope.pack, trio.SocketStream.send_all, MasterServer._written_at_once
     marked: set[bytes] = set()
 
     def trapped_pack(message: Any) -> bytes:
@@ -191,7 +192,17 @@ def _send(hook: Hook, name: str, when: str) -> None:
         if ours and when == "after":
             hook.reached()
 
+    def trapped_at_once(conn: Any, data: bytes) -> bytes:
+        ours = data in marked
+        if ours and when == "before":
+            hook.reached()
+        left = at_once(conn, data)
+        if ours and when == "after" and not left:
+            hook.reached()
+        return left
+
     envelope.pack = trapped_pack
+    MasterServer._written_at_once = staticmethod(trapped_at_once)  # type: ignore[method-assign]
     trio.SocketStream.send_all = trapped_send  # type: ignore[method-assign]
 
 
