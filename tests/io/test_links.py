@@ -208,7 +208,8 @@ def test_a_refused_connection_leaves_nothing_for_the_garbage_collector(addresses
         gc.disable()
         try:
             trio.run(main)
-            left = [e for e in gc.get_objects() if isinstance(e, ConnectionRefusedError)]
+            # Not isinstance: some objects of torch warn when asked for their class.
+            left = [e for e in gc.get_objects() if type(e) is ConnectionRefusedError]
         finally:
             gc.enable()
         assert left == []
