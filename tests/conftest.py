@@ -10,6 +10,8 @@ passes on a machine with that much load. What only computes fills up whichever l
 from __future__ import annotations
 
 import importlib.util
+import os
+import secrets
 import signal
 from typing import Any
 
@@ -50,3 +52,12 @@ def pytest_configure() -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Lanes(config, log)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of a randomized test, whose failure shows it; PYCCL_TEST_SEED replays it."""
+    given = os.environ.get("PYCCL_TEST_SEED")
+    number = int(given) if given else secrets.randbits(31)
+    print(f"seed: PYCCL_TEST_SEED={number}")
+    return number

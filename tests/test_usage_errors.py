@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from masters import started_master
 
 import pyccl
 from pyccl.calls import rate
 
-LISTENING = "listening on "
 TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def master() -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pyccl.cli.master", "--listen", "127.0.0.1:0", "--log-level", "error"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().removeprefix(LISTENING).strip()
-    finally:
-        process.terminate()
-        process.communicate(timeout=TIMEOUT_S)
+    with started_master("--log-level", "error") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

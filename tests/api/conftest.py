@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -18,14 +16,6 @@ def zygote() -> Iterator[Zygote]:
     zygote = Zygote()
     yield zygote
     zygote.close()
-
-
-@pytest.fixture
-def seed() -> int:
-    given = os.environ.get("PYCCL_TEST_SEED")
-    number = int(given) if given else secrets.randbits(31)
-    print(f"seed: PYCCL_TEST_SEED={number}")  # shown if the test failed
-    return number
 
 
 @pytest.fixture

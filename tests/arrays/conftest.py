@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from pair import Pair, started_master
+from masters import started_master
+from pair import Pair
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    with started_master() as address, Pair(address) as pair:
+    with started_master("--peer-timeout", "30") as address, Pair(address) as pair:
         yield pair

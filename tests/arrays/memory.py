@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pair import Pair, started_master
+from masters import started_master
+from pair import Pair
 
 
 def status(name: str) -> int:
@@ -24,7 +26,7 @@ def status(name: str) -> int:
 def main() -> None:
     kind, mib = sys.argv[1], int(sys.argv[2])
     torch: Any = importlib.import_module("torch")  # for both, so that it counts for neither
-    with started_master() as address, Pair(address) as pair:
+    with started_master("--peer-timeout", "30") as address, Pair(address) as pair:
         pair.all_reduce(np.ones(1000), np.ones(1000))
         arrays = [np.full(mib << 18, rank + 1, np.float32) for rank in range(2)]
         given = arrays if kind == "numpy" else [torch.from_numpy(x) for x in arrays]

@@ -1,35 +1,15 @@
-"""A master as a process and two communicators in this one; their calls meet in two threads."""
+"""Two communicators in this process; their calls meet in two threads."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
 import pyccl
 
-LISTENING: Final = "listening on "
 TIMEOUT_S: Final = 60.0
-
-
-@contextmanager
-def started_master() -> Iterator[str]:
-    """Its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pyccl.cli.master", "--listen", "127.0.0.1:0", "--peer-timeout", "30"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().removeprefix(LISTENING).strip()
-    finally:
-        process.terminate()
-        process.communicate(timeout=TIMEOUT_S)
 
 
 class Pair:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
 
 import pytest
-from replicas import Replicas, started_master
+from masters import started_master
+from replicas import Replicas
 
 
 @pytest.fixture(scope="session")
 def master() -> Iterator[str]:
-    with started_master() as address:
+    with started_master("--peer-timeout", "30") as address:
         yield address
 
 
@@ -21,11 +20,3 @@ def replicas(master: str) -> Iterator[Replicas]:
     replicas = Replicas(master)
     yield replicas
     replicas.close()
-
-
-@pytest.fixture
-def seed() -> int:
-    given = os.environ.get("PYCCL_TEST_SEED")
-    number = int(given) if given else secrets.randbits(31)
-    print(f"seed: PYCCL_TEST_SEED={number}")  # shown if the test failed
-    return number

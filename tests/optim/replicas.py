@@ -9,11 +9,8 @@ Nothing sleeps; every wait is for another thread's event or result.
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -21,26 +18,9 @@ import numpy as np
 import pyccl
 
 TIMEOUT_S: Final = 40.0
-LISTENING: Final = "listening on "
 _GROUPS = itertools.count()
 
 Array = np.ndarray[Any, Any]
-
-
-@contextmanager
-def started_master() -> Iterator[str]:
-    """Its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pyccl.cli.master", "--listen", "127.0.0.1:0", "--peer-timeout", "30"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().removeprefix(LISTENING).strip()
-    finally:
-        process.terminate()
-        process.communicate(timeout=TIMEOUT_S)
 
 
 class Replicas:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import select
 import signal
 import subprocess
@@ -20,14 +19,6 @@ TIMEOUT_S = 400
 NETWORK, OPTIONS = ("namespaces", []) if os.geteuid() == 0 else ("loopback", ["--no-netns"])
 STRESS = [sys.executable, "-P", "-m", "pyccl.cli.main", "stress", *OPTIONS]
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def seed() -> int:
-    given = os.environ.get("PYCCL_TEST_SEED")
-    number = int(given) if given else secrets.randbits(31)
-    print(f"seed: PYCCL_TEST_SEED={number}")
-    return number
 
 
 def processes_mentioning(text: str) -> list[str]:
