@@ -117,6 +117,7 @@ GOOD: dict[str, Body] = {
     "state_hello": [67, 1, RUN, PEER_A, INC_A, PEER_B, INC_B, U64, U64],
     "state_offer": [68, 2**63 - 1, 2**63 - 1, b"l" * 32],
     "state_none": [69],
+    "relay_hello": [70, 1, RUN, PEER_A, INC_A, PEER_B, INC_B],
 }
 
 BAD: dict[str, object] = {
@@ -205,6 +206,8 @@ BAD: dict[str, object] = {
     "state_offer_revision_2_63": [68, 2**63, 1, b"l" * 32],
     "state_offer_size_2_63": [68, 1, 2**63, b"l" * 32],
     "state_offer_layout_31_bytes": [68, 1, 1, b"l" * 31],
+    "relay_hello_without_incarnations": [70, 1, RUN, PEER_A, PEER_B],
+    "relay_hello_run_15_bytes": [70, 1, RUN[:15], PEER_A, INC_A, PEER_B, INC_B],
 }
 
 

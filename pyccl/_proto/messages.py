@@ -636,6 +636,20 @@ class PeerRefused(Message):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RelayHello(Message):
+    """To a third member: carry this connection to `to`, whom the sender does not reach. PeerWelcome: it does."""
+
+    TYPE = 70
+    KINDS = (_U32, _ID, _ID, _ID, _ID, _ID)
+    version: int
+    run: bytes
+    from_peer: bytes
+    from_incarnation: bytes
+    to_peer: bytes
+    to_incarnation: bytes
+
+
 # -- peer to peer, state files
 
 
@@ -681,7 +695,7 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
         *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe, Measured),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
         *(Unknown, Undecided, Members, Observers, Term),
-        *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone),
+        *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone, RelayHello),
     )
 }
 _NAMES: Final[dict[type[Message], tuple[str, ...]]] = {
