@@ -259,10 +259,9 @@ class Links:
         record = self._peers.get(peer)
         return None if record is None else record.slot
 
-    def relay_of(self, peer: bytes) -> bytes | None:
-        """The member that carries our connection to this one; None: none does."""
-        record = self._peers.get(peer)
-        return None if record is None else record.relay
+    def relayed(self) -> dict[bytes, bytes]:
+        """Peers -> the member that carries our connection there."""
+        return {id_: record.relay for id_, record in self._peers.items() if record.relay is not None}
 
     # -- records
 

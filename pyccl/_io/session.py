@@ -671,7 +671,7 @@ class Session:
             return
         self._topology, self._unreachable_timeout = waiter, unreachable_timeout
         self._arrived_at = trio.current_time()
-        news = self.table.news(self.view.members)
+        news = self.table.news(self.view.members, self._links.relayed() if self._links is not None else ())
         if news is not None:
             self._feed(machine.measured(news, trio.current_time()))
         self._feed(machine.arrive(self._counts(), trio.current_time()))

@@ -79,6 +79,7 @@ class LinkMeasure(NamedTuple):
     rate: int  # while neither received from anybody else
     crowd: int  # while both received from several
     rtt_us: int
+    relayed: bool = False  # through a third member, as far as the sender knows: who was dialed does not
 
 
 class OpState:
@@ -254,7 +255,7 @@ _RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
 _MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
 _RATE: Final = _UInt(limits.RATE_MAX)
-_LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _UInt(limits.RTT_US_MAX)), limits.MEMBERS_MAX)
+_LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _UInt(limits.RTT_US_MAX), _BOOL), limits.MEMBERS_MAX)
 _EPOCH: Final = _EpochRecord(
     Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
 )

@@ -369,8 +369,7 @@ class Agent:
 
     def do_relays(self) -> dict[str, str]:
         """Peer -> the member that carries the connection to it."""
-        found = self.session()._links
-        return {peer.hex(): record.relay.hex() for peer, record in found._peers.items() if record.relay is not None}
+        return {peer.hex(): relay.hex() for peer, relay in self.session()._links.relayed().items()}
 
     def do_wait_relay(self, peer: str, other_than: str = "") -> str:
         """Until a connection to this peer goes through a member, another than this one."""

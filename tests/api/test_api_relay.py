@@ -73,6 +73,17 @@ def test_everything_works_between_two_that_do_not_reach_each_other(
     assert relay_between(a, b, peers) in peers[2:]
 
 
+def test_a_plan_goes_round_a_relayed_pair_and_the_status_names_it(cluster: Cluster, bricks: int) -> None:
+    a, b, r = peers = partly_linked(cluster, 3, bricks)
+    for call in [peer.call("optimize_topology") for peer in peers]:
+        call.value()
+    ranked = sorted(peers, key=lambda peer: peer.id)
+    cluster.reduce(peers, count=100_000, algorithm="direct", shares=[int(peer is r) for peer in ranked])
+    (group,) = cluster.master.status()["groups"]
+    low, high = sorted((a.id, b.id))
+    assert {m["peer"]: m["relayed"] for m in group["members"]} == {low: [high[:8]], high: [], r.id: []}
+
+
 def test_a_newcomer_that_does_not_reach_every_member_comes_in(cluster: Cluster, bricks: int) -> None:
     members = cluster.members(3)
     (newcomer,) = cluster.spawn(1)
