@@ -450,7 +450,11 @@ class Links:
             peer.relay, peer.relayed, peer.relay_over = through.member.peer, relayed, trio.Event()
             log.info("link_relayed peer=%s relay=%s", _short(peer), _short(through))
             try:
-                await peer.relay_over.wait()
+                while True:
+                    with trio.move_on_after(_DIRECT_AGAIN_S):
+                        await peer.relay_over.wait()
+                        break
+                    self._dial(peer, 1)  # of a link that fell silent nobody dials: its connections stand
             finally:
                 peer.relay = peer.relayed = None
                 log.info("relay_ended peer=%s relay=%s", _short(peer), _short(through))

@@ -323,6 +323,22 @@ def test_a_silent_connection_is_gone_around() -> None:
     trio.run(main)
 
 
+def test_a_relay_around_a_silence_is_given_up_for_a_new_direct_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_DIRECT_AGAIN_S", 0.05)
+
+    async def main() -> None:
+        async with nodes(A, B, R) as made:
+            a, b, _ = made
+            for node in made:
+                node.links.open(1, [other.member for other in made if other is not node])
+            await until(lambda: all(node.ready == [1] for node in made))
+            ends = [(node.engine, node.engine.slots[other]) for node, other in ((a, B), (b, A))]
+            a.links.silent(a.engine.slots[B])  # the first, the relayed and the new one: nobody takes them away here
+            await until(lambda: all(engine.conns(slot) == 3 for engine, slot in ends) and not a.links.relayed())
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize(
     ("hello", "answer"),
     [
