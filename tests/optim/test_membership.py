@@ -42,6 +42,7 @@ class Joining:
     def __init__(self, replicas: Replicas, make: Any, seed: int, at: int, first: int, rounds: int) -> None:
         self.make, self.seed, self.at, self.first, self.rounds = make, seed, at, first, rounds
         self.connecting = threading.Event()
+        self.launched = threading.Barrier(2)  # the exchange of the round before, on both: it must not tell of the third
         self.members = replicas.members(2)
         self.third = replicas.communicator()
         calls = [replicas.start(self.stay, comm, rank) for rank, comm in enumerate(self.members)]
@@ -54,6 +55,7 @@ class Joining:
         opt = self.make(comm, params)
         for round_ in range(self.rounds):
             if round_ == self.at:
+                self.launched.wait(TIMEOUT_S)
                 self.connecting.set()
                 wait_pending(comm)
             seen.append(one_round(opt, params, self.seed, rank, round_))

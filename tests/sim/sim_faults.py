@@ -76,6 +76,13 @@ class Faults:
             self.count += 1
             self.met.update((kind, phase) for phase in phases)
 
+    def _end_twin(self, twin: SimPeer) -> None:
+        """Or another one of its identity, if it has ended and two are left: a twin may have had a twin."""
+        others = [peer for peer in self.cluster.living() if peer.peer == twin.peer and peer is not twin]
+        if len(others) > 1 and not twin.runs:
+            twin = others[-1]
+        twin.crash()
+
     # ---- each returns whether it has done something
 
     def _of_peer(self, kind: str, peer: SimPeer, length_s: float) -> bool:
@@ -89,7 +96,7 @@ class Faults:
             case "twin" if len(cluster.living()) < self.options.peers_max:
                 # started twice by mistake: one of them goes in the end
                 other = cluster.add(peer)
-                self.world.at(length_s, rng.choice((peer, other)).crash)
+                self.world.at(length_s, self._end_twin, rng.choice((peer, other)))
             case "leave" if peer.machine.state is State.MEMBER:
                 peer.leave()
             case "join":
