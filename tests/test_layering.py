@@ -35,7 +35,7 @@ LAYERS: list[set[str]] = [
     {"op_fsm", "map"},
     {"kernel", "element", "float_mode", "simd"},
     {"frame", "digest", "reduce", "quant", "outer", "status", "schedule", "throttle", "lanes", "pace"},
-    {"link"},
+    {"link", "relay"},
     {"engine"},
 ]
 # Every layer uses the statuses and the assertion macro.

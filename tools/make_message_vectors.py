@@ -81,7 +81,7 @@ GOOD: dict[str, Body] = {
     "status_ask": [18, 1],
     "recall_verdict_of_a_pair": [19, RUN, 7, epoch(2, b"E" * 16), "loss", [[2, PAIR_0_1, 4, 1]], "", 2, True],
     "recall": [19, RUN, 7, epoch(2, b"E" * 16), "loss", [[0, 0, 4, 1]], "", 2, True],
-    "measured": [21, 10**13, [[PEER_A, 10**13, 0, 60_000_000], [PEER_B, 50_000_000, 12_500_000, 40_000]]],
+    "measured": [21, 10**13, [[PEER_A, 10**13, 0, 60_000_000, True], [PEER_B, 5, 1, 4, False]]],
     "measured_nothing": [21, 0, []],
     "welcome": [32, 1, "0.1.0", RUN, 7, 5000, False],
     "rejected": [33, "protocol 2"],
@@ -117,6 +117,7 @@ GOOD: dict[str, Body] = {
     "state_hello": [67, 1, RUN, PEER_A, INC_A, PEER_B, INC_B, U64, U64],
     "state_offer": [68, 2**63 - 1, 2**63 - 1, b"l" * 32],
     "state_none": [69],
+    "relay_hello": [70, 1, RUN, PEER_A, INC_A, PEER_B, INC_B],
 }
 
 BAD: dict[str, object] = {
@@ -165,11 +166,12 @@ BAD: dict[str, object] = {
     "blocked_flag_as_number": [14, 1, [], 1, False],
     "differs_spec_39_bytes": [16, 1, [0, 0, 4], PEER_B, SPEC[:39], SPEC],
     "measured_fold_too_fast": [21, 10**13 + 1, []],
-    "measured_rate_as_float": [21, 0, [[PEER_A, 1.0, 0, 0]]],
-    "measured_rate_negative": [21, 0, [[PEER_A, -1, 0, 0]]],
-    "measured_crowd_too_fast": [21, 0, [[PEER_A, 1, 10**13 + 1, 0]]],
-    "measured_rtt_above_60_s": [21, 0, [[PEER_A, 1, 1, 60_000_001]]],
-    "measured_257_links": [21, 0, [[PEER_A, 1, 1, 1]] * 257],
+    "measured_rate_as_float": [21, 0, [[PEER_A, 1.0, 0, 0, False]]],
+    "measured_rate_negative": [21, 0, [[PEER_A, -1, 0, 0, False]]],
+    "measured_crowd_too_fast": [21, 0, [[PEER_A, 1, 10**13 + 1, 0, False]]],
+    "measured_rtt_above_60_s": [21, 0, [[PEER_A, 1, 1, 60_000_001, False]]],
+    "measured_relayed_1": [21, 0, [[PEER_A, 1, 1, 1, 1]]],
+    "measured_257_links": [21, 0, [[PEER_A, 1, 1, 1, False]] * 257],
     "welcome_peer_timeout_0": [32, 1, "0.1.0", RUN, 7, 0, False],
     "epoch_commit_other_kind": [35, epoch(1, peers="A"), "coup", [], "", 1, True],
     "epoch_commit_verdict_3": [35, epoch(1, peers="A"), "loss", [[0, 0, 4, 3]], "", 1, True],
@@ -205,6 +207,8 @@ BAD: dict[str, object] = {
     "state_offer_revision_2_63": [68, 2**63, 1, b"l" * 32],
     "state_offer_size_2_63": [68, 1, 2**63, b"l" * 32],
     "state_offer_layout_31_bytes": [68, 1, 1, b"l" * 31],
+    "relay_hello_without_incarnations": [70, 1, RUN, PEER_A, PEER_B],
+    "relay_hello_run_15_bytes": [70, 1, RUN[:15], PEER_A, INC_A, PEER_B, INC_B],
 }
 
 

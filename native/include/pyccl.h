@@ -488,6 +488,20 @@ pyccl_status pyccl_state_packed(pyccl_engine *engine, uint32_t slot, uint64_t sy
 pyccl_status pyccl_state_cancel(pyccl_engine *engine, uint64_t fetch);
 pyccl_status pyccl_state_forget(pyccl_engine *engine);          /* as cancel, all fetches */
 
+/* Relay: a thread that carries bytes between two connected sockets, both ways, as they are, for two members that do not
+ * reach each other; no lock of the caller's language can hold it up. An end of one socket's stream is passed on; a broken
+ * socket, or the relay's end, resets the other. Thread-safe. */
+typedef struct pyccl_relay pyccl_relay;
+#define PYCCL_RELAY_PAIRS_MAX 64
+
+/* user_timeout_ms: TCP_USER_TIMEOUT of all sockets: a peer that acknowledges nothing for so long is gone. */
+pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, pyccl_relay **out);       /* starts its thread */
+/* Takes both sockets, always: closed on error. ERR_LIMIT: PAIRS_MAX are there; ERR_OS. The ids are for relay_forget. */
+pyccl_status pyccl_relay_add(pyccl_relay *relay, int fd_a, int fd_b, const uint8_t peer_a[16], const uint8_t peer_b[16]);
+void pyccl_relay_forget(pyccl_relay *relay, const uint8_t peer[16]);             /* resets the pairs of this peer */
+uint32_t pyccl_relay_pairs(pyccl_relay *relay);
+void pyccl_relay_free(pyccl_relay *relay);                                       /* resets all, ends the thread; NULL: nothing */
+
 const char *pyccl_version(void);
 const char *pyccl_status_name(int32_t status);                  /* "PYCCL_ERR_…"; "?" for a number that is none */
 /* cffi: end */

@@ -1,7 +1,7 @@
 /* lanes.c: see lanes.h.                                           Spec: ARCHITECTURE.md, Decisions */
 #include "lanes.h"
 
-#define GAIN 1.15
+#define GAIN 1.1
 #define KEEPS 0.97                   /* of the rate, by fewer connections */
 #define WINDOW_MIN_NS INT64_C(250000000)
 #define WINDOW_RTTS 4                /* slow start and what new connections buffer are over within one */

@@ -138,7 +138,8 @@ static void lanes_changed(pyccl_link *link) {
     const int lowat = unsent_bytes(&link->lanes, used);
     uint32_t left = used;
     lanes_pause(&link->lanes);
-    if (link->carriers > 0 && used > link->carriers) pace_widen(&link->pace, link->env->now_ns, link->rtt_ns);
+    if (link->carriers > 0 && used > link->carriers)
+        pace_widen(&link->pace, (double)used / link->carriers, link->env->now_ns, link->rtt_ns);
     if (used != link->carriers) pace_pause(&link->pace);
     link->carriers = used;
     link->wants_send = true;

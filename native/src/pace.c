@@ -17,12 +17,12 @@
 #define STEP_MAX 0.4
 #define STEP_GROWS 1.5
 #define PAID 0.5                     /* of a trial's step, that arrives in addition */
-#define WIDEN 0.3                    /* more, for connections that must show what they bring (lanes.c) */
 #define WIDEN_RTTS 6                 /* new connections begin slowly */
 #define OVER 1.04                    /* of what arrives */
 #define UNDER 0.98                   /* so that the queue goes, slowly */
 #define OVER_WINDOWS 3
 #define DRAINS 3
+#define DRAIN_MOST 0.95              /* is left */
 #define STANDS_NS INT64_C(10000000)  /* a queue of so long, and of this part of a round trip */
 #define STANDS_RTTS 16
 #define WAIT_MIN_NS INT64_C(1000000000)
@@ -67,11 +67,12 @@ static void trial_paid(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) 
     trial_begin(p, arrived, more < STEP_MAX ? more : STEP_MAX, now_ns, rtt_ns);
 }
 
-void pace_widen(pace *p, int64_t now_ns, int64_t rtt_ns) {
+void pace_widen(pace *p, double factor, int64_t now_ns, int64_t rtt_ns) {
     if (p->rate == 0) return;
     const double rate = p->before > 0 ? p->before : p->rate;
-    p->before = p->blamed = p->raised = 0;
-    rate_set(p, rate * (1 + WIDEN), now_ns, rtt_ns);
+    p->before = p->blamed = 0;
+    p->raised = (1 + p->raised) * factor - 1;
+    rate_set(p, rate * factor, now_ns, rtt_ns);
     p->from_ns = now_ns + WIDEN_RTTS * rtt_ns;
 }
 
@@ -106,26 +107,23 @@ static bool judge(pace *p, double arrived, double repeats, int64_t now_ns, int64
 
 /* ---- windows ---- */
 
-/* What is more came out of a queue. */
-static double carried(const pace *p) { return p->best < p->rate ? p->best : p->rate; }
-
 /* Without a queue the line is not full. */
 static bool rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
     p->found = false;
     p->drained = 0;
     if (arrived < BOUND * p->rate || now_ns < p->calm_ns) return false;
     const double more = p->raised * RAISE_GROWS;
-    p->most = p->raised > 0 && p->most > carried(p) ? p->most : carried(p);
     p->raised = more < RAISE ? RAISE : more < STEP_MAX ? more : STEP_MAX;
     rate_set(p, p->rate * (1 + p->raised), now_ns, rtt_ns);
     return true;
 }
 
-/* To what was before the first step up, or below what arrives, or arrived while it rose: one window may have little for other
- * reasons. The queue may be others': it is waited for DRAINS times. */
+/* To what was before the first step up, or below what arrives; as nothing is lost, not far below what was before the step: one
+ * window may have little for other reasons. The queue may be others': it is waited for DRAINS times. */
 static bool drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
-    const double most = p->raised > 0 && p->most > carried(p) ? p->most : carried(p);
-    const double rate = p->raised > 0 && p->raised <= RAISE ? p->rate / (1 + p->raised) : UNDER * most;
+    const double before = p->rate / (1 + p->raised), arrives = UNDER * (p->best < p->rate ? p->best : p->rate);
+    const double below = arrives > DRAIN_MOST * before ? arrives : DRAIN_MOST * before;
+    const double rate = p->raised > 0 && p->raised <= RAISE ? before : below;
     p->raised = 0;
     p->drained++;
     p->calm_ns = now_ns + CALM_NS;

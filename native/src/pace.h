@@ -32,7 +32,6 @@ typedef struct pace {
     double seen;                     /* what arrived before a trial or a cut */
     double before, step;             /* while a trial runs: the rate to go back to, what it adds; before 0: none */
     double raised;                   /* by so much the last time; 0: it has not risen since a queue stood */
-    double most;                     /* what the line carried in the best of all windows since then */
     uint32_t drained;                /* times that it was lowered for a queue since there was none */
     bool found;                      /* a queue stood since it rose */
     double blamed, restore;          /* after a cut: the share of repeats that it is to cure, the rate that it cut; blamed 0: none */
@@ -52,6 +51,7 @@ void pace_init(pace *p);
 bool pace_note(pace *p, int64_t now_ns, const pace_counts *counts, bool busy);
 bool pace_is_found(const pace *p);   /* the line, or its connections, take no more */
 void pace_pause(pace *p);            /* other connections: counts until now are not comparable with what will be */
-void pace_widen(pace *p, int64_t now_ns, int64_t rtt_ns);  /* more connections carry data: room to show what they bring */
+/* So many times as many connections carry data: each keeps its share, to show what they bring. */
+void pace_widen(pace *p, double factor, int64_t now_ns, int64_t rtt_ns);
 
 #endif

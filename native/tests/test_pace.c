@@ -211,7 +211,7 @@ TEST(pace_gives_more_connections_room_to_show_what_they_bring) {
     work(&l, 3 * SECOND);
     CHECK(l.of[0].p.rate > 18e6 && l.of[0].p.rate < 24e6);
     l.of[0].cap = 30e6;
-    pace_widen(&l.of[0].p, l.at_ns, l.rtt_ns);
+    pace_widen(&l.of[0].p, 1.5, l.at_ns, l.rtt_ns);
     const double before = l.of[0].delivered;
     work(&l, SECOND);
     CHECK(l.of[0].delivered - before > 1.1 * 19e6); /* at once, whenever the next trial would have been */

@@ -1,16 +1,20 @@
 """Data connections: made here, handed to the engine as file descriptors.
 
 The peer with the lower id dials; when a link has lost its last connection both sides try, so that the one whose
-peer is dead learns it (connection refused) without waiting for a silence. Spec: proto/wire.md 1 and 3.1.
-Places for later: another way to reach a peer (punching, relay) is another body of ``_connect``; sealing wraps what
-``_greet`` agrees on before the descriptor goes to the engine.
+peer is dead learns it (connection refused) without waiting for a silence. Where no connection comes about, one goes
+through a third member (``_relay_until_up``, on the third ``_carry``) until a direct one stands. To the engine all are
+alike. Spec: proto/wire.md 1 and 3.1.
+Places for later: another way to reach a peer (punching) is another body of ``_connect``; sealing wraps what ``_greet``
+agrees on before the descriptor goes to the engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import logging
+import os
 import random
 import socket
 from collections import deque
@@ -23,11 +27,11 @@ import trio
 from pyccl._io import envelope
 from pyccl._io.causes import causes_of
 from pyccl._io.strangers import Notes, Places
-from pyccl._native.handles import Engine
+from pyccl._native.handles import Engine, Relay
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
-from pyccl._proto.messages import PeerHello, PeerRefused, PeerWelcome, StateHello
-from pyccl.errors import PycclError, RemoteProtocolError
+from pyccl._proto.messages import PeerHello, PeerRefused, PeerWelcome, RelayHello, StateHello, clip
+from pyccl.errors import PycclError, RemoteProtocolError, UsageError
 
 LINKS_TIMEOUT_S: Final = 10.0
 _GREET_S: Final = 10.0
@@ -39,6 +43,12 @@ AUTO_CONNECTIONS: Final = 8  # of a line that is no loopback, to begin with: the
 _GROW_S: Final = 1.0  # so long the one who dials has to grow a link before the other side does
 _REFUSALS_MAX: Final = 10  # of one peer within _REFUSALS_S: it is not linked to any more, and the master decides
 _REFUSALS_S: Final = 60.0
+_RELAY_AFTER_S: Final = 1.0  # so long a direct connection has; who would not dial at first leaves a relay to the other
+_RELAY_S: Final = 3.0  # for one relay to be asked, to dial and to pass both greetings on: two fit into LINKS_TIMEOUT_S
+_DIRECT_AGAIN_S: Final = 30.0  # between attempts while there is a relayed connection
+_TCP_ESTABLISHED: Final = 1
+
+Hello = PeerHello | StateHello | RelayHello
 
 log = logging.getLogger("pyccl.links")
 
@@ -51,6 +61,11 @@ class _Peer:
     refused_at: deque[float] = field(default_factory=lambda: deque(maxlen=_REFUSALS_MAX))
     shunned: bool = False
     wanted: int = 0  # connections that the engine has asked for
+    silent: bool = False  # its connections stand, and nothing comes over them
+    relaying: trio.CancelScope | None = None  # of the task that sees to a relayed connection
+    relay: bytes | None = None  # the member that carries our connection
+    relayed: socket.socket | None = None  # that connection, a copy of the engine's
+    relay_over: trio.Event = field(default_factory=trio.Event)  # it is not needed any more, or has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +148,18 @@ class Links:
     """All data links of one session. Lives in the Trio thread."""
 
     def __init__(
-        self, run: bytes, me: Member, engine: Engine, connections: int | None, nursery: trio.Nursery, events: LinkEvents
+        self,
+        run: bytes,
+        me: Member,
+        engine: Engine,
+        relay: Relay,
+        connections: int | None,
+        nursery: trio.Nursery,
+        events: LinkEvents,
     ) -> None:
+        """relay: for the connections of others; ``serve`` stops it."""
         self._run, self._me, self._engine = run, me, engine
+        self._relay, self._dialing_for_others = relay, 0
         self._connections, self._nursery, self._events = connections, nursery, events
         self._peers: dict[bytes, _Peer] = {}
         self._version: int | None = None  # of the OpenLinks that is not answered yet
@@ -172,10 +196,24 @@ class Links:
         if peer is None:
             return
         record = self._peers[peer]
+        if record.relayed is not None and not _is_established(record.relayed):
+            record.relay_over.set()
         if self._me.peer < peer:
             self._dial(record, max(record.wanted, self._count_for(record.member)) - left)
         elif left == 0:
             self._dial(record, 1)
+
+    def silent(self, slot: int) -> None:
+        """Nothing comes over its connections, though they stand: there may be a way around."""
+        peer = self.peer_of(slot)
+        if peer is not None:
+            self._peers[peer].silent = True
+            self._seek_relay(self._peers[peer])
+
+    def heard(self, slot: int) -> None:
+        peer = self.peer_of(slot)
+        if peer is not None:
+            self._peers[peer].silent = False
 
     def grow(self, slot: int, count: int) -> None:
         """The engine would use so many connections. Where both sides would, the one who dials makes them."""
@@ -221,6 +259,10 @@ class Links:
         record = self._peers.get(peer)
         return None if record is None else record.slot
 
+    def relayed(self) -> dict[bytes, bytes]:
+        """Peers -> the member that carries our connection there."""
+        return {id_: record.relay for id_, record in self._peers.items() if record.relay is not None}
+
     # -- records
 
     def _know(self, member: Member) -> _Peer:
@@ -243,10 +285,16 @@ class Links:
         record = self._peers.pop(peer)
         self._stop_dialing(record)
         self._engine.peer_remove(record.slot)
+        self._relay.forget(peer)
+        for other in self._peers.values():
+            if other.relay == peer:  # who is out of the run carries nothing of it
+                other.relay_over.set()
 
     def _stop_dialing(self, peer: _Peer) -> None:
         for scope in peer.dialing:
             scope.cancel()
+        if peer.relaying is not None:
+            peer.relaying.cancel()
 
     def _count_for(self, member: Member) -> int:
         if self._connections is not None:
@@ -281,6 +329,7 @@ class Links:
             scope = trio.CancelScope()
             peer.dialing.add(scope)
             self._nursery.start_soon(self._dial_until_up, peer, scope)
+        self._seek_relay(peer)
 
     async def _dial_until_up(self, peer: _Peer, scope: trio.CancelScope) -> None:
         """One connection, tried until it stands or the peer is forgotten."""
@@ -294,6 +343,7 @@ class Links:
                     if with_hello:
                         peer.dialing.discard(scope)
                         if self._adopt(peer, stream):
+                            peer.relay_over.set()
                             return
                         peer.dialing.add(scope)
                 except ConnectionRefusedError as e:
@@ -301,21 +351,25 @@ class Links:
                         self._events.refused(peer.member.peer, str(e))
                 except (OSError, trio.TooSlowError, trio.BrokenResourceError, PycclError) as e:
                     log.debug("dial_failed peer=%s cause=%s", peer.member.peer.hex()[:8], e)
+                if peer.relay is not None:
+                    with trio.move_on_after(_DIRECT_AGAIN_S):
+                        await peer.relay_over.wait()
                 await trio.sleep(pause * (0.5 + random.random()))
                 pause = min(pause * 2, _BACKOFF_S[1])
 
-    async def _greet(self, stream: trio.SocketStream, member: Member) -> bool:
+    async def _greet(
+        self, stream: trio.SocketStream, member: Member, kind: type[PeerHello | RelayHello] = PeerHello
+    ) -> bool:
         me = self._me
-        hello = PeerHello(
-            limits.PROTOCOL_VERSION, self._run, me.peer, me.incarnation, member.peer, member.incarnation
-        )
+        hello = kind(limits.PROTOCOL_VERSION, self._run, me.peer, me.incarnation, member.peer, member.incarnation)
         try:
             await stream.send_all(envelope.pack(hello))
             answer = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
             if isinstance(answer, PeerWelcome):
                 return True
             reason = answer.reason if isinstance(answer, PeerRefused) else "no answer"
-            log.info("link_refused peer=%s reason=%r", member.peer.hex()[:8], reason)
+            what = "relay" if kind is RelayHello else "link"
+            log.info("%s_refused peer=%s reason=%r", what, member.peer.hex()[:8], reason)
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
@@ -332,21 +386,135 @@ class Links:
         except (OSError, PycclError) as e:  # above all: the link has all the connections that it may have
             log.info("connection_not_taken peer=%s cause=%s", peer.member.peer.hex()[:8], e)
             return self._engine.conns(peer.slot) > 0
+        peer.silent = False
         self._events.up(peer.member.peer)
         self._check_ready()
         return True
 
+    # -- through a third member
+
+    def _seek_relay(self, peer: _Peer) -> None:
+        if peer.relaying is None and not peer.shunned and self._is_cut_off(peer):
+            peer.relaying = trio.CancelScope()
+            self._nursery.start_soon(self._relay_until_up, peer, peer.relaying)
+
+    def _is_cut_off(self, peer: _Peer) -> bool:
+        return peer.silent or self._engine.conns(peer.slot) == 0
+
+    async def _relay_until_up(self, peer: _Peer, scope: trio.CancelScope) -> None:
+        """One connection through one member after the other, until a direct one stands or the peer is forgotten."""
+        pause = _BACKOFF_S[0]
+        try:
+            with scope:
+                await trio.sleep(_RELAY_AFTER_S * (1 if self._me.peer < peer.member.peer else 2))
+                while self._is_cut_off(peer):
+                    for through in self._relays_to(peer):
+                        stream = await self._ask_relay(through, peer)
+                        if stream is not None:
+                            await self._stay_relayed(peer, through, stream)
+                            pause = _BACKOFF_S[0]
+                            break
+                    await trio.sleep(pause * (0.5 + random.random()))
+                    pause = min(pause * 2, _BACKOFF_S[1])
+        finally:
+            peer.relaying = None
+
+    def _relays_to(self, peer: _Peer) -> list[_Peer]:
+        """Whom we reach ourselves; pairs begin with different ones, so that no relay carries them all."""
+        able = [
+            other
+            for other in self._peers.values()
+            if other is not peer and other.relay is None and not other.shunned and not self._is_cut_off(other)
+        ]
+        pair = self._me.peer + peer.member.peer
+        return sorted(able, key=lambda other: hashlib.sha256(pair + other.member.peer).digest())
+
+    async def _ask_relay(self, through: _Peer, peer: _Peer) -> trio.SocketStream | None:
+        """A connection that has greeted the peer."""
+        try:
+            with trio.fail_after(_RELAY_S):
+                stream = await _connect(through.member.addresses)
+                if await self._greet(stream, peer.member, RelayHello) and await self._greet(stream, peer.member):
+                    return stream
+        except (OSError, trio.TooSlowError, trio.BrokenResourceError, PycclError) as e:
+            log.debug("relay_failed peer=%s relay=%s cause=%s", _short(peer), _short(through), e)
+        return None
+
+    async def _stay_relayed(self, peer: _Peer, through: _Peer, stream: trio.SocketStream) -> None:
+        with socket.socket(fileno=os.dup(stream.socket.fileno())) as relayed:
+            if not (self._is_cut_off(peer) and self._is_known(through)):
+                stream.socket.close()
+                return
+            if not self._adopt(peer, stream):
+                return
+            peer.relay, peer.relayed, peer.relay_over = through.member.peer, relayed, trio.Event()
+            log.info("link_relayed peer=%s relay=%s", _short(peer), _short(through))
+            try:
+                while True:
+                    with trio.move_on_after(_DIRECT_AGAIN_S):
+                        await peer.relay_over.wait()
+                        break
+                    self._dial(peer, 1)  # of a link that fell silent nobody dials: its connections stand
+            finally:
+                peer.relay = peer.relayed = None
+                log.info("relay_ended peer=%s relay=%s", _short(peer), _short(through))
+                with contextlib.suppress(OSError):  # it has ended already
+                    relayed.shutdown(socket.SHUT_RDWR)  # the engine repeats what it carried over what is left
+
+    async def _carry(self, stream: trio.SocketStream, hello: RelayHello) -> None:
+        """Be the relay; what becomes of the connection then is not ours to read."""
+        ends: tuple[_Peer, _Peer] | None = None
+        with self._early.place():
+            ends = (
+                await self._learn_of(hello.from_peer, hello.from_incarnation),
+                await self._learn_of(hello.to_peer, hello.to_incarnation),
+            )
+        if ends is None:
+            raise RemoteProtocolError("a relay was wanted between members that we do not know")
+        dialer, other = ends
+        if self._relay.pairs() + self._dialing_for_others >= Relay.PAIRS_MAX:
+            await stream.send_all(envelope.pack(PeerRefused("this relay carries all that it can")))
+            return
+        self._dialing_for_others += 1
+        try:
+            with trio.fail_after(_RELAY_S):
+                onward = await _connect(other.member.addresses)
+        except (OSError, trio.TooSlowError) as e:
+            await stream.send_all(envelope.pack(PeerRefused(clip(f"the relay does not reach it either: {e}"))))
+            return
+        finally:
+            self._dialing_for_others -= 1
+        try:
+            await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
+            if not (self._is_known(dialer) and self._is_known(other)):
+                return
+            fds = stream.socket.detach(), onward.socket.detach()
+            self._relay.add(*fds, dialer.member.peer, other.member.peer)
+        except (UsageError, OSError) as e:
+            log.warning("relay_failed cause=%s", e)
+            return
+        finally:
+            await trio.aclose_forcefully(onward)
+        log.info("relays from=%s to=%s pairs=%d", _short(dialer), _short(other), self._relay.pairs())
+
+    # -- from others
+
     async def serve(self, listener: trio.SocketListener) -> None:
-        await trio.serve_listeners(self._accept, [listener])
+        try:
+            await trio.serve_listeners(self._accept, [listener])
+        finally:
+            self._relay.stop()
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         peer: _Peer | None = None
         try:
-            hello: PeerHello | StateHello | None = None
+            hello: Hello | None = None
             with self._strangers.place():
                 hello = await self._hear_out(stream)
             if isinstance(hello, StateHello):
                 await self._events.state(stream, hello)
+            elif isinstance(hello, RelayHello):
+                await self._carry(stream, hello)
             elif hello is not None:
                 with self._early.place():
                     peer = await self._match(stream, hello)
@@ -358,16 +526,17 @@ class Links:
         if peer is not None:
             self._adopt(peer, stream)
 
-    async def _hear_out(self, stream: trio.SocketStream) -> PeerHello | StateHello | None:
+    async def _hear_out(self, stream: trio.SocketStream) -> Hello | None:
         """The greeting of an accepted connection, if it is for us."""
         hello = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
         if isinstance(hello, StateHello):
             return hello
-        if not isinstance(hello, PeerHello):
+        if not isinstance(hello, PeerHello | RelayHello):
             raise RemoteProtocolError("the first message is no PeerHello")
+        to_us = (hello.to_peer, hello.to_incarnation) == (self._me.peer, self._me.incarnation)
         if hello.version != limits.PROTOCOL_VERSION:
             reason = f"protocol version {hello.version}; this peer speaks {limits.PROTOCOL_VERSION}"
-        elif hello.run != self._run or (hello.to_peer, hello.to_incarnation) != (self._me.peer, self._me.incarnation):
+        elif hello.run != self._run or to_us != isinstance(hello, PeerHello) or hello.from_peer == hello.to_peer:
             reason = "you look for somebody else"
         else:
             return hello
@@ -375,15 +544,28 @@ class Links:
         return None
 
     async def _match(self, stream: trio.SocketStream, hello: PeerHello) -> _Peer:
-        """The peer that it is from, once we have learned of it from the master."""
+        """The peer that it is from."""
+        peer = await self._learn_of(hello.from_peer, hello.from_incarnation)
+        await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
+        return peer
+
+    async def _learn_of(self, peer: bytes, incarnation: bytes) -> _Peer:
+        """Once the master has told us of it."""
         while True:
-            peer = self._peers.get(hello.from_peer)
-            if peer is not None and peer.member.incarnation == hello.from_incarnation:
-                if peer.shunned:
+            record = self._peers.get(peer)
+            if record is not None and record.member.incarnation == incarnation:
+                if record.shunned:
                     raise RemoteProtocolError("it has broken the protocol too often")
-                await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
-                return peer
+                return record
             await self._changed.wait()
+
+
+def _is_established(sock: socket.socket) -> bool:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_ESTABLISHED
+
+
+def _short(peer: _Peer) -> str:
+    return peer.member.peer.hex()[:8]
 
 
 async def listen(host: str) -> tuple[trio.SocketListener, Address]:

@@ -8,7 +8,7 @@ Threads: the session's and the one that measures; a lock joins them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -68,19 +68,25 @@ class LinkTable:
             for peer, rate in rates.items():
                 self._change(peer, crowd=rate)
 
-    def news(self, members: Sequence[bytes]) -> Measured | None:
-        """What the master is to be told of the links to these; None: little has changed since the last time."""
+    def news(self, members: Sequence[bytes], relayed: Collection[bytes] = ()) -> Measured | None:
+        """What the master is to be told of the links to these; None: little has changed since the last time.
+
+        relayed: members that a third one connects us with.
+        """
         with self._lock:
-            known = sorted((peer, known) for peer, known in self._known.items() if peer in members)
+            all_ = {**dict.fromkeys(relayed, _Known()), **self._known}
+        known = sorted((peer, known) for peer, known in all_.items() if peer in members)
         links = tuple(
             LinkMeasure(
                 *(peer, measuring.clip_rate(k.rate), measuring.clip_rate(k.crowd)),
                 min(round(k.rtt_s * 1e6), limits.RTT_US_MAX),
+                peer in relayed,
             )
             for peer, k in known
         )
         told = {link.peer: link for link in self._told.links}
-        if all(link.peer in told and not _differs(link, told[link.peer]) for link in links):
+        mended = any(link.relayed and link.peer not in relayed for link in self._told.links)
+        if not mended and all(link.peer in told and not _differs(link, told[link.peer]) for link in links):
             return None
         self._told = Measured(measuring.clip_rate(self._fold), links)
         return self._told
@@ -96,4 +102,5 @@ class LinkTable:
 
 
 def _differs(a: LinkMeasure, b: LinkMeasure) -> bool:
-    return any(abs(x - y) > _NEWS * max(x, y) for x, y in ((a.rate, b.rate), (a.crowd, b.crowd)))
+    rates = (a.rate, b.rate), (a.crowd, b.crowd)
+    return a.relayed != b.relayed or any(abs(x - y) > _NEWS * max(x, y) for x, y in rates)

@@ -35,7 +35,7 @@ from pyccl._io.observed import Observed
 from pyccl._io.packer import Bytes, Packer
 from pyccl._io.resolver import Resolver
 from pyccl._native import status
-from pyccl._native.handles import Engine, Event, EventType, Op
+from pyccl._native.handles import Engine, Event, EventType, Op, Relay
 from pyccl._proto import limits, member
 from pyccl._proto import plan as plans
 from pyccl._proto.epoch import Member
@@ -514,7 +514,8 @@ class Session:
                 up=lambda peer: self._feed(machine.trust(peer, trio.current_time())),
                 state=self.observed.serve,
             )
-            self._links = Links(machine.run, me, self.engine, self.config.connections, outer, events)
+            relay = Relay(machine.peer_timeout)
+            self._links = Links(machine.run, me, self.engine, relay, self.config.connections, outer, events)
             assert self._listener is not None
             outer.start_soon(self._links.serve, self._listener)
             outer.start_soon(self._pump)
@@ -670,7 +671,7 @@ class Session:
             return
         self._topology, self._unreachable_timeout = waiter, unreachable_timeout
         self._arrived_at = trio.current_time()
-        news = self.table.news(self.view.members)
+        news = self.table.news(self.view.members, self._links.relayed() if self._links is not None else ())
         if news is not None:
             self._feed(machine.measured(news, trio.current_time()))
         self._feed(machine.arrive(self._counts(), trio.current_time()))
@@ -723,6 +724,8 @@ class Session:
             self._feed(self._machine.suspect(peer, cause, detail, trio.current_time()))
 
     def _on_silent(self, event: Event) -> None:
+        assert self._links is not None
+        self._links.silent(event.slot)
         self._suspect(event.slot, CAUSE_SILENT, "nothing heard on any data connection")
 
     def _on_refused(self, event: Event) -> None:
@@ -733,6 +736,7 @@ class Session:
 
     def _on_heard(self, event: Event) -> None:
         assert self._links is not None and self._machine is not None
+        self._links.heard(event.slot)
         peer = self._links.peer_of(event.slot)
         if peer is not None:
             self._feed(self._machine.trust(peer, trio.current_time()))

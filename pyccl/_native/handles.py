@@ -27,6 +27,8 @@ LONG_RTT_S: Final = 0.005  # from here on losses and idle time cost more than a 
 _EVENTS_AT_ONCE: Final = 64
 _FOLD_ELEMENTS: Final = 1 << 16
 _FOLD_RUNS: Final = 8
+_USER_TIMEOUT_LEAST_S: Final = 15.0  # of a relayed connection's two halves, as the engine's own
+_U32_MAX: Final = (1 << 32) - 1
 _SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
 
 
@@ -134,6 +136,46 @@ def _free_unless_forked(owner: int) -> Callable[[Any], None]:
             free(engine)
 
     return free
+
+
+class Relay:
+    """A C thread that carries bytes between pairs of sockets; it needs no GIL. Close it with ``stop``."""
+
+    PAIRS_MAX: Final[int] = lib.PYCCL_RELAY_PAIRS_MAX
+
+    def __init__(self, peer_timeout: float) -> None:
+        """The thread starts with the first pair."""
+        self._user_timeout_ms = min(int(1000 * max(3 * peer_timeout, _USER_TIMEOUT_LEAST_S)), _U32_MAX)
+        self._relay: Any = None
+
+    def add(self, fd_a: int, fd_b: int, peer_a: bytes, peer_b: bytes) -> None:
+        """Hand over two connected sockets; they are the relay's from here on, also when this raises.
+
+        UsageError: PAIRS_MAX are there. OSError.
+        """
+        if self._relay is None:
+            slot = ffi.new("pyccl_relay **")
+            started = lib.pyccl_relay_new(self._user_timeout_ms, slot)
+            if started < 0:
+                os.close(fd_a)
+                os.close(fd_b)
+                check(started, "relay")
+            self._relay = slot[0]
+        check(lib.pyccl_relay_add(self._relay, fd_a, fd_b, peer_a, peer_b), "relay")
+
+    def forget(self, peer: bytes) -> None:
+        """Reset the pairs of this peer."""
+        if self._relay is not None:
+            lib.pyccl_relay_forget(self._relay, peer)
+
+    def pairs(self) -> int:
+        return 0 if self._relay is None else int(lib.pyccl_relay_pairs(self._relay))
+
+    def stop(self) -> None:
+        """Reset all pairs and end the thread. Idempotent; never in a forked child, which has no such thread."""
+        relay, self._relay = self._relay, None
+        if relay is not None:
+            lib.pyccl_relay_free(relay)
 
 
 class Engine:

@@ -1416,6 +1416,7 @@ class MasterMachine:
             "blocked": record.said.blocked is not None,
             "lost": record.lost,
             "complaints": {short(peer): complaint.cause for peer, complaint in sorted(record.complaints.items())},
+            "relayed": [short(link.peer) for link in record.measured.links if link.relayed] if record.measured else [],
         }
 
 

@@ -108,7 +108,27 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
     down = [max(sum(crowded[i][j] for i in range(world)), *(alone[i][j] for i in range(world))) for j in range(world)]
     if not any(up):
         return None
-    return Network(_filled(up), _filled(down), tuple(map(tuple, rate)), _delays(trip), tuple(fold))
+    rates = _past_relays(rate, _relayed(rank_of, told))
+    return Network(_filled(up), _filled(down), rates, _delays(trip), tuple(fold))
+
+
+def _relayed(rank_of: Mapping[bytes, int], told: Mapping[bytes, Measured]) -> set[Pair]:
+    """Pairs of which at least one says so."""
+    said = ((rank_of.get(peer), rank_of.get(row.peer)) for peer, m in told.items() for row in m.links if row.relayed)
+    return {(min(i, j), max(i, j)) for i, j in said if i is not None and j is not None and i != j}
+
+
+def _past_relays(rate: Sequence[Sequence[float]], relayed: Collection[Pair]) -> tuple[tuple[float, ...], ...]:
+    """A relay carries the bytes of its pair twice, on a line that it needs for its own. So such a pair counts as none
+    as long as there are members without one, who can own everything; else as half as fast as it was measured."""
+    part = 0.5 if len({rank for pair in relayed for rank in pair}) == len(rate) else 0.0
+
+    def past(i: int, j: int) -> float:
+        if (min(i, j), max(i, j)) not in relayed:
+            return rate[i][j]
+        return part * rate[i][j] if part else 0.0
+
+    return tuple(tuple(past(i, j) for j in range(len(rate))) for i in range(len(rate)))
 
 
 def _filled(rates: Sequence[float]) -> tuple[float, ...]:

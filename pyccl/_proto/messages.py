@@ -79,6 +79,7 @@ class LinkMeasure(NamedTuple):
     rate: int  # while neither received from anybody else
     crowd: int  # while both received from several
     rtt_us: int
+    relayed: bool = False  # through a third member, as far as the sender knows: who was dialed does not
 
 
 class OpState:
@@ -254,7 +255,7 @@ _RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
 _MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
 _RATE: Final = _UInt(limits.RATE_MAX)
-_LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _UInt(limits.RTT_US_MAX)), limits.MEMBERS_MAX)
+_LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _UInt(limits.RTT_US_MAX), _BOOL), limits.MEMBERS_MAX)
 _EPOCH: Final = _EpochRecord(
     Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
 )
@@ -636,6 +637,20 @@ class PeerRefused(Message):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RelayHello(Message):
+    """To a third member: carry this connection to `to`, whom the sender does not reach. PeerWelcome: it does."""
+
+    TYPE = 70
+    KINDS = (_U32, _ID, _ID, _ID, _ID, _ID)
+    version: int
+    run: bytes
+    from_peer: bytes
+    from_incarnation: bytes
+    to_peer: bytes
+    to_incarnation: bytes
+
+
 # -- peer to peer, state files
 
 
@@ -681,7 +696,7 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
         *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe, Measured),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
         *(Unknown, Undecided, Members, Observers, Term),
-        *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone),
+        *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone, RelayHello),
     )
 }
 _NAMES: Final[dict[type[Message], tuple[str, ...]]] = {

@@ -6,6 +6,7 @@ With s[i] >= 0 adding up to 1, find the least T (the pace, seconds per byte of a
     pair i, j    s[i] + s[j]      <= T r[i][j]
     fold i       N s[i]           <= T f[i]
 
+A pair without a link (r = 0) leaves both its members with s = 0: nothing passes between them then.
 Hosts alone have a closed form: every host moves at least one vector, so T >= 1 / min h, and the sum of the first lines
 gives T >= (2 N - 2) / sum h; the greater of the two is reached. With pairs and folds it is a linear program: a dual
 simplex that starts from the hosts' lines and is given the pairs' lines as they are found violated (few ever are). It
@@ -15,7 +16,7 @@ stops when its effort is spent; whatever it then has is made feasible, so there 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 _TOLERANCE: Final = 1e-9
@@ -30,7 +31,7 @@ def equal_shares(world: int) -> tuple[float, ...]:
 
 
 def direct_pace(hosts: Sequence[float], pairs: Matrix, folds: Sequence[float], shares: Sequence[float]) -> float:
-    """T of these shares; inf if some pair has no link."""
+    """T of these shares; inf if some pair that has no link needs one."""
     world = len(hosts)
     if world == 1:
         return 0.0
@@ -42,23 +43,31 @@ def direct_pace(hosts: Sequence[float], pairs: Matrix, folds: Sequence[float], s
         pace = max(pace, (1 + (world - 2) * share) / hosts[i], world * share / folds[i])
         row = pairs[i]
         for j in range(i):
-            if row[j] == 0:
-                return math.inf
-            pace = max(pace, (share + shares[j]) / row[j])
+            if share + shares[j] > 0:
+                pace = max(pace, (share + shares[j]) / row[j] if row[j] > 0 else math.inf)
     return pace
 
 
 def best_shares(hosts: Sequence[float], pairs: Matrix, folds: Sequence[float], effort: int) -> tuple[float, ...]:
-    """The shares of least pace; of several, those that load hosts most evenly. Equal where a pair has no link."""
+    """The shares of least pace; of several, those that load hosts most evenly. Equal where none can do: everybody
+    lacks a link."""
     world = len(hosts)
-    even = _by_hosts(hosts)
-    if world <= 2 or any(pairs[i][j] == 0 for i in range(world) for j in range(i)):
+    cut_off = {rank for i in range(world) for j in range(i) if pairs[i][j] == 0 for rank in (i, j)}
+    if world <= 2 or len(cut_off) == world:
         return equal_shares(world)
-    found, bound = _program(hosts, pairs, folds, effort)
+    even = _without(cut_off, _by_hosts(hosts))
+    found, bound = _program(hosts, pairs, folds, cut_off, effort)
     if direct_pace(hosts, pairs, folds, even) <= bound * (1 + _EVEN):
         return even
-    best = min((even, found, equal_shares(world)), key=lambda shares: direct_pace(hosts, pairs, folds, shares))
+    equal = _without(cut_off, equal_shares(world))
+    best = min((even, found, equal), key=lambda shares: direct_pace(hosts, pairs, folds, shares))
     return _evened(hosts, pairs, folds, best, even)
+
+
+def _without(cut_off: Collection[int], shares: Sequence[float]) -> tuple[float, ...]:
+    """All of it to the others."""
+    kept = [0.0 if rank in cut_off else share for rank, share in enumerate(shares)]
+    return _to_one(kept if any(kept) else [float(rank not in cut_off) for rank in range(len(shares))])
 
 
 def _by_hosts(hosts: Sequence[float]) -> tuple[float, ...]:
@@ -105,17 +114,17 @@ def _between(a: tuple[float, ...], b: tuple[float, ...], part: float) -> tuple[f
 
 
 def _program(
-    hosts: Sequence[float], pairs: Matrix, folds: Sequence[float], effort: int
+    hosts: Sequence[float], pairs: Matrix, folds: Sequence[float], cut_off: Collection[int], effort: int
 ) -> tuple[tuple[float, ...], float]:
     """(shares, a pace that none is below). The shares reach it unless the effort ran out."""
     world = len(hosts)
     finite = [rate for rate in (*hosts, *folds, *(rate for row in pairs for rate in row)) if 0 < rate < math.inf]
     if not finite:
-        return equal_shares(world), 0.0
+        return _without(cut_off, equal_shares(world)), 0.0
     unit = max(finite)  # rates become at most 1, and T about 1 or more
     simplex = _Simplex(world + 1)
     pace = world  # the column of T
-    simplex.add(dict.fromkeys(range(world), -1.0), -1.0)
+    simplex.add({rank: -1.0 for rank in range(world) if rank not in cut_off}, -1.0)  # theirs cost, and gain nothing
     for i in range(world):
         if hosts[i] < math.inf:
             simplex.add({i: world - 2.0, pace: -hosts[i] / unit}, -1.0)
@@ -134,7 +143,7 @@ def _program(
         for i, j in found:
             asked.add((i, j))
             simplex.add({i: 1.0, j: 1.0, pace: -pairs[i][j] / unit}, 0.0)
-    return _to_one(values[:world]), values[pace] / unit
+    return _without(cut_off, values[:world]), values[pace] / unit
 
 
 def _violated(
@@ -144,7 +153,7 @@ def _violated(
     world = len(values) - 1
     found = []
     for i in range(1, world):
-        known = [j for j in range(i) if pairs[i][j] < math.inf and (i, j) not in asked]
+        known = [j for j in range(i) if 0 < pairs[i][j] < math.inf and (i, j) not in asked]
         overs = [(values[i] + values[j] - values[world] * pairs[i][j] / unit, j) for j in known]
         over, j = max(overs, default=(0.0, 0))
         if over > _TOLERANCE:

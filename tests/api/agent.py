@@ -10,6 +10,7 @@ be blocked at a time and Ctrl-C has a main thread to go to. When stdin ends, so 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import gc
 import json
@@ -44,6 +45,7 @@ from pyccl._io import links, packer, session, staging, statestream, statesync
 from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
 from pyccl._proto import limits, packing
+from pyccl._proto.epoch import Address, Member
 from pyccl.cli import master, peer
 from pyccl.cli.log import without_traceback
 
@@ -350,6 +352,40 @@ class Agent:
                 return listener, address._replace(port=free.getsockname()[1])
 
         session.listen = listen
+
+    def do_wall(self, peers: list[str], bricks: int) -> None:
+        """From now on these are dialed at a port where nobody listens."""
+        walled = [bytes.fromhex(peer) for peer in peers]
+        nowhere = (Address("127.0.0.1", bricks),)
+        know = links.Links._know
+
+        def know_walled(self: links.Links, member: Member) -> Any:
+            return know(self, replace(member, addresses=nowhere) if member.peer in walled else member)
+
+        links.Links._know = know_walled  # type: ignore[method-assign]
+        known = self.session()._links._peers if self.session() is not None else {}
+        for walled_peer in set(walled) & set(known):
+            known[walled_peer].member = replace(known[walled_peer].member, addresses=nowhere)
+
+    def do_relays(self) -> dict[str, str]:
+        """Peer -> the member that carries the connection to it."""
+        return {peer.hex(): relay.hex() for peer, relay in self.session()._links.relayed().items()}
+
+    def do_wait_relay(self, peer: str, other_than: str = "") -> str:
+        """Until a connection to this peer goes through a member, another than this one."""
+        until = time.monotonic() + DEADLINE_S
+        while (relay := self.do_relays().get(peer, other_than)) == other_than:
+            assert time.monotonic() < until, "no relay"
+            time.sleep(0.005)
+        return relay
+
+    def do_hold_gil(self, seconds: float, fifo: str) -> None:
+        """No other thread runs Python for so long, and until there is a byte in the FIFO."""
+        with open(fifo, "r+b", buffering=0) as gate:
+            self.say(event="held")
+            libc = ctypes.PyDLL(None)  # calls of it keep the GIL
+            libc.usleep(int(seconds * 1e6))
+            libc.read(gate.fileno(), ctypes.create_string_buffer(1), 1)
 
     def do_speak_version(self, version: int) -> None:
         limits.PROTOCOL_VERSION = version  # type: ignore[misc]

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from pyccl._io import envelope, links
+from pyccl._native.handles import Relay
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
 from pyccl._proto.messages import PeerHello, PeerWelcome, StateHello
@@ -69,7 +70,7 @@ class Heard:
 
 def make(engine: FakeEngine, heard: Heard, nursery: trio.Nursery) -> links.Links:
     engine_: Any = engine
-    return links.Links(RUN, ME, engine_, 1, nursery, heard.events())
+    return links.Links(RUN, ME, engine_, Relay(5.0), 1, nursery, heard.events())
 
 
 @pytest.mark.parametrize("host", ["a" * 64, "a..b", ".", "\u0640"])
@@ -112,7 +113,7 @@ def test_both_ends_of_a_loopback_connection_use_cubic(host: str) -> None:
         other = Member(OTHER, b"b" * 16, (address,))
         async with trio.open_nursery() as nursery:
             served: Any = there
-            serving = links.Links(RUN, other, served, 1, nursery, Heard().events())
+            serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
             serving.open(1, [ME])
             nursery.start_soon(serving.serve, listener)
             make(here, heard, nursery).open(1, [other])
@@ -135,7 +136,7 @@ def test_a_link_grows_to_what_the_engine_asks_for_and_no_further(dials: bool, mo
         other = Member(OTHER if dials else b"\x00" * 16, b"b" * 16, (address,))
         async with trio.open_nursery() as nursery:
             served: Any = there
-            serving = links.Links(RUN, other, served, 1, nursery, Heard().events())
+            serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
             serving.open(1, [ME])
             nursery.start_soon(serving.serve, listener)
             made = make(engine, Heard(), nursery)

@@ -83,3 +83,15 @@ def test_what_is_told_keeps_the_limits_of_the_wire() -> None:
     table = LinkTable()
     table.measured(A, 1e30, 1e9, now=0.0)
     assert table.news((A,)) == Measured(0, (LinkMeasure(A, limits.RATE_MAX, 0, limits.RTT_US_MAX),))
+
+
+def test_a_link_that_comes_to_be_relayed_is_news_measured_or_not() -> None:
+    table = LinkTable()
+    table.measured(A, 1000.0, 0.0, 1.0)
+    assert table.news((A, B)) == Measured(0, (LinkMeasure(A, 1000, 0, 0),))
+    assert table.news((A, B), {B}) == Measured(0, (LinkMeasure(A, 1000, 0, 0), LinkMeasure(B, 0, 0, 0, True)))
+    assert table.news((A, B), {B}) is None
+    assert table.news((A, B)) == Measured(0, (LinkMeasure(A, 1000, 0, 0),))
+    assert table.news((A, B)) is None
+    assert table.news((A, B), {A}) == Measured(0, (LinkMeasure(A, 1000, 0, 0, True),))
+    assert table.news((A, B)) == Measured(0, (LinkMeasure(A, 1000, 0, 0),))

@@ -13,7 +13,7 @@ from pyccl import errors
 from pyccl._io.links import LinkEvents, Links
 from pyccl._io.session import Session, SessionConfig
 from pyccl._native._pyccl import lib
-from pyccl._native.handles import Engine, EventType, Kind, Op, Spec
+from pyccl._native.handles import Engine, EventType, Kind, Op, Relay, Spec
 from pyccl._proto import limits
 from pyccl._proto.epoch import NO_ID, Member, make_epoch
 from pyccl._proto.member import MemberMachine
@@ -68,7 +68,7 @@ def test_message_that_overtakes_the_engines_leave_finds_the_session_out_of_the_r
         session._out, sent = trio.open_memory_channel[Message](100)
         nothing = LinkEvents(*[lambda *args: None] * 5)
         async with trio.open_nursery() as nursery:
-            session._links = Links(b"r" * 16, MEMBERS[0], engines[0], 1, nursery, nothing)
+            session._links = Links(b"r" * 16, MEMBERS[0], engines[0], Relay(5.0), 1, nursery, nothing)
             session._feed(machine.connected(0.0))
             session._feed(machine.receive(Welcome(limits.PROTOCOL_VERSION, "", b"r" * 16, 1, 50, False), 0.0))
             session._feed(machine.receive(EpochCommit(EPOCH, KIND_JOIN, (), "", 3, True), 0.0))

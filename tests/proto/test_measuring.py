@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from pyccl._proto import measuring
+from pyccl._proto import measuring, topology
 from pyccl._proto.messages import LinkMeasure, Measured
 from pyccl._proto.topology import UNKNOWN
 
@@ -83,6 +83,33 @@ def test_a_host_that_nobody_measured_counts_as_the_middle_one() -> None:
     assert network.up[:3] == (20.0, 10.0, 30.0) and network.up[3] == 20.0
     assert network.rate[3][0] == UNKNOWN
     assert all(math.isfinite(delay) for row in network.delay for delay in row)
+
+
+def relayed_pairs(world: int, *pairs: tuple[int, int]) -> measuring.Network:
+    """Who is named first in a pair has told of the relay; all was measured, at 100."""
+    told = {
+        peer_id(n): Measured(
+            0, tuple(LinkMeasure(peer_id(m), 100, 0, 0, (n, m) in pairs) for m in range(world) if m != n)
+        )
+        for n in range(world)
+    }
+    network = measuring.network(tuple(peer_id(n) for n in range(world)), told)
+    assert network is not None
+    return network
+
+
+def test_a_relayed_pair_counts_as_none_while_others_can_own_everything() -> None:
+    network = relayed_pairs(3, (2, 0))
+    assert network.pair(0, 2) == network.rate[0][2] == network.rate[2][0] == 0.0
+    assert network.pair(0, 1) == network.pair(1, 2) == 100.0
+    assert network.up == network.down == (100.0,) * 3
+    assert topology.choose(network, 10**5).shares == (0.0, 1.0, 0.0)  # the relay owns all
+
+
+def test_where_everybody_is_in_a_relayed_pair_these_count_half() -> None:
+    network = relayed_pairs(4, (0, 1), (3, 2))
+    assert network.pair(0, 1) == network.pair(2, 3) == 50.0 and network.pair(1, 2) == 100.0
+    assert math.isfinite(topology.choose(network, 10**5).direct.pace)
 
 
 def test_of_strangers_and_of_itself_nobody_can_tell_anything() -> None:

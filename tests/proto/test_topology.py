@@ -11,6 +11,7 @@ import pytest
 from scipy import optimize
 
 from pyccl._proto import ring_order, shares, topology
+from pyccl._proto.planning import plan_of
 from pyccl._proto.topology import NEVER, UNKNOWN, Choice, Line, Network
 
 MBIT = 125_000.0  # bytes per second
@@ -167,15 +168,46 @@ def test_host_that_folds_slowly_owns_less() -> None:
     assert choice.direct.pace == pytest.approx(pace_by_corners(network([100.0] * 4, fold=[10.0, *[UNKNOWN] * 3])))
 
 
-def test_pair_without_a_link_makes_direct_impossible_and_the_ring_goes_round_it() -> None:
+def test_where_everybody_lacks_a_link_direct_is_impossible_and_the_ring_goes_round_them() -> None:
     rate = [[100.0] * 5 for _ in range(5)]
-    rate[0][1] = rate[1][0] = rate[2][3] = 0.0
+    rate[0][1] = rate[1][0] = rate[2][3] = rate[3][4] = 0.0
     choice = topology.choose(network([100.0] * 5, rate=rate), MANY)
-    assert choice.direct.pace == math.inf
+    assert choice.direct.pace == math.inf and choice.shares == shares.equal_shares(5)
     assert choice.ring_from_bytes == 0.0 and choice.algorithm(1) == "ring"
     hops = ring_order.ring_hops(choice.order)
-    assert not {(0, 1), (1, 0), (2, 3)} & set(hops)
+    assert not {(0, 1), (1, 0), (2, 3), (3, 4)} & set(hops)
     assert math.isfinite(choice.seconds(1000))
+
+
+@pytest.mark.parametrize("world", [3, 4, 7])
+@pytest.mark.parametrize("effort", [0, MANY])
+def test_of_two_without_a_link_neither_owns_anything(world: int, effort: int) -> None:
+    rate = [[100.0] * world for _ in range(world)]
+    rate[0][2] = rate[2][0] = 0.0
+    choice = topology.choose(network([100.0] * world, rate=rate), effort)
+    assert choice.shares[0] == choice.shares[2] == 0.0
+    assert sum(choice.shares) == pytest.approx(1) and choice.direct.pace == pytest.approx(2 / 100)
+    assert plan_of(choice).shares[0] == 0
+    if world > 3:
+        assert not {(0, 2), (2, 0)} & set(ring_order.ring_hops(choice.order))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_others_share_as_the_program_without_the_two_would(seed: int) -> None:
+    """Hosts, pairs and folds of all kinds: no split of the vector among those that may own is faster."""
+    rng = random.Random(seed)
+    world = rng.randint(4, 6)
+    hosts = [rng.uniform(10, 100) for _ in range(world)]
+    rate = [[rng.uniform(5, 100) for _ in range(world)] for _ in range(world)]
+    fold = [rng.uniform(50, 200) for _ in range(world)]
+    rate[0][1] = 0.0
+    of = network(hosts, rate=rate, fold=fold)
+    found = topology.choose(of, MANY)
+    assert found.shares[:2] == (0.0, 0.0)
+    for _ in range(300):
+        parts = [rng.random() ** 3 for _ in range(world - 2)]
+        other = (0.0, 0.0, *(part / sum(parts) for part in parts))
+        assert topology.direct_line(of, other).pace >= found.direct.pace * (1 - 1e-6)
 
 
 def test_ring_wins_from_the_size_on_where_slow_pairs_can_be_left_out() -> None:

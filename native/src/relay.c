@@ -1,0 +1,265 @@
+/* relay.c: two members that do not reach each other, and a third that carries their bytes: see pyccl.h.
+ *
+ * Each way of a pair is a pipe between two sockets: bytes are spliced in and out of it and never come into user space. A
+ * way reads only when its pipe is empty, so what it holds is bounded, and a receiver that is slow slows its sender.
+ *
+ * Invariants
+ *  - a socket is in the epoll set only while something is wanted of it: what is always ready would keep the thread busy;
+ *  - events name a pair by its place and life, so those of a batch that come after its end find nothing.
+ * Threads: `lock` guards all pairs; the thread lets go of it after each event. */
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "../include/pyccl.h"
+#include "status.h"
+
+#define PIPE_BYTES (256 << 10)       /* of each way; the kernel may give less */
+#define TURNS 8                      /* full pipes that one event moves each way: other pairs wait meanwhile */
+#define EVENTS_AT_ONCE 64
+#define WAKE UINT64_MAX
+
+typedef struct leg {
+    int fd;
+    uint32_t interest;               /* epoll events armed; 0: not in the set */
+    uint8_t peer[PYCCL_ID_SIZE];
+} leg;
+
+typedef struct way {                 /* from legs[i] to legs[1 - i] */
+    int in, out;                     /* of the pipe: what is written, what is read */
+    size_t held;                     /* bytes in it */
+    bool ended;                      /* the stream has, and the other leg was told so */
+} way;
+
+typedef struct pair {
+    bool used;
+    uint32_t life;                   /* how many pairs have had this place before */
+    leg legs[2];
+    way ways[2];
+} pair;
+
+struct pyccl_relay {
+    pthread_t thread;
+    pthread_mutex_t lock;
+    int epoll_fd, wake_fd;
+    unsigned user_timeout_ms;
+    bool stopping;
+    uint32_t count;
+    pair pairs[PYCCL_RELAY_PAIRS_MAX];
+};
+
+/* ---- pairs; all under the lock ---- */
+
+static void close_if(int fd) {
+    if (fd >= 0) (void)close(fd);
+}
+
+/* Neither depends on the last copy of the descriptor, which a forked child may hold: close alone would. */
+static void leg_close(const leg *l, bool reset) {
+    const struct sockaddr nobody = {.sa_family = AF_UNSPEC};
+    if (reset) (void)connect(l->fd, &nobody, sizeof nobody);
+    else (void)shutdown(l->fd, SHUT_RDWR);
+    (void)close(l->fd);
+}
+
+static void pair_close(pyccl_relay *relay, pair *p, bool reset) {
+    for (int i = 0; i < 2; i++) {
+        if (p->legs[i].interest != 0) (void)epoll_ctl(relay->epoll_fd, EPOLL_CTL_DEL, p->legs[i].fd, NULL);
+        leg_close(&p->legs[i], reset);
+        close_if(p->ways[i].in);
+        close_if(p->ways[i].out);
+    }
+    p->used = false;
+    p->life++;
+    relay->count--;
+}
+
+/* False: a socket is broken. */
+static bool way_move(const pair *p, way *w, int i) {
+    const int from = p->legs[i].fd, to = p->legs[1 - i].fd;
+    for (int turn = 0; turn < TURNS && !w->ended; turn++) {
+        if (w->held == 0) {
+            const ssize_t n = splice(from, NULL, w->in, NULL, PIPE_BYTES, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+            if (n < 0) return errno == EAGAIN || errno == EINTR;
+            if (n == 0) {
+                w->ended = true;
+                return shutdown(to, SHUT_WR) == 0;
+            }
+            w->held = (size_t)n;
+        }
+        const ssize_t n = splice(w->out, NULL, to, NULL, w->held, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+        if (n < 0) return errno == EAGAIN || errno == EINTR;
+        w->held -= (size_t)n;
+    }
+    return true;
+}
+
+static bool leg_arm(const pyccl_relay *relay, pair *p, int i) {
+    const way *reads = &p->ways[i], *writes = &p->ways[1 - i];
+    const uint32_t wanted = (reads->held == 0 && !reads->ended ? (uint32_t)EPOLLIN : 0) | (writes->held > 0 ? (uint32_t)EPOLLOUT : 0);
+    leg *l = &p->legs[i];
+    if (wanted == l->interest) return true;
+    struct epoll_event event = {.events = wanted};
+    event.data.u64 = (uint64_t)p->life << 32 | (uint64_t)(p - relay->pairs);
+    const int how = l->interest == 0 ? EPOLL_CTL_ADD : wanted == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
+    if (epoll_ctl(relay->epoll_fd, how, l->fd, &event) != 0) return false;
+    l->interest = wanted;
+    return true;
+}
+
+static void pair_move(pyccl_relay *relay, pair *p) {
+    bool fine = true;
+    for (int i = 0; i < 2; i++) fine = fine && way_move(p, &p->ways[i], i);
+    for (int i = 0; i < 2; i++) fine = fine && leg_arm(relay, p, i);
+    if (!fine || (p->ways[0].ended && p->ways[1].ended)) pair_close(relay, p, !fine);
+}
+
+/* ---- the thread ---- */
+
+static bool handle(pyccl_relay *relay, uint64_t name) {
+    (void)pthread_mutex_lock(&relay->lock);
+    const bool stopping = relay->stopping;
+    if (name != WAKE && !stopping) {
+        pair *p = &relay->pairs[(uint32_t)name % PYCCL_RELAY_PAIRS_MAX];
+        if (p->used && p->life == (uint32_t)(name >> 32)) pair_move(relay, p);
+    }
+    (void)pthread_mutex_unlock(&relay->lock);
+    return !stopping;
+}
+
+static void *thread_main(void *arg) {
+    pyccl_relay *relay = arg;
+    struct epoll_event events[EVENTS_AT_ONCE];
+    for (;;) {
+        const int count = epoll_wait(relay->epoll_fd, events, EVENTS_AT_ONCE, -1);
+        PYCCL_ASSERT(count >= 0 || errno == EINTR);
+        for (int i = 0; i < count; i++)
+            if (!handle(relay, events[i].data.u64)) return NULL;
+    }
+}
+
+static int thread_start(pyccl_relay *relay) {
+    sigset_t all, old;
+    sigfillset(&all); /* also SIGPIPE: splice() into a socket whose peer is gone raises it */
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    const int failed = pthread_create(&relay->thread, NULL, thread_main, relay);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return failed;
+}
+
+/* ---- for the caller ---- */
+
+static void relay_delete(pyccl_relay *relay) {
+    close_if(relay->epoll_fd);
+    close_if(relay->wake_fd);
+    (void)pthread_mutex_destroy(&relay->lock);
+    free(relay);
+}
+
+pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, pyccl_relay **out) {
+    *out = NULL;
+    pyccl_relay *relay = calloc(1, sizeof *relay);
+    if (relay == NULL) return PYCCL_ERR_NOMEM;
+    (void)pthread_mutex_init(&relay->lock, NULL);
+    relay->user_timeout_ms = user_timeout_ms;
+    relay->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    relay->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    struct epoll_event wake = {.events = EPOLLIN, .data.u64 = WAKE};
+    if (relay->epoll_fd < 0 || relay->wake_fd < 0 ||
+        epoll_ctl(relay->epoll_fd, EPOLL_CTL_ADD, relay->wake_fd, &wake) != 0 || thread_start(relay) != 0) {
+        relay_delete(relay);
+        return PYCCL_ERR_OS;
+    }
+    *out = relay;
+    return PYCCL_OK;
+}
+
+static bool leg_open(const pyccl_relay *relay, leg *l, int fd, const uint8_t peer[PYCCL_ID_SIZE]) {
+    const int yes = 1, flags = fcntl(fd, F_GETFL);
+    *l = (leg){.fd = fd};
+    memcpy(l->peer, peer, PYCCL_ID_SIZE);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &relay->user_timeout_ms, sizeof relay->user_timeout_ms);
+    return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+}
+
+static bool way_open(way *w) {
+    int ends[2] = {-1, -1};
+    const bool made = pipe2(ends, O_CLOEXEC | O_NONBLOCK) == 0;
+    if (made) (void)fcntl(ends[1], F_SETPIPE_SZ, PIPE_BYTES);
+    *w = (way){.in = ends[1], .out = ends[0]};
+    return made;
+}
+
+static pyccl_status pair_open(pyccl_relay *relay, pair *p, const int fds[2], const uint8_t *const peers[2]) {
+    bool fine = true;
+    for (int i = 0; i < 2; i++) {
+        fine = leg_open(relay, &p->legs[i], fds[i], peers[i]) && fine;
+        fine = way_open(&p->ways[i]) && fine;
+    }
+    p->used = true;
+    relay->count++;
+    for (int i = 0; i < 2; i++) fine = fine && leg_arm(relay, p, i);
+    if (!fine) pair_close(relay, p, true);
+    return fine ? PYCCL_OK : PYCCL_ERR_OS;
+}
+
+pyccl_status pyccl_relay_add(pyccl_relay *relay, int fd_a, int fd_b, const uint8_t peer_a[16], const uint8_t peer_b[16]) {
+    pair *p = NULL;
+    (void)pthread_mutex_lock(&relay->lock);
+    for (uint32_t i = 0; i < PYCCL_RELAY_PAIRS_MAX && p == NULL; i++)
+        if (!relay->pairs[i].used) p = &relay->pairs[i];
+    pyccl_status rc = PYCCL_ERR_LIMIT;
+    if (p != NULL) rc = pair_open(relay, p, (const int[2]){fd_a, fd_b}, (const uint8_t *const[2]){peer_a, peer_b});
+    (void)pthread_mutex_unlock(&relay->lock);
+    if (p != NULL) return rc;
+    close_if(fd_a);
+    close_if(fd_b);
+    return rc;
+}
+
+static bool is_of(const pair *p, const uint8_t *peer) {
+    return memcmp(p->legs[0].peer, peer, PYCCL_ID_SIZE) == 0 || memcmp(p->legs[1].peer, peer, PYCCL_ID_SIZE) == 0;
+}
+
+/* peer: NULL for all. */
+static void close_all(pyccl_relay *relay, const uint8_t *peer) {
+    (void)pthread_mutex_lock(&relay->lock);
+    for (uint32_t i = 0; i < PYCCL_RELAY_PAIRS_MAX; i++) {
+        pair *p = &relay->pairs[i];
+        if (p->used && (peer == NULL || is_of(p, peer))) pair_close(relay, p, true);
+    }
+    (void)pthread_mutex_unlock(&relay->lock);
+}
+
+void pyccl_relay_forget(pyccl_relay *relay, const uint8_t peer[16]) {
+    close_all(relay, peer);
+}
+
+uint32_t pyccl_relay_pairs(pyccl_relay *relay) {
+    (void)pthread_mutex_lock(&relay->lock);
+    const uint32_t count = relay->count;
+    (void)pthread_mutex_unlock(&relay->lock);
+    return count;
+}
+
+void pyccl_relay_free(pyccl_relay *relay) {
+    if (relay == NULL) return;
+    (void)pthread_mutex_lock(&relay->lock);
+    relay->stopping = true;
+    (void)pthread_mutex_unlock(&relay->lock);
+    (void)eventfd_write(relay->wake_fd, 1);
+    (void)pthread_join(relay->thread, NULL);
+    close_all(relay, NULL);
+    relay_delete(relay);
+}
