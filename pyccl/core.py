@@ -204,7 +204,7 @@ class Core:
 
 @lru_cache(_EPOCHS_CACHED)
 def hex_ids(peers: tuple[bytes, ...]) -> tuple[str, ...]:
-    return tuple(peer.hex() for peer in peers)
+    return tuple([peer.hex() for peer in peers])
 
 
 def left_run(info: OpInfo) -> bool:

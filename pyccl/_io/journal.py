@@ -84,23 +84,25 @@ class Journal:
     def append(self, records: Sequence[Record]) -> None:
         """Durable when it returns. OSError: perhaps not; to be called again with the same records first."""
         assert self.past is not None
-        past = self.past.copy()
-        for record in records:
-            past.apply(record)
         data, digest = b"", self._digest
         for record in records:
             framed, digest = _frame(record_to_plain(record), digest)
             data += framed
         grown = self._size + len(data) > max(_GROWN_BYTES, _GROWN_TIMES * self._whole_bytes)
         if self._in_doubt or grown:
+            past = self.past.copy()
+            for record in records:
+                past.apply(record)
             self._rewrite(past)
             return
         self._in_doubt = True
         _write(self._fd, data)
         os.fsync(self._fd)
         self._in_doubt = False
-        self.past, self._digest = past, digest
+        self._digest = digest
         self._size += len(data)
+        for record in records:
+            self.past.apply(record)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -595,7 +595,7 @@ class Session:
         assert self.engine is not None and self._machine is not None
         self._watch_blocked(trio.current_time())  # what the report goes with must not be older than it
         try:
-            ops = tuple(OpReport(*op) for op in self.engine.freeze())
+            ops = tuple([OpReport(*op) for op in self.engine.freeze()])
         except errors.OutcomeUnknownError:
             self._left()
             return
@@ -657,7 +657,7 @@ class Session:
 
     def _counts(self) -> tuple[Count, ...]:
         assert self.engine is not None
-        return tuple(Count(*count) for count in self.engine.counts())
+        return tuple([Count(*count) for count in self.engine.counts()])
 
     # -- calls
 
@@ -810,7 +810,7 @@ class Session:
             return
         seen = self.engine.blocked()
         if seen.quiet_s >= grace and (at_safe_point or seen.lacking):
-            lacking = tuple(Key(*key) for key in seen.lacking)
+            lacking = tuple([Key(*key) for key in seen.lacking])
             self._feed(self._machine.blocked(lacking, seen.below_cut, now))
         else:
             self._feed(self._machine.unblocked(now))

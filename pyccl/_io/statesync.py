@@ -398,7 +398,7 @@ def _commit(
 ) -> int:
     """All or none take the state. Returns the bytes that others fetched from here."""
     vote_of = struct.Struct(f"<{1 + len(members)}Q")
-    mine = vote_of.pack(fetched.outcome, *(fetched.from_each.get(peer, 0) for peer in members))
+    mine = vote_of.pack(fetched.outcome, *[fetched.from_each.get(peer, 0) for peer in members])
     final, packed = gather(TAG_COMMIT, mine, deadline)
     if fetched.error is not None:
         raise fetched.error
@@ -472,7 +472,7 @@ def _replace(state: SharedState, fetched: _Fetched) -> None:
 
 def _info(decided: Elected, fetched: _Fetched, served: int, members: Sequence[bytes], seconds: float) -> SyncInfo:
     def named(peers: Sequence[bytes]) -> tuple[str, ...]:
-        return tuple(peer.hex() for peer in peers)
+        return tuple([peer.hex() for peer in peers])
 
     return SyncInfo(
         revision=decided.revision,

@@ -347,7 +347,7 @@ class Engine:
         out, count = ffi.new("pyccl_op_lack[]", cap), ffi.new("size_t *")
         waiters, quiet, below = ffi.new("uint32_t *"), ffi.new("int64_t *"), ffi.new("int *")
         check(lib.pyccl_engine_blocked(self._engine, out, cap, count, waiters, quiet, below), "blocked")
-        lacking = tuple((k.space, k.tag, k.seq) for k in out[0 : min(cap, count[0])])
+        lacking = tuple([(k.space, k.tag, k.seq) for k in out[0 : min(cap, count[0])]])
         return BlockedView(lacking, quiet[0] / NS, bool(below[0]))
 
     # -- operations

@@ -35,7 +35,7 @@ def participants(space: int, number: int, members: Sequence[bytes]) -> tuple[byt
     pair = pair_of(space, number)
     if pair is None:
         return tuple(members)
-    return tuple(members[rank] for rank in pair) if pair[1] < len(members) else ()
+    return tuple([members[rank] for rank in pair]) if pair[1] < len(members) else ()
 
 
 def check_untrusted(entry: Any) -> None:

@@ -113,9 +113,9 @@ def elect(records: Iterable[Record]) -> Election:
         lineage,
         revision,
         root,
-        holders=tuple(r.peer for r in offered if (r.revision, r.root) == (revision, root)),
-        fetchers=tuple(r.peer for r in others if r.strategy is not Strategy.SEND_ONLY),
-        apart=tuple(r.peer for r in others if r.strategy is Strategy.SEND_ONLY),
+        holders=tuple([r.peer for r in offered if (r.revision, r.root) == (revision, root)]),
+        fetchers=tuple([r.peer for r in others if r.strategy is not Strategy.SEND_ONLY]),
+        apart=tuple([r.peer for r in others if r.strategy is Strategy.SEND_ONLY]),
     )
 
 

@@ -60,7 +60,7 @@ class Epoch:
 
     @property
     def peers(self) -> tuple[bytes, ...]:
-        return tuple(member.peer for member in self.members)
+        return tuple([member.peer for member in self.members])
 
     def rank_of(self, peer: bytes) -> int | None:
         return next((rank for rank, member in enumerate(self.members) if member.peer == peer), None)

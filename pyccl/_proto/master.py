@@ -827,7 +827,7 @@ class MasterMachine:
         group.commit = group.ballot = group.proposal = None
         self._log("group_dissolved", group=group.group, epoch=group.last_number)
         self._tell_of_members(group.group)
-        fenced = tuple(Fenced(*record.key, record.lost) for record in members)
+        fenced = tuple([Fenced(*record.key, record.lost) for record in members])
         for record in members:
             self._evict(record)
         self._persist(Dissolved(group.group, fenced), None)  # nothing waits for it: until it is there they are silent
@@ -868,7 +868,7 @@ class MasterMachine:
         if not self._may_decide(group, staying):
             self._leave_undecided(group, ballot, staying)
             return False
-        members = tuple(record.member for record in staying)
+        members = tuple([record.member for record in staying])
         plan = plans.carry_bytes(group.epoch.plan, group.epoch.peers, [member.peer for member in members])
         epoch = make_epoch(group.epoch.number + 1, group.epoch.id, self.term, members, plan)
         self._decide(group, epoch, *self._judged(group, ballot, staying), verdicts)
@@ -984,7 +984,7 @@ class MasterMachine:
             for key, submitted in (record.said.arrived or {}).items():
                 highest[key] = max(submitted, highest.get(key, 0))
         counts = [Count(*key, submitted) for key, submitted in sorted(highest.items())]
-        cut = tuple(count for count in counts if pair_of(count.space, count.tag) is None)
+        cut = tuple([count for count in counts if pair_of(count.space, count.tag) is None])
         of_pairs = _cuts_of_pairs(counts[len(cut) :], self._ranks(group))  # their space is the last
         longest = len(cut) + max(map(len, of_pairs.values()), default=0)
         if longest > limits.KEYS_MAX:
@@ -993,11 +993,11 @@ class MasterMachine:
             return True
         epoch = make_epoch(
             *(group.epoch.number + 1, group.epoch.id, self.term),
-            tuple(record.member for record in everybody),
+            tuple([record.member for record in everybody]),
             self._plan_for(group, sorted(record.peer for record in everybody)),
         )
         group.version += 1
-        names = tuple(r.key for r in newcomers)
+        names = tuple([r.key for r in newcomers])
         group.proposal = Proposal(group.version, epoch, cut, of_pairs, names, self._now, group.next_plan)
         self._log(
             "epoch_proposed",
@@ -1060,7 +1060,7 @@ class MasterMachine:
     def _flush(self, group: Group, ballot: Ballot) -> Flush:
         assert group.epoch is not None
         number = group.epoch.number
-        return Flush(ballot.number, number, number + 1, tuple(peer for peer, _ in ballot.members))
+        return Flush(ballot.number, number, number + 1, tuple([peer for peer, _ in ballot.members]))
 
     def _lose(self, record: Peer, reason: str, *, for_good: bool = False) -> None:
         """Leave this member out of the ballot that ``_advance`` now opens, or opens anew."""
@@ -1085,7 +1085,7 @@ class MasterMachine:
             assert not record.lost, record  # so what is lost from here on is left out of the epoch behind this one
             if record.standing is Standing.PENDING:
                 record.standing = Standing.ENTERING
-        fenced = tuple(Fenced(*record.key, record.lost) for record in self._left_out(group, epoch))
+        fenced = tuple([Fenced(*record.key, record.lost) for record in self._left_out(group, epoch)])
         self._persist(Committed(group.group, group.deciding, fenced), group)
 
     def _persist(self, record: Record, group: Group | None) -> None:
@@ -1290,7 +1290,7 @@ class MasterMachine:
         if group.roster_of is not group.commit:
             members = group.epoch.members if group.epoch is not None else ()
             group.roster = [self._peers[member.peer, member.incarnation] for member in members]
-            group.ranks = tuple(member.peer for member in members)
+            group.ranks = tuple([member.peer for member in members])
             group.roster_of = group.commit
         return group.roster
 

@@ -396,7 +396,7 @@ class MemberMachine:
 
     def links_failed(self, version: int, peers: tuple[bytes, ...], reason: str, now: float) -> list[Effect]:
         proposal = self._proposal_of(version)
-        named = tuple(peer for peer in peers if proposal and peer != self.peer and peer in proposal.epoch.peers)
+        named = tuple([peer for peer in peers if proposal and peer != self.peer and peer in proposal.epoch.peers])
         if proposal is None or not named:
             return []
         proposal.linked = False
@@ -421,7 +421,7 @@ class MemberMachine:
         if self.state is not State.MEMBER or ballot != standing.ballot or ballot == 0:
             return []
         if len(ops) > limits.KEYS_MAX:  # what is running or failed decides the same unreported
-            ops = tuple(op for op in ops if op.state in (OpState.PREPARED, OpState.COMMITTED))
+            ops = tuple([op for op in ops if op.state in (OpState.PREPARED, OpState.COMMITTED)])
         standing.report = Report(self._number, ballot, ops)
         return self._send(standing.report, now)
 
@@ -597,7 +597,7 @@ class MemberMachine:
         if proposal is not None and message.version == proposal.version:  # repeated after a resume
             return self._send(proposal.answer, now) if proposal.answer is not None else []
         self._standing.proposal = _Proposal(message.version, message.epoch)
-        others = tuple(member for member in message.epoch.members if member.peer != self.peer)
+        others = tuple([member for member in message.epoch.members if member.peer != self.peer])
         effects: list[Effect] = [OpenLinks(message.version, message.epoch.number, others)]
         if self.state is State.MEMBER:
             effects.append(SetCut(message.version, message.cut))
@@ -643,7 +643,7 @@ class MemberMachine:
         rank = epoch.rank_of(self.peer)
         assert rank is not None  # _check_epoch
         self._commit, self.world_size, self._standing = message, message.world_size, _Standing()
-        others = tuple(peer for peer in epoch.peers if peer != self.peer)
+        others = tuple([peer for peer in epoch.peers if peer != self.peer])
         self._complaints = {peer: self._complaints[peer] for peer in others if peer in self._complaints}
         effects: list[Effect] = []
         if mismatch:

@@ -185,7 +185,7 @@ class _Array(_Kind):
         return value
 
     def load(self, value: object) -> tuple[Any, ...]:
-        return tuple(self.kind.load(entry) for entry in self._judge(value))
+        return tuple([self.kind.load(entry) for entry in self._judge(value)])
 
     def dump(self, value: Any) -> list[object]:
         return [self.kind.dump(entry) for entry in self._judge(value)]
@@ -204,7 +204,7 @@ class _Record(_Kind):
             raise RemoteProtocolError(f"{self.cls.__name__} is an array, not {type(value).__name__}")
         if len(value) != len(self.kinds):
             raise RemoteProtocolError(f"{self.cls.__name__} has {len(self.kinds)} fields, not {len(value)}")
-        loaded = self.cls(*(kind.load(entry) for kind, entry in zip(self.kinds, value, strict=True)))
+        loaded = self.cls(*[kind.load(entry) for kind, entry in zip(self.kinds, value, strict=True)])
         if self.check is not None:
             self.check(loaded)
         return loaded

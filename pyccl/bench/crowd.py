@@ -43,7 +43,7 @@ class Settings:
     iterations: int
 
 
-class _Member:
+class SimulatedMember:
     """A member machine on a control connection."""
 
     def __init__(self, group: int, changed: Callable[[], None]) -> None:
@@ -110,14 +110,14 @@ class _Crowd:
     def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
         self._settings, self._nursery = settings, nursery
         self._changed = trio.Event()
-        self.groups: list[list[_Member]] = []
+        self.groups: list[list[SimulatedMember]] = []
 
     def _change(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def come(self, group: int) -> _Member:
-        one = _Member(group, self._change)
+    async def come(self, group: int) -> SimulatedMember:
+        one = SimulatedMember(group, self._change)
         await self._nursery.start(one.run, self._settings.master)
         return one
 
@@ -134,7 +134,7 @@ class _Crowd:
             await self._safe_point(group, newcomers)
             beat()
 
-    async def _safe_point(self, group: int, newcomers: list[_Member]) -> None:
+    async def _safe_point(self, group: int, newcomers: list[SimulatedMember]) -> None:
         members = self.groups[group]
         await self.until(lambda: all(one.machine.pending == len(newcomers) for one in members))
         for one in members:

@@ -3,31 +3,38 @@
 On each tick of the first founder the resident memory, the anonymous memory (what malloc and mmap gave, no files) and
 the descriptors of the master and of every peer are read from /proc. After the warm-up a line is fitted to the anonymous
 memory. Neighbouring samples depend on each other, which would make the line look far surer than it is: the fit is to
-the means of BLOCKS equal spans, and the interval is Student's for these.
+the means of BLOCKS equal spans, and the interval is Student's for these. The second half has a line of its own: what
+only fills what it is bounded by is steeper before. First, as many simulated members have come and left as the master
+remembers, so that this is full.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pyccl._proto import limits
 from pyccl.bench.conductor import MASTER, BenchError, Conductor, ExitStatus
 
 BLOCKS: Final = 10
-STUDENT_T: Final = 2.306  # two-sided 95 %, BLOCKS - 2 degrees of freedom
+HALF_BLOCKS: Final = BLOCKS // 2
+STUDENT_T: Final = {BLOCKS: 2.306, HALF_BLOCKS: 3.182}  # two-sided 95 %, two degrees of freedom less than blocks
 PEER_TIMEOUT_S: Final = 30.0
 COMER: Final = "comer"
+PASSERS: Final = "passers"
 HOUR_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """peers: founders, who stay; one more comes and goes. round_s: between the starts of two rounds."""
+    """peers: founders, who stay; one more comes and goes. round_s: between the starts of two rounds. passers: who have
+    come and left before."""
 
     peers: int = 4
     minutes: float = 60.0
@@ -37,6 +44,7 @@ class Plan:
     stay_rounds: int = 3
     away_s: float = 2.0
     sample_s: float = 5.0
+    passers: int = limits.GONE_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +80,25 @@ class Slope:
     plus_minus: float
 
 
-def slope(times_s: Sequence[float], values: Sequence[float]) -> Slope:
-    """Least squares over the means of BLOCKS equal spans of time.
+def slope(times_s: Sequence[float], values: Sequence[float], spans: int = BLOCKS) -> Slope:
+    """Least squares over the means of so many equal spans of time, one of STUDENT_T.
 
     Raises:
         ValueError: there is a span without a sample.
     """
-    first, width = times_s[0], (times_s[-1] - times_s[0]) / BLOCKS
-    blocks: list[list[tuple[float, float]]] = [[] for _ in range(BLOCKS)]
+    first, width = times_s[0], (times_s[-1] - times_s[0]) / spans
+    blocks: list[list[tuple[float, float]]] = [[] for _ in range(spans)]
     for at, value in zip(times_s, values, strict=True):
-        blocks[min(int((at - first) / width), BLOCKS - 1) if width > 0 else 0].append((at, value))
+        blocks[min(int((at - first) / width), spans - 1) if width > 0 else 0].append((at, value))
     if not all(blocks):
-        raise ValueError(f"too few samples for {BLOCKS} spans")
+        raise ValueError(f"too few samples for {spans} spans")
     xs = [statistics.fmean(at for at, _ in block) for block in blocks]
     ys = [statistics.fmean(value for _, value in block) for block in blocks]
     line = statistics.linear_regression(xs, ys)
     spread = sum((x - statistics.fmean(xs)) ** 2 for x in xs)
     residue = sum((y - line.slope * x - line.intercept) ** 2 for x, y in zip(xs, ys, strict=True))
-    deviation = (residue / (BLOCKS - 2) / spread) ** 0.5
-    return Slope(line.slope * HOUR_S, STUDENT_T * deviation * HOUR_S)
+    deviation = (residue / (spans - 2) / spread) ** 0.5
+    return Slope(line.slope * HOUR_S, STUDENT_T[spans] * deviation * HOUR_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +110,22 @@ class Track:
     warm_up: tuple[Sample, ...]
 
     def slope(self, name: str = "anonymous_bytes") -> Slope:
-        return slope([sample.at_s for sample in self.samples], [getattr(sample, name) for sample in self.samples])
+        return self._slope(self.samples, name, BLOCKS)
+
+    def late_slope(self, name: str = "anonymous_bytes") -> Slope:
+        """Of the second half."""
+        middle = (self.samples[0].at_s + self.samples[-1].at_s) / 2
+        return self._slope([sample for sample in self.samples if sample.at_s >= middle], name, HALF_BLOCKS)
+
+    @staticmethod
+    def _slope(samples: Sequence[Sample], name: str, spans: int) -> Slope:
+        return slope([sample.at_s for sample in samples], [getattr(sample, name) for sample in samples], spans)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             **{name: asdict(self.slope(name)) for name in ("anonymous_bytes", "rss_bytes", "pss_bytes")},
+            "second_half": {"anonymous_bytes": asdict(self.late_slope())},
             "descriptors": [self.samples[0].descriptors, self.samples[-1].descriptors],
             "warm_up": [asdict(sample) for sample in self.warm_up],
             "samples": [asdict(sample) for sample in self.samples],
@@ -137,7 +155,14 @@ def measure(plan: Plan, conductor: Conductor) -> Tracks:
     Raises:
         BenchError: a process failed, or it was too short to fit a line.
     """
-    conductor.start_master(PEER_TIMEOUT_S)
+    with tempfile.TemporaryDirectory(prefix="pyccl-bench-") as directory:
+        return _measure(plan, conductor, Path(directory) / "journal")
+
+
+def _measure(plan: Plan, conductor: Conductor, journal: Path) -> Tracks:
+    conductor.start_master(PEER_TIMEOUT_S, journal)
+    conductor.start_all([PASSERS], "passers", lambda _: {"passers": plan.passers})
+    conductor.wait("done", [PASSERS])
     founders = [f"founder {number}" for number in range(plan.peers)]
     conductor.start_all(founders, "memory", lambda number: _settings(plan, number))
     conductor.wait("joined", founders)
@@ -162,6 +187,7 @@ def measure(plan: Plan, conductor: Conductor) -> Tracks:
     try:
         for track in tracks:
             track.slope()
+            track.late_slope()
     except (ValueError, IndexError):
         raise BenchError(ExitStatus.INTERNAL, f"too few samples for a line: {len(tracks[0].samples)}") from None
     return Tracks(plan, tracks, told[founders[0]]["rounds"], visits, cpu_share)

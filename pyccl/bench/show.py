@@ -308,18 +308,22 @@ def epoch_changes(result: Changes) -> list[str]:
 
 def memory(result: Tracks) -> list[str]:
     plan = result.plan
-    rows = [["", "anonymous, first", "last", "KiB/hour", "+-", "RSS, last", "KiB/hour", "descriptors"]]
+    rows = [
+        ["", "anonymous, first", "last", "KiB/hour", "+-", "2nd half", "+-", "RSS, last", "KiB/hour", "descriptors"],
+    ]
     for track in result.tracks:
         first, last = track.samples[0], track.samples[-1]
-        growth, resident = track.slope(), track.slope("rss_bytes")
+        growth, late, resident = track.slope(), track.late_slope(), track.slope("rss_bytes")
         rows.append([
             track.name, f"{first.anonymous_bytes / MIB:.2f} MiB", f"{last.anonymous_bytes / MIB:.2f} MiB",
-            f"{growth.bytes_per_hour / 1024:.1f}", f"{growth.plus_minus / 1024:.1f}", f"{last.rss_bytes / MIB:.2f} MiB",
+            f"{growth.bytes_per_hour / 1024:.1f}", f"{growth.plus_minus / 1024:.1f}",
+            f"{late.bytes_per_hour / 1024:.1f}", f"{late.plus_minus / 1024:.1f}", f"{last.rss_bytes / MIB:.2f} MiB",
             f"{resident.bytes_per_hour / 1024:.1f}", f"{first.descriptors} -> {last.descriptors}",
         ])  # fmt: skip
     what = (
         f"{plan.peers} members that stay and one that comes and goes ({result.visits} times), {result.rounds} rounds "
-        f"in {plan.minutes:g} minutes, of which {plan.warm_up_minutes:g} to warm up; {result.cpu_share:.0%} of a core"
+        f"in {plan.minutes:g} minutes, of which {plan.warm_up_minutes:g} to warm up; {result.cpu_share:.0%} of a core. "
+        f"Before, {plan.passers} others had come and left"
     )
     hours = (plan.minutes - plan.warm_up_minutes) * 60 / HOUR_S
     return [what, "", *columns(rows), "", f"line over {hours:.2f} h; +-: half of the 95 % interval"]

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from pyccl import netlab
+from pyccl._proto import limits
 from pyccl.bench import (
     all_reduce,
     churn,
@@ -394,16 +395,20 @@ def epoch_command(peers: int, iters: int, as_json: bool) -> None:
     "--sample", "sample_s", type=click.FloatRange(0.01, 30), default=5.0, show_default=True, metavar="SECONDS",
     callback=_number, help="Between looks at the memory.",
 )  # fmt: skip
+@click.option(
+    "--passers", type=click.IntRange(0), default=limits.GONE_MAX, show_default=True,
+    help="Simulated members that come and leave before: the master remembers so many who are out.",
+)  # fmt: skip
 @_AS_JSON
 def memory_command(
-    peers: int, minutes: float, warm_up: float, round_s: float, sample_s: float, as_json: bool
+    peers: int, minutes: float, warm_up: float, round_s: float, sample_s: float, passers: int, as_json: bool
 ) -> None:
     """Watch the memory of a group that reduces, exchanges and synchronises while a peer comes and goes."""
     if warm_up >= minutes:
         raise click.UsageError(f"--warm-up {warm_up:g} leaves nothing of --minutes {minutes:g}")
     plan = memory.Plan(
         peers=peers, minutes=minutes, warm_up_minutes=warm_up, round_s=round_s, sample_s=sample_s,
-        away_s=2 * round_s,
+        away_s=2 * round_s, passers=passers,
     )  # fmt: skip
     _report(
         "memory", as_json, lambda: _conduct(lambda conductor: memory.measure(plan, conductor)),

@@ -622,6 +622,26 @@ class Agent:
                 work.wait()
         return self.do_memory()["VmHWM"] - before
 
+    def do_blocks_gained(self, rounds: int) -> int:
+        """Of Python's allocator, in rounds of every kind of call. No collector meanwhile: it empties free lists."""
+        comm, x = self.need(), np.ones(1000, np.float32)
+        (partner,) = (peer for peer in comm.members if peer != comm.peer_id)
+        before = 0
+        gc.collect()
+        gc.disable()
+        try:
+            for turn in range(2 * rounds):
+                if turn == rounds:
+                    before = sys.getallocatedblocks()
+                comm.all_reduce(x, "avg", tag=turn, timeout=DEADLINE_S)
+                comm.all_gather(x, timeout=DEADLINE_S)
+                comm.exchange(x, partner=partner, timeout=DEADLINE_S)
+                comm.update_topology(DEADLINE_S)
+                self.do_sync(tell_state=False)
+            return sys.getallocatedblocks() - before
+        finally:
+            gc.enable()
+
     def do_fork_off(self) -> None:
         """As if it had gone on alone: another lineage, and still a vote."""
         assert self.state is not None

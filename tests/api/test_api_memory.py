@@ -17,6 +17,8 @@ LINK: Final = (Path(__file__).parents[2] / "native" / "src" / "link.h").read_tex
 ARCHITECTURE: Final = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text(encoding="utf-8")
 HUGE_BYTES: Final = 2 * MIB
 PIECE_BYTES: Final = 288 << 10  # on the wire: 256 KiB; with the codec's scales a little more
+ROUNDS: Final = 150
+ARRAYS: Final = {"w": {"seed": 1, "index": 0, "count": 1000, "dtype": "float32"}}
 OVERHEAD_BYTES: Final = 4 * MIB  # of the interpreter and of malloc, which gives nothing back at once
 
 
@@ -53,6 +55,17 @@ def test_the_most_memory_of_operations_is_within_the_formula(
     assert max(most) <= limit
     if in_place:
         assert min(most) >= mib * MIB, "the old bytes are kept: what was measured is not what was meant"
+
+
+def test_rounds_leave_nothing_behind(cluster: Cluster) -> None:
+    """Neither objects nor free lists that are filled and never emptied, as by tuples made of generators."""
+    a, b = cluster.members(2)
+    for peer in (a, b):
+        peer.ask("state", arrays=ARRAYS)
+    calls = [peer.call("blocks_gained", rounds=ROUNDS) for peer in (a, b)]
+    gained = [call.value() for call in calls]
+    print(f"blocks gained in {ROUNDS} rounds: {gained}")
+    assert max(gained) < 5 * ROUNDS
 
 
 def test_the_numbers_of_the_formula_are_those_of_the_code() -> None:

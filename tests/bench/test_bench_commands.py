@@ -162,15 +162,19 @@ def test_epoch_prints_a_table() -> None:
     assert "5 simulated peers in groups of 5" in finished.stdout
 
 
-MEMORY = ("memory", "--peers", "2", "--minutes", "0.1", "--warm-up", "0.01", "--round", "0.05", "--sample", "0.05")
+MEMORY = (
+    *("memory", "--peers", "2", "--minutes", "0.1", "--warm-up", "0.01", "--round", "0.05", "--sample", "0.05"),
+    *("--passers", "3"),
+)
 
 
 def test_memory_tells_a_line_for_the_master_and_every_peer_while_one_comes_and_goes() -> None:
     told = done(*MEMORY)
     assert [process["name"] for process in told["processes"]] == ["master", "founder 0", "founder 1", "comer"]
-    assert told["rounds"] > 0 and told["visits"] > 0 and told["cpu_share"] > 0
+    assert told["rounds"] > 0 and told["visits"] > 0 and told["cpu_share"] > 0 and told["settings"]["passers"] == 3
     for process in told["processes"]:
         assert process["anonymous_bytes"]["plus_minus"] >= 0
+        assert process["second_half"]["anonymous_bytes"]["plus_minus"] >= 0
         assert process["warm_up"] and all(sample["at_s"] < 0.6 for sample in process["warm_up"])
         for sample in process["samples"]:
             assert 0 < sample["anonymous_bytes"] <= sample["rss_bytes"] and sample["at_s"] >= 0.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from pyccl.errors import RemoteProtocolError
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS = [line.split(" ") for line in (ROOT / "proto/vectors/messages.txt").read_text(encoding="utf-8").splitlines()]
 GOOD = [(name, bytes.fromhex(body)) for name, verdict, body in VECTORS if verdict == "ok"]
+READS = 200
 BAD = [(name, bytes.fromhex(body)) for name, verdict, body in VECTORS if verdict == "refused"]
 
 
@@ -44,6 +46,22 @@ def unpack(body: bytes) -> object:
 def test_golden_message_is_read_and_written_as_the_same_bytes(name: str, body: bytes) -> None:
     message = from_wire_untrusted(unpack(body))
     assert msgpack.packb(to_wire(message), use_bin_type=True) == body, name
+
+
+@pytest.mark.parametrize(("name", "body"), GOOD, ids=[name for name, _ in GOOD])
+def test_reading_a_message_leaves_nothing_behind(name: str, body: bytes) -> None:
+    """Not even tuples in the interpreter's free lists: what a generator fills is from one and freed to another."""
+    plain = unpack(body)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(2 * READS):
+            if turn == READS:
+                before = sys.getallocatedblocks()
+            from_wire_untrusted(plain)
+        assert sys.getallocatedblocks() - before < READS, name
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("name", "body"), BAD, ids=[name for name, _ in BAD])
