@@ -70,7 +70,7 @@ class OuterOptimizer(ABC):
         )
         told = {
             "optimizer": type(self).__name__, "sync_every": sync_every, "min_peers": min_peers,
-            "params": self.params.layout(), **settings,
+            "params": self.params.layout(), "shard": self.params.shards(), **settings,
         }  # fmt: skip
         self._settings = {name: str(value) for name, value in told.items()}
         self.group = Group(comm, self.shared, self._settings, self.min_peers, self.stats, per_replica=per_replica)

@@ -9,10 +9,14 @@ Three kinds of memory meet here:
 theta of a float16 or bfloat16 parameter is float32 and keeps what an outer step changes below the parameter's
 precision. The live weights start a round from theta rounded to their dtype, so that is what a pseudo-gradient is taken
 from: a replica that did not move contributes exactly 0. torch is imported nowhere: who passes tensors has it.
+
+Of a DTensor, as FSDP2 makes them, a rank trains and exchanges its own shard; the ranks of all islands that hold the
+same shard are a peer group. So a DTensor that is not split among all ranks of its mesh is refused.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,16 +85,26 @@ class Vectors:
         return sum(vector.nbytes for vector in self.vectors)
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a DTensor a rank holds. shape: of the whole. place: "dp=1/2": the second along a mesh dimension."""
+
+    shape: tuple[int, ...]
+    placements: str
+    place: str
+
+
 class Leaf:
     """One live parameter in host memory, of any strides.
 
-    dtype: of DTYPES. ``host()`` is its memory now (bfloat16 as uint16), whose place may change between calls.
+    dtype: of DTYPES. ``host()`` is its memory now (bfloat16 as uint16), whose place may change between calls. shard:
+    where this is one of several that make a parameter.
     """
 
-    def __init__(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], shard: Shard | None = None) -> None:
         if dtype not in DTYPES:
             raise UsageError(f"{name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
-        self.name, self.dtype, self.shape = name, dtype, shape
+        self.name, self.dtype, self.shape, self.shard = name, dtype, shape, shard
 
     @property
     def spec(self) -> Spec:
@@ -167,19 +181,20 @@ class NumpyLeaf(Leaf):
 class TorchLeaf(Leaf):
     """A tensor in host memory, used where it is. Its storage may move between rounds, as under FSDP."""
 
-    def __init__(self, name: str, tensor: Any) -> None:
+    def __init__(self, name: str, tensor: Any, shard: Shard | None = None) -> None:
         self._torch: Any = sys.modules["torch"]
-        super().__init__(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        _check_strides(name, tensor.shape, tensor.stride())
+        local = _local(tensor)
+        super().__init__(name, str(local.dtype).removeprefix("torch."), tuple(local.shape), shard)
+        _check_strides(name, local.shape, local.stride())
         self._tensor = tensor
 
     def host(self) -> Array:
-        return _numpy_of(self._torch, self._tensor.detach())
+        return _numpy_of(self._torch, _local(self._tensor))
 
     def store(self) -> None:
         """A backward pass that needs the old values fails instead of using the new ones."""
         if not self._tensor.is_inference():
-            self._torch.autograd.graph.increment_version(self._tensor)
+            self._torch.autograd.graph.increment_version(_local(self._tensor))
 
 
 class DeviceLeaf(Leaf):
@@ -188,22 +203,28 @@ class DeviceLeaf(Leaf):
     Not run on an accelerator yet: tests have a stand-in.
     """
 
-    def __init__(self, name: str, tensor: Any, *, pinned: bool = True) -> None:
+    def __init__(self, name: str, tensor: Any, shard: Shard | None = None) -> None:
         torch: Any = sys.modules["torch"]
-        super().__init__(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        self.device = tensor.device
+        local = _local(tensor)
+        super().__init__(name, str(local.dtype).removeprefix("torch."), tuple(local.shape), shard)
+        self.device = local.device
         self._tensor, self._is_cuda = tensor, self.device.type == "cuda"
-        self._staging = torch.empty(self.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned and self._is_cuda)
+        self._staging = torch.empty(self.shape, dtype=local.dtype, device="cpu", pin_memory=self._is_cuda)
         self._host = _numpy_of(torch, self._staging)
 
     def host(self) -> Array:
         return self._host
 
     def fetch(self) -> None:
-        self._staging.copy_(self._tensor.detach(), non_blocking=self._is_cuda)
+        self._staging.copy_(_local(self._tensor), non_blocking=self._is_cuda)
 
     def store(self) -> None:
-        self._tensor.detach().copy_(self._staging, non_blocking=self._is_cuda)
+        _local(self._tensor).copy_(self._staging, non_blocking=self._is_cuda)
+
+
+def _local(tensor: Any) -> Any:
+    """What this rank holds of it, in the memory where it is now: FSDP may move a shard. Autograd does not follow."""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _numpy_of(torch: Any, tensor: Any) -> Array:
@@ -223,11 +244,15 @@ class Params:
         given: a mapping name -> NumPy array or torch tensor, a torch module, or (name, parameter) pairs. Floats:
             float32, float64, float16, bfloat16 (torch, or ``ml_dtypes``). Arrays of any strides, used without copies.
             Tied parameters (one piece of memory under several names) are exchanged once, under the first of the names.
+            Of a DTensor: this rank's shard. A module under FSDP2 goes back to its shards, here and where they change.
     Raises:
-        UsageError: no parameters, no names, a dtype, read-only, or memory that parameters share in part.
+        UsageError: no parameters, no names, a dtype, read-only, memory that parameters share in part, or a DTensor of
+            which several ranks hold the same elements.
     """
 
     def __init__(self, given: Any) -> None:
+        self._sharded_modules = _sharded_modules(given)
+        self._reshard()  # gathered ones, as a forward pass without a backward pass leaves them, are in no exchange
         named = sorted(_named(given).items())
         self.aliases: dict[str, str] = {}  # a tied name -> the name that stands for it
         leaves: list[Leaf] = []
@@ -267,6 +292,7 @@ class Params:
             leaf.write(values.views[leaf.name])
             leaf.store()
         self._settle(chosen)
+        self._reshard()  # or the next forward pass would use the old values
 
     def pseudo_gradient(self, theta: Vectors, out: Vectors) -> None:
         """out = theta - live, for the names that `out` has."""
@@ -277,7 +303,19 @@ class Params:
 
     def layout(self) -> str:
         """What must be equal on all members: names, dtypes and shapes."""
-        return ";".join(f"{leaf.name}:{leaf.dtype}{list(leaf.shape)}" for leaf in self.leaves)
+        return ";".join(
+            f"{leaf.name}:{leaf.dtype}{list(leaf.shape)}"
+            + (f" of {list(leaf.shard.shape)} {leaf.shard.placements}" if leaf.shard else "")
+            for leaf in self.leaves
+        )
+
+    def shards(self) -> str:
+        """Which of the shards this rank has, equal on all members too; "" where nothing is sharded."""
+        return " ".join(sorted({leaf.shard.place for leaf in self.leaves if leaf.shard}))
+
+    def sizes(self) -> dict[str, int]:
+        """Elements of each parameter; all shards of one count, so that ranks that share it cut fragments alike."""
+        return {leaf.name: math.prod(leaf.shard.shape if leaf.shard else leaf.shape) for leaf in self.leaves}
 
     def _chosen(self, names: Iterable[str] | None) -> list[Leaf]:
         return list(self.leaves) if names is None else [self._by_name[name] for name in names]
@@ -286,6 +324,10 @@ class Params:
         for leaf in leaves:
             leaf.fetch()
         self._settle(leaves)
+
+    def _reshard(self) -> None:
+        for module in self._sharded_modules:
+            module.reshard()
 
     def _settle(self, leaves: Sequence[Leaf]) -> None:
         """Copies to and from accelerators have ended."""
@@ -327,13 +369,40 @@ def _leaf(name: str, value: Any) -> tuple[Leaf, Any]:
     torch: Any = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         raise UsageError(f"{name}: a NumPy array or a torch tensor is needed, not {type(value).__name__}")
-    if hasattr(value, "to_local"):  # a DTensor: this rank's shard; the peer group is the shard's
-        value = value.to_local()
-    if value.layout is not torch.strided or value.device.type == "meta":
-        raise UsageError(f"{name}: a {value.layout} tensor on {value.device.type} holds no dense array")
-    leaf = TorchLeaf(name, value) if value.device.type == "cpu" else DeviceLeaf(name, value)
-    place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()), leaf.dtype)
-    return leaf, place if value.numel() else None
+    shard = _shard(name, value) if hasattr(value, "to_local") else None
+    local = _local(value)
+    if local.layout is not torch.strided or local.device.type == "meta":
+        raise UsageError(f"{name}: a {local.layout} tensor on {local.device.type} holds no dense array")
+    leaf = TorchLeaf(name, value, shard) if local.device.type == "cpu" else DeviceLeaf(name, value, shard)
+    place = (local.data_ptr(), tuple(local.shape), tuple(local.stride()), leaf.dtype)
+    return leaf, place if local.numel() else None
+
+
+def _shard(name: str, tensor: Any) -> Shard:
+    """Of a DTensor. UsageError: ranks hold the same elements, or parts of a sum.
+
+    Copies of the same elements would take part in exchanges of their own, and differ from each other where one of these
+    goes another way than the other: of other members, or rounded in another block of codes.
+    """
+    mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+    at = mesh.get_coordinate()
+    if at is None:
+        raise UsageError(f"{name}: this rank is not in the mesh of the DTensor")
+    names = mesh.mesh_dim_names or [str(dim) for dim in range(len(mesh.shape))]
+    for dim, size, placement in zip(names, mesh.shape, placements, strict=True):
+        if placement.is_partial() or (size > 1 and not placement.is_shard()):
+            raise UsageError(
+                f"{name}: a DTensor that is {placement} over the {size} ranks of mesh dimension {dim!r}; of each rank "
+                "its shard is exchanged, so that it must be Shard there"
+            )
+    place = ",".join(f"{dim}={i}/{size}" for dim, i, size in zip(names, at, mesh.shape, strict=True))
+    return Shard(tuple(tensor.shape), ",".join(map(str, placements)), place)
+
+
+def _sharded_modules(given: Any) -> list[Any]:
+    """Those of a torch module that FSDP2 manages."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return [] if kind is None or not hasattr(given, "modules") else [m for m in given.modules() if isinstance(m, kind)]
 
 
 def _check_disjoint(leaves: Iterable[Leaf]) -> None:

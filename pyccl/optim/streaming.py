@@ -95,8 +95,7 @@ class StreamingDiLoCo(OuterOptimizer):
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
             raise errors.UsageError(f"alpha={alpha!r}: a number of 0..1 is needed")
         named = Params(params)
-        sizes = {leaf.name: leaf.spec.size for leaf in named.leaves}
-        self.fragments = split_fragments(sizes, fragments, named.aliases)
+        self.fragments = split_fragments(named.sizes(), fragments, named.aliases)
         self._schedule = Schedule(sync_every, len(self.fragments), delay)
         self._alpha = float(alpha)
         self._contributions = [Contribution(named.vectors(names), quantize, error_feedback) for names in self.fragments]

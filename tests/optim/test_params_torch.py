@@ -1,4 +1,4 @@
-"""torch modules and tensors as parameters: memory used where it is, ties, bfloat16, accelerators by a stand-in."""
+"""torch modules and tensors as parameters: memory used where it is, ties, bfloat16."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import pyccl
-from pyccl.optim import params as params_module
-from pyccl.optim.params import DeviceLeaf, Params
+from pyccl.optim.params import Params
 
 
 class Tied(torch.nn.Module):
@@ -84,41 +83,3 @@ def test_memory_that_moved_between_rounds_is_found(monkeypatch: pytest.MonkeyPat
 def test_tensors_that_can_not_be_parameters_are_refused(make: Any, match: str) -> None:
     with pytest.raises(pyccl.UsageError, match=match):
         Params([("x", make())])
-
-
-class OnDevice(torch.Tensor):
-    """Says that it is on an accelerator; its values go in and out by ``copy_`` alone. No accelerator takes part."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", 0)
-
-    def numpy(self) -> Any:
-        raise TypeError("can't convert a tensor on another device to numpy")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_on_a_device_is_staged_and_waited_for(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    monkeypatch.setattr(
-        params_module,
-        "DeviceLeaf",
-        type(
-            "Unpinned",
-            (DeviceLeaf,),
-            {"__init__": lambda self, name, tensor: DeviceLeaf.__init__(self, name, tensor, pinned=False)},
-        ),
-    )  # fmt: skip  pinned memory needs an accelerator
-    tensor = torch.randn(7).to(dtype).as_subclass(OnDevice)
-    host = torch.randn(3)
-    params = Params([("on.device", tensor), ("on.host", host)])
-    values = params.vectors()
-    params.read(values)
-    plain = tensor.as_subclass(torch.Tensor)
-    assert values.views["on.device"].tolist() == plain.float().tolist() and len(waited) == 1
-    (vector,) = values.vectors
-    vector *= np.float32(2)
-    params.write(values)
-    assert torch.equal(plain, torch.from_numpy(values.views["on.device"]).to(dtype)) and len(waited) == 2
-    assert torch.equal(host, torch.from_numpy(values.views["on.host"]))
