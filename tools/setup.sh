@@ -123,6 +123,9 @@ install_pyccl() {
 
 ensure_venv() {
     if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if [ -e "$venv" ] && [ ! -O "$venv" ]; then
+            die "$venv belongs to $(stat -c %U "$venv") and does not work for $(id -un): remove it, or use a clone of your own"
+        fi
         say "creating .venv with $python"
         rm -rf "$venv"
         "$python" -m venv "$venv" >&2 || die "could not create $venv"

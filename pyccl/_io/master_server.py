@@ -36,6 +36,7 @@ _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
 _WAITING_ALL_BYTES_MAX: Final = 256 << 20  # to all of them
 _MESSAGE_BYTES: Final = 64  # that a message costs beside its own
 WRITE_AGAIN_S: Final = 0.5  # after the journal could not be written
+TRIES_PER_LINE: Final = 60  # of the log: one in half a minute
 # What a connection may end with besides a clean end; the loss is its sender's.
 _SENDERS_LOSS: Final = (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -118,6 +119,7 @@ class MasterServer:
 
     async def _keep_journal(self, journal: Journal) -> None:
         """Write what is decided, all that waits at a time, and tell the machine when it is durable."""
+        failed = 0
         while True:
             await self._write_wanted.wait()
             self._write_wanted = trio.Event()
@@ -126,10 +128,15 @@ class MasterServer:
                 try:
                     await trio.to_thread.run_sync(journal.append, [persist.record for persist in batch])
                 except OSError as e:
-                    log.error("journal_failed path=%s cause=%s: nothing is decided meanwhile", journal.path, e)
+                    if failed % TRIES_PER_LINE == 0:
+                        log.error("journal_failed path=%s cause=%s: nothing is decided meanwhile", journal.path, e)
+                    failed += 1
                     self._perform(self._machine.not_persisted(reason_of(e), trio.current_time()))
                     await trio.sleep(WRITE_AGAIN_S)
                 else:
+                    if failed:
+                        log.info("journal_written path=%s tries=%d", journal.path, failed + 1)
+                        failed = 0
                     for _ in batch:
                         self._to_write.popleft()
                     self._perform(self._machine.persisted(batch[-1].ticket, trio.current_time()))

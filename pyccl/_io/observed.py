@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
@@ -75,6 +76,7 @@ class Observed:
     def best_offer(self, state: SharedState, deadline: float, waiter: Waiter) -> Offer | None:
         """The newest state of this layout that an observer has. The caller closes it. session's errors."""
         offers: list[Offer] = []
+        chosen, lock = False, threading.Lock()
         layout = state.layout()
 
         async def ask_all() -> None:
@@ -95,19 +97,25 @@ class Observed:
             except FAILURES as e:
                 log.warning("observer_not_reached peer=%s cause=%r", offer.name, e)
             finally:
-                if told is None:
+                with lock:
+                    late = chosen
+                    if told is not None and not late:
+                        offers.append(offer)
+                if told is None or late:
                     await offer.aclose()
-                else:
-                    offers.append(offer)
 
-        self._session.start_soon(ask_all, waiter)
-        waiter.wait(max(0.0, min(deadline - time.monotonic(), OFFER_S + 1.0)))
-        found, offers = offers, []  # one that comes after all is nobody's
-        best = restoring.best(found)
-        for offer in found:
-            if offer is not best:
-                offer.close()
-        return best
+        best: Offer | None = None
+        try:
+            self._session.start_soon(ask_all, waiter)
+            waiter.wait(max(0.0, min(deadline - time.monotonic(), OFFER_S + 1.0)))
+            best = restoring.best(offers)
+            return best
+        finally:
+            with lock:
+                chosen = True  # one that comes after all is nobody's
+            for offer in offers:
+                if offer is not best:
+                    offer.close()
 
 
 class Offer:
@@ -117,6 +125,7 @@ class Offer:
         self._session, self._observer = session, observer
         self._stream: trio.SocketStream | None = None
         self._told: StateOffer | None = None
+        self.rx_bytes = 0  # of its state, when that is here
 
     @property
     def name(self) -> str:
@@ -140,8 +149,8 @@ class Offer:
 
     def close(self) -> None:
         """From another thread."""
-        if self._stream is not None:
-            self._session.soon(self._stream.socket.close)
+        if self._stream is not None and not self._session.soon(self._stream.socket.close):
+            os.close(self._stream.socket.detach())
 
     def load(self, state: SharedState, deadline: float, waiter: Waiter, check: Callable[[], None]) -> None:
         """Fetch it, check it whole, and only then fill the arrays. OSError, StateFileError, RemoteProtocolError..."""
@@ -155,6 +164,7 @@ class Offer:
                 assert self._stream is not None and self._told is not None
                 with scope:
                     await statestream.receive_file(self._stream, self._told, file.fd)
+                    self.rx_bytes = self._told.size_bytes
             except FAILURES as e:
                 error = e
             finally:

@@ -24,6 +24,7 @@ import trio
 
 from pyccl import errors
 from pyccl._io import envelope, statestream
+from pyccl._io.absence import Absence
 from pyccl._io.backoff import FIRST_S, Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import listen
@@ -79,6 +80,7 @@ class Observer:
         )
         self._using = trio.Lock()  # the store
         self._strangers, self._notes = Places(_STRANGERS_MAX, _GREET_S), Notes(log)
+        self._absence = Absence(log, f"{config.host}:{config.port}")
         self._sources = Sources()
         self._have = self._last()
 
@@ -97,8 +99,17 @@ class Observer:
         return 0 if last is None else last.revision + 1
 
     def _offer_newest(self) -> None:
-        newest = self._store.newest
-        self._server.offer(None if newest is None else opened(newest))
+        while (newest := self._store.newest) is not None:
+            try:
+                self._server.offer(opened(newest))
+            except FileNotFoundError as e:
+                self._store.forget(newest, e)
+            except OSError as e:  # no descriptor: what was offered before is better than nothing
+                log.warning("state_not_opened path=%s cause=%s", newest.path, e.strerror)
+                return
+            else:
+                return
+        self._server.offer(None)
 
     def _was_fetched(self) -> None:
         self._fetched.set()
@@ -123,14 +134,19 @@ class Observer:
             try:
                 with trio.fail_after(_CONNECT_S):
                     stream = await trio.open_tcp_stream(self._config.host, self._config.port)
-            except (OSError, UnicodeError, trio.TooSlowError) as e:
-                log.debug("master_not_reached cause=%s", reason_of(e))
+            except (OSError, UnicodeError) as e:
+                self._absence.note(reason_of(e))
+            except trio.TooSlowError:
+                self._absence.note("no answer")
             else:
                 met = trio.current_time()
                 try:
                     await self._talk(stream, nursery)
-                except (OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
-                    log.info("master_lost cause=%s", reason_of(e))
+                    self._absence.note("it closed the connection")
+                except trio.TooSlowError:
+                    self._absence.note("it is silent")
+                except (OSError, trio.BrokenResourceError) as e:
+                    self._absence.note(reason_of(e))
                 except (errors.RejectedError, errors.RemoteProtocolError) as e:
                     if self._run_id is None:
                         raise
@@ -162,6 +178,7 @@ class Observer:
         if not isinstance(welcome, Welcome):
             raise errors.RemoteProtocolError(f"{type(welcome).__name__} in answer to Observe")
         self._run_id = welcome.run
+        self._absence.over()
         self._told(f"observing run {welcome.run.hex()[:8]} as {self.peer.hex()}")
         peer_timeout = welcome.peer_timeout_ms / 1000
         broken: Exception | None = None

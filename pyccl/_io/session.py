@@ -27,6 +27,7 @@ import trio
 
 from pyccl import errors
 from pyccl._io import envelope
+from pyccl._io.absence import Absence
 from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.links import AUTO_CONNECTIONS, LinkEvents, Links, listen
@@ -166,6 +167,8 @@ class Session:
         self._down_since = self._needed_since = 0.0
         self._traffic_at = 0.0
         self._pulse_wanted = trio.Event()
+        self._absence = Absence(log, f"{config.host}:{config.port}")
+        self._ended_by = ""  # why the last control connection did, if not by the master
 
     # ---- called by user threads --------------------------------------------------------------------------------------
 
@@ -323,11 +326,11 @@ class Session:
             return None
         return machine.run, Member(self.peer, self.incarnation, machine.addresses)
 
-    def soon(self, call: Callable[[], None]) -> None:
-        """Run it in the Trio thread, if that is not over."""
-        self._soon(call)
+    def soon(self, call: Callable[[], None]) -> bool:
+        """Run it in the Trio thread. False: that is over."""
+        return self._soon(call)
 
-    def _soon(self, call: Callable[[], None], waiter: Waiter | None = None) -> None:
+    def _soon(self, call: Callable[[], None], waiter: Waiter | None = None) -> bool:
         """Run `call` in the Trio thread; if that is over, the waiter is told so."""
         error = self.error or errors.UsageError("the communicator is closed")
         token = self._token
@@ -338,6 +341,8 @@ class Session:
         except trio.RunFinishedError:
             if waiter is not None:
                 waiter.finish(error)
+            return False
+        return True
 
     # ---- the Trio thread ---------------------------------------------------------------------------------------------
 
@@ -417,14 +422,14 @@ class Session:
                             await self._talk(stream, on_welcome=lambda: setattr(scope, "deadline", float("inf")))
                         silent = scope.cancelled_caught
                     if not silent:
-                        cause = "it closed the connection"
+                        cause = self._ended_by or "it closed the connection"
                     elif cause == "no answer":  # else the time ran out in one more attempt
                         cause = "something listens there and does not answer"
                 except errors.RemoteProtocolError as e:
                     if self._machine is None or self._machine.run is None:
                         self._finish(errors.RemoteProtocolError(f"{address} does not speak pyccl: {e}"))
                         return
-                    log.warning("master_broke_protocol cause=%s", e)
+                    cause = f"it broke the protocol: {e}"
                 if self._machine is not None:
                     self._feed(self._machine.disconnected(trio.current_time()))
                     welcome = welcome or self._machine.run is not None
@@ -436,6 +441,8 @@ class Session:
             elif trio.current_time() >= started + self._reach_timeout:
                 self._finish(errors.MasterUnavailableError(f"no master at {address}: {cause}"))
                 return
+            if not (self._closing or self._scope.cancel_called):
+                self._absence.note(cause)
             await trio.sleep(backoff.next_pause())
 
     def _attempt_s(self) -> float:
@@ -450,6 +457,7 @@ class Session:
         machine = await self._prepare(stream)
         send, receive = trio.open_memory_channel[Message](2**31)
         broken: errors.RemoteProtocolError | None = None
+        self._ended_by = ""
         with send, receive:
             async with stream, trio.open_nursery() as nursery:
                 self._out, self._hung_up = send, trio.Event()
@@ -463,9 +471,10 @@ class Session:
                         self._feed(machine.receive(message, trio.current_time()))
                         if isinstance(message, Welcome):
                             on_welcome()
+                            self._absence.over()
                             self._welcome(nursery)
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
-                    log.info("master_lost cause=%s", reason_of(e))
+                    self._ended_by = reason_of(e)
                 except errors.RemoteProtocolError as e:
                     broken = e  # raised outside: a nursery wraps what leaves it
                 finally:
@@ -533,7 +542,7 @@ class Session:
             if silent_s >= machine.peer_timeout:
                 break
             await trio.sleep(machine.peer_timeout - silent_s)
-        log.info("master_silent seconds=%.1f", silent_s)
+        self._ended_by = f"silent for {silent_s:.1f} s"
         connection.cancel()
 
     async def _pulse(self) -> None:

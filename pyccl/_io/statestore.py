@@ -90,6 +90,11 @@ class StateStore:
             return False
         return True
 
+    def forget(self, kept: Kept, cause: OSError) -> None:
+        """Somebody has removed it."""
+        log.error("state_gone path=%s cause=%s", kept.path, cause.strerror)
+        self.kept.remove(kept)
+
     @property
     def newest(self) -> Kept | None:
         """What is offered."""

@@ -68,10 +68,10 @@ class SyncInfo:
     """What a sync did here. Peers are named by id (hex).
 
     revision: of the state that every member holds now. changed: names of the arrays whose bytes were replaced here.
-    chunk_bytes: of the chunks that were fetched. rx_bytes, tx_bytes: as they came over the wire from members and went
-    to them, which is less where they were packed. packing: what was measured and decided about that here, for people.
-    holders: had the state. apart: send-only members that hold another one, and got an error. liars: served bytes here
-    that did not match their digest.
+    chunk_bytes: of the chunks that were fetched. rx_bytes, tx_bytes: as they came over the wire from members and
+    observers and went to members, which is less where they were packed. packing: what was measured and decided about
+    that here, for people. holders: had the state. apart: send-only members that hold another one, and got an error.
+    liars: served bytes here that did not match their digest.
     """
 
     revision: int
@@ -119,10 +119,11 @@ def sync_shared_state(
     started = time.monotonic()
     info = _attempt(session, gather, state, strategy, started, timeout, asks=True)
     if not isinstance(info, SyncInfo):
-        least, changed = _restore(session, gather, state, strategy, started + timeout, newest=info)
+        least, changed, restored_bytes = _restore(session, gather, state, strategy, started + timeout, newest=info)
         info = _attempt(session, gather, state, strategy, started, timeout, least=least)
         assert isinstance(info, SyncInfo)
-        info = replace(info, changed=tuple(dict.fromkeys((*changed, *info.changed))))
+        changed = tuple(dict.fromkeys((*changed, *info.changed)))
+        info = replace(info, changed=changed, rx_bytes=info.rx_bytes + restored_bytes)
     session.observed.publish(state)
     return info
 
@@ -261,10 +262,10 @@ def _short(peers: Sequence[bytes]) -> str:
 
 def _restore(
     session: Session, gather: Gather, state: SharedState, strategy: Strategy, deadline: float, *, newest: int
-) -> tuple[int, tuple[str, ...]]:
+) -> tuple[int, tuple[str, ...], int]:
     """Nobody votes: if an observer holds something newer than the members, one of them takes it into its arrays before
-    the election, which is then held as ever. Returns the least revision that somebody must hold now, and what changed
-    here.
+    the election, which is then held as ever. Returns the least revision that somebody must hold now, what changed here,
+    and the bytes that came for it.
     """
     offer = None
     try:
@@ -277,8 +278,8 @@ def _restore(
         members, packed = gather(TAG_RECORDS, _OFFER.pack(0 if offer is None else offer.revision + 1), deadline)
         best, taker = restoring.taker(members, [_OFFER.unpack(data)[0] for data in packed], newest)
         if offer is None or taker != session.peer:
-            return best, ()
-        return best, _take_offer(session, gather, state, offer, deadline)
+            return best, (), 0
+        return best, _take_offer(session, gather, state, offer, deadline), offer.rx_bytes
     finally:
         if offer is not None:
             offer.close()

@@ -23,7 +23,7 @@ import click
 import trio
 
 from pyccl._io.journal import Journal, JournalError
-from pyccl._io.master_server import CONNECTIONS_MAX, WRITE_AGAIN_S, MasterServer
+from pyccl._io.master_server import CONNECTIONS_MAX, TRIES_PER_LINE, WRITE_AGAIN_S, MasterServer
 from pyccl._proto import limits
 from pyccl._proto.past import NONCE_BITS, Began, Past, make_term, start_of
 from pyccl.cli import log as logs
@@ -33,7 +33,6 @@ EXIT_ADDRESS: Final = 3
 EXIT_JOURNAL: Final = 4
 _OTHER_FILES: Final = 64  # descriptors that are no connections
 
-_TRIES_PER_LINE: Final = 60  # of the log: one in half a minute
 
 log = logging.getLogger("pyccl.master")
 
@@ -154,7 +153,7 @@ async def _begin_term(journal: Journal, stopped: Callable[[float], Awaitable[boo
         try:
             journal.append([began])
         except OSError as e:
-            if tries % _TRIES_PER_LINE == 0:
+            if tries % TRIES_PER_LINE == 0:
                 log.error("journal_failed path=%s cause=%s next=try_again: no connections until then", journal.path, e)
         else:
             _log_journal(journal.path, journal.past)

@@ -39,7 +39,7 @@ def test_a_connection_on_which_the_master_is_silent_gives_way_to_a_new_one(clust
     epoch = cluster.reduce(peers)["epoch"]
     cluster.master.stop()
     for peer in peers:
-        peer.wait_log("master_silent")
+        peer.wait_log("silent for")
     assert cluster.reduce(peers)["epoch"] == epoch
     cluster.master.resume()
     for peer in peers:

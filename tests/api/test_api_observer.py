@@ -239,6 +239,7 @@ def test_who_comes_back_when_all_are_gone_gets_the_state_from_it(cluster: Cluste
     infos = agreed(back)
     assert (infos[0]["revision"], infos[0]["state"]["digest"]) == (2, digest)
     assert all(sorted(info["changed"]) == ["half", "w"] for info in infos)
+    assert all(info["rx_bytes"] > 0 for info in infos)  # of who took it from the observer, too
     assert [info["state"]["arrays"]["rng"] for info in infos] == before
     followed(back)
     train(back)
@@ -347,6 +348,34 @@ def test_a_file_damaged_under_a_running_observer_fails_one_sync_and_is_set_aside
     observer.until("kept revision 2 ")
 
 
+def test_a_newest_file_that_somebody_removed_gives_way_to_the_next(
+    cluster: Cluster, start: Start, tmp_path: Path
+) -> None:
+    peers = cluster.members(1)
+    model(peers, MODEL, 50)
+    observer = start()
+    followed(peers)
+    train_kept(observer, peers, 51)
+    for process in (*peers, observer):
+        process.kill()
+    restarted(cluster)
+    fresh = cluster.members(1)
+    model(fresh, OTHER, 0)
+    agreed(fresh)
+    observer = start()
+    followed(fresh)
+    for path in (tmp_path / "kept").glob("state-*51-*"):
+        path.unlink()
+    train(fresh)
+    observer.until("kept revision 1")
+    followed(fresh)
+    train(fresh)
+    observer.until("kept revision 2")
+    log = observer.log()
+    assert sum("state_gone" in line for line in log) == 1 and not any("source_lost" in line for line in log)
+    assert files(tmp_path / "kept") == [1, 2, 50]
+
+
 def test_a_lone_stale_peer_takes_the_newer_state_and_overwrites_none(
     cluster: Cluster, start: Start, tmp_path: Path
 ) -> None:
@@ -405,8 +434,12 @@ def test_it_outlives_the_master_and_its_own_death(cluster: Cluster, start: Start
     cluster.master.kill()
     train(peers)
     observer.until("kept revision 1")  # while the master is away
+    observer.wait_log("Connection refused")
     cluster.restart_master()
     observer.until("observing")
+    observer.wait_log("master_back")
+    told = [line for line in observer.log() if "master_away" in line]
+    assert told and len(told) == len({line.partition(" cause=")[2] for line in told}), "each cause once"
     followed(peers)
     train(peers)
     observer.until("kept revision 2")

@@ -194,6 +194,7 @@ def test_a_full_disk_holds_up_what_must_be_decided_and_no_operation(cluster: Clu
         call.value()
     cluster.reduce([*peers, newcomer])
     assert cluster.master.status()["journal"] == {"kept": True, "waiting": 0, "error": ""}
+    cluster.master.wait_log("journal_written")
 
 
 # ---- without its journal

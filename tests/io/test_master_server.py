@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
+import pytest
 import trio
 
-from pyccl._io import envelope
+from pyccl._io import envelope, master_server
 from pyccl._io.envelope import LONG_MAX
-from pyccl._io.master_server import MasterServer
+from pyccl._io.journal import Journal
+from pyccl._io.master_server import TRIES_PER_LINE, MasterServer
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address
 from pyccl._proto.messages import (
@@ -25,7 +29,7 @@ from pyccl._proto.messages import (
     Ready,
     Welcome,
 )
-from pyccl._proto.past import Past
+from pyccl._proto.past import Past, Record
 
 HANG_S = 60.0
 BUFFER_BYTES = 4096  # of each socket: what a test makes wait, waits in the master
@@ -83,9 +87,11 @@ class Served:
 
 
 @asynccontextmanager
-async def served(waiting_bytes_max: int = 1 << 30, waiting_all_bytes_max: int = 1 << 30) -> AsyncIterator[Served]:
+async def served(
+    waiting_bytes_max: int = 1 << 30, waiting_all_bytes_max: int = 1 << 30, journal: Journal | None = None
+) -> AsyncIterator[Served]:
     server = MasterServer(
-        Past(b"R" * 16, 1 << 32), None, 60.0, "test", needs_majority=True,
+        Past(b"R" * 16, 1 << 32), journal, 60.0, "test", needs_majority=True,
         waiting_bytes_max=waiting_bytes_max, waiting_all_bytes_max=waiting_all_bytes_max,
     )  # fmt: skip
     sock = trio.socket.socket()
@@ -159,3 +165,32 @@ async def _ended(stream: trio.SocketStream) -> bool:
     except trio.BrokenResourceError:
         pass
     return True
+
+
+def test_a_disk_that_stays_full_is_told_in_a_line_for_many_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(master_server, "WRITE_AGAIN_S", 0.0)
+    caplog.set_level(logging.INFO, "pyccl.master")
+    journal = Journal.open(tmp_path / "journal")
+    journal.begin(Past(b"R" * 16, 1 << 32))
+    append, failed = journal.append, 0
+
+    def full(records: Sequence[Record]) -> None:
+        nonlocal failed
+        if failed <= TRIES_PER_LINE:
+            failed += 1
+            raise OSError(28, "No space left on device")
+        append(records)
+
+    monkeypatch.setattr(journal, "append", full)
+
+    async def main() -> None:
+        async with served(journal=journal) as master:
+            await master.founder(0)
+
+    run(main)
+    journal.close()
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("journal_")]
+    written = f"journal_written path={journal.path} tries={TRIES_PER_LINE + 2}"
+    assert len([line for line in told if "path=" in line and "No space left" in line]) == 2 and written in told, told
