@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replicas import Replicas
+from replicas import TIMEOUT_S, Replicas, ended
 
 import pyccl
 from pyccl.optim import StreamingDiLoCo
@@ -78,3 +78,52 @@ def test_weights_are_those_of_torchft(replicas: Replicas, delay: int, alpha: flo
 
     for told in replicas.run(2, train):
         assert told == formula(delay, alpha)  # halves and quarters: exact
+
+
+def test_a_replica_that_dies_and_returns_differs_from_torchft_as_documented(replicas: Replicas) -> None:
+    """``test_diloco_mocked_failure_recovery``: one of the two dies after two outer steps, and comes back.
+
+    torchft's survivor waits for it before it exchanges, and goes on as if nothing had been: global weights -35 and -47
+    after the next two outer steps. The newcomer gets the survivor's live weights. Ours undoes the slot in which it was
+    alone, and a newcomer begins with theta: nobody's progress counts twice.
+    """
+
+    def steps(opt: StreamingDiLoCo, params: dict[str, Any], count: int) -> list[list[float]]:
+        for _ in range(count):
+            for name in LAYERS:
+                params[name] -= np.float32(INNER)
+            opt.step()
+        return [[where[name].item() for name in LAYERS] for where in (params, opt.theta)]
+
+    def begin(comm: pyccl.Communicator) -> tuple[StreamingDiLoCo, dict[str, Any]]:
+        params = {name: np.full((1, 1), START, np.float32) for name in LAYERS}
+        return StreamingDiLoCo(comm, params, H, fragments=2, outer_lr=OUTER_LR, outer_momentum=0.0), params
+
+    def survive(comm: pyccl.Communicator, rank: int) -> Any:
+        opt, params = begin(comm)
+        told = [steps(opt, params, 2 * SLOT)]
+        if rank == 1:
+            comm.close()
+            return told
+        told.append(steps(opt, params, SLOT))  # alone: waits here
+        told.append(steps(opt, params, 2 * SLOT))
+        assert [outcome.committed for outcome in opt.outcomes] == [True, True, False, True, True]
+        return told
+
+    def come_back(comm: pyccl.Communicator) -> Any:
+        comm.connect(TIMEOUT_S)
+        opt, params = begin(comm)
+        return [steps(opt, params, 0), steps(opt, params, 2 * SLOT)]
+
+    survivor, dies = replicas.members(2)
+    runs = [replicas.start(survive, comm, rank) for rank, comm in enumerate((survivor, dies))]
+    assert ended(runs[1:]) == [[[[-17, -23], [-11, -23]]]]
+    returned = replicas.start(come_back, replicas.communicator())
+    assert ended(runs[:1]) == [
+        [
+            [[-17, -23], [-11, -23]],
+            [[-11, -29], [-11, -23]],  # undone: layer 0 is at theta, layer 1 keeps its steps
+            [[-29, -53], [-23, -53]],  # 23 = 11 + 2 * 6; 53 = 23 + 2 * (18 + 12) / 2
+        ]
+    ]
+    assert ended([returned]) == [[[[-11, -23], [-11, -23]], [[-29, -53], [-23, -53]]]]
