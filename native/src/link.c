@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/inet_diag.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
 #include <stdlib.h>
@@ -15,9 +16,15 @@
 
 #define RX_BUDGET_BYTES (4u << 20)   /* of one connection, before others have their turn */
 #define TX_ROUNDS 32                 /* frames of one connection, before others have their turn */
-#define UNSENT_S 0.04                /* of a link's rate waits in its sockets: less runs dry when the thread wakes late */
-#define UNSENT_MIN (32 << 10)        /* in one of them */
+#define UNSENT_S 0.04                /* of a connection's rate waits in its socket: less runs dry when the thread wakes late */
+#define UNSENT_MIN (16 << 10)
 #define UNSENT_MAX (256 << 10)
+#define UNSENT_CHANGES 1.25          /* by less it stays as it is */
+#define BEHIND 16                    /* times slower than the mean: what it is given would come last */
+#define PATIENT_RTTS 4               /* of an operation: then there is time for it */
+#define REVIVE 2                     /* times slower than its share */
+#define REVIVE_NS INT64_C(2000000000)
+#define STARTUP_GAIN (2 << 8)        /* of BBR's pacing, at least, while it seeks its rate */
 #define LOOK_NS INT64_C(20000000)
 #define WANTED_AGAIN_NS INT64_C(10000000000)
 
@@ -92,6 +99,19 @@ static void socket_tune(const link_env *env, int fd, int64_t rtt_ns) {
     if (is_long(env, rtt_ns)) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
 }
 
+/* BBR seeks its rate from now on, faster each round trip, from what the window is. Nothing else makes one fast again that
+ * lost much or had little to send: it looks for a quarter more in eight round trips of having more to send than it may. */
+static void socket_revive(int fd) {
+    if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4) == 0) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
+}
+
+/* BBR has stopped to seek. */
+static bool socket_is_settled(int fd) {
+    union tcp_cc_info info = {{0}};
+    socklen_t size = sizeof info;
+    return getsockopt(fd, IPPROTO_TCP, TCP_CC_INFO, &info, &size) == 0 && size == sizeof info.bbr && info.bbr.bbr_pacing_gain < STARTUP_GAIN;
+}
+
 static pyccl_status socket_prepare(const link_env *env, int fd, int64_t rtt_ns) {
     int type = 0;
     socklen_t size = sizeof type;
@@ -116,10 +136,40 @@ static void conn_arm(pyccl_conn *conn) {
     }
 }
 
-/* What may wait in one of `used` sockets: it can't leave by another, so the last of an operation would come late. */
-static int unsent_bytes(const lanes *l, uint32_t used) {
-    const double share = used > 0 && l->rate > 0 ? l->rate * UNSENT_S / used : UNSENT_MAX;
-    return share < UNSENT_MIN ? UNSENT_MIN : share > UNSENT_MAX ? UNSENT_MAX : (int)share;
+/* ---- what each connection of a long line can do ---- */
+
+/* What waits in one socket can't leave by another, so with too much in a slow one the last of an operation comes late. */
+static void unsent_limit(pyccl_conn *conn, double share) {
+    const int most = share < UNSENT_MIN ? UNSENT_MIN : share > UNSENT_MAX ? UNSENT_MAX : (int)share;
+    if (conn->unsent_max > 0 && most < conn->unsent_max * UNSENT_CHANGES && conn->unsent_max < most * UNSENT_CHANGES) return;
+    conn->unsent_max = most;
+    (void)setsockopt(conn->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &most, sizeof most);
+}
+
+static bool conn_info(const pyccl_conn *conn, struct tcp_info *info) {
+    socklen_t size = sizeof *info;
+    return conn != NULL && getsockopt(conn->fd, IPPROTO_TCP, TCP_INFO, info, &size) == 0;
+}
+
+static void conn_learn(pyccl_conn *conn, const struct tcp_info *info) {
+    const double paced = (double)info->tcpi_pacing_rate, rtt_us = info->tcpi_rtt > 0 ? info->tcpi_rtt : 1;
+    const double window = (double)info->tcpi_snd_cwnd * info->tcpi_snd_mss * 1e6 / rtt_us;
+    conn->rate = paced < window ? paced : window;
+    unsent_limit(conn, conn->rate * UNSENT_S);
+}
+
+/* Those that are far below their share seek their rate again; as long as nothing has been too much for the line and operations end
+ * before BBR has found it, all do. */
+static void conns_revive(pyccl_link *link) {
+    const bool seeks = link->pace.rate == 0 && link->pace.lasted_ns < PATIENT_RTTS * link->rtt_ns;
+    const double share = (link->pace.rate > 0 ? link->pace.rate : link->flow) / (link->carriers > 0 ? link->carriers : 1);
+    for (uint32_t i = 0; i < link->data_end; i++) {
+        pyccl_conn *conn = link->conns[i];
+        if (conn == NULL || (!seeks && conn->rate * REVIVE >= share) || link->env->now_ns < conn->revived_ns) continue;
+        if (!socket_is_settled(conn->fd)) continue;
+        conn->revived_ns = link->env->now_ns + REVIVE_NS;
+        socket_revive(conn->fd);
+    }
 }
 
 /* The kernel keeps each connection's own pace below its share. A share and no common purse: what one does not use is little,
@@ -135,7 +185,6 @@ static void pace_apply(pyccl_link *link) {
 /* Connections came or went, another number of them carries data, or the rate is known better. */
 static void lanes_changed(pyccl_link *link) {
     const uint32_t used = link->lanes.use < link->conn_count ? link->lanes.use : link->conn_count;
-    const int lowat = unsent_bytes(&link->lanes, used);
     uint32_t left = used;
     lanes_pause(&link->lanes);
     if (link->carriers > 0 && used > link->carriers)
@@ -143,12 +192,8 @@ static void lanes_changed(pyccl_link *link) {
     if (used != link->carriers) pace_pause(&link->pace);
     link->carriers = used;
     link->wants_send = true;
-    for (link->data_end = 0; left > 0; link->data_end++) {
-        const pyccl_conn *conn = link->conns[link->data_end];
-        if (conn == NULL) continue;
-        left--;
-        (void)setsockopt(conn->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &lowat, sizeof lowat);
-    }
+    for (link->data_end = 0; left > 0; link->data_end++)
+        if (link->conns[link->data_end] != NULL) left--;
     if (link->paced) pace_apply(link);
 }
 
@@ -184,6 +229,7 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
     link->conn_count++;
     link->near = near;
     link->rtt_ns = rtt_ns;
+    unsent_limit(conn, UNSENT_MAX);
     lanes_changed(link);
     link->heard_ns = link->env->now_ns;
     link->wants_send = true;
@@ -331,8 +377,8 @@ static bool conn_send(pyccl_conn *conn, size_t room) {
     if (conn->head_sent < conn->head_len)
         iov[count++] = (struct iovec){conn->head + conn->head_sent, conn->head_len - conn->head_sent};
     if (conn->data != NULL && room > 0) {
-        const size_t left = conn->data_len - conn->data_sent;
-        iov[count++] = (struct iovec){(void *)(uintptr_t)(conn->data + conn->data_sent), left < room ? left : room};
+        const size_t left = conn->data_len - conn->data_sent, most = room < (size_t)conn->unsent_max ? room : (size_t)conn->unsent_max;
+        iov[count++] = (struct iovec){(void *)(uintptr_t)(conn->data + conn->data_sent), left < most ? left : most};
     }
     if (count == 0) return false;
     for (int i = 0; i < count; i++) want += iov[i].iov_len;
@@ -356,11 +402,19 @@ static bool conn_send(pyccl_conn *conn, size_t room) {
     return false;
 }
 
+/* So slow that the others carry the rest of a short operation before it would have carried one piece. */
+static bool is_behind(const pyccl_conn *conn) {
+    const pyccl_link *link = conn->link;
+    if (conn->rate == 0 || conn->rate * BEHIND * link->carriers >= link->flow) return false;
+    return pace_lasts(&link->pace, link->env->now_ns, link->rtt_ns) < PATIENT_RTTS * link->rtt_ns;
+}
+
 static bool conn_flush_once(pyccl_conn *conn) {
     if (conn->blocked || conn->broken != 0) return false;
     if (!tx_pending(conn)) {
         fill_control(conn);
-        if (conn->index < conn->link->data_end && tx_room(conn->link) > 0) fill_data(conn);
+        conn->passed = conn->index < conn->link->data_end && is_behind(conn);
+        if (conn->index < conn->link->data_end && !conn->passed && tx_room(conn->link) > 0) fill_data(conn);
         if (!tx_pending(conn)) return false;
     }
     return conn_send(conn, tx_room(conn->link));
@@ -371,6 +425,7 @@ static bool is_busy(const pyccl_link *link) {
     uint32_t full = 0;
     for (uint32_t i = 0; i < link->data_end; i++) {
         if (link->conns[i] == NULL) continue;
+        if (link->conns[i]->passed) continue;
         if (!link->conns[i]->blocked) return false;
         full++;
     }
@@ -384,32 +439,37 @@ static void round_trips(pace_counts *counts, const struct tcp_info *info) {
 }
 
 /* Of all connections; round trips of those that carry data. */
-static void tcp_counts(const pyccl_link *link, uint64_t *acked, pace_counts *counts) {
+static void tcp_counts(pyccl_link *link, uint64_t *acked, pace_counts *counts) {
     *acked = 0;
+    link->flow = 0;
     *counts = (pace_counts){.rtt_ns = link->rtt_ns, .queue_ns = INT64_MAX};
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
         struct tcp_info info = {0};
-        socklen_t size = sizeof info;
-        if (link->conns[i] == NULL || getsockopt(link->conns[i]->fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) continue;
+        if (!conn_info(link->conns[i], &info)) continue;
         *acked += info.tcpi_bytes_acked;
         counts->delivered += (uint64_t)info.tcpi_delivered * info.tcpi_snd_mss;
         counts->sent += info.tcpi_data_segs_out;
         counts->repeated += info.tcpi_total_retrans;
-        if (i < link->data_end) round_trips(counts, &info);
+        conn_learn(link->conns[i], &info);
+        if (i >= link->data_end) continue;
+        round_trips(counts, &info);
+        link->flow += link->conns[i]->rate;
     }
 }
 
-/* What the kernel has counted is looked at while the line is busy, and where that begins and ends. Returns whether the
- * number of connections has changed. */
+/* What the kernel has counted is looked at while the line is busy and until what was sent then has arrived, and where that begins
+ * and ends. Returns whether the number of connections has changed. */
 static bool line_learn(pyccl_link *link) {
     const int64_t now = link->env->now_ns;
+    const int64_t spell_ns = link->pace.spell_ns;
     const bool busy = is_busy(link);
-    if (busy == link->pace.busy && (!busy || now - link->looked_ns < LOOK_NS)) return false;
+    if (busy == link->pace.busy && (!link->pace.spell || now - link->looked_ns < LOOK_NS)) return false;
     uint64_t acked;
     pace_counts counts;
     tcp_counts(link, &acked, &counts);
     link->looked_ns = now;
     if (pace_note(&link->pace, now, &counts, busy)) pace_apply(link);
+    if (link->pace.spell_ns != spell_ns) conns_revive(link);
     if (link->env->lanes == 0) return false;
     const bool tells = busy && (link->lanes.before > 0 || link->lanes.proving > 0 || pace_is_found(&link->pace));
     return lanes_note(&link->lanes, now, acked, tells, link->conn_count, link->rtt_ns);
@@ -576,7 +636,9 @@ static void conn_read(pyccl_conn *conn, size_t budget) {
 }
 
 void link_conn_readable(pyccl_conn *conn) {
+    pyccl_link *link = conn->link;
     if (conn->broken == 0) conn_read(conn, RX_BUDGET_BYTES);
+    if (link->pace.spell && link->env->now_ns - link->looked_ns >= LOOK_NS) link->wants_send = true; /* have a look */
 }
 
 void link_feed(pyccl_link *link, bool tx, bool rx) {

@@ -95,6 +95,10 @@ struct pyccl_conn {
     uint32_t interest;               /* epoll events armed */
     int broken;                      /* errno of a failed send, or -1 for EOF; 0: fine */
     bool blocked;                    /* the last send came back short */
+    bool passed;                     /* it was given no data, since it is far slower than the others */
+    double rate;                     /* bytes a second that its congestion control lets go; 0: not known */
+    int unsent_max;                  /* bytes that may wait in its socket, and leave in one send */
+    int64_t revived_ns;              /* it does not seek its rate anew before */
     bool held;                       /* no room in env->rx, EPOLLIN is off */
     bool paused;                     /* `frame` waits for a later epoch, EPOLLIN is off */
     int64_t sent_ns;
@@ -133,6 +137,7 @@ struct pyccl_link {
     lanes lanes;
     pace pace;
     bool paced;                      /* it has given some connection a share */
+    double flow;                     /* what those that carry data may send together, when it was looked at last */
     int64_t looked_ns;               /* when what the kernel counts was looked at last */
     int64_t rtt_ns;                  /* of the last connection, when it came; 0: not known */
     int64_t wanted_ns;               /* when more connections were asked for last */

@@ -28,12 +28,18 @@
 #define WAIT_MIN_NS INT64_C(1000000000)
 #define WAIT_MAX_NS INT64_C(16000000000)
 #define RATE_MIN 16384.0
+#define SPELL_RTTS 2                 /* of rest end a spell: what was lost in it has been repeated */
+#define SPELL_LOSS_ALLOWED 0.005     /* what its last packets lose costs a round trip and more */
+#define SPELL_PACKETS_MIN 500
+#define SPELL_PARTS 1.5              /* what arrived took so many: the line was full, and what its best part had was the line's doing */
+#define PART_RTTS 2                  /* in a round trip */
+#define PART_MIN_NS INT64_C(40000000)
 
 void pace_init(pace *p) { *p = (pace){.wait_ns = WAIT_MIN_NS}; }
 
 bool pace_is_found(const pace *p) { return p->rate == 0 || (p->found && p->before == 0 && p->blamed == 0); }
 
-void pace_pause(pace *p) { p->busy = p->open = false; }
+void pace_pause(pace *p) { p->busy = p->open = p->spell = false; }
 
 static void rate_set(pace *p, double rate, int64_t now_ns, int64_t rtt_ns) {
     p->rate = rate < RATE_MIN ? RATE_MIN : rate;
@@ -41,6 +47,7 @@ static void rate_set(pace *p, double rate, int64_t now_ns, int64_t rtt_ns) {
     p->best = 0;
     p->windows = p->over = 0;
     p->open = false;
+    p->judged_in = true;
 }
 
 /* ---- trials ---- */
@@ -134,12 +141,12 @@ static bool drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
 
 static bool stands(const pace_counts *c) { return c->queue_ns > STANDS_NS + c->rtt_ns / STANDS_RTTS; }
 
-static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, const pace_counts *c) {
+static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, double allowed, const pace_counts *c) {
     if (repeats < p->innocent) p->innocent = repeats;
     if (now_ns >= p->innocent_ns) p->innocent = 0;
     p->best = arrived > p->best ? arrived : p->best;
     p->windows++;
-    if (repeats > p->innocent + LOSS_ALLOWED) {
+    if (repeats > p->innocent + allowed) {
         if (p->before > 0) return trial_fail(p, now_ns, c->rtt_ns);
         if (p->blamed > 0) return judge(p, arrived, repeats, now_ns, c->rtt_ns);
         return ++p->over > 1 && cut(p, repeats > MUCH && p->rate > 0 ? arrived : p->best, repeats, now_ns, c->rtt_ns);
@@ -160,7 +167,56 @@ static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, 
     return true;
 }
 
-bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+/* ---- spells ---- */
+
+static int64_t part_ns(const pace_counts *c) {
+    const int64_t part = c->rtt_ns / PART_RTTS;
+    return part > PART_MIN_NS ? part : PART_MIN_NS;
+}
+
+static bool spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
+    const pace_counts *was = &p->at_spell, whole = {.rtt_ns = c->rtt_ns, .queue_ns = p->spell_queue_ns};
+    const double parts_s = SPELL_PARTS * (double)part_ns(c) / 1e9;
+    p->spell = false;
+    p->lasted_ns = p->last_ns - p->spell_ns;
+    if (p->judged_in || c->sent < was->sent + SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
+    if ((double)(c->delivered - was->delivered) < p->spell_best * parts_s) return false;
+    p->over = 1; /* it is known when what was repeated was sent */
+    p->best = 0;
+    return window_end(p, now_ns, p->spell_best, (double)(c->repeated - was->repeated) / (double)(c->sent - was->sent), SPELL_LOSS_ALLOWED, &whole);
+}
+
+static void spell_begin(pace *p, int64_t now_ns, const pace_counts *c) {
+    p->spell = true;
+    p->judged_in = false;
+    p->spell_ns = p->part_ns = now_ns;
+    p->at_spell = p->at_part = *c;
+    p->spell_best = 0;
+    p->spell_queue_ns = 0;
+}
+
+static void spell_part(pace *p, int64_t now_ns, const pace_counts *c) {
+    if (c->queue_ns > p->spell_queue_ns) p->spell_queue_ns = c->queue_ns;
+    if (now_ns - p->part_ns < part_ns(c) || c->delivered < p->at_part.delivered) return;
+    const double arrived = (double)(c->delivered - p->at_part.delivered) / ((double)(now_ns - p->part_ns) / 1e9);
+    if (arrived > p->spell_best) p->spell_best = arrived;
+    p->part_ns = now_ns;
+    p->at_part = *c;
+}
+
+int64_t pace_lasts(const pace *p, int64_t now_ns, int64_t rtt_ns) {
+    return p->spell && now_ns < p->last_ns + SPELL_RTTS * rtt_ns ? now_ns - p->spell_ns : 0;
+}
+
+static bool spell_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+    const bool changed = p->spell && now_ns >= p->last_ns + SPELL_RTTS * c->rtt_ns && spell_end(p, now_ns, c);
+    if (!p->spell && busy) spell_begin(p, now_ns, c);
+    if (p->spell) spell_part(p, now_ns, c);
+    if (busy) p->last_ns = now_ns;
+    return changed;
+}
+
+static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
     if (busy && !p->busy && p->from_ns < now_ns + c->rtt_ns) p->from_ns = now_ns + c->rtt_ns; /* nothing of this spell arrives before */
     if (busy != p->busy) p->open = false;
     p->busy = busy;
@@ -175,5 +231,11 @@ bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
     p->start = *c;
     if (!whole || c->sent < was.sent + PACKETS_MIN || c->delivered < was.delivered || c->repeated < was.repeated) return false;
     const double repeats = (double)(c->repeated - was.repeated) / (double)(c->sent - was.sent);
-    return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, c);
+    p->judged_in = true;
+    return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, LOSS_ALLOWED, c);
+}
+
+bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+    const bool changed = spell_note(p, now_ns, c, busy);
+    return window_note(p, now_ns, c, busy) || changed;
 }

@@ -11,6 +11,8 @@
  *   a queue stands, by the last rise or because the rate is more than what arrives: less, until it is gone;
  *   else a queue stands that may be others': a trial of a little more, kept if so much more arrives and little is lost. It
  *       comes again at once after it paid, else later and later.
+ * A spell of work that is too short for such a window is one as a whole: what was repeated of it is known when the next begins, and
+ * what arrived in its best part counts, after the last of it was sent too.
  * Until something was too much there is no rate: the kernel's own search is the fastest start.
  * Threads: nothing shared, it belongs to its caller.               Spec: ARCHITECTURE.md, Decisions */
 #ifndef PYCCL_PACE_H
@@ -41,6 +43,13 @@ typedef struct pace {
     int64_t calm_ns;                 /* it does not rise before */
     int64_t trial_ns, wait_ns;       /* when the next trial may be; how long after the last */
     bool busy, open;                 /* at the last note; a window has begun */
+    bool spell, judged_in;           /* a spell has begun; some window of it was looked at, or the rate changed */
+    int64_t spell_ns, last_ns;       /* since then; when it was busy last */
+    int64_t lasted_ns;               /* the spell before */
+    double spell_best;               /* what arrived in the best part of it */
+    int64_t spell_queue_ns;          /* the longest that stood */
+    int64_t part_ns;                 /* when the part that is counted began */
+    pace_counts at_spell, at_part;
     int64_t from_ns;                 /* no window begins before */
     int64_t start_ns;
     pace_counts start;
@@ -49,6 +58,7 @@ typedef struct pace {
 void pace_init(pace *p);
 /* busy: every connection that carries data is full. Returns true when `rate` has changed. */
 bool pace_note(pace *p, int64_t now_ns, const pace_counts *counts, bool busy);
+int64_t pace_lasts(const pace *p, int64_t now_ns, int64_t rtt_ns); /* so long has this spell lasted; 0: none, or it begins now */
 bool pace_is_found(const pace *p);   /* the line, or its connections, take no more */
 void pace_pause(pace *p);            /* other connections: counts until now are not comparable with what will be */
 /* So many times as many connections carry data: each keeps its share, to show what they bring. */

@@ -195,14 +195,38 @@ TEST(pace_of_links_that_share_a_line_starves_none) {
     for (int i = 0; i < LINKS; i++) CHECK(got.delivered[i] > 0.25);
 }
 
-TEST(pace_learns_nothing_from_operations_shorter_than_a_round_trip) {
+TEST(pace_learns_from_operations_shorter_than_a_window) {
     line l = line_new(50e6, 1, 75e6);
+    double dropped = 0, least = 1e9;
+    CHECK(work(&l, 140 * MS).dropped > 0.02);
+    for (int op = 0; op < 100; op++) {
+        rest(&l, SECOND);
+        dropped += work(&l, 140 * MS).dropped / 100;
+        if (op > 0 && l.of[0].p.rate < least) least = l.of[0].p.rate;
+    }
+    CHECK(dropped < 0.005);
+    CHECK(least > 40e6);
+}
+
+TEST(pace_learns_no_rate_from_what_was_little) {
+    line l = line_new(50e6, 1, 150e6);
+    l.queue_s = 0.001;
     for (int op = 0; op < 50; op++) {
-        work(&l, 100 * MS);
+        CHECK(work(&l, 20 * MS).dropped > 0.3); /* what the line takes is seen for no longer than that */
         rest(&l, SECOND);
     }
     CHECK(l.of[0].p.rate == 0);
-    CHECK_EQ(l.of[0].p.windows, 0);
+}
+
+TEST(pace_knows_how_long_a_spell_lasts) {
+    line l = line_new(50e6, 1, 45e6);
+    CHECK_EQ(pace_lasts(&l.of[0].p, l.at_ns, l.rtt_ns), 0);
+    work(&l, SECOND);
+    CHECK(pace_lasts(&l.of[0].p, l.at_ns, l.rtt_ns) >= SECOND - STEP_NS);
+    rest(&l, 2 * STEP_NS); /* it has to send again at once */
+    CHECK(pace_lasts(&l.of[0].p, l.at_ns, l.rtt_ns) > SECOND);
+    rest(&l, SECOND);
+    CHECK_EQ(pace_lasts(&l.of[0].p, l.at_ns, l.rtt_ns), 0);
 }
 
 TEST(pace_gives_more_connections_room_to_show_what_they_bring) {
