@@ -113,7 +113,7 @@ def network_of(scenario: Scenario) -> planner.Network:
         down=tuple(_bytes_s(host.down.rate) for host in scenario.hosts),
         rate=tuple(tuple(_bytes_s(scenario.rate(i, j)) if i != j else planner.UNKNOWN for j in ranks) for i in ranks),
         delay=tuple(tuple(scenario.delay_ns(i, j) / 1e9 if i != j else 0.0 for j in ranks) for i in ranks),
-        fold=(planner.UNKNOWN,) * len(ranks),
+        cpu=(planner.Cpu(),) * len(ranks),
     )
 
 
