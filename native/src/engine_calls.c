@@ -157,7 +157,7 @@ static void run_link_stats(pyccl_engine *engine, command *c) {
     if (p == NULL) return;
     *wanted->stats = (pyccl_link_stats){.tx_bytes = p->link.tx_bytes, .rx_bytes = p->link.rx_bytes, .conns = p->link.conn_count,
                                         .lanes = p->link.lanes.use, .rtt_ns = p->link.rtt_ns, .busy_bytes_s = (uint64_t)p->link.lanes.rate,
-                                        .delivered_bytes = link_delivered(&p->link)};
+                                        .full = pace_is_found(&p->link.pace), .delivered_bytes = link_delivered(&p->link)};
     for (uint32_t i = 0; i < engine->slot_count; i++) {
         const peer *other = engine->slots[i];
         if (other != NULL) wanted->stats->moved_bytes += other->link.tx_bytes + other->link.rx_bytes;

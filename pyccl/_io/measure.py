@@ -9,8 +9,8 @@
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
 and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
-for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: two
-parts of 0.2 s and three round trips each after connections have risen to it, of which the second is not faster, or
+for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: three
+parts of 0.2 s and three round trips each after connections have risen to it, of which the last is not faster, or
 ROUND_MOST_S. What counts is what TCP has delivered, holes or not: in order it comes in bursts after losses.
 Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
 twice, and the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
@@ -45,7 +45,8 @@ ROUND_MOST_S: Final = 3.0
 _PART_S: Final = 0.2
 _PART_TRIPS: Final = 3  # that a part takes beyond: connections double their rate in each
 _FALLS_MOST: Final = 0.75  # to so much
-_RISES_MOST: Final = 1.07  # where the pace of the senders is what keeps it, it rises more in a part
+_RISES_MOST: Final = 1.1  # where the pace of the senders is what keeps it, it rises more
+_STEADY_PARTS: Final = 3
 _REST: Final = 0.05  # of what was fastest: nobody asks any more
 _PINGS: Final = 4
 _PING_S: Final = 2.0
@@ -211,7 +212,7 @@ class _Probe:
         done: _Done = queue.SimpleQueue()
         begun = now = time.monotonic()
         streams = [_Stream(self, peer, rtt_s, done, begun) for peer in peers]
-        part_s = min(_PART_S + _PART_TRIPS * rtt_s, ROUND_MOST_S / 3)  # the round has three or more
+        part_s = min(_PART_S + _PART_TRIPS * rtt_s, ROUND_MOST_S / 4)  # the round has four or more
         moved, cpu_s = self._work(peers[0])
         while any(stream.open for stream in streams) and now < begun + ROUND_MOST_S:
             self._check()
@@ -255,10 +256,10 @@ class _Probe:
         slot = self._session.slot_of(peer)
         return 0 if slot is None else self._session.need_engine().received(slot)
 
-    def delivered(self, peer: bytes) -> int:
-        """Bytes that it has of ours, on the connections that stand."""
+    def delivered(self, peer: bytes) -> tuple[int, bool]:
+        """Bytes that it has of ours, on the connections that stand; whether the line takes no more than it gets now."""
         slot = self._session.slot_of(peer)
-        return 0 if slot is None else self._session.need_engine().delivered(slot)
+        return (0, True) if slot is None else self._session.need_engine().delivered(slot)
 
     def _work(self, peer: bytes) -> tuple[int, float]:
         slot = self._session.slot_of(peer)
@@ -301,13 +302,14 @@ class Curve:
             self._fastest, self.risen_at = rate, now
         return rate
 
-    def is_steady(self, now: float, part_s: float, rises: float) -> bool:
-        """Of two parts in a row the second was so many times as fast at most, and not far slower. Not before it has
+    def is_steady(self, now: float, part_s: float) -> bool:
+        """Of three parts in a row the last was little faster than the first, and not far slower. Not before it has
         risen: a part that is half slow start may be no slower than the next, in which the first losses are repaired."""
-        if now < self.risen_at + 2 * part_s:
+        if now < self.risen_at + _STEADY_PARTS * part_s:
             return False
-        before, last = self.rate(now - 2 * part_s, now - part_s), self.rate(now - part_s, now)
-        return 0 < _FALLS_MOST * before <= last <= rises * before
+        since = now - _STEADY_PARTS * part_s
+        before, last = self.rate(since, since + part_s), self.rate(now - part_s, now)
+        return 0 < _FALLS_MOST * before <= last <= _RISES_MOST * before
 
     def is_over(self, now: float, part_s: float) -> bool:
         return now >= self.risen_at + part_s and self.rate(now - part_s, now) < _REST * self._fastest
@@ -347,8 +349,8 @@ class _Stream:
         self._window = _WINDOW_LEAST
         self._keys = itertools.count()
         self._asked: dict[int, tuple[int, int]] = {}  # key -> number of the request, bytes
-        self.came, self.went = Curve(begun, probe.received(peer)), Curve(begun, probe.delivered(peer))
-        self.failed = False
+        self.came, self.went = Curve(begun, probe.received(peer)), Curve(begun, probe.delivered(peer)[0])
+        self.failed = self._full = False
         self.fill()
 
     @property
@@ -376,7 +378,8 @@ class _Stream:
     def sample(self, now: float) -> None:
         """Count, and ask for twice what comes in a round trip: what is not limited by that then grows."""
         over_s = max(self._rtt_s, 2 * _SAMPLE_S)
-        self.went.add(now, self._probe.delivered(self._peer), over_s)
+        delivered, self._full = self._probe.delivered(self._peer)
+        self.went.add(now, delivered, over_s)
         rate = self.came.add(now, self._probe.received(self._peer), over_s)
         self._window = max(self._window, min(int(2 * rate * (self._rtt_s + _SLACK_S)), _WINDOW_MOST))
 
@@ -384,7 +387,7 @@ class _Stream:
         """Both ways, or the other has seen enough."""
         if self.went.is_over(now, part_s):
             return True
-        return self.went.is_steady(now, part_s, _RISES_MOST) and self.came.is_steady(now, part_s, 1 / _FALLS_MOST)
+        return self._full and self.went.is_steady(now, part_s) and self.came.is_steady(now, part_s)
 
 
 _Done = queue.SimpleQueue[tuple[_Stream, int, int]]

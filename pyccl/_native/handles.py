@@ -27,7 +27,7 @@ LONG_RTT_S: Final = 0.005  # from here on losses and idle time cost more than a 
 _EVENTS_AT_ONCE: Final = 64
 _TIMED_ELEMENTS: Final = 1 << 16
 _TIMED_RUNS: Final = 8
-_TIMED_BLOCK: Final = 256
+_TIMED_BLOCK: Final = 1024
 _USER_TIMEOUT_LEAST_S: Final = 15.0  # of a relayed connection's two halves, as the engine's own
 _U32_MAX: Final = (1 << 32) - 1
 _SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
@@ -263,10 +263,11 @@ class Engine:
         stats = self._link_stats(slot)
         return 0 if stats is None else int(stats.rx_bytes)
 
-    def delivered(self, slot: int) -> int:
-        """Bytes that the other end's TCP has of ours, on the connections that stand; 0 for a slot that was removed."""
+    def delivered(self, slot: int) -> tuple[int, bool]:
+        """Bytes that the other end's TCP has of ours, on the connections that stand, and whether the line is known to
+        take no more than it gets now; (0, True) for a slot that was removed."""
         stats = self._link_stats(slot)
-        return 0 if stats is None else int(stats.delivered_bytes)
+        return (0, True) if stats is None else (int(stats.delivered_bytes), bool(stats.full))
 
     def work(self, slot: int) -> tuple[int, float]:
         """Bytes sent and received on all links, and the processor time in seconds of the thread that does it; zeros for

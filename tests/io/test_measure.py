@@ -186,28 +186,30 @@ def test_what_connections_rise_from_is_not_steady() -> None:
     curve, now = curve_of(lossy)
     before, last = curve.rate(now - 0.8, now - 0.4), curve.rate(now - 0.4, now)
     assert 0.75 * max(before, last) < min(before, last)
-    assert not curve.is_steady(now, 0.4, 1.3)
-    curve, now = curve_of([*lossy, (1.0, 40e6)])
-    assert curve.is_steady(now, 0.4, 1.07)
+    assert not curve.is_steady(now, 0.4)
+    curve, now = curve_of([*lossy, (1.4, 40e6)])
+    assert curve.is_steady(now, 0.4)
     assert curve.rate(*measure.best_time([curve], 0.8)) == pytest.approx(40e6, rel=0.05)
 
 
 def test_line_that_is_slow_from_the_start_has_risen_at_once() -> None:
-    curve, now = curve_of([(0.9, 2e6)])
-    assert curve.risen_at < now - 0.8 and curve.is_steady(now, 0.3, 1.07)
+    curve, now = curve_of([(1.2, 2e6)])
+    assert curve.risen_at < now - 1.1 and curve.is_steady(now, 0.3)
     assert curve.rate(*measure.best_time([curve], 0.4)) == pytest.approx(2e6, rel=0.05)
 
 
 def test_pace_that_still_rises_is_not_steady() -> None:
-    """A tenth in each part, as senders do that were paced below what the line takes."""
-    climb = [(0.4, 20e6 * 1.1**n) for n in range(4)]
+    """By six percent in each part, as senders do that were paced below what the line takes."""
+    climb = [(0.4, 20e6 * 1.06**n) for n in range(4)]
     curve, now = curve_of([(0.1, 20e6), *climb])
-    assert not curve.is_steady(now, 0.4, 1.07) and curve.is_steady(now, 0.4, 1.3)
+    assert not curve.is_steady(now, 0.4)
+    curve, now = curve_of([(0.1, 20e6), *((seconds, 20e6) for seconds, _ in climb)])
+    assert curve.is_steady(now, 0.4)
 
 
 def test_who_is_asked_for_nothing_more_is_over() -> None:
     curve, now = curve_of([(1.0, 20e6), (0.5, 0.0)])
-    assert curve.is_over(now, 0.4) and not curve.is_steady(now, 0.4, 1.07)
+    assert curve.is_over(now, 0.4) and not curve.is_steady(now, 0.4)
     curve, now = curve_of([(1.0, 20e6), (0.5, 3e6)])
     assert not curve.is_over(now, 0.4)
 

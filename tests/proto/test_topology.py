@@ -172,6 +172,33 @@ def test_host_that_folds_slowly_owns_less() -> None:
     assert choice.direct.pace == pytest.approx(pace_by_corners(network([100.0] * 4, fold=[10.0, *[UNKNOWN] * 3])))
 
 
+def test_host_that_moves_little_in_a_second_owns_less() -> None:
+    """Its line would carry as much as the others'; all that it sends and receives goes through one thread."""
+    of = network([100.0] * 4, move=[120.0, *[UNKNOWN] * 3])
+    choice = topology.choose(of, MANY)
+    assert choice.shares[0] < 0.15 < choice.shares[1]
+    assert choice.direct.pace == pytest.approx(pace_by_corners(of))
+
+
+def test_with_a_codec_less_goes_over_the_lines_and_processors_code_it() -> None:
+    shares_ = (1 / 3,) * 3
+    lines = topology.direct_line(network([100.0] * 3), shares_)
+    fast = topology.direct_line(network([100.0] * 3, code=1e9), shares_, part=topology.CODED)
+    assert fast.pace == pytest.approx(topology.CODED * lines.pace)
+    slow = topology.direct_line(network([100.0] * 3, code=20.0), shares_, part=topology.CODED)
+    assert slow.pace == pytest.approx(3 / 20)  # input and sum coded: 1; all of an own third and the others' sums: 2
+    pair = topology.direct_line(network([100.0] * 2, code=20.0), (0.5, 0.5), part=topology.CODED)
+    assert pair.pace == pytest.approx(3 / 20)
+
+
+def test_plan_that_is_far_slower_with_a_codec_is_not_better() -> None:
+    def taking(raw: float, coded: float) -> Choice:
+        return Choice((1.0,), (0,), NEVER, Line(raw, 0.0), Line(raw, 0.0), coded=Line(coded, 0.0))
+
+    assert topology.is_better(taking(0.5, 1.05), taking(1.0, 1.0))
+    assert not topology.is_better(taking(0.5, 1.2), taking(1.0, 1.0))
+
+
 def test_where_everybody_lacks_a_link_direct_is_impossible_and_the_ring_goes_round_them() -> None:
     rate = [[100.0] * 5 for _ in range(5)]
     rate[0][1] = rate[1][0] = rate[2][3] = rate[3][4] = 0.0
