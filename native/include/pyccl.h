@@ -429,6 +429,10 @@ typedef struct pyccl_link_stats {
     uint32_t conns, lanes;           /* lanes: how many connections may carry our data, whether they stand or not */
     int64_t rtt_ns;                  /* the least of the newest connection's greeting; 0: not known */
     uint64_t busy_bytes_s;           /* what our data gets when there is enough of it; 0: not known, or the line is short */
+    uint8_t full;                    /* 1: the line, or its connections, are known to take no more than they get now */
+    uint64_t delivered_bytes;        /* that the other end's TCP has, on the connections that stand */
+    uint64_t moved_bytes;            /* of all links of the engine, those that are gone left out: sent and received */
+    int64_t cpu_ns;                  /* what the engine's thread has used until now */
 } pyccl_link_stats;
 
 pyccl_status pyccl_engine_new(const pyccl_engine_options *options, pyccl_engine **out);  /* starts its thread */

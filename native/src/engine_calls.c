@@ -4,8 +4,12 @@
  * Each is a struct that starts with a command and lives on the caller's stack until the thread has run it.
  * Threads: pyccl_* from any; run_* on the engine's thread.         Spec: pyccl.h */
 #include <errno.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -134,13 +138,36 @@ pyccl_status pyccl_engine_link_use(pyccl_engine *engine, uint32_t slot, uint32_t
     return c.command.status;
 }
 
+/* What is acknowledged, and what is behind a hole: it counts when it arrives, not when the hole is filled. */
+static uint64_t link_delivered(const pyccl_link *link) {
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        struct tcp_info info = {0};
+        socklen_t size = sizeof info;
+        if (link->conns[i] == NULL || getsockopt(link->conns[i]->fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) continue;
+        sum += info.tcpi_bytes_acked + (uint64_t)info.tcpi_sacked * info.tcpi_snd_mss;
+    }
+    return sum;
+}
+
 static void run_link_stats(pyccl_engine *engine, command *c) {
     const peer_command *wanted = (const peer_command *)c;
     const peer *p = engine_peer(engine, wanted->slot);
     c->status = p != NULL ? PYCCL_OK : PYCCL_ERR_ARGUMENT;
     if (p == NULL) return;
     *wanted->stats = (pyccl_link_stats){.tx_bytes = p->link.tx_bytes, .rx_bytes = p->link.rx_bytes, .conns = p->link.conn_count,
-                                        .lanes = p->link.lanes.use, .rtt_ns = p->link.rtt_ns, .busy_bytes_s = (uint64_t)p->link.lanes.rate};
+                                        .lanes = p->link.lanes.use, .rtt_ns = p->link.rtt_ns, .busy_bytes_s = (uint64_t)p->link.lanes.rate,
+                                        .full = pace_is_found(&p->link.pace), .delivered_bytes = link_delivered(&p->link)};
+    for (uint32_t i = 0; i < engine->slot_count; i++) {
+        const peer *other = engine->slots[i];
+        if (other != NULL) wanted->stats->moved_bytes += other->link.tx_bytes + other->link.rx_bytes;
+    }
+    struct timespec used;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used) != 0) {
+        c->status = PYCCL_ERR_OS;
+        return;
+    }
+    wanted->stats->cpu_ns = used.tv_sec * INT64_C(1000000000) + used.tv_nsec;
 }
 
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out) {

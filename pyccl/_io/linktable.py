@@ -14,6 +14,7 @@ from typing import Final
 
 from pyccl._proto import limits, measuring
 from pyccl._proto.messages import LinkMeasure, Measured
+from pyccl._proto.topology import Cpu
 
 FRESH_S: Final = 600.0  # a rate that nothing has confirmed for so long is measured again
 _CONFIRMS: Final = 0.5  # of the rate that is known
@@ -22,8 +23,8 @@ _NEWS: Final = 0.2  # so much more or less is worth a message
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    rate: float = 0.0  # bytes per second received; 0: not measured
-    crowd: float = 0.0  # while others sent, too
+    rate: float = 0.0  # bytes per second sent; 0: not measured
+    crowd: float = 0.0  # while it sent to others, too
     rtt_s: float = 0.0
     at: float = float("-inf")
 
@@ -33,9 +34,9 @@ class LinkTable:
 
     def __init__(self) -> None:
         self._known: dict[bytes, _Known] = {}
-        self._fold = 0.0
+        self._cpu = Cpu(0.0, 0.0, 0.0)
         self._counted: tuple[float, Mapping[bytes, int]] = (0.0, {})
-        self._told = Measured(0, ())
+        self._told = Measured(0, 0, 0, ())
         self._lock = threading.Lock()
 
     def lacks(self, peer: bytes, now: float) -> bool:
@@ -50,15 +51,16 @@ class LinkTable:
     def crowded(self, peer: bytes, rate: float) -> None:
         self._change(peer, crowd=rate)
 
-    def folds(self, rate: float) -> None:
-        self._fold = rate
+    def works(self, cpu: Cpu) -> None:
+        """What this host's processor was measured to do; rates of 0: not known, the last one stays."""
+        self._cpu = Cpu(cpu.move or self._cpu.move, cpu.fold or self._cpu.fold, cpu.code or self._cpu.code)
 
-    def carried(self, received: Mapping[bytes, int], now: float) -> None:
-        """So many bytes were received on each link by now."""
-        (before, counted), self._counted = self._counted, (now, received)
+    def carried(self, delivered: Mapping[bytes, int], now: float) -> None:
+        """So many bytes of ours the others have by now."""
+        (before, counted), self._counted = self._counted, (now, delivered)
         if now <= before:
             return
-        rates = {peer: (count - counted[peer]) / (now - before) for peer, count in received.items() if peer in counted}
+        rates = {peer: (count - counted[peer]) / (now - before) for peer, count in delivered.items() if peer in counted}
         for peer, rate in rates.items():
             known = self._known.get(peer)
             if known is not None and 0 < known.rate * _CONFIRMS <= rate:
@@ -88,7 +90,9 @@ class LinkTable:
         mended = any(link.relayed and link.peer not in relayed for link in self._told.links)
         if not mended and all(link.peer in told and not _differs(link, told[link.peer]) for link in links):
             return None
-        self._told = Measured(measuring.clip_rate(self._fold), links)
+        rates = (self._cpu.move, self._cpu.fold, self._cpu.code)
+        move, fold, code = map(measuring.clip_rate, rates)
+        self._told = Measured(move, fold, code, links)
         return self._told
 
     def keep(self, members: Sequence[bytes]) -> None:

@@ -2,16 +2,16 @@
 
     1  all-gather: under which id everybody serves the bytes that the others receive
     2  all-gather: whose links each member lacks; the rounds follow from that (`_proto.measuring`)
-    3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count
-    4  all-gather: of whom each thinks that fewer connections would do; rounds of such pairs, with so many, and of
-       pairs that look odd, with all they have (the better figure counts); an all-gather: for whom fewer were slower,
-       who goes back
+    3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count what it has got
+    4  all-gather: with whom each wants another round; with fewer connections where these may do, and goes back if they
+       are slower; with all it has where a pair looks odd, and the better figure counts
     5  the crowd, if anything was missing: barrier; the same from several members at once
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
 and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
-for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: two
-parts of 0.2 s and three round trips each after connections have risen to it, or ROUND_MOST_S.
+for and not yet received when the time is over delays the next round. A round goes on until the rate is steady: three
+parts of 0.2 s and three round trips each after connections have risen to it, of which the last is not faster, or
+ROUND_MOST_S. What counts is what TCP has delivered, holes or not: in order it comes in bursts after losses.
 Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
 twice, and the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
 Threads: the caller's.
@@ -36,7 +36,7 @@ import numpy as np
 
 from pyccl._io.session import Session
 from pyccl._native import status
-from pyccl._native.handles import FETCH_BYTES_MAX, fold_rate
+from pyccl._native.handles import FETCH_BYTES_MAX, code_rate, fold_rate
 from pyccl._proto import limits, measuring, topology
 from pyccl.errors import RemoteProtocolError
 
@@ -44,7 +44,10 @@ TAG: Final = 4
 ROUND_MOST_S: Final = 3.0
 _PART_S: Final = 0.2
 _PART_TRIPS: Final = 3  # that a part takes beyond: connections double their rate in each
-_STEADY: Final = 0.75
+_FALLS_MOST: Final = 0.75  # to so much
+_RISES_MOST: Final = 1.1  # where the pace of the senders is what keeps it, it rises more
+_STEADY_PARTS: Final = 3
+_REST: Final = 0.05  # of what was fastest: nobody asks any more
 _PINGS: Final = 4
 _PING_S: Final = 2.0
 _DRAIN_S: Final = 1.0  # for what is still on its way when a round is over
@@ -55,7 +58,6 @@ _PART_LEAST: Final = 1 << 13
 _SLACK_S: Final = 0.05  # beyond the round trip that a window lasts
 _SAMPLE_S: Final = 0.02
 _SERVED: Final = 4096  # times the same FETCH_BYTES_MAX of zeros, one behind the other
-_AS_IT_IS: Final = 255  # as a number of connections: more than there may be
 _HELLO: Final = struct.Struct("<Q")
 
 log = logging.getLogger("pyccl.measure")
@@ -101,7 +103,7 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
                 rtts = [probe.rtt_s(peer) for peer in crowd]
                 for peer, rate in zip(crowd, probe.rates(crowd, max(rtts)), strict=True):
                     table.crowded(peer, rate)
-            table.folds(fold_rate())
+            table.works(topology.Cpu(probe.move_rate(), fold_rate(), code_rate()))
             gather(b"\0", deadline)  # nobody stops serving before all have received
     finally:
         engine.unpublish(sync)
@@ -116,40 +118,38 @@ def _again(
 ) -> None:
     """Use fewer connections where that is no slower. `seen` gets the better figures of odd pairs."""
     me, world = members.index(probe.me), len(members)
-    wishes = bytearray(limits.MEMBERS_MAX)
+    fewer: dict[int, int] = {}  # rank -> connections
+    odd: set[int] = set()
     fastest = max((rate for rate, _ in seen.values()), default=0.0)
     for peer, (rate, rtt_s) in seen.items():
         few = topology.few(rate, rtt_s)
         if rate > 0 and few < probe.conns(peer):
-            wishes[members.index(peer)] = few
+            fewer[members.index(peer)] = few
         elif measuring.is_odd(rate, fastest):
-            wishes[members.index(peer)] = _AS_IT_IS
-    told = _by_rank(members, *gather(bytes(wishes), deadline))
+            odd.add(members.index(peer))
+    wishes = bytes(int(rank in fewer or rank in odd) for rank in range(limits.MEMBERS_MAX))
+    told = _by_rank(members, *gather(wishes, deadline))
     pairs = {(min(a, b), max(a, b)) for a, row in told.items() for b in range(world) if row[b] and b in told and a != b}
-    rounds = measuring.rounds(world, pairs)
-    partners = [measuring.partner(disjoint, me) for disjoint in rounds]
-    wished = {rank: told[rank][me] for rank in partners if rank is not None}
-    unproven = {rank for rank, count in wished.items() if count not in (0, _AS_IT_IS)}  # who wish fewer of us
-    slower = bytearray(limits.MEMBERS_MAX)
+    unproven = set(fewer)
     try:
-        for rank in unproven:
-            probe.use(members[rank], wished[rank])
-        for partner in partners:
+        for rank, few in fewer.items():
+            probe.use(members[rank], few)
+        for disjoint in measuring.rounds(world, pairs):
             gather(b"\0", deadline)
+            partner = measuring.partner(disjoint, me)
             if partner is not None:
                 peer = members[partner]
                 before, rtt_s = seen.get(peer, (0.0, 0.0))
                 (rate,) = probe.rates([peer], rtt_s)
-                slower[partner] = rate < measuring.ENOUGH * before
-                if wishes[partner] == _AS_IT_IS:
+                slower = rate < measuring.ENOUGH * before
+                if not slower:
+                    unproven.discard(partner)
+                if partner in odd:
                     seen[peer] = max(rate, before), rtt_s
                 log.info(
-                    "link_again peer=%s wished=%d bytes_s=%.0f before=%.0f slower=%s",
-                    *(peer.hex()[:8], wishes[partner], rate, before, bool(slower[partner])),
+                    "link_again peer=%s conns=%d bytes_s=%.0f before=%.0f slower=%s",
+                    *(peer.hex()[:8], fewer.get(partner, 0), rate, before, slower),
                 )
-        if rounds:
-            verdicts = _by_rank(members, *gather(bytes(slower), deadline))
-            unproven = {rank for rank in unproven if rank not in verdicts or verdicts[rank][me]}
     finally:
         for rank in unproven:
             probe.use(members[rank], 0)
@@ -180,6 +180,12 @@ class _Probe:
         self._buffer = np.empty(FETCH_BYTES_MAX, np.uint8)
         # A request is known by what it asks for: what comes late, or twice, must not pass for the answer to another.
         self._offsets = itertools.cycle(range(0, _SERVED * FETCH_BYTES_MAX, FETCH_BYTES_MAX))
+        self._most = 0, 0.0  # bytes moved, and processor time, in the round that moved most
+
+    def move_rate(self) -> float:
+        """Bytes per second of the engine's processor time, in the busiest of the rounds until now."""
+        moved, cpu_s = self._most
+        return moved / cpu_s if cpu_s > 0 else 0.0
 
     def rtt_s(self, peer: bytes) -> float:
         """The shortest of a few; 0: no answer."""
@@ -199,21 +205,30 @@ class _Probe:
         return best if best < math.inf else 0.0
 
     def rates(self, peers: Sequence[bytes], rtt_s: float) -> list[float]:
-        """Bytes per second from each, all at once. 0: nothing came, or the link was lost."""
+        """Bytes per second to each, all at once, while as much is received. 0: nothing went, or the link was lost.
+
+        All over the same time, the best one: what several make together is then what the host makes.
+        """
         done: _Done = queue.SimpleQueue()
-        streams = [_Stream(self, peer, rtt_s, done) for peer in peers]
-        part_s = min(_PART_S + _PART_TRIPS * rtt_s, ROUND_MOST_S / 3)  # the round has three or more
         begun = now = time.monotonic()
+        streams = [_Stream(self, peer, rtt_s, done, begun) for peer in peers]
+        part_s = min(_PART_S + _PART_TRIPS * rtt_s, ROUND_MOST_S / 4)  # the round has four or more
+        moved, cpu_s = self._work(peers[0])
         while any(stream.open for stream in streams) and now < begun + ROUND_MOST_S:
             self._check()
             for stream in _ended(done):
                 stream.fill()
+            if time.monotonic() < now + _SAMPLE_S:
+                continue
             now = time.monotonic()
             for stream in streams:
                 stream.sample(now)
             if all(stream.is_steady(now, part_s) for stream in streams):
                 break
-        rates = [stream.best(max(2 * part_s, (now - begun) / 2)) for stream in streams]
+        moved_now, cpu_now_s = self._work(peers[0])
+        self._most = max(self._most, (moved_now - moved, cpu_now_s - cpu_s))
+        since, until = best_time([stream.went for stream in streams], max(2 * part_s, (now - begun) / 2))
+        rates = [0.0 if stream.failed else stream.went.rate(since, until) for stream in streams]
         while any(stream.open for stream in streams) and time.monotonic() < now + _DRAIN_S:
             self._check()
             _ended(done)
@@ -241,6 +256,15 @@ class _Probe:
         slot = self._session.slot_of(peer)
         return 0 if slot is None else self._session.need_engine().received(slot)
 
+    def delivered(self, peer: bytes) -> tuple[int, bool]:
+        """Bytes that it has of ours, on the connections that stand; whether the line takes no more than it gets now."""
+        slot = self._session.slot_of(peer)
+        return (0, True) if slot is None else self._session.need_engine().delivered(slot)
+
+    def _work(self, peer: bytes) -> tuple[int, float]:
+        slot = self._session.slot_of(peer)
+        return (0, 0.0) if slot is None else self._session.need_engine().work(slot)
+
     def ask(self, peer: bytes, size: int, then: Callable[[int], None]) -> int | None:
         """The number of the request; None: there is no link."""
         slot = self._session.slot_of(peer)
@@ -263,18 +287,70 @@ def _ended(done: _Done) -> list[_Stream]:
     return streams
 
 
-class _Stream:
-    """From one member: as much asked for as its rate and the round trip make use of."""
+class Curve:
+    """How much there was when. It has risen when it no longer becomes twice as fast."""
 
-    def __init__(self, probe: _Probe, peer: bytes, rtt_s: float, done: _Done) -> None:
+    def __init__(self, begun: float, count: int) -> None:
+        self.counts = [(begun, count)]
+        self._fastest, self.risen_at = 0.0, begun
+
+    def add(self, now: float, count: int, over_s: float) -> float:
+        """The rate over so long until now."""
+        self.counts.append((now, count))
+        rate = self.rate(now - over_s, now)
+        if rate > 2 * self._fastest:
+            self._fastest, self.risen_at = rate, now
+        return rate
+
+    def is_steady(self, now: float, part_s: float) -> bool:
+        """Of three parts in a row the last was little faster than the first, and not far slower. Not before it has
+        risen: a part that is half slow start may be no slower than the next, in which the first losses are repaired."""
+        if now < self.risen_at + _STEADY_PARTS * part_s:
+            return False
+        since = now - _STEADY_PARTS * part_s
+        before, last = self.rate(since, since + part_s), self.rate(now - part_s, now)
+        return 0 < _FALLS_MOST * before <= last <= _RISES_MOST * before
+
+    def is_over(self, now: float, part_s: float) -> bool:
+        return now >= self.risen_at + part_s and self.rate(now - part_s, now) < _REST * self._fastest
+
+    def rate(self, since: float, until: float) -> float:
+        """From the last count before the one time to the last count before the other."""
+        (begun, before), (ended, after) = (
+            self.counts[max(bisect_right(self.counts, (at, math.inf)) - 1, 0)] for at in (since, until)
+        )
+        return max(0, after - before) / (ended - begun) if ended > begun else 0.0
+
+
+def best_time(curves: Sequence[Curve], least_s: float) -> tuple[float, float]:
+    """In which most was done in all, of at least that length: connections begin slowly, and may stall.
+
+    The curves have counts of the same times.
+    """
+    times = [at for at, _ in curves[0].counts]
+    totals = [sum(count for _, count in counts) for counts in zip(*(c.counts for c in curves), strict=True)]
+    best, found = 0.0, (times[0], times[-1])
+    for k, (until, total) in enumerate(zip(times, totals, strict=True)):
+        j = bisect_right(times, until - least_s) - 1
+        if 0 <= j < k and (total - totals[j]) / (until - times[j]) > best:
+            best, found = (total - totals[j]) / (until - times[j]), (times[j], until)
+    return found
+
+
+class _Stream:
+    """From one member as much is asked for as its rate and the round trip make use of; it does the same.
+
+    What went is what its TCP has of ours. What came is in order, so that a loss holds it up and a burst follows: good
+    enough to tell what to ask for, and whether the other has seen enough.
+    """
+
+    def __init__(self, probe: _Probe, peer: bytes, rtt_s: float, done: _Done, begun: float) -> None:
         self._probe, self._peer, self._rtt_s, self._done = probe, peer, rtt_s, done
         self._window = _WINDOW_LEAST
         self._keys = itertools.count()
         self._asked: dict[int, tuple[int, int]] = {}  # key -> number of the request, bytes
-        self._seen = [(time.monotonic(), probe.received(peer))]  # when, and how much had been received
-        self._fastest = 0.0
-        self.risen_at = self._seen[0][0]  # since then it has not become twice as fast
-        self._failed = False
+        self.came, self.went = Curve(begun, probe.received(peer)), Curve(begun, probe.delivered(peer)[0])
+        self.failed = self._full = False
         self.fill()
 
     @property
@@ -284,11 +360,11 @@ class _Stream:
 
     def fill(self) -> None:
         part = min(FETCH_BYTES_MAX, max(_PART_LEAST, self._window // _PARTS))
-        while not self._failed and (sum(size for _, size in self._asked.values()) + part <= self._window):
+        while not self.failed and (sum(size for _, size in self._asked.values()) + part <= self._window):
             key = next(self._keys)
             number = self._probe.ask(self._peer, part, partial(self._tell, key))
             if number is None:
-                self._failed = True
+                self.failed = True
             else:
                 self._asked[key] = number, part
 
@@ -297,44 +373,21 @@ class _Stream:
 
     def ended(self, key: int, code: int) -> None:
         del self._asked[key]
-        self._failed = self._failed or code != status.OK
+        self.failed = self.failed or code != status.OK
 
     def sample(self, now: float) -> None:
         """Count, and ask for twice what comes in a round trip: what is not limited by that then grows."""
-        if now - self._seen[-1][0] < _SAMPLE_S:
-            return
-        self._seen.append((now, self._probe.received(self._peer)))
-        rate = self.rate(now - max(self._rtt_s, 2 * _SAMPLE_S), now)
-        if rate > 2 * self._fastest:
-            self._fastest, self.risen_at = rate, now
+        over_s = max(self._rtt_s, 2 * _SAMPLE_S)
+        delivered, self._full = self._probe.delivered(self._peer)
+        self.went.add(now, delivered, over_s)
+        rate = self.came.add(now, self._probe.received(self._peer), over_s)
         self._window = max(self._window, min(int(2 * rate * (self._rtt_s + _SLACK_S)), _WINDOW_MOST))
 
     def is_steady(self, now: float, part_s: float) -> bool:
-        """Two parts of the round in a row went about as fast. Not before it has risen: a part that is half slow start
-        may be no slower than the next part, in which the first losses are repaired."""
-        if now < self.risen_at + 2 * part_s:
-            return False
-        before, last = self.rate(now - 2 * part_s, now - part_s), self.rate(now - part_s, now)
-        return 0 < _STEADY * max(before, last) <= min(before, last)
-
-    def best(self, least_s: float) -> float:
-        """Over the best time of at least that length: connections begin slowly, and may stall."""
-        found = 0.0
-        for ended, after in self._seen:
-            at = bisect_right(self._seen, (ended - least_s, math.inf)) - 1
-            begun, before = self._seen[max(at, 0)]
-            if at >= 0 and ended > begun:
-                found = max(found, (after - before) / (ended - begun))
-        return 0.0 if self._failed else found
-
-    def rate(self, since: float, until: float) -> float:
-        """From the last count before the one time to the last count before the other."""
-        if self._failed:
-            return 0.0
-        (begun, before), (ended, after) = (
-            self._seen[max(bisect_right(self._seen, (at, 0)) - 1, 0)] for at in (since, until)
-        )
-        return max(0, after - before) / (ended - begun) if ended > begun else 0.0
+        """Both ways, or the other has seen enough."""
+        if self.went.is_over(now, part_s):
+            return True
+        return self._full and self.went.is_steady(now, part_s) and self.came.is_steady(now, part_s)
 
 
 _Done = queue.SimpleQueue[tuple[_Stream, int, int]]

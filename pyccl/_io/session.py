@@ -832,7 +832,7 @@ class Session:
             return
         self._traffic_at = now
         slots = {peer: self._links.slot_of(peer) for peer in self.view.members}
-        self.table.carried({p: self.engine.received(slot) for p, slot in slots.items() if slot is not None}, now)
+        self.table.carried({p: self.engine.delivered(slot)[0] for p, slot in slots.items() if slot is not None}, now)
 
     def _watch_master(self, now: float) -> None:
         """A safe point needs the master, and so does an operation with a lost peer; none waits for one that stays away.

@@ -25,8 +25,9 @@ WORLD_MAX: Final[int] = lib.PYCCL_WORLD_MAX
 FETCH_BYTES_MAX: Final[int] = lib.PYCCL_PIECE_MAX
 LONG_RTT_S: Final = 0.005  # from here on losses and idle time cost more than a paced sender does
 _EVENTS_AT_ONCE: Final = 64
-_FOLD_ELEMENTS: Final = 1 << 16
-_FOLD_RUNS: Final = 8
+_TIMED_ELEMENTS: Final = 1 << 16
+_TIMED_RUNS: Final = 8
+_TIMED_BLOCK: Final = 1024
 _USER_TIMEOUT_LEAST_S: Final = 15.0  # of a relayed connection's two halves, as the engine's own
 _U32_MAX: Final = (1 << 32) - 1
 _SLICE_NS: Final = 100_000_000  # longest stay in C without a look at Python's signal handlers
@@ -261,6 +262,18 @@ class Engine:
         """Bytes received on the link so far; 0 for a slot that was removed."""
         stats = self._link_stats(slot)
         return 0 if stats is None else int(stats.rx_bytes)
+
+    def delivered(self, slot: int) -> tuple[int, bool]:
+        """Bytes that the other end's TCP has of ours, on the connections that stand, and whether the line is known to
+        take no more than it gets now; (0, True) for a slot that was removed."""
+        stats = self._link_stats(slot)
+        return (0, True) if stats is None else (int(stats.delivered_bytes), bool(stats.full))
+
+    def work(self, slot: int) -> tuple[int, float]:
+        """Bytes sent and received on all links, and the processor time in seconds of the thread that does it; zeros for
+        a slot that was removed."""
+        stats = self._link_stats(slot)
+        return (0, 0.0) if stats is None else (int(stats.moved_bytes), int(stats.cpu_ns) / NS)
 
     def _link_stats(self, slot: int) -> Any:
         """pyccl_link_stats; None for a slot that was removed."""
@@ -558,16 +571,34 @@ def chunk_digests(buffer: object) -> bytes:
 
 
 def fold_rate() -> float:
-    """Bytes per second that this process reads when it folds float32: the best of a few short runs."""
-    arrays = [ffi.new("float[]", _FOLD_ELEMENTS) for _ in range(2)]
+    """Bytes per second that this process reads when it folds float32."""
+    arrays = [ffi.new("float[]", _TIMED_ELEMENTS) for _ in range(2)]
     inputs = ffi.new("void *[]", arrays)
+    least_s = _least_s(
+        lambda: lib.pyccl_reduce(lib.PYCCL_FLOAT32, lib.PYCCL_SUM, inputs, _NULL, 2, _TIMED_ELEMENTS, arrays[0])
+    )
+    return float(2 * ffi.sizeof(arrays[0]) / least_s)
+
+
+def code_rate() -> float:
+    """Bytes per second of float32 that this process codes as uint8, or decodes: the mean of both."""
+    values = ffi.new("float[]", _TIMED_ELEMENTS)
+    kind = lib.PYCCL_CODEC_UINT8, lib.PYCCL_FLOAT32, _TIMED_BLOCK
+    codes = ffi.new("uint8_t[]", int(lib.pyccl_codec_size(kind[0], _TIMED_BLOCK, _TIMED_ELEMENTS)))
+    encode_s = _least_s(lambda: lib.pyccl_codec_encode(*kind, values, _TIMED_ELEMENTS, codes))
+    decode_s = _least_s(lambda: lib.pyccl_codec_decode(*kind, codes, _TIMED_ELEMENTS, values))
+    return float(2 * ffi.sizeof(values) / (encode_s + decode_s))
+
+
+def _least_s(run: Callable[[], int]) -> float:
+    """Of a few short runs."""
     best = float("inf")
-    for _ in range(_FOLD_RUNS):
+    for _ in range(_TIMED_RUNS):
         begun = time.perf_counter()
-        status = lib.pyccl_reduce(lib.PYCCL_FLOAT32, lib.PYCCL_SUM, inputs, _NULL, 2, _FOLD_ELEMENTS, arrays[0])
+        status = run()
         best = min(best, time.perf_counter() - begun)
-        check(status, "fold")
-    return float(2 * ffi.sizeof(arrays[0]) / best)
+        check(status, "timed")
+    return best
 
 
 FRAME_BYTES: Final[int] = lib.PYCCL_FRAME_SIZE

@@ -19,7 +19,7 @@ from typing import Final
 
 from pyccl._proto import limits
 from pyccl._proto.messages import Measured
-from pyccl._proto.topology import UNKNOWN, Network
+from pyccl._proto.topology import UNKNOWN, Cpu, Network
 
 CROWD_MAX: Final = 8  # members that one receives from at once
 ROUNDS_MAX: Final = 16  # of one call: with 17 members and more the rest is measured by the next
@@ -88,15 +88,15 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
     rate = [[UNKNOWN] * world for _ in range(world)]
     crowded = [[0] * world for _ in range(world)]
     trip: list[list[float | None]] = [[None] * world for _ in range(world)]
-    fold = [UNKNOWN] * world
+    cpu = [Cpu()] * world
     for peer, message in told.items():
-        j = rank_of.get(peer)
-        if j is None:
+        i = rank_of.get(peer)
+        if i is None:
             continue
-        fold[j] = float(message.fold) if message.fold else UNKNOWN
+        cpu[i] = Cpu(*(float(rate) if rate else UNKNOWN for rate in (message.move, message.fold, message.code)))
         for row in message.links:
-            i = rank_of.get(row.peer)
-            if i is None or i == j:
+            j = rank_of.get(row.peer)
+            if j is None or i == j:
                 continue
             if row.rate:
                 rate[i][j] = float(row.rate)
@@ -109,7 +109,7 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
     if not any(up):
         return None
     rates = _past_relays(rate, _relayed(rank_of, told))
-    return Network(_filled(up), _filled(down), rates, _delays(trip), tuple(fold))
+    return Network(_filled(up), _filled(down), rates, _delays(trip), tuple(cpu))
 
 
 def _relayed(rank_of: Mapping[bytes, int], told: Mapping[bytes, Measured]) -> set[Pair]:

@@ -22,7 +22,7 @@ from typing import Final
 
 from pyccl._proto import limits
 from pyccl._proto.ring_order import best_ring, ring_hops
-from pyccl._proto.shares import best_shares, direct_pace, equal_shares
+from pyccl._proto.shares import Work, best_shares, direct_pace, equal_shares
 
 UNKNOWN: Final = math.inf
 NEVER: Final = math.inf  # ring_from_bytes: no size is large enough
@@ -33,25 +33,36 @@ PIECE_S: Final = 0.01  # a piece takes the slowest host no longer, if it can be 
 LANES: Final = 8  # connections that a long link begins with; each has a piece under way
 LANE_S: Final = 0.1  # that a piece of the usual length may be under way on one, or two round trips
 LANES_LEAST: Final = 2  # one alone stands still with each loss
+CODED: Final = 0.252  # of float32 on the lines: codes of 8 bits and the heads of their blocks
 GAIN_LEAST: Final = 0.1  # a plan that predicts less gain than this is within what measurements differ by
 RING_GAIN_LEAST: Final = 0.25  # of a ring over direct: two lines of the model, each wrong by as much as this
 
 
 @dataclass(frozen=True, slots=True)
+class Cpu:
+    """Bytes per second that one thread of a host gets done: sends or receives; reads to add; has coded or decoded."""
+
+    move: float = UNKNOWN
+    fold: float = UNKNOWN
+    code: float = UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
 class Network:
     """By rank. up, down: bytes per second of a host, all its links together. rate[i][j]: from i to j alone.
-    delay[i][j]: one trip, seconds. fold: bytes per second that a host decodes and adds."""
+    delay[i][j]: one trip, seconds."""
 
     up: tuple[float, ...]
     down: tuple[float, ...]
     rate: tuple[tuple[float, ...], ...]
     delay: tuple[tuple[float, ...], ...]
-    fold: tuple[float, ...]
+    cpu: tuple[Cpu, ...]
 
     def __post_init__(self) -> None:
         world = len(self.up)
-        assert world > 0 and world == len(self.down) == len(self.rate) == len(self.delay) == len(self.fold)
-        assert all(0 < rate <= UNKNOWN for rate in (*self.up, *self.down, *self.fold))
+        assert world > 0 and world == len(self.down) == len(self.rate) == len(self.delay) == len(self.cpu)
+        assert all(0 < rate <= UNKNOWN for rate in (*self.up, *self.down))
+        assert all(0 < rate <= UNKNOWN for cpu in self.cpu for rate in (cpu.move, cpu.fold, cpu.code))
         for i in range(world):
             assert len(self.rate[i]) == len(self.delay[i]) == world
             assert all(0 <= rate <= UNKNOWN for rate in self.rate[i])
@@ -68,6 +79,10 @@ class Network:
     def pair(self, i: int, j: int) -> float:
         """As `host`, between two."""
         return min(self.rate[i][j], self.rate[j][i])
+
+    def works(self, part: float = 1.0) -> list[Work]:
+        """Of direct. part: what is on the lines of each byte of a vector; less than 1: it and the sum are coded."""
+        return [_work(cpu, self.world, part) for cpu in self.cpu]
 
     def hop(self, i: int, j: int) -> float:
         """A ring's host sends to one and receives from one."""
@@ -104,6 +119,7 @@ class Choice:
     direct: Line
     ring: Line
     piece_bytes: int = PIECE_BYTES
+    coded: Line = Line(0.0, 0.0)  # direct, with a codec of 8 bits
 
     def algorithm(self, size_bytes: float) -> str:
         return "ring" if size_bytes >= self.ring_from_bytes else "direct"
@@ -124,14 +140,25 @@ def _lanes(network: Network) -> int:
     return LANES if slowest == UNKNOWN else min(LANES, few(slowest, 2 * max(max(row) for row in network.delay)))
 
 
-def direct_line(network: Network, shares: Sequence[float], piece_bytes: int = PIECE_BYTES) -> Line:
+def _work(cpu: Cpu, world: int, part: float) -> Work:
+    """An engine has one thread for what it sends, receives, adds and codes."""
+    coded = 1 / cpu.code if part < 1 else 0.0
+    if world == 2:  # own vector coded, both decoded, added
+        return 2 * part / cpu.move + 2 / cpu.fold + 3 * coded, 0.0
+    return 2 * part / cpu.move + 2 * coded, 2 * (world - 2) * part / cpu.move + world * (1 / cpu.fold + coded)
+
+
+def direct_line(
+    network: Network, shares: Sequence[float], piece_bytes: int = PIECE_BYTES, part: float = 1.0
+) -> Line:
+    """part: as `Network.works`."""
     world = network.world
     if world == 1:
         return Line(0.0, 0.0)
     trip = max(max(row) for row in network.delay)
-    hosts = [network.host(i) for i in range(world)]
-    pairs = [[network.pair(i, j) for j in range(world)] for i in range(world)]
-    pace = direct_pace(hosts, pairs, network.fold, shares)
+    hosts = [network.host(i) / part for i in range(world)]
+    pairs = [[network.pair(i, j) / part for j in range(world)] for i in range(world)]
+    pace = direct_pace(hosts, pairs, network.works(part), shares)
     if world == 2:  # whole vectors are swapped: nothing comes back
         return Line(2 * trip, pace)
     lag = max(max((1 - s) / network.down[i], (world - 1) * s / network.up[i]) for i, s in enumerate(shares))
@@ -145,14 +172,15 @@ def ring_line(network: Network, order: Sequence[int], piece_bytes: int = PIECE_B
         return Line(0.0, 0.0)
     hops = ring_hops(order)
     slowest = min(network.hop(i, j) for i, j in hops)
-    folding = min(network.fold) * world  # each folds its N-th of the vector at every step
-    pace = 2 * (world - 1) / world / slowest if slowest > 0 else math.inf
+    passes = 2 * (world - 1) / world  # vectors that each sends, and receives; half of them are added to its own
+    work = max(passes * (2 / cpu.move + 1 / cpu.fold) for cpu in network.cpu)
+    pace = max(work, passes / slowest if slowest > 0 else math.inf)
     trips = [network.delay[i][j] for i, j in hops]
     least = min(a + b for a, b in zip(trips, trips[1:] + trips[:1], strict=True))
     done = max(max(row) for row in network.delay)
     lag = sum(1 / network.hop(i, j) for i, j in hops) if slowest > 0 else 0.0  # of a piece's way round
     begun = float(_lanes(network) * piece_bytes)
-    return Line(2 * sum(trips) - least + done, max(pace, (world - 1) / folding), begun, lag)
+    return Line(2 * sum(trips) - least + done, pace, begun, lag)
 
 
 def best_piece(network: Network) -> int:
@@ -170,7 +198,7 @@ def choose(network: Network, effort: int) -> Choice:
     hosts = [network.host(i) for i in range(world)]
     pairs = [[network.pair(i, j) for j in range(world)] for i in range(world)]
     hop_rates = [[network.hop(i, j) for j in range(world)] for i in range(world)]
-    shares = best_shares(hosts, pairs, network.fold, effort)
+    shares = best_shares(hosts, pairs, network.works(), effort)
     order = best_ring(hop_rates, network.delay, effort)
     return judged(network, shares, order, piece_bytes=best_piece(network))
 
@@ -187,7 +215,8 @@ def judged(
     direct, ring = direct_line(network, shares, piece_bytes), ring_line(network, order, piece_bytes)
     if ring_from_bytes is None:
         ring_from_bytes = _ring_from(direct, ring, network.world)
-    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes)
+    coded = direct_line(network, shares, piece_bytes, CODED)
+    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes, coded)
 
 
 def default(network: Network) -> Choice:
@@ -196,9 +225,12 @@ def default(network: Network) -> Choice:
 
 
 def is_better(found: Choice, present: Choice) -> bool:
-    """Of large and of small operations neither takes longer, and one gains what counts as a gain."""
+    """Of large and of small operations neither takes longer, and one gains what counts as a gain. With a codec, where
+    processors count for more than lines, it is not so much slower either."""
     sizes = (SMALL_BYTES, REFERENCE_BYTES)
     gains = [found.seconds(size) < present.seconds(size) * (1 - GAIN_LEAST) for size in sizes]
+    if any(found.coded.seconds(size) > present.coded.seconds(size) * (1 + GAIN_LEAST) for size in sizes):
+        return False
     return any(gains) and all(found.seconds(size) <= present.seconds(size) for size in sizes)
 
 

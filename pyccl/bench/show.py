@@ -129,8 +129,9 @@ def topology(result: TopologyResult) -> list[str]:
         [name, *_spread(summary), result.algorithms[name]] for name, summary in result.seconds.items()
     ]  # fmt: skip
     predicted = "nothing" if result.predicted_s is None else seconds(result.predicted_s)
+    coded = " as uint8" if plan.coded else ""
     return [
-        f"all-reduce of {plan.size_bytes / MIB:g} MiB of float32, {len(scenario.hosts)} peers",
+        f"all-reduce of {plan.size_bytes / MIB:g} MiB of float32{coded}, {len(scenario.hosts)} peers",
         f"scenario {scenario.name}: {scenario.description}",
         f"{plan.iterations} iterations after {plan.warmup} to warm up; timed from first start to last return",
         "",

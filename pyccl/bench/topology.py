@@ -24,11 +24,13 @@ EFFORT: Final = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. size_bytes: of each peer's float32 tensor; warmup: rounds before those that count, each time."""
+    """What to measure. size_bytes: of each peer's float32 tensor; warmup: rounds before those that count, each time;
+    coded: as uint8, which the bound knows nothing of."""
 
     size_bytes: int = 8 << 20
     iterations: int = 5
     warmup: int = 2
+    coded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Result:
             "plans": self.plans,
             "predicted_s": self.predicted_s,
             "bound_s": self.bound_s,
+            "predicted_to_planned": None if self.predicted_s is None else self.predicted_s / self.seconds[PLANNED].median,
             "planned_to_bound": self.to_bound,
             "equal_ring_to_planned": self.ring_to_planned,
         }
@@ -98,7 +101,8 @@ def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
     measured_s = max(report["measured_s"] for report in reports)
     predicted_s = None
     for found in reports[0]["plans"]:
-        line = found[("" if found["adopt"] else "present_") + algorithms[PLANNED]]
+        kind = "coded" if plan.coded and algorithms[PLANNED] == "direct" else algorithms[PLANNED]
+        line = found[("" if found["adopt"] else "present_") + kind]
         predicted_s = planner.Line(*line).seconds(plan.size_bytes)
     best = planner.choose(network_of(scenario), EFFORT)
     bound_s = min(best.direct.least_s(plan.size_bytes), best.ring.least_s(plan.size_bytes))
@@ -113,7 +117,7 @@ def network_of(scenario: Scenario) -> planner.Network:
         down=tuple(_bytes_s(host.down.rate) for host in scenario.hosts),
         rate=tuple(tuple(_bytes_s(scenario.rate(i, j)) if i != j else planner.UNKNOWN for j in ranks) for i in ranks),
         delay=tuple(tuple(scenario.delay_ns(i, j) / 1e9 if i != j else 0.0 for j in ranks) for i in ranks),
-        fold=(planner.UNKNOWN,) * len(ranks),
+        cpu=(planner.Cpu(),) * len(ranks),
     )
 
 

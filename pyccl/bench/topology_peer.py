@@ -30,6 +30,7 @@ class Settings:
     size_bytes: int
     iterations: int
     warmup: int
+    coded: bool
     ahead_ns: int
 
 
@@ -63,7 +64,9 @@ def _reduced(
         control.say("beat")
         start_together(comm, settings.ahead_ns)
         starts_ns.append(time.monotonic_ns())
-        ran = comm.all_reduce(x, op="avg", algorithm=algorithm, timeout=OPERATION_TIMEOUT_S).algorithm
+        ran = comm.all_reduce(
+            x, op="avg", quantize="uint8" if settings.coded else None, algorithm=algorithm, timeout=OPERATION_TIMEOUT_S
+        ).algorithm
         ends_ns.append(time.monotonic_ns())
         comm.barrier(timeout=OPERATION_TIMEOUT_S)
     return {"starts_ns": starts_ns[settings.warmup :], "ends_ns": ends_ns[settings.warmup :], "algorithm": ran}

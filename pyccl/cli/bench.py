@@ -210,9 +210,10 @@ def scale_command(worlds: tuple[int, ...], size_bytes: int, iters: int, warmup: 
 @_mib("Size of each peer's tensor.", 8)
 @_iters(5)
 @click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
+@click.option("--coded", is_flag=True, help="As uint8 codes, all three.")
 @_AS_JSON
 def topology_command(
-    name: str, world: int | None, seed: int | None, mib: float, iters: int, warmup: int, as_json: bool
+    name: str, world: int | None, seed: int | None, mib: float, iters: int, warmup: int, coded: bool, as_json: bool
 ) -> None:
     """Time an all-reduce with equal shares, round an equal ring and by the plan of optimize_topology, and compare the
     last with what the plan predicted and with what the lines allow. Needs root and iproute2.
@@ -221,7 +222,7 @@ def topology_command(
         scenario = netlab.load(name).with_options(hosts=world, seed=seed)
     except netlab.ScenarioError as error:
         raise click.UsageError(str(error)) from error
-    plan = topology.Plan(size_bytes=max(1, int(mib * MIB) // 4) * 4, iterations=iters, warmup=warmup)
+    plan = topology.Plan(size_bytes=max(1, int(mib * MIB) // 4) * 4, iterations=iters, warmup=warmup, coded=coded)
 
     def measure() -> topology.Result:
         with Children() as children:

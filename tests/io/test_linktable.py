@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyccl._io.linktable import FRESH_S, LinkTable
 from pyccl._proto import limits
 from pyccl._proto.messages import LinkMeasure, Measured
+from pyccl._proto.topology import Cpu
 
 A, B, C = (bytes([n]) * 16 for n in (1, 2, 3))
 
@@ -14,7 +15,8 @@ def measured() -> LinkTable:
     for peer, rate in ((A, 1000.0), (B, 4000.0)):
         table.measured(peer, rate, 0.02, now=0.0)
         table.crowded(peer, rate / 2)
-    table.folds(1e9)
+    table.works(Cpu(2e9, 1e9, 3e9))
+    table.works(Cpu(0.0, 0.0, 4e9))
     return table
 
 
@@ -25,7 +27,8 @@ def rates(table: LinkTable) -> dict[bytes, int]:
 
 def test_what_was_measured_is_told_once() -> None:
     table = measured()
-    told = Measured(10**9, (LinkMeasure(A, 1000, 500, 20_000), LinkMeasure(B, 4000, 2000, 20_000)))
+    links = LinkMeasure(A, 1000, 500, 20_000), LinkMeasure(B, 4000, 2000, 20_000)
+    told = Measured(2 * 10**9, 10**9, 4 * 10**9, links)
     assert table.news((A, B, C)) == told
     assert table.news((A, B, C)) is None
     table.measured(B, 4100.0, 0.02, now=1.0)
@@ -82,16 +85,16 @@ def test_who_left_is_forgotten_and_not_told_of() -> None:
 def test_what_is_told_keeps_the_limits_of_the_wire() -> None:
     table = LinkTable()
     table.measured(A, 1e30, 1e9, now=0.0)
-    assert table.news((A,)) == Measured(0, (LinkMeasure(A, limits.RATE_MAX, 0, limits.RTT_US_MAX),))
+    assert table.news((A,)) == Measured(0, 0, 0, (LinkMeasure(A, limits.RATE_MAX, 0, limits.RTT_US_MAX),))
 
 
 def test_a_link_that_comes_to_be_relayed_is_news_measured_or_not() -> None:
     table = LinkTable()
     table.measured(A, 1000.0, 0.0, 1.0)
-    assert table.news((A, B)) == Measured(0, (LinkMeasure(A, 1000, 0, 0),))
-    assert table.news((A, B), {B}) == Measured(0, (LinkMeasure(A, 1000, 0, 0), LinkMeasure(B, 0, 0, 0, True)))
+    assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
+    assert table.news((A, B), {B}) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0), LinkMeasure(B, 0, 0, 0, True)))
     assert table.news((A, B), {B}) is None
-    assert table.news((A, B)) == Measured(0, (LinkMeasure(A, 1000, 0, 0),))
+    assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
     assert table.news((A, B)) is None
-    assert table.news((A, B), {A}) == Measured(0, (LinkMeasure(A, 1000, 0, 0, True),))
-    assert table.news((A, B)) == Measured(0, (LinkMeasure(A, 1000, 0, 0),))
+    assert table.news((A, B), {A}) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0, True),))
+    assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyccl._io import measure
-from pyccl._proto import topology
+from pyccl._proto import measuring, topology
 
 MANY = 8
 TIMEOUT_S = 30.0
@@ -18,16 +17,16 @@ SLOW, FAST = 2.5e6, 50e6
 
 
 class Lab:
-    """Lines between members, as threads: what the probe of one sees depends on how many connections the other uses."""
+    """Lines between members, as threads: what the probe of one sees depends on how many connections it uses."""
 
     def __init__(self, world: int, rate: Callable[[int, int, int], float]) -> None:
         """rate: (from, to, connections) -> bytes per second."""
         self.world, self.rate = world, rate
         self.members = tuple(bytes([n]) * 16 for n in range(world))
         self.uses = {(i, j): MANY for i in range(world) for j in range(world)}
-        self.first: dict[tuple[int, int], float] = {}  # where the first round saw something else than `rate`
-        self.seen: dict[int, dict[int, float]] = {}  # by whom, of whom: in the end
-        self.probed: list[tuple[int, int]] = []  # to, from
+        self.first: dict[tuple[int, int], float] = {}  # (from, to) where the first round saw something else than `rate`
+        self.seen: dict[int, dict[int, float]] = {}  # from whom, to whom: in the end
+        self.probed: list[tuple[int, int]] = []  # from, to
         self.told: dict[int, list[bytes]] = {}
         self.barrier = threading.Barrier(world)
         self.failed: list[BaseException] = []
@@ -41,7 +40,7 @@ class Lab:
     def run(self, gather: Callable[[int, bytes], Any] | None = None) -> None:
         def member(rank: int) -> None:
             others = [j for j in range(self.world) if j != rank]
-            rates = {j: self.first.get((j, rank), self.rate(j, rank, MANY)) for j in others}
+            rates = {j: self.first.get((rank, j), self.rate(rank, j, MANY)) for j in others}
             seen = {self.members[j]: (rate, 0.02) for j, rate in rates.items()}
             ask = gather or self.gather
             try:
@@ -75,7 +74,7 @@ class Probe(measure._Probe):
     def rates(self, peers: Any, rtt_s: float) -> list[float]:
         (peer,) = peers
         self.lab.probed.append((self.rank, peer[0]))
-        return [self.lab.rate(peer[0], self.rank, self.lab.uses[peer[0], self.rank])]
+        return [self.lab.rate(self.rank, peer[0], self.lab.uses[self.rank, peer[0]])]
 
 
 def of_hosts(up: list[float], down: list[float]) -> Callable[[int, int, int], float]:
@@ -101,14 +100,14 @@ def test_who_is_slower_with_fewer_gets_them_all_back() -> None:
 
 
 def test_pair_that_looks_odd_measures_again_as_it_is_and_the_better_figure_counts() -> None:
-    """What was seen of 0 by 1 was a busy processor; what is seen again of 1 by 0 is less than before."""
+    """What was seen from 0 to 1 was a busy processor; what is seen again from 1 to 0 is less than before."""
     lab = Lab(4, of_hosts([FAST] * 4, [FAST] * 4))
     lab.first = {(0, 1): 0.45 * FAST, (1, 0): 1.1 * FAST, (2, 3): 0.7 * FAST}
     lab.run()
     assert not lab.failed
     assert sorted(lab.probed) == [(0, 1), (1, 0)]
     assert set(lab.uses.values()) == {MANY}
-    assert lab.seen[1][0] == FAST and lab.seen[0][1] == 1.1 * FAST and lab.seen[3][2] == 0.7 * FAST
+    assert lab.seen[0][1] == FAST and lab.seen[1][0] == 1.1 * FAST and lab.seen[2][3] == 0.7 * FAST
 
 
 def test_where_nothing_is_slow_there_is_one_gather_and_no_round() -> None:
@@ -118,9 +117,9 @@ def test_where_nothing_is_slow_there_is_one_gather_and_no_round() -> None:
     assert {len(turns) for turns in lab.told.values()} == {1}
 
 
-@pytest.mark.parametrize("fails_at", [2, 3, 4, 5])
+@pytest.mark.parametrize("fails_at", [2, 3, 4])
 def test_what_was_not_seen_to_be_enough_is_taken_back_when_it_fails(fails_at: int) -> None:
-    """At a round, or before the verdicts."""
+    """At one of the three rounds. What was seen before that stays; a last round some have ended, others not."""
     lab = Lab(4, of_hosts([SLOW] * 4, [SLOW] * 4))
 
     def gather(rank: int, mine: bytes) -> Any:
@@ -129,7 +128,13 @@ def test_what_was_not_seen_to_be_enough_is_taken_back_when_it_fails(fails_at: in
         return lab.gather(rank, mine)
 
     lab.run(gather)
-    assert len(lab.failed) == 4 and set(lab.uses.values()) == {MANY}
+    every = [(i, j) for j in range(4) for i in range(j)]
+    at = {pair: k for k, pairs in enumerate(measuring.rounds(4, every)) for pair in pairs}
+    assert len(lab.failed) == 4
+    for (i, j), use in lab.uses.items():
+        number = at.get((min(i, j), max(i, j)), fails_at)
+        allowed = {topology.LANES_LEAST} if number < fails_at - 3 else {MANY}
+        assert use in allowed or number == fails_at - 3, (i, j)
 
 
 def test_numbers_that_are_none_are_not_used() -> None:
@@ -160,46 +165,58 @@ def test_numbers_that_are_none_are_not_used() -> None:
     assert len(used) == 3  # the user has said how many
 
 
-def stream_of(
-    rates: list[tuple[float, float]], rtt_s: float, monkeypatch: pytest.MonkeyPatch
-) -> tuple[measure._Stream, float]:
+def curve_of(rates: list[tuple[float, float]]) -> tuple[measure.Curve, float]:
     """After so many seconds each at so many bytes per second, looked at every 20 ms; and when that is over."""
-    now, received = [100.0], [0.0]
-
-    class Source:
-        def received(self, peer: bytes) -> int:
-            return int(received[0])
-
-        def ask(self, peer: bytes, size: int, then: Callable[[int], None]) -> int:
-            return 1
-
-    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
-    source: Any = Source()
-    stream = measure._Stream(source, b"p" * 16, rtt_s, queue.SimpleQueue())
+    now, count = 100.0, 0.0
+    curve = measure.Curve(now, 0)
     for seconds, rate in rates:
         for _ in range(round(seconds / 0.02)):
-            now[0] += 0.0201
-            received[0] += 0.0201 * rate
-            stream.sample(now[0])
-    return stream, now[0]
+            now += 0.0201
+            count += 0.0201 * rate
+            curve.add(now, int(count), 0.09)
+    return curve, now
 
 
 SLOW_START = [(0.1, 1e6), (0.1, 2e6), (0.1, 4e6), (0.1, 8e6), (0.1, 16e6), (0.1, 32e6)]
 
 
-def test_what_connections_rise_from_is_not_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_connections_rise_from_is_not_steady() -> None:
     """Two parts of 0.4 s made about as much: one ends in the line's rate, in the next losses are repaired."""
     lossy = [*SLOW_START, (0.1, 50e6), (0.1, 10e6), (0.3, 25e6)]
-    stream, now = stream_of(lossy, 0.09, monkeypatch)
-    before, last = stream.rate(now - 0.8, now - 0.4), stream.rate(now - 0.4, now)
+    curve, now = curve_of(lossy)
+    before, last = curve.rate(now - 0.8, now - 0.4), curve.rate(now - 0.4, now)
     assert 0.75 * max(before, last) < min(before, last)
-    assert not stream.is_steady(now, 0.4)
-    stream, now = stream_of([*lossy, (1.0, 40e6)], 0.09, monkeypatch)
-    assert stream.is_steady(now, 0.4)
-    assert stream.best(0.8) == pytest.approx(40e6, rel=0.05)
+    assert not curve.is_steady(now, 0.4)
+    curve, now = curve_of([*lossy, (1.4, 40e6)])
+    assert curve.is_steady(now, 0.4)
+    assert curve.rate(*measure.best_time([curve], 0.8)) == pytest.approx(40e6, rel=0.05)
 
 
-def test_line_that_is_slow_from_the_start_has_risen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, now = stream_of([(0.9, 2e6)], 0.03, monkeypatch)
-    assert stream.risen_at < now - 0.8 and stream.is_steady(now, 0.3)
-    assert stream.best(0.4) == pytest.approx(2e6, rel=0.05)
+def test_line_that_is_slow_from_the_start_has_risen_at_once() -> None:
+    curve, now = curve_of([(1.2, 2e6)])
+    assert curve.risen_at < now - 1.1 and curve.is_steady(now, 0.3)
+    assert curve.rate(*measure.best_time([curve], 0.4)) == pytest.approx(2e6, rel=0.05)
+
+
+def test_pace_that_still_rises_is_not_steady() -> None:
+    """By six percent in each part, as senders do that were paced below what the line takes."""
+    climb = [(0.4, 20e6 * 1.06**n) for n in range(4)]
+    curve, now = curve_of([(0.1, 20e6), *climb])
+    assert not curve.is_steady(now, 0.4)
+    curve, now = curve_of([(0.1, 20e6), *((seconds, 20e6) for seconds, _ in climb)])
+    assert curve.is_steady(now, 0.4)
+
+
+def test_who_is_asked_for_nothing_more_is_over() -> None:
+    curve, now = curve_of([(1.0, 20e6), (0.5, 0.0)])
+    assert curve.is_over(now, 0.4) and not curve.is_steady(now, 0.4)
+    curve, now = curve_of([(1.0, 20e6), (0.5, 3e6)])
+    assert not curve.is_over(now, 0.4)
+
+
+def test_links_that_take_turns_on_a_line_make_what_it_carries_together() -> None:
+    """Each at its best makes three quarters of the line; both at the same time the line."""
+    a, _ = curve_of([(0.5, 30e6), (0.5, 10e6)])
+    b, _ = curve_of([(0.5, 10e6), (0.5, 30e6)])
+    since, until = measure.best_time([a, b], 0.5)
+    assert a.rate(since, until) + b.rate(since, until) == pytest.approx(40e6, rel=0.01)

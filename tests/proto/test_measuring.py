@@ -10,7 +10,7 @@ import pytest
 
 from pyccl._proto import measuring, topology
 from pyccl._proto.messages import LinkMeasure, Measured
-from pyccl._proto.topology import UNKNOWN
+from pyccl._proto.topology import UNKNOWN, Cpu
 
 
 def peer_id(n: int) -> bytes:
@@ -58,16 +58,16 @@ def test_in_the_crowd_all_receive_from_as_many_as_they_send_to(world: int) -> No
 def test_a_host_is_as_fast_as_all_its_links_together_a_pair_as_it_was_alone() -> None:
     a, b, c = (peer_id(n) for n in (1, 2, 3))
     told = {
-        a: Measured(900, (LinkMeasure(b, 100, 40, 20_000), LinkMeasure(c, 30, 25, 80_000))),
-        b: Measured(0, (LinkMeasure(a, 90, 50, 30_000), LinkMeasure(c, 30, 15, 0))),
-        c: Measured(800, (LinkMeasure(a, 60, 40, 60_000), LinkMeasure(b, 60, 50, 0))),
+        a: Measured(1100, 900, 0, (LinkMeasure(b, 100, 40, 20_000), LinkMeasure(c, 30, 25, 80_000))),
+        b: Measured(0, 0, 0, (LinkMeasure(a, 90, 50, 30_000), LinkMeasure(c, 30, 15, 0))),
+        c: Measured(0, 800, 700, (LinkMeasure(a, 60, 40, 60_000), LinkMeasure(b, 60, 50, 0))),
     }
     network = measuring.network((a, b, c), told)
     assert network is not None
-    assert network.rate[1][0] == 100.0 and network.rate[0][1] == 90.0 and network.rate[2][1] == 30.0
-    assert network.down == (100.0, 90.0, 90.0)  # c: 40 + 50 in the crowd, 60 alone
-    assert network.up == (90.0, 100.0, 40.0)  # a: 50 + 40; b: 40 + 50, 100 alone; c: 25 + 15, 30 alone
-    assert network.fold == (900.0, UNKNOWN, 800.0)
+    assert network.rate[0][1] == 100.0 and network.rate[1][0] == 90.0 and network.rate[1][2] == 30.0
+    assert network.up == (100.0, 90.0, 90.0)  # c: 40 + 50 in the crowd, 60 alone
+    assert network.down == (90.0, 100.0, 40.0)  # a: 50 + 40; b: 40 + 50, 100 alone; c: 25 + 15, 30 alone
+    assert network.cpu == (Cpu(1100.0, 900.0), Cpu(), Cpu(UNKNOWN, 800.0, 700.0))
     assert network.delay[0] == (0.0, 0.01, 0.03) and network.delay[2][0] == 0.03
     assert network.delay[1][2] == 0.03  # not measured: the middle one of all that were
 
@@ -75,13 +75,13 @@ def test_a_host_is_as_fast_as_all_its_links_together_a_pair_as_it_was_alone() ->
 def test_a_host_that_nobody_measured_counts_as_the_middle_one() -> None:
     peers = tuple(peer_id(n) for n in range(1, 5))
     told = {
-        peers[0]: Measured(0, (LinkMeasure(peers[1], 10, 0, 0), LinkMeasure(peers[2], 30, 0, 0))),
-        peers[1]: Measured(0, (LinkMeasure(peers[0], 20, 0, 0),)),
+        peers[0]: Measured(0, 0, 0, (LinkMeasure(peers[1], 10, 0, 0), LinkMeasure(peers[2], 30, 0, 0))),
+        peers[1]: Measured(0, 0, 0, (LinkMeasure(peers[0], 20, 0, 0),)),
     }
     network = measuring.network(peers, told)
     assert network is not None
-    assert network.up[:3] == (20.0, 10.0, 30.0) and network.up[3] == 20.0
-    assert network.rate[3][0] == UNKNOWN
+    assert network.down[:3] == (20.0, 10.0, 30.0) and network.down[3] == 20.0
+    assert network.rate[3][0] == network.rate[0][3] == UNKNOWN
     assert all(math.isfinite(delay) for row in network.delay for delay in row)
 
 
@@ -89,7 +89,7 @@ def relayed_pairs(world: int, *pairs: tuple[int, int]) -> measuring.Network:
     """Who is named first in a pair has told of the relay; all was measured, at 100."""
     told = {
         peer_id(n): Measured(
-            0, tuple(LinkMeasure(peer_id(m), 100, 0, 0, (n, m) in pairs) for m in range(world) if m != n)
+            *(0, 0, 0), tuple(LinkMeasure(peer_id(m), 100, 0, 0, (n, m) in pairs) for m in range(world) if m != n)
         )
         for n in range(world)
     }
@@ -115,9 +115,9 @@ def test_where_everybody_is_in_a_relayed_pair_these_count_half() -> None:
 def test_of_strangers_and_of_itself_nobody_can_tell_anything() -> None:
     a, b, gone = (peer_id(n) for n in (1, 2, 9))
     assert measuring.network((a, b), {}) is None
-    assert measuring.network((a, b), {a: Measured(5, (LinkMeasure(gone, 10, 10, 10),))}) is None
-    assert measuring.network((a, b), {gone: Measured(5, (LinkMeasure(a, 10, 10, 10),))}) is None
-    assert measuring.network((a, b), {a: Measured(5, (LinkMeasure(a, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {a: Measured(0, 5, 0, (LinkMeasure(gone, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {gone: Measured(0, 5, 0, (LinkMeasure(a, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {a: Measured(0, 5, 0, (LinkMeasure(a, 10, 10, 10),))}) is None
 
 
 def test_a_rate_on_the_wire_is_bounded() -> None:

@@ -12,7 +12,7 @@ from scipy import optimize
 
 from pyccl._proto import ring_order, shares, topology
 from pyccl._proto.planning import plan_of
-from pyccl._proto.topology import NEVER, UNKNOWN, Choice, Line, Network
+from pyccl._proto.topology import NEVER, UNKNOWN, Choice, Cpu, Line, Network
 
 MBIT = 125_000.0  # bytes per second
 MANY = 10_000_000
@@ -24,16 +24,19 @@ def network(
     rate: list[list[float]] | None = None,
     delay: float | list[list[float]] = 0.01,
     fold: list[float] | None = None,
+    move: list[float] | None = None,
+    code: float = UNKNOWN,
 ) -> Network:
     world = len(up)
     rates = rate or [[UNKNOWN] * world for _ in range(world)]
     delays = delay if isinstance(delay, list) else [[delay] * world for _ in range(world)]
-    folds = tuple(fold or [UNKNOWN] * world)
-    return Network(tuple(up), tuple(down or up), tuple(map(tuple, rates)), tuple(map(tuple, delays)), folds)
+    unknown = [UNKNOWN] * world
+    cpu = tuple(Cpu(*rates, code) for rates in zip(move or unknown, fold or unknown, strict=True))
+    return Network(tuple(up), tuple(down or up), tuple(map(tuple, rates)), tuple(map(tuple, delays)), cpu)
 
 
 def random_network(seed: int, world: int) -> Network:
-    """Hosts on different lines, pairs that are slower than those in about half of the cases, folds now and then."""
+    """Hosts on different lines, pairs that are slower than those in about half of the cases, slow processors too."""
     rng = random.Random(seed)
     up = [rng.choice([20, 50, 100, 400, 1000]) * rng.uniform(0.8, 1.2) for _ in range(world)]
     down = [rng.choice([50, 100, 400]) * rng.uniform(0.8, 1.2) for _ in range(world)]
@@ -44,7 +47,8 @@ def random_network(seed: int, world: int) -> Network:
     ]
     delay = [[rng.uniform(0.0, 0.1) for _ in range(world)] for _ in range(world)]
     fold = [rng.uniform(50, 500) if rng.random() < 0.3 else UNKNOWN for _ in range(world)]
-    return network(up, down, rate, delay, fold)
+    move = [rng.uniform(20, 500) if rng.random() < 0.3 else UNKNOWN for _ in range(world)]
+    return network(up, down, rate, delay, fold, move)
 
 
 def parts(of: Network) -> tuple[list[float], list[list[float]]]:
@@ -61,8 +65,8 @@ def pace_by_corners(of: Network) -> float:
         unit = [float(k == i) for k in range(world)]
         lines.append(([*(-u for u in unit), 0.0], 0.0))
         lines.append(([*((world - 2) * u for u in unit), -hosts[i]], -1.0))
-        if of.fold[i] < math.inf:
-            lines.append(([*(world * u for u in unit), -of.fold[i]], 0.0))
+        move, fold = of.cpu[i].move, of.cpu[i].fold
+        lines.append(([*((2 * (world - 2) / move + world / fold) * u for u in unit), -1.0], -2 / move))
         for j in [j for j in range(i) if pairs[i][j] < math.inf]:
             lines.append(([*(float(k in (i, j)) for k in range(world)), -pairs[i][j]], 0.0))  # noqa: PERF401
     total = ([1.0] * world + [0.0], 1.0)
@@ -93,7 +97,7 @@ def test_three_fast_hosts_and_a_home_line_beat_an_equal_ring_by_half() -> None:
 
 @pytest.mark.parametrize("seed", range(150))
 def test_shares_are_as_fast_as_another_solver_s(seed: int) -> None:
-    """Up to 12 uneven hosts, slow pairs and slow folds, against scipy's HiGHS."""
+    """Up to 12 uneven hosts, slow pairs and slow processors, against scipy's HiGHS."""
     rng = random.Random(f"oracle {seed}")
     of = random_network(rng.getrandbits(32), rng.randint(3, 12))
     hosts, pairs = parts(of)
@@ -103,18 +107,18 @@ def test_shares_are_as_fast_as_another_solver_s(seed: int) -> None:
         unit = np.eye(world)[i]
         lines.append([*((world - 2) * unit), -hosts[i]])
         bounds.append(-1.0)
-        if of.fold[i] < UNKNOWN:
-            lines.append([*(world * unit), -of.fold[i]])
-            bounds.append(0.0)
+        move, fold = of.cpu[i].move, of.cpu[i].fold
+        lines.append([*((2 * (world - 2) / move + world / fold) * unit), -1.0])
+        bounds.append(-2 / move)
         for j in range(i):
             lines.append([*(unit + np.eye(world)[j]), -pairs[i][j]])
             bounds.append(0.0)
     cost = [0.0] * world + [1.0]
     solved = optimize.linprog(cost, lines, bounds, [[1.0] * world + [0.0]], [1.0], method="highs")
     assert solved.status == 0
-    found = shares.best_shares(hosts, pairs, of.fold, MANY)
+    found = shares.best_shares(hosts, pairs, of.works(), MANY)
     assert sum(found) == pytest.approx(1.0) and min(found) >= 0
-    pace = shares.direct_pace(hosts, pairs, of.fold, found)
+    pace = shares.direct_pace(hosts, pairs, of.works(), found)
     assert solved.fun * (1 - 1e-6) <= pace <= solved.fun * (1 + 1e-5)
 
 
@@ -166,6 +170,33 @@ def test_host_that_folds_slowly_owns_less() -> None:
     choice = topology.choose(network([100.0] * 4, fold=[10.0, UNKNOWN, UNKNOWN, UNKNOWN]), MANY)
     assert choice.shares[0] < 0.05 < choice.shares[1]
     assert choice.direct.pace == pytest.approx(pace_by_corners(network([100.0] * 4, fold=[10.0, *[UNKNOWN] * 3])))
+
+
+def test_host_that_moves_little_in_a_second_owns_less() -> None:
+    """Its line would carry as much as the others'; all that it sends and receives goes through one thread."""
+    of = network([100.0] * 4, move=[120.0, *[UNKNOWN] * 3])
+    choice = topology.choose(of, MANY)
+    assert choice.shares[0] < 0.15 < choice.shares[1]
+    assert choice.direct.pace == pytest.approx(pace_by_corners(of))
+
+
+def test_with_a_codec_less_goes_over_the_lines_and_processors_code_it() -> None:
+    shares_ = (1 / 3,) * 3
+    lines = topology.direct_line(network([100.0] * 3), shares_)
+    fast = topology.direct_line(network([100.0] * 3, code=1e9), shares_, part=topology.CODED)
+    assert fast.pace == pytest.approx(topology.CODED * lines.pace)
+    slow = topology.direct_line(network([100.0] * 3, code=20.0), shares_, part=topology.CODED)
+    assert slow.pace == pytest.approx(3 / 20)  # input and sum coded: 1; all of an own third and the others' sums: 2
+    pair = topology.direct_line(network([100.0] * 2, code=20.0), (0.5, 0.5), part=topology.CODED)
+    assert pair.pace == pytest.approx(3 / 20)
+
+
+def test_plan_that_is_far_slower_with_a_codec_is_not_better() -> None:
+    def taking(raw: float, coded: float) -> Choice:
+        return Choice((1.0,), (0,), NEVER, Line(raw, 0.0), Line(raw, 0.0), coded=Line(coded, 0.0))
+
+    assert topology.is_better(taking(0.5, 1.05), taking(1.0, 1.0))
+    assert not topology.is_better(taking(0.5, 1.2), taking(1.0, 1.0))
 
 
 def test_where_everybody_lacks_a_link_direct_is_impossible_and_the_ring_goes_round_them() -> None:
@@ -258,9 +289,9 @@ def test_a_little_better_is_not_better() -> None:
 def test_shares_are_as_fast_as_the_best_corner(seed: int) -> None:
     of = random_network(seed, 5 if seed % 20 == 0 else 3 + seed % 2)
     hosts, pairs = parts(of)
-    found = shares.best_shares(hosts, pairs, of.fold, MANY)
+    found = shares.best_shares(hosts, pairs, of.works(), MANY)
     assert sum(found) == pytest.approx(1.0) and min(found) >= 0
-    assert shares.direct_pace(hosts, pairs, of.fold, found) == pytest.approx(pace_by_corners(of), rel=1e-6)
+    assert shares.direct_pace(hosts, pairs, of.works(), found) == pytest.approx(pace_by_corners(of), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -269,8 +300,8 @@ def test_closed_form_is_the_linear_program_where_hosts_alone_count(seed: int) ->
     of = network([rng.uniform(1, 100) for _ in range(3 + seed % 2)])
     hosts, pairs = parts(of)
     pace = max(1 / min(hosts), (2 * of.world - 2) / sum(hosts))
-    found = shares.best_shares(hosts, pairs, of.fold, effort=0)
-    assert shares.direct_pace(hosts, pairs, of.fold, found) == pytest.approx(pace)
+    found = shares.best_shares(hosts, pairs, of.works(), effort=0)
+    assert shares.direct_pace(hosts, pairs, of.works(), found) == pytest.approx(pace)
     assert pace == pytest.approx(pace_by_corners(of))
 
 
