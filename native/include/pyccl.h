@@ -191,6 +191,10 @@ pyccl_status pyccl_outer_sgd(uint8_t dtype, void *theta, void *momentum, const v
 /* out[i] = a[i] - b[i]. The arrays are aligned for float and do not overlap. */
 void pyccl_difference(const float *a, const float *b, size_t count, float *out);
 
+/* late[i] += (g[i] - before[i]) / world, every operation rounded by itself. The arrays are aligned for their dtype and do
+ * not overlap. ERR_ARGUMENT: dtype is neither float32 nor float64, or world is 0. */
+pyccl_status pyccl_eager(uint8_t dtype, void *late, const void *g, const void *before, size_t count, uint32_t world);
+
 /* The instruction set that digests, folds and codecs use: "scalar", "avx2", "avx512" or "neon"; all give the same bytes. */
 const char *pyccl_kernel_name(void);
 /* For tests and benchmarks, of the whole process: one of those names, or "auto", which is how it starts: the best that

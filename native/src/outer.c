@@ -1,6 +1,7 @@
-/* outer.c: one step of the outer optimizers' SGD, in place, and theta - w; one pass over memory each.
+/* outer.c: one step of the outer optimizers' SGD, in place, theta - w, and eager means; one pass over memory each.
  *
  *     b <- mu*b + g      d = g + mu*b (Nesterov) or b      theta <- theta - lr*d
+ *     late <- late + (g - before) / world
  *
  * Every product and every sum is rounded by itself (no FMA), in IEEE mode whatever the caller's thread has set, so all
  * members of a run that hold the same bits hold the same bits after it. Memory-bound: the compiler's vectors will do.
@@ -67,4 +68,22 @@ void pyccl_difference(const float *a, const float *b, size_t count, float *out) 
     const float_mode before = float_mode_enter();
     difference_f32(a, b, out, count);
     float_mode_leave(before);
+}
+
+#define EAGER(name, real)                                                                              \
+    static void name(real *restrict late, const real *restrict g, const real *restrict before,         \
+                     size_t count, real world) {                                                       \
+        for (size_t i = 0; i < count; i++) late[i] += (g[i] - before[i]) / world;                      \
+    }
+
+EAGER(eager_f32, float)
+EAGER(eager_f64, double)
+
+pyccl_status pyccl_eager(uint8_t dtype, void *late, const void *g, const void *before, size_t count, uint32_t world) {
+    if ((dtype != PYCCL_FLOAT32 && dtype != PYCCL_FLOAT64) || world == 0) return PYCCL_ERR_ARGUMENT;
+    const float_mode mode = float_mode_enter();
+    if (dtype == PYCCL_FLOAT32) eager_f32(late, g, before, count, (float)world);
+    else eager_f64(late, g, before, count, world);
+    float_mode_leave(mode);
+    return PYCCL_OK;
 }

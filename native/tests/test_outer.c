@@ -67,6 +67,27 @@ TEST(outer_difference_of_any_length_and_place) {
     free(a);
 }
 
+TEST(outer_eager_rounds_every_operation_by_itself) {
+    uint64_t seed = test_seed();
+    static float late[COUNT], g[COUNT], before[COUNT], want[COUNT];
+    static float volatile quotient;
+    draw(&seed, late, COUNT);
+    draw(&seed, g, COUNT);
+    draw(&seed, before, COUNT);
+    for (size_t i = 0; i < COUNT; i++) {
+        quotient = plus(g[i], -before[i]) / 3.0f;
+        want[i] = plus(late[i], quotient);
+    }
+    CHECK_EQ(pyccl_eager(PYCCL_FLOAT32, late, g, before, COUNT, 3), PYCCL_OK);
+    CHECK(memcmp(late, want, sizeof late) == 0);
+    double wide[1] = {1.0};
+    const double mine[1] = {0.75}, mine_before[1] = {0.25};
+    CHECK_EQ(pyccl_eager(PYCCL_FLOAT64, wide, mine, mine_before, 1, 2), PYCCL_OK);
+    CHECK(wide[0] == 1.25);
+    CHECK_EQ(pyccl_eager(PYCCL_FLOAT16, late, g, before, 1, 2), PYCCL_ERR_ARGUMENT);
+    CHECK_EQ(pyccl_eager(PYCCL_FLOAT32, late, g, before, 1, 0), PYCCL_ERR_ARGUMENT);
+}
+
 #if defined(__x86_64__)
 TEST(outer_keeps_denormals_in_a_thread_that_flushes_them) {
     float theta[1] = {0.0f}, b[1] = {0.0f};

@@ -50,7 +50,7 @@ def measure(size_bytes: int, sample_s: float = SAMPLE_S) -> list[Rate]:
         "outer step, Nesterov": (5, step(momentum, nesterov=True)),
         "outer step, heavy-ball": (5, step(momentum, nesterov=False)),
         "outer step, SGD": (3, step(None, nesterov=False)),
-        "eager": (4, lambda: rules.eager(g, theta, w, 4, g)),
+        "eager": (4, lambda: rules.eager(g, theta, w, 4)),
     }
     found = {what: sample(run, arrays * 4 * count, sample_s) for what, (arrays, run) in runs.items()}
     return [Rate(what, rate, rate.median / found[COPY].median) for what, rate in found.items()]

@@ -276,7 +276,7 @@ class AsyncDiLoCo(DiLoCo):
             triples = zip(self._mean.vectors, self._contribution.send.vectors, self._before.vectors, strict=True)
             for mean, fresh, before in triples:
                 if self._is_in:
-                    rules.eager(mean, fresh, before, world, out=mean)
+                    rules.eager(mean, fresh, before, world)
                 else:
                     rules.eager_joining(mean, fresh, world, out=mean)
         self._outer.apply(self._theta, self._momentum, self._mean)

@@ -47,22 +47,17 @@ def difference(a: Array, b: Array, out: Array) -> None:
         np.subtract(a, b, out=out)
 
 
-def eager(late: Array, g: Array, g_before: Array, world: int, out: Array) -> None:
-    """The own share fresh, those of the others one round old: out = late + (g - g_before) / world.
+def eager(late: Array, g: Array, g_before: Array, world: int) -> None:
+    """The own share fresh, those of the others one round old: late += (g - g_before) / world.
 
     Args:
-        late: (n,) the mean of the round before, over `world` replicas, this one's `g_before` among them.
-        g: (n,) this replica's pseudo-gradient of this round.
-        out: (n,), may be `late`.
+        late: (n,) the mean of the round before, over `world` replicas, this one's `g_before` among them; changed.
+        g: (n,) this replica's pseudo-gradient of this round. All contiguous, of one floating dtype.
     """
-    count = late.dtype.type(world)
-    scratch = np.empty(min(BLOCK, late.size), late.dtype)
-    for at in range(0, late.size, BLOCK):
-        part = slice(at, at + BLOCK)
-        d = scratch[: late[part].size]
-        np.subtract(g[part], g_before[part], out=d)
-        np.divide(d, count, out=d)
-        np.add(late[part], d, out=out[part])
+    for array in (late, g, g_before):
+        assert array.dtype == late.dtype and array.size == late.size and array.flags.c_contiguous
+    pins = [ffi.from_buffer("uint8_t[]", array.view(np.uint8)) for array in (late, g, g_before)]
+    check(lib.pyccl_eager(DTYPES[late.dtype.name], *pins, late.size, world), "eager")
 
 
 def eager_joining(late: Array, g: Array, world: int, out: Array) -> None:

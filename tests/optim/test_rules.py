@@ -71,14 +71,14 @@ def test_eager_replaces_the_own_share_by_a_fresh_one(size: int) -> None:
     shares = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
     fresh, late = rng.standard_normal(size).astype(np.float32), np.mean(shares, axis=0, dtype=np.float32)
     out = np.empty(size, np.float32)
-    rules.eager(late, fresh, shares[1], 3, out)
-    assert out.tobytes() == (late + (fresh - shares[1]) / np.float32(3)).tobytes()
-    np.testing.assert_allclose(out, (shares[0] + fresh + shares[2]) / 3, rtol=0, atol=1e-5)
     rules.eager_joining(late, fresh, 3, out)
     np.testing.assert_allclose(out, (sum(shares) + fresh) / 4, rtol=0, atol=1e-5)
-    in_place = late.copy()
-    rules.eager(in_place, fresh, shares[1], 3, in_place)
-    assert in_place.tobytes() == (late + (fresh - shares[1]) / np.float32(3)).tobytes()
+    for dtype in (np.float32, np.float64):
+        mean, mine, before = (array.astype(dtype) for array in (late, fresh, shares[1]))
+        wanted = mean + (mine - before) / dtype(3)
+        rules.eager(mean, mine, before, 3)
+        assert mean.tobytes() == wanted.tobytes()
+        np.testing.assert_allclose(mean, (shares[0] + fresh + shares[2]) / 3, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("lr", "mu", "late", "last_stable"), [
