@@ -48,6 +48,10 @@ class Result:
     plans: list[dict[str, Any]]  # what the master logged of them
 
     @property
+    def predicted_to_planned(self) -> float | None:
+        return None if self.predicted_s is None else self.predicted_s / self.seconds[PLANNED].median
+
+    @property
     def to_bound(self) -> float:
         return self.seconds[PLANNED].median / self.bound_s
 
@@ -66,7 +70,7 @@ class Result:
             "plans": self.plans,
             "predicted_s": self.predicted_s,
             "bound_s": self.bound_s,
-            "predicted_to_planned": None if self.predicted_s is None else self.predicted_s / self.seconds[PLANNED].median,
+            "predicted_to_planned": self.predicted_to_planned,
             "planned_to_bound": self.to_bound,
             "equal_ring_to_planned": self.ring_to_planned,
         }
