@@ -226,14 +226,15 @@ class Communicator(Core):
     ) -> None:
         await self.close()
 
-    async def are_peers_pending(self) -> bool:
+    async def are_peers_pending(self, timeout: float = OPERATION_TIMEOUT_S) -> bool:
         """As ``pyccl.Communicator.are_peers_pending``."""
+        limit_s = calls.seconds("timeout", timeout)
         session = self._require()
         if session.view.members == (session.peer,):
             await checkpoint()
             self._view = session.view
             return session.pending > 0
-        call, counts = calls.are_peers_pending(session.pending)
+        call, counts = calls.are_peers_pending(session.pending, limit_s)
         try:
             await self._run(session, call)
         except errors.AloneError:

@@ -177,14 +177,14 @@ def barrier(tag: int, timeout: float) -> Call:
     return Call("barrier", spec, None, None, seconds("timeout", timeout))
 
 
-def are_peers_pending(count: int) -> tuple[Call, Array]:
+def are_peers_pending(count: int, timeout: float) -> tuple[Call, Array]:
     """The array holds the greatest count of all members afterwards."""
     counts = np.array([count], np.int32)
     spec = Spec(
         Kind.ALL_REDUCE, lib.PYCCL_INT32, lib.PYCCL_MAX, space=lib.PYCCL_SPACE_INTERNAL, tag=_TAG_PENDING, elements=1
     )
     buffer = as_buffer("counts", counts, writable=True)
-    return Call("are_peers_pending", spec, buffer, buffer, OPERATION_TIMEOUT_S), counts
+    return Call("are_peers_pending", spec, buffer, buffer, timeout), counts
 
 
 def gather_bytes(what: str, mine: bytes, out: Array, tag: int, timeout: float) -> Call:

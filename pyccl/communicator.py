@@ -102,16 +102,23 @@ class Communicator(Core):
     ) -> None:
         self.close()
 
-    def are_peers_pending(self) -> bool:
+    def are_peers_pending(self, timeout: float = OPERATION_TIMEOUT_S) -> bool:
         """Whether newcomers wait for the next safe point. Collective: every member gets the same answer.
 
         Needs no master: it combines what the master has told each member.
+
+        Args:
+            timeout: seconds until every member has called it.
+        Raises:
+            DeadlineError: one has not, or gave up.
+            PeerLostError, MismatchError, EvictedError, OutcomeUnknownError, MasterUnavailableError: as ``all_reduce``.
         """
+        limit_s = calls.seconds("timeout", timeout)
         session = self._require()
         if session.view.members == (self._id,):
             self._view = session.view
             return session.pending > 0
-        call, counts = calls.are_peers_pending(session.pending)
+        call, counts = calls.are_peers_pending(session.pending, limit_s)
         try:
             self._run(session, call)
         except errors.AloneError:

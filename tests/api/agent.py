@@ -253,8 +253,8 @@ class Agent:
     def do_sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    def do_are_peers_pending(self) -> bool:
-        return self.need().are_peers_pending()
+    def do_are_peers_pending(self, timeout: float = DEADLINE_S) -> bool:
+        return self.need().are_peers_pending(timeout)
 
     def do_members(self) -> tuple[str, ...]:
         return self.need().members

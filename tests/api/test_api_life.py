@@ -238,9 +238,12 @@ def test_silence_is_master_unavailable() -> None:
         refused_by(address, pyccl.MasterUnavailableError, "no master at")
 
 
-def test_a_closed_door_is_master_unavailable() -> None:
+def test_a_closed_door_is_master_unavailable(caplog: pytest.LogCaptureFixture) -> None:
     with service(socket.socket.close) as address:
         refused_by(address, pyccl.MasterUnavailableError, "no master at")
+    told = [record.getMessage() for record in caplog.records if "master_away" in record.getMessage()]
+    assert told and all(f"address={address} cause=" in line and line.endswith("next=try_again") for line in told)
+    assert len(told) == len(set(told)), "each cause once, however often it tried"
 
 
 def test_a_refusal_is_passed_on_with_its_reason() -> None:

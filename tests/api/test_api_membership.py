@@ -56,6 +56,14 @@ def test_are_peers_pending_gives_the_same_answer_everywhere(cluster: Cluster) ->
     assert [call.value() for call in [peer.call("are_peers_pending") for peer in members]] == [False] * 4
 
 
+def test_who_asks_for_peers_pending_waits_no_longer_than_it_says(cluster: Cluster) -> None:
+    a, b = cluster.members(2)
+    a.call("are_peers_pending", timeout=0.1).error("DeadlineError")
+    assert a.id[:8] in b.call("are_peers_pending").error("DeadlineError")["text"]  # it was given up on all
+    assert [call.value() for call in [peer.call("are_peers_pending") for peer in (a, b)]] == [False] * 2
+    a.call("are_peers_pending", timeout=-1).error("UsageError")
+
+
 def test_update_topology_without_newcomers_begins_a_new_epoch_of_the_same_members(cluster: Cluster) -> None:
     peers = cluster.members(3)
     before = cluster.reduce(peers)["epoch"]
