@@ -192,8 +192,12 @@ class OuterOptimizer(ABC):
         assert self._flight is None, "who launches exchanges knows how to end them"
 
     def _come_in(self) -> None:
-        """In the constructor: with others there, get in step before the first inner step; alone, wait with that."""
-        if self.comm.group_world_size > 1:
+        """In the constructor: with others there, get in step before the first inner step; alone, wait with that.
+
+        But not where a shard is trained, whose first step the other ranks of the island take part in: if of two islands
+        either has the first peer of one shard, each would wait for a rank that waits for the other's first step.
+        """
+        if self.comm.group_world_size > 1 or self.params.shards():
             self._start()
 
     def _start(self) -> bool:

@@ -71,7 +71,7 @@ class Rank:
         net = self.net()
         self.inner_step(net, torch.optim.SGD(net.parameters(), lr=0.0), 0)  # gathered when the optimizer is made
         inner, thetas, kept = None, [], None
-        with connected(self.told["address"], group) as comm:
+        with pyccl.connect(self.told["address"], group=group) as comm:
             opt = DiLoCo(comm, net, every)
             inner = torch.optim.SGD(net.parameters(), lr=LR)
             for step in range(rounds * every):

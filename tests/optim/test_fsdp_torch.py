@@ -15,11 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsdp_model import SHAPES, batch, weights
+from replicas import TIMEOUT_S, Replicas, ended
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import pyccl
+from pyccl.optim import DiLoCo
 from pyccl.optim.params import Params
 
 EVERY, ROUNDS, LR = 3, 3, 0.1
@@ -100,6 +102,20 @@ def test_a_rank_outside_the_mesh_is_told(rank_3_of_4: None) -> None:
         Params([("w", tensor)])
 
 
+def test_a_rank_begins_when_there_is_another_island(rank_3_of_4: None, replicas: Replicas) -> None:
+    """The ranks of its island may not be members of their groups yet, and can't take part in a first step."""
+
+    def begin(comm: pyccl.Communicator) -> int:
+        DiLoCo(comm, {"w": dtensor(torch.zeros(2), (4,), [Shard(0)])}, 1)
+        return comm.group_world_size
+
+    first, second = replicas.communicator(), replicas.communicator()
+    first.connect(TIMEOUT_S)
+    begun = replicas.start(begin, first)
+    second.connect(TIMEOUT_S)  # the first lets it in, from its constructor
+    assert ended([begun, replicas.start(begin, second)]) == [2, 2]
+
+
 # ---- two islands of two processes
 
 
@@ -152,7 +168,7 @@ def islands(master: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
             ranks[place] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         reports = {}
         for place, process in ranks.items():
-            lines = process.communicate(timeout=120)[0].splitlines()
+            lines = process.communicate(timeout=240)[0].splitlines()
             assert process.returncode == 0, place
             reports[place] = {report["phase"]: report for report in map(json.loads, lines)}
         yield seed, reports
