@@ -48,9 +48,9 @@ class Variant:
         return int(self.options.get("sync_every", 1))
 
 
-def _diloco(name: str, sync_every: int = H, kill_every: int = 0, **options: Any) -> Variant:
+def _diloco(name: str, sync_every: int = H, peers: int = 4, kill_every: int = 0, **options: Any) -> Variant:
     options = {"sync_every": sync_every, "outer_lr": 0.7, "outer_momentum": 0.6, **options}
-    return Variant(f"DiLoCo{name}", "DiLoCo", options, kill_every=kill_every)
+    return Variant(f"DiLoCo{name}", "DiLoCo", options, peers, kill_every)
 
 
 def _late(name: str, **options: Any) -> Variant:
@@ -91,6 +91,9 @@ ALL: Final = (
 CANDIDATES: Final = (  # what arguments were chosen from, or might have been
     *(_streaming(f", delay {delay}, alpha {alpha}", delay=delay, alpha=alpha)
       for delay, alpha in ((2, 0.5), (5, 0.5), (8, 0.0), (8, 0.25))),
+    _diloco(", heavy-ball 0.5", outer_momentum=0.5, nesterov=False),  # what the mean of NoLoCo follows
+    _diloco(", 8 peers", peers=8),
+    Variant("NoLoCo, beta 1", "NoLoCo", {"sync_every": H, "beta": 1.0}),
     *(_diloco(f", lr {lr}, mu {mu}", outer_lr=lr, outer_momentum=mu) for lr, mu in ((0.7, 0.9), (1.0, 0.3))),
     *(_streaming(f", lr {lr}, mu {mu}", outer_lr=lr, outer_momentum=mu) for lr, mu in ((0.4, 0.9),)),
     *(_late(f"{name}, lr {lr}, mu {mu}", eager=name == "eager", outer_lr=lr, outer_momentum=mu)
