@@ -1,92 +1,140 @@
-"""How long an exchange holds training up: DiLoCo beside Streaming DiLoCo, over lines of a known rate.
+"""How long exchanges hold training up on a long line: every variant on the emulated lines of `atlantic`, as root.
 
-    python tools/experiments/blocked.py [--mbit 100] [--parameters 8000000] [--rounds 2]
+    python tools/experiments/blocked.py [--out docs/optimizers-blocked.json] [--parameters 8000000] [VARIANT...]
 
-Two replicas in one process, each behind a cap of `--mbit` both ways. Inner steps are idle waits of 0.1 s, so that two
-cores are enough; 50 of them make a round. Prints, for each optimizer, what was sent, and the share of the time that
-`step()` waited for others; a line that does nothing else would need the time in the last column.
+Four replicas (or eight), each on a host of a lab of its own (`pyccl netlab`): 400 Mbit/s both ways, 90 ms round trip.
+Inner steps are idle waits of 0.1 s: two cores cannot host four replicas that compute. Tells for each variant what a
+replica sent, the share of the time in which it waited for others, and in which it did not train; beside that what the
+line needs for the bytes. What is in the file already is kept, but for the variants that are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+from variants import ALL, BY_NAME, Variant
 
 import pyccl
-from pyccl.optim import DiLoCo, OuterOptimizer, StreamingDiLoCo
+from pyccl.netlab import Lab, load
 
-H, STEP_S = 50, 0.1
-TENSORS = 20  # of equal size
-
-Make = Callable[[pyccl.Communicator, dict[str, Any]], OuterOptimizer]
-OPTIMIZERS: dict[str, Make] = {
-    "DiLoCo": lambda comm, params: DiLoCo(comm, params, H),
-    "streaming, blocking": lambda comm, params: StreamingDiLoCo(comm, params, H, fragments=5),
-    "streaming, delay 8": lambda comm, params: StreamingDiLoCo(comm, params, H, fragments=5, delay=8),
-    "streaming, delay 8, fp4_e3m0": lambda comm, params: StreamingDiLoCo(
-        comm, params, H, fragments=5, delay=8, quantize="fp4_e3m0"
-    ),
-}
+SCENARIO: Final = "atlantic"
+STEP_S: Final = 0.1
+TENSORS: Final = 20  # of equal size
+STEPS: Final = 100
+STEPS_OF_EVERY: Final = 6  # of what exchanges at every step
+PORT: Final = 48148
 
 
-def run(comm: pyccl.Communicator, make: Make, args: argparse.Namespace) -> tuple[float, float, float, float]:
-    """Seconds, blocked, hidden, and MB sent, of a replica."""
+def replica(comm: pyccl.Communicator, variant: Variant, parameters: int) -> dict[str, float]:
+    """Of one: what is kept of it."""
     rng = np.random.default_rng(0)
-    params = {f"w{i:02}": rng.standard_normal(args.parameters // TENSORS, np.float32) for i in range(TENSORS)}
-    opt = make(comm, params)
+    params = {f"w{i:02}": rng.standard_normal(parameters // TENSORS, np.float32) for i in range(TENSORS)}
+    opt = variant.make(comm, params)
+    grads = np.ones(parameters, np.float32)
+    steps, sent = STEPS_OF_EVERY if variant.sync_every == 1 else STEPS, 0
+    before = (0.0, 0) if opt is None else (opt.stats.seconds_blocked, opt.stats.tx_bytes)
     comm.barrier()
-    begun, blocked, sent = time.monotonic(), opt.stats.seconds_blocked, opt.stats.tx_bytes
-    for _ in range(args.rounds * H):
+    begun, blocked = time.monotonic(), 0.0
+    for _ in range(steps):
         time.sleep(STEP_S)  # the inner step
-        for array in params.values():
-            array[0] += 1.0
-        opt.step()
+        if opt is None:
+            info = comm.all_reduce(grads, op="avg")
+            blocked, sent = blocked + info.seconds, sent + info.tx_bytes
+        else:
+            for array in params.values():
+                array[0] += 1.0
+            opt.step()
     seconds = time.monotonic() - begun
-    return seconds, opt.stats.seconds_blocked - blocked, opt.stats.seconds_hidden, (opt.stats.tx_bytes - sent) / 1e6
+    told = {"steps": steps, "step_s": STEP_S, "seconds": seconds, "blocked": blocked, "hidden": 0.0, "tx_bytes": sent}
+    if opt is not None:
+        stats = opt.stats
+        told |= {
+            "blocked": stats.seconds_blocked - before[0], "hidden": stats.seconds_hidden,
+            "tx_bytes": stats.tx_bytes - before[1],
+        }  # fmt: skip
+    comm.barrier()  # what one still has in flight ends before another leaves
+    return told
+
+
+def on_host(names: list[str], parameters: int) -> None:
+    """What runs on every host: prints a line of JSON for each variant."""
+    world, rank = int(os.environ["NETLAB_WORLD"]), int(os.environ["NETLAB_RANK"])
+    for group, name in enumerate(names):
+        comm = pyccl.Communicator(f"{os.environ['NETLAB_MASTER']}:{PORT}", group=group)
+        comm.connect()
+        while comm.group_world_size < world:
+            comm.update_topology()
+        print(json.dumps({"variant": name, "rank": rank, **replica(comm, BY_NAME[name], parameters)}), flush=True)
+        comm.close()
+
+
+def measure(variants: list[Variant], world: int, parameters: int, line: str | None) -> dict[str, dict[str, float]]:
+    """Name -> of the replica that was blocked for longest, and what the line needs for what it sent."""
+    found: dict[str, dict[str, float]] = {}
+    scenario = load(SCENARIO).with_options(hosts=world, rate=line)
+    rate = scenario.hosts[0].up.rate
+    assert rate is not None
+    with Lab(scenario) as lab:
+        listen = ["--listen", f"{lab.addresses[0]}:{PORT}", "--no-journal", "--insecure", "--log-level", "error"]
+        master = lab.start(0, [sys.executable, "-P", "-m", "pyccl.cli.master", *listen], stdout=subprocess.PIPE)
+        assert master.stdout is not None
+        master.stdout.readline()
+        command = [sys.executable, __file__, "--on-host", "--parameters", str(parameters)]
+        command += [variant.name for variant in variants]
+        hosts = [lab.start(rank, command, stdout=subprocess.PIPE, text=True) for rank in range(world)]
+        for variant in variants:
+            told = [json.loads(host.stdout.readline()) for host in hosts if host.stdout is not None]
+            slowest: dict[str, Any] = max(told, key=lambda one: float(one["blocked"]))
+            assert {one.pop("variant") for one in told} == {variant.name}
+            slowest["line_s"] = max(one["tx_bytes"] for one in told) * 8 / rate
+            found[variant.name] = slowest
+            show(variant.name, slowest)
+    return found
+
+
+def _is_timed(variant: Variant) -> bool:
+    return not variant.kill_every and (variant.optimizer is None or variant.sync_every > 1)
+
+
+def show(name: str, told: dict[str, float]) -> None:
+    seconds = told["seconds"]
+    trained = told["steps"] * STEP_S
+    print(
+        f"{name:26}{told['tx_bytes'] / 1e6:8.1f} MB{seconds:7.1f} s   blocked {told['blocked']:6.2f} s "
+        f"{told['blocked'] / seconds:6.1%}   not training {1 - trained / seconds:6.1%}   "
+        f"hidden {told['hidden']:5.1f} s   line alone {told['line_s']:5.2f} s",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mbit", type=int, default=100)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="names, as `losses.py --list` tells; all")
+    parser.add_argument("--out", type=Path, default=Path("docs/optimizers-blocked.json"))
     parser.add_argument("--parameters", type=int, default=8_000_000)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rate", help="of every line, both ways, instead of the scenario's: 100mbit")
+    parser.add_argument("--on-host", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    listen = ["--listen", "127.0.0.1:0", "--no-journal", "--log-level", "error"]
-    command = [sys.executable, "-P", "-m", "pyccl.cli.master", *listen]
-    master = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert master.stdout is not None
-        address, cap = master.stdout.readline().split()[-1], f"{args.mbit}mbit"
-        print(f"{'':30}{'sent':>10}{'time':>10}{'blocked':>18}{'hidden':>10}{'line alone':>12}")
-        for group, (name, make) in enumerate(OPTIMIZERS.items()):
-            first, second = (
-                pyccl.Communicator(address, group=group, max_upload=cap, max_download=cap) for _ in range(2)
-            )
-            with ThreadPoolExecutor(2) as threads:
-                first.connect()
-                join = threads.submit(second.connect)
-                while first.group_world_size < 2:
-                    first.update_topology()
-                join.result()
-                told = list(threads.map(lambda comm, make=make: run(comm, make, args), (first, second)))
-            first.close()
-            second.close()
-            seconds, blocked, hidden, sent = max(told, key=lambda replica: replica[1])
-            print(
-                f"{name:30}{sent:7.1f} MB{seconds:8.1f} s{blocked:9.2f} s {blocked / seconds:6.1%}{hidden:8.1f} s"
-                f"{sent * 8 / args.mbit:10.1f} s",
-                flush=True,
-            )
-    finally:
-        master.kill()
-        master.wait()
+    if args.on_host:
+        on_host(args.variants, args.parameters)
+        return
+    chosen = [BY_NAME[name] for name in args.variants] or [variant for variant in ALL if _is_timed(variant)]
+    kept = json.loads(args.out.read_text()) if args.out.exists() else {}
+    kept = {"parameters": args.parameters, "rate": args.rate, "runs": {}} | kept
+    if (kept["parameters"], kept["rate"]) != (args.parameters, args.rate):
+        parser.error(f"{args.out} was made with {kept['parameters']} parameters and rate {kept['rate']}")
+    for world in sorted({variant.peers for variant in chosen}):
+        these = [variant for variant in chosen if variant.peers == world]
+        kept["runs"] |= measure(these, world, args.parameters, args.rate)
+        args.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
