@@ -52,6 +52,10 @@ class Result:
         return self.seconds[PLANNED].median / self.bound_s
 
     @property
+    def predicted_to_planned(self) -> float | None:
+        return None if self.predicted_s is None else self.predicted_s / self.seconds[PLANNED].median
+
+    @property
     def ring_to_planned(self) -> float:
         return self.seconds[EQUAL_RING].median / self.seconds[PLANNED].median
 
@@ -66,7 +70,7 @@ class Result:
             "plans": self.plans,
             "predicted_s": self.predicted_s,
             "bound_s": self.bound_s,
-            "predicted_to_planned": None if self.predicted_s is None else self.predicted_s / self.seconds[PLANNED].median,
+            "predicted_to_planned": self.predicted_to_planned,
             "planned_to_bound": self.to_bound,
             "equal_ring_to_planned": self.ring_to_planned,
         }
