@@ -19,6 +19,7 @@ from typing import Final
 
 from pyccl._proto import limits
 from pyccl._proto.messages import Measured
+from pyccl._proto.shares import Bundle, Matrix
 from pyccl._proto.topology import UNKNOWN, Cpu, Network
 
 CROWD_MAX: Final = 8  # members that one receives from at once
@@ -26,6 +27,8 @@ ROUNDS_MAX: Final = 16  # of one call: with 17 members and more the rest is meas
 
 ENOUGH: Final = 0.9  # of the rate of many is what few must reach
 _ODD: Final = 0.5  # of the rate of the fastest pair
+_SLOWED: Final = 0.75  # of its rate alone is what a pair makes in the crowd that shares a line
+_SHARED: Final = 0.7  # of the fastest alone is what a host makes with several, if only its own links are on the line
 
 Pair = tuple[int, int]  # ranks, the lower first
 
@@ -86,7 +89,7 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
     that were: a newcomer neither owns all nor nothing."""
     world, rank_of = len(members), {peer: rank for rank, peer in enumerate(members)}
     rate = [[UNKNOWN] * world for _ in range(world)]
-    crowded = [[0] * world for _ in range(world)]
+    crowded = [[0.0] * world for _ in range(world)]
     trip: list[list[float | None]] = [[None] * world for _ in range(world)]
     cpu = [Cpu()] * world
     for peer, message in told.items():
@@ -109,7 +112,24 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
     if not any(up):
         return None
     rates = _past_relays(rate, _relayed(rank_of, told))
-    return Network(_filled(up), _filled(down), rates, _delays(trip), tuple(cpu))
+    bundles = (*_bundles(alone, crowded), *_bundles(_turned(alone), _turned(crowded)))
+    return Network(_filled(up), _filled(down), rates, _delays(trip), tuple(cpu), bundles)
+
+
+def _turned(rows: Matrix) -> list[list[float]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _bundles(alone: Matrix, crowded: Matrix) -> list[Bundle]:
+    """Of a host that in the crowd made far less, with all those to whom the crowd slowed it, than with the fastest of
+    them alone: others were on that line. So it counts for what it got there."""
+    found = []
+    for i, (fast, slowed) in enumerate(zip(alone, crowded, strict=True)):
+        far = tuple(j for j, rate in enumerate(slowed) if 0 < rate < _SLOWED * fast[j])
+        together = sum(slowed[j] for j in far)
+        if far and together < _SHARED * max(fast[j] for j in far):
+            found.append((i, far, together))
+    return found
 
 
 def _relayed(rank_of: Mapping[bytes, int], told: Mapping[bytes, Measured]) -> set[Pair]:

@@ -5,18 +5,19 @@ With s[i] >= 0 adding up to 1, find the least T (the pace, seconds per byte of a
     host i       1 + (N - 2) s[i] <= T h[i]       what it moves each way
     pair i, j    s[i] + s[j]      <= T r[i][j]
     work i       a[i] + b[i] s[i] <= T            what its processor does: moves, folds, codes
+    bundle i, F  sum of s[i] + s[j], j in F, <= T b    what i and those far from it exchange, on a line of others too
 
 A pair without a link (r = 0) leaves both its members with s = 0: nothing passes between them then.
 Hosts alone have a closed form: every host moves at least one vector, so T >= 1 / min h, and the sum of the first lines
-gives T >= (2 N - 2) / sum h; the greater of the two is reached. With pairs and work it is a linear program: a dual
-simplex that starts from the hosts' lines and is given the pairs' lines as they are found violated (few ever are). It
-stops when its effort is spent; whatever it then has is made feasible, so there always is an answer.
+gives T >= (2 N - 2) / sum h; the greater of the two is reached. With pairs, work and bundles it is a linear program: a
+dual simplex that starts from the hosts' lines and is given the pairs' lines as they are found violated (few ever are).
+It stops when its effort is spent; whatever it then has is made feasible, so there always is an answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 _TOLERANCE: Final = 1e-9
@@ -24,6 +25,7 @@ _EVEN: Final = 1e-7  # so much slower may the shares get by evening them out
 _PERTURBATION: Final = 1e-10  # of the costs, so that no two columns tie and no pivot repeats
 
 Matrix = Sequence[Sequence[float]]
+Bundle = tuple[int, tuple[int, ...], float]  # a rank, others, bytes per second each way between it and all of them
 Work = tuple[float, float]  # seconds of a processor for each byte of a vector: whatever is owned, and for what is owned
 
 
@@ -31,7 +33,13 @@ def equal_shares(world: int) -> tuple[float, ...]:
     return (1.0 / world,) * world
 
 
-def direct_pace(hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], shares: Sequence[float]) -> float:
+def direct_pace(
+    hosts: Sequence[float],
+    pairs: Matrix,
+    works: Sequence[Work],
+    shares: Sequence[float],
+    bundles: Sequence[Bundle] = (),
+) -> float:
     """T of these shares; inf if some pair that has no link needs one."""
     world = len(hosts)
     if world == 1:
@@ -40,6 +48,8 @@ def direct_pace(hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], sh
     if world == 2:  # whole vectors are swapped, and folded on both sides
         least = min(*hosts, pairs[0][1])
         return math.inf if least == 0 else max(1 / least, pace)
+    for i, others, rate in bundles:
+        pace = max(pace, (len(others) * shares[i] + sum(shares[j] for j in others)) / rate)
     for i, share in enumerate(shares):
         pace = max(pace, (1 + (world - 2) * share) / hosts[i])
         row = pairs[i]
@@ -49,7 +59,9 @@ def direct_pace(hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], sh
     return pace
 
 
-def best_shares(hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], effort: int) -> tuple[float, ...]:
+def best_shares(
+    hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], effort: int, bundles: Sequence[Bundle] = ()
+) -> tuple[float, ...]:
     """The shares of least pace; of several, those that load hosts most evenly. Equal where none can do: everybody
     lacks a link."""
     world = len(hosts)
@@ -57,12 +69,12 @@ def best_shares(hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], ef
     if world <= 2 or len(cut_off) == world:
         return equal_shares(world)
     even = _without(cut_off, _by_hosts(hosts))
-    found, bound = _program(hosts, pairs, works, cut_off, effort)
-    if direct_pace(hosts, pairs, works, even) <= bound * (1 + _EVEN):
+    found, bound = _program(hosts, pairs, works, cut_off, effort, bundles)
+    if direct_pace(hosts, pairs, works, even, bundles) <= bound * (1 + _EVEN):
         return even
     equal = _without(cut_off, equal_shares(world))
-    best = min((even, found, equal), key=lambda shares: direct_pace(hosts, pairs, works, shares))
-    return _evened(hosts, pairs, works, best, even)
+    best = min((even, found, equal), key=lambda shares: direct_pace(hosts, pairs, works, shares, bundles))
+    return _evened(lambda shares: direct_pace(hosts, pairs, works, shares, bundles), best, even)
 
 
 def _without(cut_off: Collection[int], shares: Sequence[float]) -> tuple[float, ...]:
@@ -90,17 +102,17 @@ def _to_one(shares: Sequence[float]) -> tuple[float, ...]:
 
 
 def _evened(
-    hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], best: tuple[float, ...], even: tuple[float, ...]
+    pace_of: Callable[[tuple[float, ...]], float], best: tuple[float, ...], even: tuple[float, ...]
 ) -> tuple[float, ...]:
     """A corner of the program may give all to one host although others have room: as near to `even` as is no slower.
 
     The pace is convex along the line from the one to the other, and least at its beginning.
     """
-    limit = direct_pace(hosts, pairs, works, best) * (1 + _EVEN)
+    limit = pace_of(best) * (1 + _EVEN)
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        if direct_pace(hosts, pairs, works, _between(best, even, middle)) <= limit:
+        if pace_of(_between(best, even, middle)) <= limit:
             low = middle
         else:
             high = middle
@@ -115,11 +127,17 @@ def _between(a: tuple[float, ...], b: tuple[float, ...], part: float) -> tuple[f
 
 
 def _program(
-    hosts: Sequence[float], pairs: Matrix, works: Sequence[Work], cut_off: Collection[int], effort: int
+    hosts: Sequence[float],
+    pairs: Matrix,
+    works: Sequence[Work],
+    cut_off: Collection[int],
+    effort: int,
+    bundles: Sequence[Bundle],
 ) -> tuple[tuple[float, ...], float]:
     """(shares, a pace that none is below). The shares reach it unless the effort ran out."""
     world = len(hosts)
     finite = [rate for rate in (*hosts, *(rate for row in pairs for rate in row)) if 0 < rate < math.inf]
+    finite += [rate for _, _, rate in bundles]
     finite += [1 / (base + each) for base, each in works if base + each > 0]
     if not finite:
         return _without(cut_off, equal_shares(world)), 0.0
@@ -133,6 +151,8 @@ def _program(
         base, each = works[i]
         if base + each > 0:
             simplex.add({i: each * unit, pace: -1.0}, -base * unit)
+    for i, others, rate in bundles:
+        simplex.add({i: float(len(others)), **dict.fromkeys(others, 1.0), pace: -rate / unit}, 0.0)
     asked: set[tuple[int, int]] = set()
     while True:
         effort -= simplex.solve(effort)

@@ -22,7 +22,7 @@ from typing import Final
 
 from pyccl._proto import limits
 from pyccl._proto.ring_order import best_ring, ring_hops
-from pyccl._proto.shares import Work, best_shares, direct_pace, equal_shares
+from pyccl._proto.shares import Bundle, Work, best_shares, direct_pace, equal_shares
 
 UNKNOWN: Final = math.inf
 NEVER: Final = math.inf  # ring_from_bytes: no size is large enough
@@ -50,19 +50,21 @@ class Cpu:
 @dataclass(frozen=True, slots=True)
 class Network:
     """By rank. up, down: bytes per second of a host, all its links together. rate[i][j]: from i to j alone.
-    delay[i][j]: one trip, seconds."""
+    delay[i][j]: one trip, seconds. bundles: lines that a host's share with others', and what it got of them."""
 
     up: tuple[float, ...]
     down: tuple[float, ...]
     rate: tuple[tuple[float, ...], ...]
     delay: tuple[tuple[float, ...], ...]
     cpu: tuple[Cpu, ...]
+    bundles: tuple[Bundle, ...] = ()
 
     def __post_init__(self) -> None:
         world = len(self.up)
         assert world > 0 and world == len(self.down) == len(self.rate) == len(self.delay) == len(self.cpu)
         assert all(0 < rate <= UNKNOWN for rate in (*self.up, *self.down))
         assert all(0 < rate <= UNKNOWN for cpu in self.cpu for rate in (cpu.move, cpu.fold, cpu.code))
+        assert all(i not in others and 0 < rate < UNKNOWN for i, others, rate in self.bundles)
         for i in range(world):
             assert len(self.rate[i]) == len(self.delay[i]) == world
             assert all(0 <= rate <= UNKNOWN for rate in self.rate[i])
@@ -158,7 +160,8 @@ def direct_line(
     trip = max(max(row) for row in network.delay)
     hosts = [network.host(i) / part for i in range(world)]
     pairs = [[network.pair(i, j) / part for j in range(world)] for i in range(world)]
-    pace = direct_pace(hosts, pairs, network.works(part), shares)
+    bundles = [(i, others, rate / part) for i, others, rate in network.bundles]
+    pace = direct_pace(hosts, pairs, network.works(part), shares, bundles)
     if world == 2:  # whole vectors are swapped: nothing comes back
         return Line(2 * trip, pace)
     lag = max(max((1 - s) / network.down[i], (world - 1) * s / network.up[i]) for i, s in enumerate(shares))
@@ -198,7 +201,7 @@ def choose(network: Network, effort: int) -> Choice:
     hosts = [network.host(i) for i in range(world)]
     pairs = [[network.pair(i, j) for j in range(world)] for i in range(world)]
     hop_rates = [[network.hop(i, j) for j in range(world)] for i in range(world)]
-    shares = best_shares(hosts, pairs, network.works(), effort)
+    shares = best_shares(hosts, pairs, network.works(), effort, network.bundles)
     order = best_ring(hop_rates, network.delay, effort)
     return judged(network, shares, order, piece_bytes=best_piece(network))
 

@@ -56,6 +56,10 @@ class Result:
         return self.seconds[PLANNED].median / self.bound_s
 
     @property
+    def predicted_to_planned(self) -> float | None:
+        return None if self.predicted_s is None else self.predicted_s / self.seconds[PLANNED].median
+
+    @property
     def ring_to_planned(self) -> float:
         return self.seconds[EQUAL_RING].median / self.seconds[PLANNED].median
 

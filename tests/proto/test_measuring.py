@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -70,6 +71,42 @@ def test_a_host_is_as_fast_as_all_its_links_together_a_pair_as_it_was_alone() ->
     assert network.cpu == (Cpu(1100.0, 900.0), Cpu(), Cpu(UNKNOWN, 800.0, 700.0))
     assert network.delay[0] == (0.0, 0.01, 0.03) and network.delay[2][0] == 0.03
     assert network.delay[1][2] == 0.03  # not measured: the middle one of all that were
+
+
+def test_hosts_behind_one_line_count_for_what_they_got_of_it_together() -> None:
+    """a and b are in one place with 1000 between them and 40 to the world; c, d, e have 100 each."""
+    peers = tuple(peer_id(n) for n in range(1, 6))
+
+    def rates(i: int, j: int) -> tuple[int, int]:
+        if {i, j} == {0, 1}:
+            return 1000, 900
+        if i < 2 or j < 2:
+            return 40, 6  # alone; a sixth of the line in the crowd, as c, d, e get it the other way
+        return 100, 40
+
+    told = {
+        peers[i]: Measured(0, 0, 0, tuple(LinkMeasure(peers[j], *rates(i, j), 0) for j in range(5) if j != i))
+        for i in range(5)
+    }
+    network = measuring.network(peers, told)
+    assert network is not None
+    assert set(network.bundles) == {(0, (2, 3, 4), 18.0), (1, (2, 3, 4), 18.0)}
+    choice = topology.choose(network, 10**6)
+    out = sum(choice.shares[i] + choice.shares[j] for i in (0, 1) for j in (2, 3, 4))
+    assert choice.direct.pace >= out / 40  # the line carries all of it
+    assert choice.shares[:2] == pytest.approx((0, 0)) and choice.direct.pace == pytest.approx(1 / 18)
+    blind = topology.choose(replace(network, bundles=()), 10**6)
+    assert blind.direct.pace < out / 40
+
+
+def test_a_host_with_a_line_of_its_own_is_in_no_bundle() -> None:
+    peers = tuple(peer_id(n) for n in range(1, 5))
+    told = {
+        peers[i]: Measured(0, 0, 0, tuple(LinkMeasure(peers[j], 100, 30, 0) for j in range(4) if j != i))
+        for i in range(4)
+    }
+    network = measuring.network(peers, told)
+    assert network is not None and network.bundles == ()
 
 
 def test_a_host_that_nobody_measured_counts_as_the_middle_one() -> None:

@@ -97,7 +97,7 @@ def test_three_fast_hosts_and_a_home_line_beat_an_equal_ring_by_half() -> None:
 
 @pytest.mark.parametrize("seed", range(150))
 def test_shares_are_as_fast_as_another_solver_s(seed: int) -> None:
-    """Up to 12 uneven hosts, slow pairs and slow processors, against scipy's HiGHS."""
+    """Up to 12 uneven hosts, slow pairs, slow processors and shared lines, against scipy's HiGHS."""
     rng = random.Random(f"oracle {seed}")
     of = random_network(rng.getrandbits(32), rng.randint(3, 12))
     hosts, pairs = parts(of)
@@ -113,12 +113,20 @@ def test_shares_are_as_fast_as_another_solver_s(seed: int) -> None:
         for j in range(i):
             lines.append([*(unit + np.eye(world)[j]), -pairs[i][j]])
             bounds.append(0.0)
+    bundles = []
+    for i in range(world):
+        others = [j for j in range(world) if j != i]
+        if rng.random() < 0.3:
+            bundles.append((i, tuple(rng.sample(others, rng.randint(1, world - 1))), rng.uniform(5, 100)))
+    for i, others, rate in bundles:
+        lines.append([*(len(others) * np.eye(world)[i] + sum(np.eye(world)[j] for j in others)), -rate])
+        bounds.append(0.0)
     cost = [0.0] * world + [1.0]
     solved = optimize.linprog(cost, lines, bounds, [[1.0] * world + [0.0]], [1.0], method="highs")
     assert solved.status == 0
-    found = shares.best_shares(hosts, pairs, of.works(), MANY)
+    found = shares.best_shares(hosts, pairs, of.works(), MANY, bundles)
     assert sum(found) == pytest.approx(1.0) and min(found) >= 0
-    pace = shares.direct_pace(hosts, pairs, of.works(), found)
+    pace = shares.direct_pace(hosts, pairs, of.works(), found, bundles)
     assert solved.fun * (1 - 1e-6) <= pace <= solved.fun * (1 + 1e-5)
 
 
