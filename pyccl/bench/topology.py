@@ -48,10 +48,6 @@ class Result:
     plans: list[dict[str, Any]]  # what the master logged of them
 
     @property
-    def predicted_to_planned(self) -> float | None:
-        return None if self.predicted_s is None else self.predicted_s / self.seconds[PLANNED].median
-
-    @property
     def to_bound(self) -> float:
         return self.seconds[PLANNED].median / self.bound_s
 
