@@ -4,7 +4,7 @@
     2  all-gather: whose links each member lacks; the rounds follow from that (`_proto.measuring`)
     3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count what it has got
     4  all-gather: with whom each wants another round; with fewer connections where these may do, and goes back if they
-       are slower; with all it has where a pair looks odd, and the better figure counts
+       are slower; with all it has where a pair looks odd. The better figure counts
     5  the crowd, if anything was missing: barrier; the same from several members at once
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
@@ -116,7 +116,7 @@ def _again(
     seen: dict[bytes, tuple[float, float]],
     deadline: float,
 ) -> None:
-    """Use fewer connections where that is no slower. `seen` gets the better figures of odd pairs."""
+    """Use fewer connections where that is no slower. `seen` gets the better figures."""
     me, world = members.index(probe.me), len(members)
     fewer: dict[int, int] = {}  # rank -> connections
     odd: set[int] = set()
@@ -144,8 +144,7 @@ def _again(
                 slower = rate < measuring.ENOUGH * before
                 if not slower:
                     unproven.discard(partner)
-                if partner in odd:
-                    seen[peer] = max(rate, before), rtt_s
+                seen[peer] = max(rate, before), rtt_s
                 log.info(
                     "link_again peer=%s conns=%d bytes_s=%.0f before=%.0f slower=%s",
                     *(peer.hex()[:8], fewer.get(partner, 0), rate, before, slower),

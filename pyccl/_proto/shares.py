@@ -84,7 +84,8 @@ def _without(cut_off: Collection[int], shares: Sequence[float]) -> tuple[float, 
 
 
 def _by_hosts(hosts: Sequence[float]) -> tuple[float, ...]:
-    """The closed form. Where the slowest host sets the pace others have room to spare, and use equal parts of it."""
+    """The closed form. Where the slowest host sets the pace others have room to spare: they own as much as each other,
+    or all that they have room for, since the links of the slowest get equal parts of its line."""
     world = len(hosts)
     least = min(hosts)
     if world <= 2 or least == math.inf:
@@ -92,7 +93,11 @@ def _by_hosts(hosts: Sequence[float]) -> tuple[float, ...]:
     known = [host if host < math.inf else max(h for h in hosts if h < math.inf) for host in hosts]
     pace = max(1 / least, (2 * world - 2) / sum(known))
     room = [max(0.0, (pace * host - 1) / (world - 2)) for host in known]
-    return _to_one(room)
+    left, shares = 1.0, [0.0] * world
+    for k, rank in enumerate(sorted(range(world), key=room.__getitem__)):
+        shares[rank] = min(room[rank], left / (world - k))
+        left -= shares[rank]
+    return _to_one(shares)
 
 
 def _to_one(shares: Sequence[float]) -> tuple[float, ...]:

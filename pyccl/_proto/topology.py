@@ -34,6 +34,7 @@ LANES: Final = 8  # connections that a long link begins with; each has a piece u
 LANE_S: Final = 0.1  # that a piece of the usual length may be under way on one, or two round trips
 LANES_LEAST: Final = 2  # one alone stands still with each loss
 CODED: Final = 0.252  # of float32 on the lines: codes of 8 bits and the heads of their blocks
+OWNER_BUSY: Final = 0.5  # of the time at most, where few own all for a slow host's sake
 GAIN_LEAST: Final = 0.1  # a plan that predicts less gain than this is within what measurements differ by
 RING_GAIN_LEAST: Final = 0.25  # of a ring over direct: two lines of the model, each wrong by as much as this
 
@@ -202,8 +203,33 @@ def choose(network: Network, effort: int) -> Choice:
     pairs = [[network.pair(i, j) for j in range(world)] for i in range(world)]
     hop_rates = [[network.hop(i, j) for j in range(world)] for i in range(world)]
     shares = best_shares(hosts, pairs, network.works(), effort, network.bundles)
+    shares = _few_owners(network, shares)
     order = best_ring(hop_rates, network.delay, effort)
     return judged(network, shares, order, piece_bytes=best_piece(network))
+
+
+def _few_owners(network: Network, shares: tuple[float, ...]) -> tuple[float, ...]:
+    """Where a slow host that owns nothing sets the pace: as few owners as are no slower and half at rest. Its links to
+    several share its line unevenly, each at a pace of its own; one link has it alone."""
+    slow = min(range(network.world), key=network.host)
+    if network.world <= 2 or shares[slow] > 0 or network.host(slow) == UNKNOWN:
+        return shares
+    pace = direct_line(network, shares).pace
+    owners = sorted(
+        (rank for rank, share in enumerate(shares) if share > 0),
+        key=lambda rank: (-network.pair(rank, slow), -network.host(rank)),
+    )
+    works = network.works()
+    for count in range(1, len(owners)):
+        part, few = 1 / count, owners[:count]
+        busiest = max(
+            max((1 + (network.world - 2) * part) / network.host(rank), works[rank][0] + works[rank][1] * part)
+            for rank in few
+        )
+        made = tuple(part if rank in few else 0.0 for rank in range(network.world))
+        if busiest <= OWNER_BUSY * pace and direct_line(network, made).pace <= pace * (1 + GAIN_LEAST):
+            return made
+    return shares
 
 
 def judged(

@@ -90,6 +90,16 @@ def test_slow_links_get_by_with_few_connections_and_fast_ones_keep_theirs() -> N
     assert sorted(lab.probed) == sorted([(i, 3) for i in range(3)] + [(3, i) for i in range(3)])
 
 
+def test_pair_that_does_better_with_fewer_counts_as_it_then_does() -> None:
+    """A pace that was too low rises from round to round: what was seen first is no rate of the line."""
+    lab = Lab(3, of_hosts([SLOW] * 3, [SLOW] * 3))
+    lab.first = {(0, 1): 0.2 * SLOW, (1, 0): 1.2 * SLOW}
+    lab.run()
+    assert not lab.failed
+    assert lab.seen[0][1] == SLOW and lab.seen[1][0] == 1.2 * SLOW
+    assert lab.uses[0, 1] == topology.LANES_LEAST and lab.uses[1, 0] == MANY
+
+
 def test_who_is_slower_with_fewer_gets_them_all_back() -> None:
     """A line that limits each flow: three of the links alone are as fast with few."""
     lab = Lab(3, lambda i, j, conns: conns * SLOW / MANY if 0 in (i, j) else SLOW)

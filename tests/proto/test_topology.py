@@ -84,7 +84,7 @@ def test_three_fast_hosts_and_a_home_line_beat_an_equal_ring_by_half() -> None:
     """The scenario `home`: three of 400/400 Mbit/s, one of 50/20."""
     home = network([400 * MBIT] * 3 + [20 * MBIT], [400 * MBIT] * 3 + [50 * MBIT])
     choice = topology.choose(home, MANY)
-    assert choice.shares == pytest.approx((1 / 3, 1 / 3, 1 / 3, 0.0))
+    assert choice.shares == (1.0, 0.0, 0.0, 0.0)  # one link has the slow line alone
     assert choice.direct.pace == pytest.approx(1 / (20 * MBIT))
     assert choice.ring_from_bytes == NEVER
     size = 64 << 20
@@ -93,6 +93,34 @@ def test_three_fast_hosts_and_a_home_line_beat_an_equal_ring_by_half() -> None:
     equal = topology.default(home)
     assert equal.direct.pace == pytest.approx(1.5 / (20 * MBIT))
     assert topology.is_better(choice, equal) and not topology.is_better(equal, choice)
+
+
+def test_who_has_room_for_it_owns_as_much_as_each_other_who_has() -> None:
+    """At the pace of the slowest the second has room for a twentieth, the others for more than they need."""
+    of = network([100.0, 200.0, 90.0, 30.0, 34.5])
+    found = shares.best_shares(*parts(of), of.works(), MANY)
+    assert shares.direct_pace(*parts(of), of.works(), found) == pytest.approx(1 / 30)
+    assert found == pytest.approx((0.95 / 3, 0.95 / 3, 0.95 / 3, 0.0, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("up", "slow_pair", "owners"),
+    [
+        ([400.0, 400.0, 400.0, 20.0], 20.0, (1.0, 0.0, 0.0, 0.0)),
+        ([100.0, 100.0, 100.0, 20.0], 20.0, (0.5, 0.5, 0.0, 0.0)),  # one alone would be busy for 3/5 of the time
+        ([400.0, 400.0, 400.0, 20.0], 19.0, (0.0, 1.0, 0.0, 0.0)),  # the link to the first is the slower one
+        ([50.0, 50.0, 50.0, 20.0], 20.0, (1 / 3, 1 / 3, 1 / 3, 0.0)),  # none has half its time to spare
+    ],
+)
+def test_for_a_slow_host_as_few_own_as_have_the_time(
+    up: list[float], slow_pair: float, owners: tuple[float, ...]
+) -> None:
+    rate = [[UNKNOWN] * 4 for _ in range(4)]
+    for rank in range(3):
+        rate[rank][3] = rate[3][rank] = 20.0
+    rate[0][3] = slow_pair
+    choice = topology.choose(network(up, rate=rate), MANY)
+    assert choice.shares == pytest.approx(owners) and choice.direct.pace == pytest.approx(1 / 20)
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -158,10 +186,10 @@ def test_equal_hosts_get_equal_shares_and_no_ring() -> None:
     assert choice.ring_from_bytes == NEVER
 
 
-def test_host_alone_that_is_too_slow_for_any_share_owns_nothing_and_the_others_share_by_their_room() -> None:
+def test_for_a_host_that_is_too_slow_for_any_share_the_fastest_owns_all() -> None:
     choice = topology.choose(network([10.0, 100.0, 300.0]), MANY)
     assert choice.direct.pace == pytest.approx(1 / 10)
-    assert choice.shares == pytest.approx((0.0, 9 / 38, 29 / 38))
+    assert choice.shares == (0.0, 0.0, 1.0)
 
 
 def test_slow_pair_owns_little_although_both_its_hosts_are_fast() -> None:
