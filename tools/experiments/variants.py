@@ -93,6 +93,7 @@ CANDIDATES: Final = (  # what arguments were chosen from, or might have been
       for delay, alpha in ((2, 0.5), (5, 0.5), (8, 0.0), (8, 0.25))),
     _diloco(", heavy-ball 0.5", outer_momentum=0.5, nesterov=False),  # what the mean of NoLoCo follows
     _diloco(", 8 peers", peers=8),
+    _diloco(", 3 peers", peers=3),  # with --batch 96
     Variant("NoLoCo, beta 1", "NoLoCo", {"sync_every": H, "beta": 1.0}),
     *(_diloco(f", lr {lr}, mu {mu}", outer_lr=lr, outer_momentum=mu) for lr, mu in ((0.7, 0.9), (1.0, 0.3))),
     *(_streaming(f", lr {lr}, mu {mu}", outer_lr=lr, outer_momentum=mu) for lr, mu in ((0.4, 0.9),)),
