@@ -24,6 +24,7 @@ at every step; between islands each shard travels once in `--every` steps, all s
 import argparse
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -131,6 +132,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def start_all(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the processes would go on
     listen = ["--listen", "127.0.0.1:0", "--no-journal", "--log-level", "error"]
     master = subprocess.Popen([sys.executable, "-m", "pyccl.cli.master", *listen], stdout=subprocess.PIPE, text=True)
     ranks: list[subprocess.Popen[str]] = []

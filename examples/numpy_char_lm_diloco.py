@@ -16,6 +16,7 @@ digest that shows that these are equal to the last bit.
 
 import argparse
 import hashlib
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -136,6 +137,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def start_all(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the processes would go on
     listen = ["--listen", "127.0.0.1:0", "--no-journal", "--log-level", "error"]
     master = subprocess.Popen([sys.executable, "-m", "pyccl.cli.master", *listen], stdout=subprocess.PIPE, text=True)
     peers: list[subprocess.Popen[str]] = []

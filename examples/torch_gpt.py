@@ -20,6 +20,7 @@ The same seed gives the same bits with two peers. With more, sums are in the ord
 
 import argparse
 import hashlib
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -175,6 +176,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def start_all(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the processes would go on
     listen = ["--listen", "127.0.0.1:0", "--no-journal", "--log-level", "error"]
     master = subprocess.Popen([sys.executable, "-m", "pyccl.cli.master", *listen], stdout=subprocess.PIPE, text=True)
     peers: list[subprocess.Popen[str]] = []

@@ -54,7 +54,7 @@ typedef enum pyccl_status {
     PYCCL_ERR_STALLED = -31,         /* DeadlineError: a started operation made no progress                     */
     PYCCL_ERR_CANCELLED = -32,       /* the caller gave up (Ctrl-C, close) here or at a participant              */
     PYCCL_ERR_OUTCOME_UNKNOWN = -33, /* OutcomeUnknownError: prepared, never settled; we left the run            */
-    PYCCL_ERR_MASTER_AWAY = -34,     /* MasterUnavailableError: a peer is lost and there is no master to settle it */
+    PYCCL_ERR_MASTER_AWAY = -34,     /* MasterUnavailableError: a peer is lost, and no master that may settle it */
     PYCCL_ERR_MISMATCH = -40,        /* MismatchError: participants called different things                     */
     PYCCL_ERR_RESULT_DIFFERS = -41,  /* MismatchError: participants hold different result bits                  */
     PYCCL_ERR_FRAME = -50            /* RemoteProtocolError: a peer broke proto/wire.md                         */

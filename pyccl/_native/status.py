@@ -32,7 +32,7 @@ _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
         errors.OutcomeUnknownError,
         "the result was complete here, but whether the others committed it can't be learned",
     ),
-    lib.PYCCL_ERR_MASTER_AWAY: (errors.MasterUnavailableError, "a peer is lost, and no master to settle it"),
+    lib.PYCCL_ERR_MASTER_AWAY: (errors.MasterUnavailableError, "a peer is lost, and no master that may settle it"),
     lib.PYCCL_ERR_MISMATCH: (errors.MismatchError, "the members called different operations"),
     lib.PYCCL_ERR_RESULT_DIFFERS: (errors.MismatchError, "the members hold different result bits"),
     lib.PYCCL_ERR_FRAME: (errors.RemoteProtocolError, "a peer broke the protocol"),
