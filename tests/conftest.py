@@ -16,11 +16,16 @@ import signal
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 try:
     from xdist.scheduler import LoadScopeScheduling
 except ImportError:  # then everything runs in one process
     LoadScopeScheduling = object
+
+# A busy machine fails no test; print_blob replays the example that does.
+settings.register_profile("pyccl", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pyccl")
 
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["*_torch.py"]
 

@@ -334,6 +334,6 @@ class MemberUnderChurn(RuleBasedStateMachine):
 TestMasterUnderChurn = MasterUnderChurn.TestCase
 TestMemberUnderChurn = MemberUnderChurn.TestCase
 _EFFORT = settings(
-    max_examples=300 if os.environ.get("PYCCL_TEST_LONG") else 40, stateful_step_count=50, deadline=None
+    max_examples=300 if os.environ.get("PYCCL_TEST_LONG") else 40, stateful_step_count=50
 )
 TestMasterUnderChurn.settings = TestMemberUnderChurn.settings = _EFFORT
