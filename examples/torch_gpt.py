@@ -178,7 +178,8 @@ def train(args: argparse.Namespace) -> None:
 def start_all(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the processes would go on
     listen = ["--listen", "127.0.0.1:0", "--no-journal", "--log-level", "error"]
-    master = subprocess.Popen([sys.executable, "-m", "pyccl.cli.master", *listen], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", "-m", "pyccl.cli.master", *listen]  # -P: not from the folder of the source code
+    master = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peers: list[subprocess.Popen[str]] = []
     try:
         assert master.stdout is not None

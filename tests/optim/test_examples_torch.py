@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from example_runs import EXAMPLES, ended
 from masters import started_master
 from replicas import Replicas
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LAST = re.compile(r"peer (\d)  (\w+)  theta ([0-9a-f]{16})  validation ([\d.]+) bits/character  ([\d.]+) MB  blocked")
 
 
@@ -28,12 +25,6 @@ def imported(name: str) -> Any:
 gpt = imported("torch_gpt")
 PARAMETERS = sum(p.numel() for p in gpt.GPT(0).parameters())
 gpt.CONTEXT, gpt.WIDTH, gpt.HEADS, gpt.BATCH = 16, 16, 2, 8  # for the peers in this process
-
-
-def ended(command: list[str]) -> str:
-    told = subprocess.run([sys.executable, "-P", *command], capture_output=True, text=True, timeout=240, check=False)
-    assert told.returncode == 0, told.stdout + told.stderr
-    return told.stdout
 
 
 def trained(optimizer: str, capsys: pytest.CaptureFixture[str]) -> dict[int, tuple[str, float, float]]:
@@ -79,13 +70,13 @@ def test_the_same_seed_gives_the_same_weights(capsys: pytest.CaptureFixture[str]
 
 def test_the_command_of_the_gpt_starts_a_master_and_peers() -> None:
     assert 300_000 < PARAMETERS < 600_000
-    out = ended([str(EXAMPLES / "torch_gpt.py"), "--optimizer", "late", "--rounds", "2", "--every", "2"])
+    out = ended("torch_gpt.py", "--optimizer", "late", "--rounds", "2", "--every", "2")
     assert {peer for peer, *_ in LAST.findall(out)} == {"0", "1"}
     assert len({digest for _, _, digest, *_ in LAST.findall(out)}) == 1
 
 
 def test_islands_of_fsdp_ranks_hold_the_same_bits_and_learn() -> None:
-    out = ended([str(EXAMPLES / "fsdp_diloco.py"), "--rounds", "3", "--every", "4"])
+    out = ended("fsdp_diloco.py", "--rounds", "3", "--every", "4")
     losses = {int(k): float(loss) for k, loss in re.findall(r"round +(\d+)  validation ([\d.]+) bits/byte", out)}
     assert sorted(losses) == [1, 2, 3] and losses[3] < losses[2] < losses[1]
     shards = re.findall(r"island (\d)  shard (\d)  theta ([0-9a-f]{16}) of 67,520 numbers: the same bits on 2", out)

@@ -209,7 +209,7 @@ def main() -> None:
     settings = Settings(**{one.name: getattr(args, one.name) for one in fields(Settings)})
     results = Results(args.out, settings)
     os.environ |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}  # of the processes to come
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "pyccl.optim"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch"])
     chosen = [BY_NAME[name] for name in args.variants] or (CANDIDATES if args.tuning else ALL)
     due = [(v, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for v in chosen]
 
