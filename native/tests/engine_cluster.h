@@ -19,13 +19,15 @@
 #define PATIENCE (60 * SECOND)
 
 /* Under TSan, where a byte costs twenty times as much, arrays are shorter: as many as give several pieces to each share
- * will do. Kernels, which no two threads share, do not run for every op again. */
+ * will do. Kernels, which no two threads share, do not run for every op and dtype again. */
 #ifdef PYCCL_SANITIZE_THREAD
 #define LONG(count) ((count) / 4)
 #define LAST_OP PYCCL_AVG
+#define DTYPE_STEP 3
 #else
 #define LONG(count) (count)
 #define LAST_OP PYCCL_MAX
+#define DTYPE_STEP 1
 #endif
 
 typedef struct cluster {

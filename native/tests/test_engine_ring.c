@@ -20,7 +20,7 @@ static void values_suite(uint32_t world, wire how) {
     drawn_plan drawn;
     cluster c;
     cluster_open(&c, world, 2, how);
-    for (uint8_t dtype = PYCCL_INT32; dtype <= PYCCL_BFLOAT16; dtype++) {
+    for (uint8_t dtype = PYCCL_INT32; dtype <= PYCCL_BFLOAT16; dtype += DTYPE_STEP) {
         plan_draw(&drawn, &seed, world);
         cluster_plan(&c, dtype % 3 == 0 ? NULL : &drawn.plan);
         for (uint8_t op = PYCCL_SUM; op <= LAST_OP; op++) {
@@ -78,7 +78,7 @@ TEST(engine_ring_avg_counts_weights) {
     plan_draw(&drawn, &seed, 4);
     cluster_plan(&c, &drawn.plan);
     for (size_t k = 0; k < sizeof weights / sizeof *weights; k++)
-        for (uint8_t dtype = PYCCL_FLOAT32; dtype <= PYCCL_BFLOAT16; dtype++) {
+        for (uint8_t dtype = PYCCL_FLOAT32; dtype <= PYCCL_BFLOAT16; dtype += DTYPE_STEP) {
             if (!is_float(dtype)) continue;
             pyccl_spec spec = ring_spec(dtype, PYCCL_AVG, k % 2 ? 4001 : LONG(UINT64_C(500009)));
             check_any(&c, spec, weights[k], k % 2);
@@ -161,7 +161,7 @@ TEST(engine_unequal_shares_move_what_they_weigh) {
     cluster c;
     cluster_open(&c, 3, 2, OVER_TCP);
     cluster_plan(&c, &plan);
-    for (uint8_t dtype = PYCCL_INT32; dtype <= PYCCL_BFLOAT16; dtype++) {
+    for (uint8_t dtype = PYCCL_INT32; dtype <= PYCCL_BFLOAT16; dtype += DTYPE_STEP) {
         check_any(&c, reduce_spec(dtype, PYCCL_SUM, 5, 0), NULL, dtype % 2);
         check_any(&c, reduce_spec(dtype, PYCCL_MAX, LONG(UINT64_C(400007)), 0), NULL, dtype % 2);
         if (!is_float(dtype)) continue;

@@ -37,7 +37,7 @@ static void check_scatter(const cluster *c, pyccl_spec spec, uint64_t rows, uint
 }
 
 static void scatter_suite(uint32_t world, wire how, uint8_t algorithm) {
-    static const struct { uint64_t rows, row; } shapes[] = {{0, 1}, {1, 5}, {2, 1}, {7, 3}, {1001, 1}, {5, 80001}};
+    static const struct { uint64_t rows, row; } shapes[] = {{0, 1}, {1, 5}, {2, 1}, {7, 3}, {1001, 1}, {5, LONG(80001)}};
     static const double weights[] = {0.5, 2, 0, 1, 1};
     uint64_t seed = test_seed() + world;
     drawn_plan drawn;
@@ -46,7 +46,7 @@ static void scatter_suite(uint32_t world, wire how, uint8_t algorithm) {
     plan_draw(&drawn, &seed, world); /* shares are cut by rows, whatever it says of them */
     c.plan = &drawn.plan;
     cluster_epoch(&c, 1);
-    for (uint8_t dtype = PYCCL_INT32; dtype <= PYCCL_BFLOAT16; dtype++)
+    for (uint8_t dtype = PYCCL_INT32; dtype <= PYCCL_BFLOAT16; dtype += DTYPE_STEP)
         for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++)
             for (uint8_t op = PYCCL_SUM; op <= LAST_OP; op++) {
                 if (op == PYCCL_AVG && !is_float(dtype)) continue;
