@@ -8,7 +8,6 @@
 #define INNOCENT_NS INT64_C(30000000000)
 #define PACKETS_MIN 50               /* in a window: fewer say nothing of a share */
 #define WINDOW_MIN_NS INT64_C(50000000)
-#define WINDOW_MAX_NS INT64_C(1000000000) /* to wait for so many on a narrow line */
 #define SETTLE_RTTS 2                /* what was lost before a change is repeated for so long */
 #define BOUND 0.85                   /* of the rate arrives: nothing else limits it */
 #define RAISE 0.05                   /* at first */
@@ -224,7 +223,6 @@ static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy
     if (!busy || now_ns < p->from_ns) return false;
     const int64_t length = c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS;
     if (p->open && now_ns - p->start_ns < length) return false;
-    if (p->open && c->sent < p->start.sent + PACKETS_MIN && now_ns - p->start_ns < WINDOW_MAX_NS) return false;
     const pace_counts was = p->start;
     const double seconds = (double)(now_ns - p->start_ns) / 1e9;
     const bool whole = p->open;

@@ -105,18 +105,6 @@ TEST(pace_ends_the_loss_that_a_sender_makes_itself) {
     CHECK(got.all > 0.95);
 }
 
-TEST(pace_finds_a_line_of_few_packets) {
-    line l = line_new(0.25e6, 1, 0.75e6);
-    l.rtt_ns = 40 * MS;
-    work(&l, 10 * SECOND);
-    const share got = work(&l, 10 * SECOND);
-    CHECK(got.dropped < 0.03);
-    CHECK(got.all > 0.9);
-    l.rate *= 3; /* and what it was cut to does not stay */
-    work(&l, 30 * SECOND);
-    CHECK(work(&l, 10 * SECOND).all > 0.85);
-}
-
 TEST(pace_leaves_no_queue_behind) {
     line l = line_new(50e6, 1, 75e6);
     double stood = 0;
