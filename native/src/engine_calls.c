@@ -4,11 +4,8 @@
  * Each is a struct that starts with a command and lives on the caller's stack until the thread has run it.
  * Threads: pyccl_* from any; run_* on the engine's thread.         Spec: pyccl.h */
 #include <errno.h>
-#include <linux/tcp.h>
-#include <netinet/in.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -136,18 +133,6 @@ pyccl_status pyccl_engine_link_use(pyccl_engine *engine, uint32_t slot, uint32_t
     if (conns > PYCCL_CONNS_MAX) return PYCCL_ERR_ARGUMENT;
     engine_run(engine, &c.command);
     return c.command.status;
-}
-
-/* What is acknowledged, and what is behind a hole: it counts when it arrives, not when the hole is filled. */
-static uint64_t link_delivered(const pyccl_link *link) {
-    uint64_t sum = 0;
-    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
-        struct tcp_info info = {0};
-        socklen_t size = sizeof info;
-        if (link->conns[i] == NULL || getsockopt(link->conns[i]->fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) continue;
-        sum += info.tcpi_bytes_acked + (uint64_t)info.tcpi_sacked * info.tcpi_snd_mss;
-    }
-    return sum;
 }
 
 static void run_link_stats(pyccl_engine *engine, command *c) {

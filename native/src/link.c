@@ -457,6 +457,15 @@ static void tcp_counts(pyccl_link *link, uint64_t *acked, pace_counts *counts) {
     }
 }
 
+uint64_t link_delivered(const pyccl_link *link) {
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        struct tcp_info info = {0};
+        if (conn_info(link->conns[i], &info)) sum += info.tcpi_bytes_acked + (uint64_t)info.tcpi_sacked * info.tcpi_snd_mss;
+    }
+    return sum;
+}
+
 /* What the kernel has counted is looked at while the line is busy and until what was sent then has arrived, and where that begins
  * and ends. Returns whether the number of connections has changed. */
 static bool line_learn(pyccl_link *link) {

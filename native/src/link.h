@@ -178,6 +178,9 @@ void link_disown(pyccl_link *link, const void *owner);
 /* What `from` .. from+bytes held of the owner's lies at `to` now: frames that are half sent go on from there. */
 void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uint64_t bytes, const uint8_t *to);
 bool link_reads(const pyccl_link *link, const uint8_t *from, uint64_t bytes);   /* some frame is half sent from there */
+/* Bytes that the other end's TCP has, on the connections that stand: acknowledged, or behind a hole, where they count when
+ * they arrive and not when it is filled. */
+uint64_t link_delivered(const pyccl_link *link);
 bool link_is_unread(const pyccl_link *link);     /* some connection is paused or held: what came is not all heard */
 
 #endif

@@ -614,8 +614,7 @@ class Term(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class PeerHello(Message):
-    TYPE = 64
+class _Hello(Message):
     KINDS = (_U32, _ID, _ID, _ID, _ID, _ID)
     version: int
     run: bytes
@@ -623,6 +622,11 @@ class PeerHello(Message):
     from_incarnation: bytes
     to_peer: bytes
     to_incarnation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHello(_Hello):
+    TYPE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -640,17 +644,10 @@ class PeerRefused(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class RelayHello(Message):
+class RelayHello(_Hello):
     """To a third member: carry this connection to `to`, whom the sender does not reach. PeerWelcome: it does."""
 
     TYPE = 70
-    KINDS = (_U32, _ID, _ID, _ID, _ID, _ID)
-    version: int
-    run: bytes
-    from_peer: bytes
-    from_incarnation: bytes
-    to_peer: bytes
-    to_incarnation: bytes
 
 
 # -- peer to peer, state files

@@ -221,12 +221,12 @@ def _few_owners(network: Network, shares: tuple[float, ...]) -> tuple[float, ...
     )
     works = network.works()
     for count in range(1, len(owners)):
-        part, few = 1 / count, owners[:count]
+        part, chosen = 1 / count, owners[:count]
         busiest = max(
             max((1 + (network.world - 2) * part) / network.host(rank), works[rank][0] + works[rank][1] * part)
-            for rank in few
+            for rank in chosen
         )
-        made = tuple(part if rank in few else 0.0 for rank in range(network.world))
+        made = tuple(part if rank in chosen else 0.0 for rank in range(network.world))
         if busiest <= OWNER_BUSY * pace and direct_line(network, made).pace <= pace * (1 + GAIN_LEAST):
             return made
     return shares

@@ -33,7 +33,6 @@ EXIT_ADDRESS: Final = 3
 EXIT_JOURNAL: Final = 4
 _OTHER_FILES: Final = 64  # descriptors that are no connections
 
-
 log = logging.getLogger("pyccl.master")
 
 
