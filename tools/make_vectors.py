@@ -42,7 +42,7 @@ FRAME_FIELDS = (
     "type", "phase", "space", "epoch_number", "epoch_tag", "seq", "tag", "length", "offset", "value", "spec_hash",
 )  # fmt: skip
 SPEC_FIELDS = (
-    "kind", "dtype", "op", "codec", "algorithm", "retry", "space", "reserved", "tag", "block", "count", "root",
+    "kind", "dtype", "op", "codec", "algorithm", "retry", "space", "guard", "tag", "block", "count", "root",
 )  # fmt: skip
 
 Fields = dict[str, int]
@@ -107,6 +107,11 @@ FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
     ("data_of_a_pair", "data", {"space": 2}),
     ("done_value_zero", "done", {"value": 0, "space": 0}),
     ("done_value_most", "done", {"value": U64_MAX}),
+    ("open_refuses_its_input", "open", {"phase": 1}),
+    ("done_complains_of_a_contribution", "done", {"offset": 256}),
+    ("done_complains_of_nobody", "done", {"offset": 257}),
+    ("done_complains_of_a_share", "done", {"offset": 1 << 16}),
+    ("done_complains_of_both", "done", {"offset": 257 | 256 << 16}),
     ("abort_value_least", "abort", {"value": 1}),
     ("abort_value_most", "abort", {"value": 255 | 257 << 8}),
     ("abort_of_the_first", "abort", {"value": 30 | 1 << 8}),
@@ -123,9 +128,9 @@ FRAMES_AT_LIMITS: list[tuple[str, str, Fields]] = [
 ]  # fmt: skip
 # Fields that a type does not name must be zero.
 UNNAMED = {
-    "open": ("phase", "spec_hash"),
+    "open": ("spec_hash",),
     "data": ("value",),
-    "done": ("phase", "length", "offset", "spec_hash"),
+    "done": ("phase", "length", "spec_hash"),
     "abort": ("phase", "length", "offset", "spec_hash"),
     "ask": ("phase", "length", "offset", "value", "spec_hash"),
     "answer": ("phase", "length", "offset", "spec_hash"),
@@ -145,6 +150,10 @@ FRAMES_BEYOND_LIMITS: list[tuple[str, str, Fields]] = [
     ("open_length_41", "open", {"length": 41}),
     ("open_length_zero", "open", {"length": 0}),
     ("open_space_3", "open", {"space": 3}),
+    ("open_phase_2", "open", {"phase": 2}),
+    ("done_complains_of_rank_257", "done", {"offset": 258}),
+    ("done_complains_of_share_257", "done", {"offset": 257 << 16}),
+    ("done_complaint_high_half", "done", {"offset": 1 << 32}),
     ("open_weight_infinite", "open", {"offset": 0x7FF << 52}),
     ("open_weight_nan", "open", {"offset": (0x7FF << 52) + 1}),
     ("open_weight_negative", "open", {"offset": (1 << 63) | (0x3FF << 52)}),
@@ -225,7 +234,7 @@ OF_KIND: dict[str, Spec] = {
 
 def spec(kind: str, /, **changes: int | bytes) -> Spec:
     base: Spec = {
-        "kind": KINDS[kind], "dtype": 3, "op": 0, "codec": 0, "algorithm": 1, "retry": 1, "space": 0, "reserved": 0,
+        "kind": KINDS[kind], "dtype": 3, "op": 0, "codec": 0, "algorithm": 1, "retry": 1, "space": 0, "guard": 0,
         "tag": 0x31323334, "block": 0, "count": 1_000_003, "root": bytes(16),
     }  # fmt: skip
     return base | OF_KIND.get(kind, {}) | changes
@@ -234,6 +243,37 @@ def spec(kind: str, /, **changes: int | bytes) -> Spec:
 def encode_spec(fields: Spec) -> bytes:
     """Any spec, right or wrong."""
     return struct.pack("<8BIIQ16s", *(fields[key] for key in SPEC_FIELDS))
+
+
+def limits(peak: float, norm: float, row_elements: int = 0) -> bytes:
+    """The root of a guarded reduction."""
+    return struct.pack("<Qff", row_elements, peak, norm)
+
+
+def guard_lines(ok: Callable[[str, Spec], str], refused: Callable[[str, Spec], str]) -> Iterator[str]:
+    most = struct.unpack("<f", struct.pack("<I", 0x7F7FFFFF))[0]
+    least = struct.unpack("<f", struct.pack("<I", 1))[0]
+    for dtype_name, dtype in DTYPES.items():
+        guarded = spec("all_reduce", dtype=dtype, guard=1)
+        line = ok if "float" in dtype_name else refused
+        yield line(f"guarded_{dtype_name}", guarded)
+    for kind, elements in (("all_reduce", 0), ("reduce_scatter", 1)):
+        for name, peak, norm, good in (
+            ("without_limits", 0.0, 0.0, True), ("peak", 1.5, 0.0, True), ("norm", 0.0, 3.0, True),
+            ("most", most, most, True), ("least", least, least, True),
+            ("peak_infinite", math.inf, 0.0, False), ("norm_infinite", 0.0, math.inf, False),
+            ("peak_nan", math.nan, 0.0, False), ("norm_nan", 0.0, math.nan, False), ("peak_negative", -1.0, 0.0, False),
+            ("norm_minus_zero", 0.0, -0.0, False),
+        ):  # fmt: skip
+            line = ok if good else refused
+            yield line(f"guarded_{kind}_{name}", spec(kind, guard=1, root=limits(peak, norm, elements)))
+        yield refused(f"{kind}_limits_without_guard", spec(kind, root=limits(1.0, 0.0, elements)))
+        for algorithm in (0, 2):
+            yield refused(f"guarded_{kind}_algorithm_{algorithm}", spec(kind, guard=1, algorithm=algorithm))
+        yield ok(f"guarded_{kind}_coded", spec(kind, guard=1, codec=1, block=1024))
+    yield refused("guarded_all_reduce_row", spec("all_reduce", guard=1, root=limits(1.0, 1.0, 1)))
+    for kind in ("broadcast", "barrier", "all_gather", "exchange"):
+        yield refused(f"guarded_{kind}", spec(kind, guard=1))
 
 
 def spec_lines() -> Iterator[str]:
@@ -265,7 +305,8 @@ def spec_lines() -> Iterator[str]:
         yield refused(f"{kind}_count_all_ones", spec(kind, count=U64_MAX))
         for field, wrong in (
             ("dtype", 0), ("dtype", 13), ("dtype", 255), ("codec", 1), ("algorithm", 3), ("algorithm", 255),
-            ("retry", 2), ("space", 0 if kind == "exchange" else 2), ("space", 3), ("reserved", 1), ("block", 1),
+            ("retry", 2), ("space", 0 if kind == "exchange" else 2), ("space", 3), ("guard", 2), ("guard", 255),
+            ("block", 1),
         ):  # fmt: skip
             yield refused(f"{kind}_{field}_{wrong}", spec(kind, **{field: wrong}))
         reduces = kind in ("all_reduce", "reduce_scatter")
@@ -286,6 +327,7 @@ def spec_lines() -> Iterator[str]:
         yield ok(f"codec_{codec}", spec("all_reduce", dtype=DTYPES["float32"], codec=codec, block=1024))
         yield refused(f"codec_{codec}_without_block", spec("all_reduce", dtype=DTYPES["float32"], codec=codec))
         yield refused(f"codec_{codec}_of_integers", spec("all_reduce", dtype=DTYPES["int8"], codec=codec, block=1024))
+    yield from guard_lines(ok, refused)
     for codec in (6, 255):
         yield refused(f"codec_{codec}", spec("all_reduce", dtype=DTYPES["float32"], codec=codec, block=1024))
     for elements, count, good in (

@@ -24,6 +24,7 @@ extern "C" {
 #define PYCCL_ID_SIZE 16
 #define PYCCL_WORLD_MAX 256         /* members of one group */
 #define PYCCL_FRAME_SIZE 64         /* bytes of a data-frame header */
+#define PYCCL_SECRET_SIZE 32        /* bytes of a secret that keys of records follow from */
 #define PYCCL_SPEC_SIZE 40          /* bytes of an encoded pyccl_spec, the payload of OPEN */
 #define PYCCL_PIECE_MAX 1048576     /* bytes of the longest payload of one frame */
 #define PYCCL_PLAN_PIECE_MIN 16384  /* bytes of the pieces that a plan may ask for */
@@ -35,6 +36,8 @@ extern "C" {
 #define PYCCL_OPS_OPEN_MAX 4096     /* open at a time of those that one member is the first to call: further submits wait */
 #define PYCCL_EARLY_MAX 4096        /* operations one peer may open, or open and give up, before we submit them: likewise */
 #define PYCCL_CULPRIT_NOBODY 257    /* in ABORT and ANSWER, above the status: 0 the sender gave it up, 1.. its rank + 1 */
+#define PYCCL_COMPLAINT_RESULT 65536 /* a complaint is the rank + 1 of whose contribution is refused, or CULPRIT_NOBODY: our
+                                        share came out not finite; and, times this, the rank + 1 of whose share did. 0: none */
 #define PYCCL_CONNS_MAX 64          /* connections of one pair */
 #define PYCCL_TAGS_MAX 65536        /* different tags between two restarts of numbers: a control message holds as many */
 
@@ -57,6 +60,7 @@ typedef enum pyccl_status {
     PYCCL_ERR_MASTER_AWAY = -34,     /* MasterUnavailableError: a peer is lost, and no master that may settle it */
     PYCCL_ERR_MISMATCH = -40,        /* MismatchError: participants called different things                     */
     PYCCL_ERR_RESULT_DIFFERS = -41,  /* MismatchError: participants hold different result bits                  */
+    PYCCL_ERR_POISON = -42,          /* PoisonError: the guard refuses what a participant contributed           */
     PYCCL_ERR_FRAME = -50            /* RemoteProtocolError: a peer broke proto/wire.md                         */
 } pyccl_status;
 
@@ -105,12 +109,14 @@ typedef struct pyccl_spec {
     uint8_t algorithm;               /* pyccl_algorithm; DIRECT but for an all_reduce */
     uint8_t retry;                   /* 1: a loss epoch runs it again, 0: it fails with PEER_LOST; exchange: 1 */
     uint8_t space;                   /* pyccl_space: tags of users, of the library and of pairs do not meet */
-    uint8_t reserved;                /* 0 */
+    uint8_t guard;                   /* 1: contributions that are not finite, or beyond the limits in root, fail it; see 3.8.
+                                        all_reduce and reduce_scatter of floats, DIRECT */
     uint32_t tag;
     uint32_t block;                  /* elements in one codec block: PYCCL_BLOCK_MIN..MAX; 0 without a codec */
     uint64_t count;                  /* elements of each participant's input */
     uint8_t root[16];                /* broadcast: the peer id of the source; exchange: XOR of the two ids; reduce_scatter:
-                                        elements of a row as u64, little-endian, then zero; else zero */
+                                        elements of a row as u64, little-endian; else zero. With guard the last 8 bytes
+                                        are two float32: the greatest |x| and the greatest norm, 0 for any */
 } pyccl_spec;
 
 /* ---- frames ------------------------------------------------------------------------------------------------ */
@@ -118,7 +124,7 @@ typedef struct pyccl_spec {
 typedef enum pyccl_frame_type {
     PYCCL_FRAME_OPEN = 1,            /* sender submitted (tag, seq); payload: spec; value: all below it is settled */
     PYCCL_FRAME_DATA = 2,            /* a piece of a contribution (phase 0) or of a result (phase 1)             */
-    PYCCL_FRAME_DONE = 3,            /* sender holds its whole result; value: 64-bit result hash                 */
+    PYCCL_FRAME_DONE = 3,            /* sender holds its whole result; value: 64-bit result hash; offset: complaint */
     PYCCL_FRAME_ABORT = 4,           /* it ended in failure before DONE; value: -status | culprit << 8           */
     PYCCL_FRAME_ASK = 5,             /* sender is prepared and past its deadline: what became of it?             */
     PYCCL_FRAME_ANSWER = 6,          /* value: 0 committed, else as in ABORT; not sent while unsettled           */
@@ -131,13 +137,13 @@ typedef enum pyccl_frame_type {
 } pyccl_frame_type;
 
 typedef struct pyccl_frame {         /* the 64-byte header, decoded */
-    uint8_t type, phase, space;
+    uint8_t type, phase, space;      /* phase of OPEN: 1: the sender refuses its own input */
     uint64_t epoch_number;
     uint64_t epoch_tag;              /* first 8 bytes of the epoch id, little-endian */
     uint64_t seq;
     uint32_t tag;
     uint32_t length;                 /* payload bytes that follow */
-    uint64_t offset;                 /* OPEN: bits of the sender's weight, a double, finite and >= 0 */
+    uint64_t offset;                 /* OPEN: bits of the sender's weight, a double, finite and >= 0; DONE: complaint */
     uint64_t value;
     uint32_t spec_hash;              /* DATA: low half of the hash of the encoded spec; else 0 */
 } pyccl_frame;
@@ -194,6 +200,10 @@ void pyccl_difference(const float *a, const float *b, size_t count, float *out);
 /* late[i] += (g[i] - before[i]) / world, every operation rounded by itself. The arrays are aligned for their dtype and do
  * not overlap. ERR_ARGUMENT: dtype is neither float32 nor float64, or world is 0. */
 pyccl_status pyccl_eager(uint8_t dtype, void *late, const void *g, const void *before, size_t count, uint32_t world);
+
+/* The greatest |x| of floats, NaN where there is a NaN, and the sum of their squares in float64, in an order that is the
+ * same everywhere, NaN where there is an infinity or a NaN. ERR_ARGUMENT: dtype is no float. */
+pyccl_status pyccl_magnitude(uint8_t dtype, const void *x, size_t count, double *peak, double *squares);
 
 /* The instruction set that digests, folds and codecs use: "scalar", "avx2", "avx512" or "neon"; all give the same bytes. */
 const char *pyccl_kernel_name(void);
@@ -279,6 +289,7 @@ typedef struct pyccl_message {       /* OPEN, DONE, ABORT, ASK, ANSWER, SETTLED 
     uint64_t seq, value;
     pyccl_spec spec;                 /* OPEN only */
     double weight;                   /* OPEN only: of the sender's input to an avg; else 1 */
+    uint32_t complaint;              /* of a guard. OPEN: 1: the sender's own input is refused; DONE: see PYCCL_COMPLAINT_RESULT */
 } pyccl_message;
 
 typedef enum pyccl_action_type {
@@ -316,9 +327,11 @@ void pyccl_fsm_free(pyccl_fsm *fsm);
 /* cookie: not 0, unique among open operations. The machine answers with START or FAIL, at once, when there is room below
  * the limits, or in a later epoch. What waits costs memory here alone; there may be any number. */
 pyccl_status pyccl_fsm_submit(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, int64_t deadline_ns, int64_t now_ns);
-/* weight: what its OPEN tells the others; pyccl_fsm_submit: 1. */
-pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, double weight,
+/* weight, refused: what its OPEN tells the others; pyccl_fsm_submit: 1 and 0. refused: 1: its guard refuses our input. */
+pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, double weight, int refused,
                                        int64_t deadline_ns, int64_t now_ns);
+/* What our DONE says of the contributions and shares of others: before pyccl_fsm_result, of the same attempt. */
+void pyccl_fsm_complain(pyccl_fsm *fsm, uint64_t cookie, uint32_t complaint);
 void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t now_ns);  /* whole result held */
 void pyccl_fsm_progress(pyccl_fsm *fsm, uint64_t cookie, int64_t now_ns);               /* bytes moved      */
 /* The caller gives up. Before DONE it fails with `why`; after DONE its deadline becomes now and it is settled. */
@@ -397,6 +410,12 @@ typedef struct pyccl_op_info {
     uint8_t peer[16];                /* culprit where one is known, else zero */
 } pyccl_op_info;
 
+typedef enum pyccl_cipher {
+    PYCCL_CIPHER_AES_256_GCM = 1,
+    PYCCL_CIPHER_CHACHA20_POLY1305 = 2
+} pyccl_cipher;
+uint8_t pyccl_cipher_best(void);     /* the faster one here */
+
 typedef enum pyccl_event_type {
     PYCCL_EVENT_CONN_DOWN = 1,       /* one connection of `slot` ended; code: errno or 0 for EOF; count: those left  */
     PYCCL_EVENT_LINK_SILENT = 2,     /* nothing heard from `slot` for silence_ns                                     */
@@ -428,6 +447,13 @@ typedef struct pyccl_region {        /* a published piece of shared state; offse
     uint64_t size_bytes;
 } pyccl_region;
 
+/* What two peers agreed on for one connection; proto/wire.md 10. */
+typedef struct pyccl_conn_keys {
+    uint8_t tx[PYCCL_SECRET_SIZE], rx[PYCCL_SECRET_SIZE];
+    uint8_t cipher;                  /* pyccl_cipher */
+    uint8_t dialed;                  /* 1: this side has dialed */
+} pyccl_conn_keys;
+
 typedef struct pyccl_link_stats {
     uint64_t tx_bytes, rx_bytes;
     uint32_t conns, lanes;           /* lanes: how many connections may carry our data, whether they stand or not */
@@ -451,7 +477,10 @@ pyccl_status pyccl_engine_end(pyccl_engine *engine, pyccl_status why);
 pyccl_status pyccl_engine_peer_add(pyccl_engine *engine, const uint8_t id[16], uint32_t *slot);  /* idempotent */
 pyccl_status pyccl_engine_peer_remove(pyccl_engine *engine, uint32_t slot);                      /* closes its connections */
 pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd);  /* takes fd, always: closed on error */
-pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd);                    /* heartbeats to the master; takes fd */
+/* As conn_add, sealed: what the other side sends is opened with `rx`, which is its `tx`. */
+pyccl_status pyccl_engine_conn_add_sealed(pyccl_engine *engine, uint32_t slot, int fd, const pyccl_conn_keys *keys);
+/* Heartbeats to the master; takes fd. keys: sealed, by who dialed; NULL: in plain. */
+pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd, const pyccl_conn_keys *keys);
 /* So many connections carry our data, up to PYCCL_CONNS_MAX; 0: as many as at first, and on a long line a search for more. */
 pyccl_status pyccl_engine_link_use(pyccl_engine *engine, uint32_t slot, uint32_t conns);
 pyccl_status pyccl_engine_link_stats(pyccl_engine *engine, uint32_t slot, pyccl_link_stats *out);
@@ -470,7 +499,8 @@ pyccl_status pyccl_engine_give_up(pyccl_engine *engine, pyccl_status why, const 
 pyccl_status pyccl_engine_blocked(pyccl_engine *engine, pyccl_op_lack *out, size_t cap, size_t *count, uint32_t *waiters,
                                   int64_t *quiet_ns, int *below);
 
-/* The arrays must stay valid until the operation has ended. Thread-safe. */
+/* The arrays must stay valid until the operation has ended. Thread-safe. With a guard src is looked through before this
+ * returns; an input that is refused is no error here: the operation fails on all with ERR_POISON. */
 pyccl_status pyccl_op_submit(pyccl_engine *engine, const pyccl_op_args *args, pyccl_op **out);
 pyccl_status pyccl_op_wait(pyccl_op *op, int64_t timeout_ns);   /* PENDING, or the operation's own status */
 int pyccl_op_done(const pyccl_op *op);
@@ -503,7 +533,8 @@ typedef struct pyccl_relay pyccl_relay;
 #define PYCCL_RELAY_PAIRS_MAX 64
 
 /* user_timeout_ms: TCP_USER_TIMEOUT of all sockets: a peer that acknowledges nothing for so long is gone. */
-pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, pyccl_relay **out);       /* starts its thread */
+/* Starts its thread. max_bytes_s: of all that it carries, each byte counted once; 0: no cap. */
+pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, uint64_t max_bytes_s, pyccl_relay **out);
 /* Takes both sockets, always: closed on error. ERR_LIMIT: PAIRS_MAX are there; ERR_OS. The ids are for relay_forget. */
 pyccl_status pyccl_relay_add(pyccl_relay *relay, int fd_a, int fd_b, const uint8_t peer_a[16], const uint8_t peer_b[16]);
 void pyccl_relay_forget(pyccl_relay *relay, const uint8_t peer[16]);             /* resets the pairs of this peer */

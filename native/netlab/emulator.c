@@ -1,4 +1,4 @@
-/* emulator.c: carries IPv4 packets between the hosts of a lab along routes of pipes, delays, losses and caps.
+/* emulator.c: carries IP packets between the hosts of a lab along routes of pipes, delays, losses and caps.
  *
  *     netlab-emulator < CONFIG          started by pyccl.netlab, which makes namespaces and TUN devices and composes routes
  *
@@ -6,17 +6,18 @@
  *     seed N
  *     grain NS                          rest after each turn: what was sent or fell due meanwhile is handled together
  *     namespace INODE                   its processes are killed at the end
- *     host FD IPV4                      FD: inherited, a TUN device with IFF_VNET_HDR
+ *     host FD IPV4 IPV6                 FD: inherited, a TUN device with IFF_VNET_HDR; IPV6: of its /64; -: no such address
  *     pipe RATE_BPS QUEUE_NS
  *     route FROM TO STEP...             p3: pipe 3; d75000000: delay in ns; l0.0001: loss; f20000000:50000000: each TCP
  *                                       flow capped to so many bits a second, with a queue of so many ns
  *     start                             answered by "ready"
- * Then "stats" is answered by a line of JSON. The end of stdin (our owner is gone, or done) ends all.
+ * Then "stats" is answered by a line of JSON, and "address HOST IPV4 IPV6", which gives a host others, by "changed": what
+ * is on its way still arrives. The end of stdin (our owner is gone, or done) ends all.
  *
  * A packet's times are computed, not measured: it enters its first pipe when it was read, and every other step at the
  * moment the one before let go of it. One heap holds what is on its way, ordered by these moments, so pipes that several
  * hosts share see arrivals in order. Nothing is delivered before its time; how late it was is in the stats.
- * A router that rewrites addresses (NAT) will be one more kind of step. One thread. */
+ * A host may be a router that rewrites addresses (pyccl.netlab.nat): what is behind it does not show here. One thread. */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -39,9 +40,12 @@
 
 #define NS_PER_S INT64_C(1000000000)
 #define HOSTS_MAX 256
+#define NAMESPACES_MAX (3 * HOSTS_MAX) /* a host may stand behind two routers */
 #define PIPES_MAX 2048
 #define STEPS_MAX 32
 #define LINE_MAX_SIZE 4096
+#define COMMAND_MAX_SIZE 160
+#define PREFIX_SIZE 8
 #define READS_MAX 64  /* of one host before the others have their turn */
 #define WRITES_MAX 64 /* before hosts are read again: what a device does not hold is lost without having been counted */
 #define LATE_NS 1000000
@@ -67,7 +71,7 @@ typedef struct route {
 
 typedef struct host {
     int fd;
-    uint32_t address; /* network byte order */
+    uint8_t ipv4[PACKET_ADDRESS_SIZE], ipv6[PREFIX_SIZE]; /* as in packet.h; zeros, where nothing is sent: none */
     uint64_t tx_packets, tx_bytes, rx_packets, rx_bytes, unroutable, refused;
 } host;
 
@@ -106,7 +110,7 @@ typedef struct emulator {
     host hosts[HOSTS_MAX];
     line_pipe pipes[PIPES_MAX];
     route *routes; /* [from][to], hosts_count of each */
-    ino_t namespaces[HOSTS_MAX];
+    ino_t namespaces[NAMESPACES_MAX];
     uint32_t hosts_count, pipes_count, namespaces_count;
     entry *heap;
     packet *unused;
@@ -266,12 +270,16 @@ static bool turn(emulator *e) {
 
 /* ---- what hosts send */
 
-static route *route_of(emulator *e, uint32_t from, uint32_t address) {
-    for (uint32_t to = 0; to < e->hosts_count; to++)
-        if (e->hosts[to].address == address) {
+static route *route_of(emulator *e, uint32_t from, const uint8_t *address) {
+    static const uint8_t zeros[PREFIX_SIZE]; /* that an IPv4 address begins with, too */
+    bool is_6 = memcmp(address, zeros, PREFIX_SIZE) != 0;
+    for (uint32_t to = 0; to < e->hosts_count; to++) {
+        const host *h = &e->hosts[to];
+        if (is_6 ? memcmp(h->ipv6, address, PREFIX_SIZE) == 0 : memcmp(h->ipv4, address, PACKET_ADDRESS_SIZE) == 0) {
             route *way = &e->routes[from * e->hosts_count + to];
             return way->steps == NULL ? NULL : way;
         }
+    }
     return NULL;
 }
 
@@ -311,6 +319,11 @@ static void take_in(emulator *e, uint32_t from) {
 
 /* ---- the owner */
 
+static void bad_line(const char *line) {
+    fprintf(stderr, "netlab-emulator: bad line: %s\n", line);
+    exit(EXIT_ARGUMENTS);
+}
+
 static void print_stats(emulator *e) {
     struct rusage used;
     getrusage(RUSAGE_SELF, &used);
@@ -347,9 +360,34 @@ static void print_stats(emulator *e) {
     fflush(stdout);
 }
 
+static bool parse_addresses(host *h, const char *ipv4, const char *ipv6) {
+    uint8_t made[2][PACKET_ADDRESS_SIZE] = {{0}};
+    char mapped[80];
+    snprintf(mapped, sizeof mapped, "::ffff:%s", ipv4);
+    if (strcmp(ipv4, "-") != 0 && inet_pton(AF_INET6, mapped, made[0]) != 1) return false;
+    if (strcmp(ipv6, "-") != 0 && inet_pton(AF_INET6, ipv6, made[1]) != 1) return false;
+    memcpy(h->ipv4, made[0], sizeof h->ipv4);
+    memcpy(h->ipv6, made[1], sizeof h->ipv6);
+    return true;
+}
+
+static void obey(emulator *e, const char *line) {
+    uint32_t number;
+    char ipv4[64], ipv6[64];
+    if (strcmp(line, "stats") == 0) {
+        print_stats(e);
+        return;
+    }
+    if (sscanf(line, "address %" SCNu32 " %63s %63s", &number, ipv4, ipv6) != 3 || number >= e->hosts_count ||
+        !parse_addresses(&e->hosts[number], ipv4, ipv6))
+        bad_line(line);
+    printf("changed\n");
+    fflush(stdout);
+}
+
 /* False: the owner is gone, or done. */
 static bool hear_owner(emulator *e) {
-    static char line[64];
+    static char line[COMMAND_MAX_SIZE];
     static size_t size;
     char bytes[256];
     ssize_t got = read(STDIN_FILENO, bytes, sizeof bytes);
@@ -361,17 +399,12 @@ static bool hear_owner(emulator *e) {
         }
         line[size] = '\0';
         size = 0;
-        if (strcmp(line, "stats") == 0) print_stats(e);
+        obey(e, line);
     }
     return true;
 }
 
 /* ---- configuration */
-
-static void bad_line(const char *line) {
-    fprintf(stderr, "netlab-emulator: bad line: %s\n", line);
-    exit(EXIT_ARGUMENTS);
-}
 
 static step parse_step(const emulator *e, const char *text, const char *line) {
     step s = {0};
@@ -422,7 +455,7 @@ static void parse_route(emulator *e, const char *line, char *steps) {
 
 /* False: it was the last one. */
 static bool parse_line(emulator *e, char *line) {
-    char copy[LINE_MAX_SIZE], address[64];
+    char copy[LINE_MAX_SIZE], ipv4[64], ipv6[64];
     uint64_t first, second;
     int fd;
     snprintf(copy, sizeof copy, "%s", line);
@@ -430,12 +463,12 @@ static bool parse_line(emulator *e, char *line) {
     if (sscanf(line, "seed %" SCNu64, &e->seed) == 1) return true;
     if (sscanf(line, "grain %" SCNd64, &e->grain_ns) == 1) return true;
     if (sscanf(line, "namespace %" SCNu64, &first) == 1) {
-        if (e->namespaces_count == HOSTS_MAX) bad_line(copy);
+        if (e->namespaces_count == NAMESPACES_MAX) bad_line(copy);
         e->namespaces[e->namespaces_count++] = (ino_t)first;
-    } else if (sscanf(line, "host %d %63s", &fd, address) == 2) {
-        struct in_addr parsed;
-        if (e->hosts_count == HOSTS_MAX || e->routes != NULL || inet_pton(AF_INET, address, &parsed) != 1) bad_line(copy);
-        e->hosts[e->hosts_count++] = (host){.fd = fd, .address = parsed.s_addr};
+    } else if (sscanf(line, "host %d %63s %63s", &fd, ipv4, ipv6) == 3) {
+        host made = {.fd = fd};
+        if (e->hosts_count == HOSTS_MAX || e->routes != NULL || !parse_addresses(&made, ipv4, ipv6)) bad_line(copy);
+        e->hosts[e->hosts_count++] = made;
     } else if (sscanf(line, "pipe %" SCNu64 " %" SCNu64, &first, &second) == 2) {
         if (e->pipes_count == PIPES_MAX || second > INT64_MAX / 2) bad_line(copy);
         e->pipes[e->pipes_count++] = (line_pipe){.rate_bps = first, .queue_ns = (int64_t)second};

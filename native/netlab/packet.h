@@ -1,6 +1,6 @@
-/* packet.h: IPv4 packets as a TUN device with IFF_VNET_HDR hands them over and takes them, cut into what is on the line.
+/* packet.h: IP packets as a TUN device with IFF_VNET_HDR hands them over and takes them, cut into what is on the line.
  *
- *     a frame:  | virtio_net_hdr 10 | IPv4 header | TCP header | payload of 1 to 45 segments |
+ *     a frame:  | virtio_net_hdr 10 | IP header | TCP header | payload of 1 to 45 segments |
  *
  * The kernel's TCP leaves segmentation to the device, as it does with a real one. On the line there are packets of the
  * MTU at most: each is lost, delayed and counted by itself. Neighbours that arrive together go to the other kernel as
@@ -14,12 +14,13 @@
 
 enum {
     PACKET_VNET_SIZE = 10,
-    PACKET_FRAME_MAX = PACKET_VNET_SIZE + 65535,
+    PACKET_FRAME_MAX = PACKET_VNET_SIZE + 40 + 65535,
     PACKET_HEAD_MAX = PACKET_VNET_SIZE + 60 + 60,
+    PACKET_ADDRESS_SIZE = 16,
 };
 
 typedef struct packet_shape {
-    uint32_t from, to;       /* IPv4 addresses, network byte order */
+    uint8_t from[PACKET_ADDRESS_SIZE], to[PACKET_ADDRESS_SIZE]; /* IPv6, or IPv4 as ::ffff:a.b.c.d */
     uint64_t flow;           /* of addresses and ports; 0: no TCP */
     uint32_t head_size;      /* virtio, IP and TCP header; where the kernel has not left segmentation to us: virtio alone */
     uint32_t payload_size;   /* behind the head */
@@ -27,7 +28,7 @@ typedef struct packet_shape {
     uint32_t segments;       /* at least 1 */
 } packet_shape;
 
-/* False: no whole IPv4 packet; nothing can be done with it. */
+/* False: no whole IP packet; nothing can be done with it. */
 bool packet_parse(const uint8_t *frame, size_t size, packet_shape *shape);
 
 /* Bytes of the IP packet that segment `i` is on the line. */

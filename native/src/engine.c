@@ -288,17 +288,25 @@ static void pulse_close(pyccl_engine *engine) {
     if (engine->pulse_fd < 0) return;
     (void)epoll_ctl(engine->env.epoll_fd, EPOLL_CTL_DEL, engine->pulse_fd, NULL);
     (void)close(engine->pulse_fd);
+    seal_free(engine->pulse_seal);
+    engine->pulse_seal = NULL;
     engine->pulse_fd = -1;
 }
 
-pyccl_status engine_pulse_open(pyccl_engine *engine, int fd) {
+pyccl_status engine_pulse_open(pyccl_engine *engine, int fd, const pyccl_conn_keys *keys) {
     pulse_close(engine);
     if (fd < 0) return PYCCL_OK;
     const int on = 1, flags = fcntl(fd, F_GETFL);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = &engine->pulse_fd};
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) return PYCCL_ERR_OS;
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (epoll_ctl(engine->env.epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0) return PYCCL_ERR_OS;
+    seal *sealed = keys != NULL ? seal_new(keys, (ratchet_source){0}) : NULL;
+    if (keys != NULL && sealed == NULL) return PYCCL_ERR_NOMEM;
+    if (epoll_ctl(engine->env.epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0) {
+        seal_free(sealed);
+        return PYCCL_ERR_OS;
+    }
+    engine->pulse_seal = sealed;
     engine->pulse_fd = fd;
     engine->pulse_left = 0;
     engine->pulse_sent_ns = engine->env.now_ns - engine->options.heartbeat_ns;
@@ -319,6 +327,12 @@ static void pulse_read(pyccl_engine *engine) {
     else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) pulse_down(engine, errno);
 }
 
+static ssize_t pulse_send(pyccl_engine *engine, const void *data, size_t size) {
+    const struct iovec iov = {(void *)(uintptr_t)data, size};
+    if (engine->pulse_seal != NULL) return seal_send(engine->pulse_seal, engine->pulse_fd, &iov, 1);
+    return send(engine->pulse_fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
 static int64_t pulse_beat(pyccl_engine *engine) {
     const int64_t now = engine->env.now_ns;
     if (engine->pulse_fd < 0) return INT64_MAX;
@@ -327,7 +341,7 @@ static int64_t pulse_beat(pyccl_engine *engine) {
     uint8_t bytes[PYCCL_FRAME_SIZE];
     pyccl_frame_encode(&frame, bytes);
     if (engine->pulse_left == 0) engine->pulse_left = PYCCL_FRAME_SIZE;
-    const ssize_t n = send(engine->pulse_fd, bytes + PYCCL_FRAME_SIZE - engine->pulse_left, engine->pulse_left, MSG_NOSIGNAL | MSG_DONTWAIT);
+    const ssize_t n = pulse_send(engine, bytes + PYCCL_FRAME_SIZE - engine->pulse_left, engine->pulse_left);
     if (n > 0) engine->pulse_left -= (uint32_t)n;
     engine->pulse_sent_ns = now;
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) pulse_down(engine, errno);

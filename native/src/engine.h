@@ -7,6 +7,7 @@
  *   engine_ops.c    attempts: which pieces are here, which go out, commit
  *   engine_fold.c   the result of an attempt: folds, codecs, weights, undo
  *   engine_ring.c   folds along a ring
+ *   engine_guard.c  contributions and results that a guard refuses
  *   engine_memory.c result buffers and piece buffers that are used again
  *   engine_early.c  pieces of operations that are not submitted here yet
  *   engine_state.c  the state service: publications, asks, fetches
@@ -78,6 +79,7 @@ struct pyccl_op {
     pyccl_engine *engine;
     pyccl_op_args args;
     int64_t submitted_ns;
+    bool refused;                    /* its guard refuses our input */
     uint64_t cookie;                 /* 0: not in engine->ops */
     attempt *attempt;                /* NULL: none runs */
     uint64_t tx_bytes, rx_bytes, seq;
@@ -148,6 +150,7 @@ struct attempt {
     uint32_t weights_missing;        /* ranks whose OPEN, and so whose weight, is not here */
     bool weighted;                   /* one is not 1 */
     bool committed;
+    struct guard *guard;             /* NULL: there is none */
     uint64_t *held;                  /* pieces (ring: slots) with all contributions that wait for weights */
     uint64_t held_count;
     uint32_t ahead_count;            /* ranks that wait for contributions to others */
@@ -263,6 +266,7 @@ struct pyccl_engine {
     publication *publications;
 
     int pulse_fd;
+    seal *pulse_seal;                /* NULL: in plain */
     int64_t pulse_sent_ns;
     uint32_t pulse_left;             /* bytes of a heartbeat that was sent in part */
 };
@@ -273,7 +277,8 @@ void engine_breathe(pyccl_engine *engine);   /* now and then in long work: other
 void engine_event(pyccl_engine *engine, const pyccl_event *event);
 void engine_run(pyccl_engine *engine, command *c);                       /* on the thread, while the caller waits */
 bool engine_post(pyccl_engine *engine, command *c);                      /* on the thread, later; false: it has ended */
-pyccl_status engine_pulse_open(pyccl_engine *engine, int fd);            /* in place of the old one; -1: none */
+/* In place of the old one; fd -1: none. */
+pyccl_status engine_pulse_open(pyccl_engine *engine, int fd, const pyccl_conn_keys *keys);
 void engine_refuse(pyccl_engine *engine, peer *p);
 /* Complaints of silence outlive an epoch: whatever engine_silent has told, the first byte takes back with LINK_HEARD. */
 void engine_silent(pyccl_engine *engine, peer *p);
@@ -336,6 +341,14 @@ uint64_t fold_tile_elements(const attempt *a);
 /* A tile of the finished float32 sum of a piece: encoded to `*codes` (NULL: not), and in the dtype to `out`. */
 void fold_finish_tile(const attempt *a, float *sum, uint64_t elements, uint8_t **codes, uint8_t *out);
 void fold_piece_is_whole(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *bytes);
+
+/* engine_guard.c */
+bool guard_refuses(const pyccl_spec *spec, const void *src);              /* our input, as it is submitted */
+pyccl_status guard_new(attempt *a);
+/* A piece of what `rank` contributes to our share, as it travels; one that is whole of the result, in the dtype. */
+void guard_contribution(const pyccl_engine *engine, const attempt *a, uint32_t rank, uint64_t piece, const uint8_t *bytes);
+void guard_result(const attempt *a, uint32_t owner, uint64_t piece, const uint8_t *bytes);
+uint32_t guard_complaint(const attempt *a);                               /* of our DONE; there is a guard */
 
 /* engine_ring.c */
 void ring_fold(pyccl_engine *engine, attempt *a, uint64_t item);          /* what arrived, and our input */

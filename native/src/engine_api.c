@@ -55,7 +55,7 @@ static void run_submit(pyccl_engine *engine, command *c) {
     engine->tick_stale = true;
     op->cookie = ++engine->cookies;
     pyccl_map_put(&engine->ops, op->cookie, op);
-    const pyccl_status rc = pyccl_fsm_submit_weighted(engine->fsm, op->cookie, &op->args.spec, op->args.weight, deadline, now);
+    const pyccl_status rc = pyccl_fsm_submit_weighted(engine->fsm, op->cookie, &op->args.spec, op->args.weight, op->refused, deadline, now);
     if (rc != PYCCL_OK) engine_op_end(op, rc, 0, NULL);
 }
 
@@ -91,6 +91,7 @@ static pyccl_status op_new(pyccl_engine *engine, const pyccl_op_args *args, pycc
     op->engine = engine;
     op->args = *args;
     op->args.weight += 0.0; /* -0 becomes +0 */
+    op->refused = guard_refuses(&args->spec, args->src);
     op->command.run = run_submit;
     op->submitted_ns = engine_clock();
     atomic_init(&op->ended, 0);

@@ -18,6 +18,7 @@ typedef struct peer_command {
     const uint8_t *id;
     uint32_t slot, conns;
     int fd;
+    const pyccl_conn_keys *keys;     /* NULL: plain */
     int error;                       /* errno of ERR_OS */
     pyccl_link_stats *stats;
 } peer_command;
@@ -85,9 +86,10 @@ static void run_conn_add(pyccl_engine *engine, command *c) {
     peer_command *wanted = (peer_command *)c;
     peer *p = engine_peer(engine, wanted->slot);
     pyccl_conn *conn = NULL;
-    c->status = p != NULL ? link_conn_add(&p->link, wanted->fd, &conn) : PYCCL_ERR_ARGUMENT;
+    c->status = p != NULL ? link_conn_add(&p->link, wanted->fd, wanted->keys, &conn) : PYCCL_ERR_ARGUMENT;
     wanted->error = errno;
     if (c->status != PYCCL_OK) return;
+    if (engine->in_epoch) link_conn_enter(conn, engine->epoch_number, engine->epoch_id);
     ops_requeue(engine, p); /* a link that is not near any more holds nothing back */
     check_within(engine, engine->options.heartbeat_ns);
     engine_heard(engine, p); /* it shook hands just now; should it fall silent again, that is told again */
@@ -97,8 +99,8 @@ static void run_conn_add(pyccl_engine *engine, command *c) {
     pyccl_fsm_link_reset(engine->fsm, (uint32_t)p->rank, engine->env.now_ns);
 }
 
-pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd) {
-    peer_command c = {.command = {.run = run_conn_add}, .slot = slot, .fd = fd};
+static pyccl_status conn_add(pyccl_engine *engine, uint32_t slot, int fd, const pyccl_conn_keys *keys) {
+    peer_command c = {.command = {.run = run_conn_add}, .slot = slot, .fd = fd, .keys = keys};
     engine_run(engine, &c.command);
     if (c.command.status == PYCCL_OK) return PYCCL_OK;
     if (fd >= 0) (void)close(fd);
@@ -106,15 +108,28 @@ pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd) 
     return c.command.status;
 }
 
+pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd) { return conn_add(engine, slot, fd, NULL); }
+
+static bool is_known(const pyccl_conn_keys *keys) {
+    return (keys->cipher == PYCCL_CIPHER_AES_256_GCM || keys->cipher == PYCCL_CIPHER_CHACHA20_POLY1305) && keys->dialed <= 1;
+}
+
+pyccl_status pyccl_engine_conn_add_sealed(pyccl_engine *engine, uint32_t slot, int fd, const pyccl_conn_keys *keys) {
+    if (is_known(keys)) return conn_add(engine, slot, fd, keys);
+    if (fd >= 0) (void)close(fd);
+    return PYCCL_ERR_ARGUMENT;
+}
+
 static void run_pulse(pyccl_engine *engine, command *c) {
     peer_command *wanted = (peer_command *)c;
-    c->status = engine_pulse_open(engine, wanted->fd);
+    c->status = engine_pulse_open(engine, wanted->fd, wanted->keys);
     wanted->error = errno;
 }
 
-pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd) {
-    peer_command c = {.command = {.run = run_pulse}, .fd = fd};
-    engine_run(engine, &c.command);
+pyccl_status pyccl_engine_pulse(pyccl_engine *engine, int fd, const pyccl_conn_keys *keys) {
+    peer_command c = {.command = {.run = run_pulse}, .fd = fd, .keys = keys};
+    if (keys != NULL && !is_known(keys)) c.command.status = PYCCL_ERR_ARGUMENT;
+    else engine_run(engine, &c.command);
     if (c.command.status == PYCCL_OK) return PYCCL_OK;
     if (fd >= 0) (void)close(fd);
     if (c.command.status == PYCCL_ERR_OS) errno = c.error;

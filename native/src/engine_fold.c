@@ -234,6 +234,7 @@ static uint64_t hash_of_scatter(const attempt *a) {
 uint64_t fold_hash(const attempt *a) { return a->schedule.kind == PYCCL_REDUCE_SCATTER ? hash_of_scatter(a) : a->hash; }
 
 void fold_piece_is_whole(pyccl_engine *engine, attempt *a, uint32_t owner, uint64_t piece, const uint8_t *bytes) {
+    guard_result(a, owner, piece, bytes);
     if (a->schedule.kind != PYCCL_REDUCE_SCATTER) a->hash += pyccl_xxh3_64(bytes, piece_bytes(a, owner, piece), result_offset(a, owner, piece));
     PYCCL_ASSERT(a->pieces_left > 0);
     a->pieces_left--;
@@ -249,6 +250,7 @@ static void fold_piece(pyccl_engine *engine, attempt *a, uint64_t piece) {
         if (rank != self) in[rank] = a->contribution[a->arrived_at[SCHEDULE_CONTRIBUTION][rank] + piece];
         else in[rank] = fold_is_coded(a) ? fold_encoded_input(a, self, piece) : fold_input(a, self, piece);
     }
+    if (fold_is_coded(a)) guard_contribution(engine, a, self, piece, in[self]); /* else its submit has looked at it */
     const uint8_t *folded = a->result + kept_offset(a, self, piece);
     if (fold_is_coded(a)) fold_coded(engine, a, piece, (const uint8_t **)in);
     else folded = fold_plain(a, piece, in);

@@ -76,7 +76,10 @@ static link_verdict message_end(pyccl_engine *engine, const peer *p, const pyccl
         if (pyccl_spec_decode_untrusted(conn->small, &message.spec) != PYCCL_OK) return LINK_REFUSE;
         if (message.spec.space != frame->space || message.spec.tag != frame->tag) return LINK_REFUSE;
         if (message.spec.op != PYCCL_AVG && message.weight != 1.0) return LINK_REFUSE;
+        if (frame->phase != 0 && !message.spec.guard) return LINK_REFUSE;
+        message.complaint = frame->phase;
     }
+    if (frame->type == PYCCL_FRAME_DONE) message.complaint = (uint32_t)frame->offset;
     engine->tick_stale = true;
     return pyccl_fsm_receive(engine->fsm, &message, engine->env.now_ns) == PYCCL_OK ? LINK_GO : LINK_REFUSE;
 }
@@ -158,7 +161,10 @@ static void send_message(pyccl_engine *engine, const pyccl_message *message) {
     const bool open = message->type == PYCCL_FRAME_OPEN;
     pyccl_frame frame = {.type = message->type, .space = message->space, .seq = message->seq, .tag = message->tag,
                          .value = message->value, .length = open ? PYCCL_SPEC_SIZE : 0};
-    if (open) memcpy(&frame.offset, &message->weight, sizeof frame.offset);
+    if (open) {
+        memcpy(&frame.offset, &message->weight, sizeof frame.offset);
+        frame.phase = (uint8_t)message->complaint;
+    } else frame.offset = message->complaint;
     engine_frame_stamp(engine, &frame);
     link_control_push(&p->link, &frame, open ? &message->spec : NULL);
 }
@@ -283,6 +289,7 @@ pyccl_status engine_enter_epoch(pyccl_engine *engine, const pyccl_epoch *epoch, 
     }
     engine_forget_epoch(engine);
     adopt(engine, epoch, plan);
+    for (peer *p = engine->peers; p != NULL; p = p->next) link_enter(&p->link, epoch->number, epoch->id);
     engine->tick_stale = true;
     engine_act(engine);
     resume_paused(engine);

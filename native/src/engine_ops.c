@@ -137,7 +137,7 @@ static pyccl_status attempt_peers(attempt *a) {
         if (items == 0) continue;
         const uint32_t begins = s->ring ? schedule_previous(s, s->rank) : 0; /* whose share begins its way round with us */
         t->contribution_first = s->ring ? a->slot_at[begins] : 0;
-        t->contributions = s->ring ? schedule_pieces(s, begins) : t->items[SCHEDULE_CONTRIBUTION];
+        t->contributions = a->op->refused ? 0 : s->ring ? schedule_pieces(s, begins) : t->items[SCHEDULE_CONTRIBUTION];
         t->carrier[0] = malloc(items);
         if (t->carrier[0] == NULL) return PYCCL_ERR_NOMEM;
         t->carrier[1] = t->carrier[0] + t->items[0];
@@ -205,6 +205,7 @@ static void attempt_free(pyccl_engine *engine, attempt *a) {
     scratch_give(engine, a->scratch, a->scratch_bytes);
     scratch_give(engine, a->codes, a->codes_bytes);
     free(a->encoded);
+    free(a->guard);
     free(a->saved);
     free(a->slot_at);
     free(a->weights);
@@ -251,6 +252,7 @@ static pyccl_status attempt_new(pyccl_engine *engine, pyccl_op *op, uint64_t seq
     if (rc == PYCCL_OK) rc = attempt_weights(a);
     if (rc == PYCCL_OK) rc = attempt_result(engine, a);
     if (rc == PYCCL_OK) rc = attempt_codes(engine, a);
+    if (rc == PYCCL_OK) rc = guard_new(a);
     if (rc == PYCCL_OK) *out = a;
     else attempt_free(engine, a);
     return rc;
@@ -318,6 +320,7 @@ static void tell_if_whole(pyccl_engine *engine, attempt *a) {
     if (a->pieces_left > 0 || a->weights_missing > 0 || a->told) return;
     a->told = true;
     engine->tick_stale = true;
+    if (a->guard != NULL) pyccl_fsm_complain(engine->fsm, a->op->cookie, guard_complaint(a));
     pyccl_fsm_result(engine->fsm, a->op->cookie, fold_hash(a), engine->env.now_ns);
 }
 
@@ -438,26 +441,37 @@ static void tx_release_ahead(pyccl_engine *engine, attempt *a) {
     }
 }
 
-/* What goes next to this rank: what was lost, then what is furthest on its way (others wait for it): results, sums, our
- * own contributions. */
-static bool tx_pick(const pyccl_engine *engine, const peer_tx *t, uint32_t *phase, uint64_t *item) {
+typedef enum tx_found { TX_NOTHING, TX_AHEAD, TX_ITEM } tx_found;
+
+/* Inputs go before results, so that the last to be sent are results that have long been there: nothing waits for a way to the
+ * owner and back at the end. Where a ring goes round or data are to stay in the cache, what is furthest on its way goes first. */
+static bool tx_inputs_first(const pyccl_engine *engine, const peer_tx *t) {
+    const peer *p = engine->ranks[t->rank];
+    return !t->attempt->schedule.ring && p != NULL && !p->link.near;
+}
+
+/* What goes next to this rank: what was lost, then results, sums and our own contributions, or these first. */
+static tx_found tx_pick(const pyccl_engine *engine, const peer_tx *t, uint32_t *phase, uint64_t *item) {
+    const attempt *a = t->attempt;
     if (t->lost > 0) {
         const bool found = tx_find_lost(t, phase, item);
         PYCCL_ASSERT(found);
-        return true;
+        return TX_ITEM;
     }
-    *phase = SCHEDULE_RESULT;
-    if (t->items[SCHEDULE_RESULT] > 0 && t->result_next < t->attempt->ready_count) {
-        *item = t->attempt->ready[t->result_next];
-        return true;
+    const bool input = t->contribution_next < t->contributions && !tx_too_far_ahead(engine, t), ahead = input && tx_out_of_step(engine, t);
+    const bool first = input && !ahead && tx_inputs_first(engine, t);
+    if (!first && t->items[SCHEDULE_RESULT] > 0 && t->result_next < a->ready_count) {
+        *phase = SCHEDULE_RESULT;
+        *item = a->ready[t->result_next];
+        return TX_ITEM;
     }
     *phase = SCHEDULE_CONTRIBUTION;
-    if (t->items[SCHEDULE_CONTRIBUTION] > 0 && t->partial_next < t->attempt->partial_count) {
-        *item = t->attempt->partials[t->partial_next];
-        return true;
+    if (t->items[SCHEDULE_CONTRIBUTION] > 0 && t->partial_next < a->partial_count) {
+        *item = a->partials[t->partial_next];
+        return TX_ITEM;
     }
     *item = t->contribution_first + t->contribution_next;
-    return t->contribution_next < t->contributions && !tx_too_far_ahead(engine, t);
+    return ahead ? TX_AHEAD : input ? TX_ITEM : TX_NOTHING;
 }
 
 /* A cursor moves past the item that tx_pick has found there. */
@@ -496,14 +510,11 @@ bool ops_load_next(pyccl_engine *engine, peer *p, pyccl_conn *conn, link_load *l
         next = t->next;
         uint32_t phase;
         uint64_t item;
-        if (!tx_pick(engine, t, &phase, &item)) {
+        const tx_found found = tx_pick(engine, t, &phase, &item);
+        if (found != TX_ITEM) {
             tx_unqueue(t);
-            continue;
-        }
-        if (phase == SCHEDULE_CONTRIBUTION && t->lost == 0 && tx_out_of_step(engine, t)) {
-            tx_unqueue(t);
-            t->attempt->ahead_count += t->ahead ? 0 : 1;
-            t->ahead = true;
+            t->attempt->ahead_count += found == TX_AHEAD && !t->ahead ? 1 : 0;
+            t->ahead |= found == TX_AHEAD;
             continue;
         }
         const uint32_t bytes = eager_cost(schedule_item_bytes(&t->attempt->schedule, phase, t->attempt->schedule.rank, t->rank, item));
@@ -611,8 +622,10 @@ static void item_arrived(pyccl_engine *engine, attempt *a, uint32_t rank, uint32
     peer_tx *t = &a->peers[s->ring ? schedule_next(s, s->rank) : rank];
     if (s->ring ? phase == SCHEDULE_RESULT && owner == rank : phase == SCHEDULE_RESULT || s->swap) t->returned++;
     if (t->contribution_next < t->contributions) tx_enqueue(engine, t);
-    if (is_folded(a, phase)) fold_contribution(engine, a, s->ring ? item : piece);
-    else fold_result(engine, a, owner, piece, codes);
+    if (is_folded(a, phase)) {
+        guard_contribution(engine, a, rank, piece, *contribution_of(a, rank, item));
+        fold_contribution(engine, a, s->ring ? item : piece);
+    } else fold_result(engine, a, owner, piece, codes);
     if (s->ring && phase == SCHEDULE_RESULT) ops_partial_used(engine, a, item);
     tell_if_whole(engine, a);
 }

@@ -19,7 +19,7 @@
  *
  *  spec    0      1       2    3       4           5       6       7      8       12        16        24          40
  *          +------+-------+----+-------+-----------+-------+-------+------+-------+---------+---------+-----------+
- *          | kind | dtype | op | codec | algorithm | retry | space | zero |  tag  |  block  |  count  | root (16) |
+ *          | kind | dtype | op | codec | algorithm | retry | space | guard|  tag  |  block  |  count  | root (16) |
  *          +------+-------+----+-------+-----------+-------+-------+------+-------+---------+---------+-----------+  */
 #include "frame.h"
 
@@ -74,9 +74,9 @@ typedef struct frame_rule { /* one row of the table in wire.md 3; what is not na
 #define OF_STATE .epoch = true, .seq = true, .offset = true
 
 static const frame_rule FRAME_RULES[] = {
-    [PYCCL_FRAME_OPEN] = {.length = {PYCCL_SPEC_SIZE, PYCCL_SPEC_SIZE}, .value = ANY, OF_OPERATION, .offset = true},
+    [PYCCL_FRAME_OPEN] = {.length = {PYCCL_SPEC_SIZE, PYCCL_SPEC_SIZE}, .value = ANY, OF_OPERATION, .phase = true, .offset = true},
     [PYCCL_FRAME_DATA] = {.length = PIECE, .value = ZERO, OF_OPERATION, .phase = true, .offset = true, .spec_hash = true},
-    [PYCCL_FRAME_DONE] = {.length = ZERO, .value = ANY, OF_OPERATION},
+    [PYCCL_FRAME_DONE] = {.length = ZERO, .value = ANY, OF_OPERATION, .offset = true},
     [PYCCL_FRAME_ABORT] = {.length = ZERO, .value = FAILURE_VALUE, OF_OPERATION},
     [PYCCL_FRAME_ASK] = {.length = ZERO, .value = ZERO, OF_OPERATION},
     [PYCCL_FRAME_ANSWER] = {.length = ZERO, .value = OUTCOME_VALUE, OF_OPERATION},
@@ -96,10 +96,16 @@ static bool weight_valid(uint64_t bits) { return bits < UINT64_C(0x7FF) << 52; }
 /* A failure has a status, whoever is named with it. */
 static bool failure_valid(uint64_t value) { return value == 0 || (value & 255) != 0; }
 
+/* Of a DONE: who contributed and who owns what is complained of, each a rank + 1, nobody or, for the share, none. */
+static bool complaint_valid(uint64_t complaint) {
+    return complaint % PYCCL_COMPLAINT_RESULT <= PYCCL_CULPRIT_NOBODY && complaint / PYCCL_COMPLAINT_RESULT <= PYCCL_WORLD_MAX;
+}
+
 bool frame_valid(const pyccl_frame *frame) {
     if (frame->type < PYCCL_FRAME_OPEN || frame->type > PYCCL_FRAME_STATE_PACKED) return false;
     const frame_rule *rule = &FRAME_RULES[frame->type];
     if (frame->type == PYCCL_FRAME_OPEN && !weight_valid(frame->offset)) return false;
+    if (frame->type == PYCCL_FRAME_DONE && !complaint_valid(frame->offset)) return false;
     if (frame->type == PYCCL_FRAME_STATE_PACKED && frame->length >= frame->value) return false;
     if ((frame->type == PYCCL_FRAME_ABORT || frame->type == PYCCL_FRAME_ANSWER) && !failure_valid(frame->value)) return false;
     return in_range(frame->length, rule->length) && in_range(frame->value, rule->value) &&
@@ -152,26 +158,49 @@ pyccl_status pyccl_frame_decode_untrusted(const uint8_t in[64], pyccl_frame *out
 
 static bool spec_reduces(const pyccl_spec *spec) { return spec->kind == PYCCL_ALL_REDUCE || spec->kind == PYCCL_REDUCE_SCATTER; }
 
+static bool spec_is_float(const pyccl_spec *spec) {
+    return spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 || spec->dtype == PYCCL_FLOAT16 || spec->dtype == PYCCL_BFLOAT16;
+}
+
 static bool spec_op_valid(const pyccl_spec *spec) {
     if (!spec_reduces(spec)) return spec->op == 0;
     if (spec->op < PYCCL_SUM || spec->op > PYCCL_MAX) return false;
-    return spec->op != PYCCL_AVG || spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 ||
-           spec->dtype == PYCCL_FLOAT16 || spec->dtype == PYCCL_BFLOAT16;
+    return spec->op != PYCCL_AVG || spec_is_float(spec);
 }
 
 /* Blocks of 2^6 to 2^16 elements, a power of two, for a codec; it needs floats to reduce. */
 static bool spec_codec_valid(const pyccl_spec *spec) {
-    const bool floats = spec->dtype == PYCCL_FLOAT32 || spec->dtype == PYCCL_FLOAT64 || spec->dtype == PYCCL_FLOAT16 ||
-                        spec->dtype == PYCCL_BFLOAT16;
     if (spec->codec == PYCCL_CODEC_NONE) return spec->block == 0;
-    return pyccl_codec_size(spec->codec, PYCCL_BLOCK_MIN, 1) > 0 && spec_reduces(spec) && floats && spec->block >= PYCCL_BLOCK_MIN &&
+    return pyccl_codec_size(spec->codec, PYCCL_BLOCK_MIN, 1) > 0 && spec_reduces(spec) && spec_is_float(spec) && spec->block >= PYCCL_BLOCK_MIN &&
            spec->block <= PYCCL_BLOCK_MAX && (spec->block & (spec->block - 1)) == 0;
 }
 
-/* Whole rows of at least one element, then zeros. */
+/* Whole rows of at least one element; of an all_reduce none. */
 static bool spec_row_valid(const pyccl_spec *spec) {
     const uint64_t row = get_u64(spec->root);
-    return row > 0 && row <= SPEC_COUNT_MAX && spec->count % row == 0 && get_u64(spec->root + 8) == 0;
+    if (spec->kind == PYCCL_ALL_REDUCE) return row == 0;
+    return row > 0 && row <= SPEC_COUNT_MAX && spec->count % row == 0;
+}
+
+/* A limit of a guard: a positive float32, or +0 for none. */
+static bool limit_valid(uint32_t bits) { return bits < UINT32_C(0x7F800000); }
+
+/* Of floats that are reduced where the owner of a share sees what each contributes. */
+static bool spec_guard_valid(const pyccl_spec *spec) {
+    if (spec->guard == 0) return !spec_reduces(spec) || get_u64(spec->root + 8) == 0;
+    return spec->guard == 1 && spec_reduces(spec) && spec_is_float(spec) && spec->algorithm == PYCCL_DIRECT &&
+           limit_valid(get_u32(spec->root + 8)) && limit_valid(get_u32(spec->root + 12));
+}
+
+static float limit_of(const uint8_t *at) {
+    const uint32_t bits = get_u32(at);
+    float limit;
+    memcpy(&limit, &bits, sizeof limit);
+    return limit;
+}
+
+frame_limits frame_spec_limits(const pyccl_spec *spec) {
+    return (frame_limits){.peak = limit_of(spec->root + 8), .norm = limit_of(spec->root + 12)};
 }
 
 /* Who takes part, beside the members of the epoch: the root of a broadcast, the pair of an exchange; or a row. */
@@ -180,7 +209,7 @@ static bool spec_peers_valid(const pyccl_spec *spec) {
     const bool rootless = memcmp(spec->root, no_root, sizeof no_root) == 0;
     if (spec->kind == PYCCL_EXCHANGE) return spec->space == PYCCL_SPACE_PAIR && spec->retry == 1 && !rootless;
     if (spec->space > PYCCL_SPACE_INTERNAL) return false;
-    return spec->kind == PYCCL_REDUCE_SCATTER ? spec_row_valid(spec) : spec->kind == PYCCL_BROADCAST || rootless;
+    return spec_reduces(spec) ? spec_row_valid(spec) : spec->kind == PYCCL_BROADCAST || rootless;
 }
 
 static bool spec_algorithm_valid(const pyccl_spec *spec) {
@@ -191,7 +220,7 @@ bool frame_spec_valid(const pyccl_spec *spec) {
     return spec->kind >= PYCCL_ALL_REDUCE && spec->kind <= PYCCL_REDUCE_SCATTER &&
            spec->dtype >= PYCCL_INT32 && spec->dtype <= PYCCL_BFLOAT16 && spec_op_valid(spec) &&
            spec_codec_valid(spec) && spec_algorithm_valid(spec) && spec->retry <= 1 &&
-           spec_peers_valid(spec) && spec->reserved == 0 &&
+           spec_peers_valid(spec) && spec_guard_valid(spec) &&
            spec->count <= (spec->kind == PYCCL_BARRIER ? 0 : SPEC_COUNT_MAX);
 }
 
@@ -204,7 +233,7 @@ void pyccl_spec_encode(const pyccl_spec *spec, uint8_t out[40]) {
     out[4] = spec->algorithm;
     out[5] = spec->retry;
     out[6] = spec->space;
-    out[7] = spec->reserved;
+    out[7] = spec->guard;
     put_u32(out + 8, spec->tag);
     put_u32(out + 12, spec->block);
     put_u64(out + 16, spec->count);
@@ -221,7 +250,7 @@ pyccl_status pyccl_spec_decode_untrusted(const uint8_t in[40], pyccl_spec *out) 
         .algorithm = in[4],
         .retry = in[5],
         .space = in[6],
-        .reserved = in[7],
+        .guard = in[7],
         .tag = get_u32(in + 8),
         .block = get_u32(in + 12),
         .count = get_u64(in + 16),

@@ -11,6 +11,11 @@
 /* True when every field is within the limits of proto/wire.md 3.2. */
 bool frame_spec_valid(const pyccl_spec *spec);
 
+typedef struct frame_limits {        /* of a guard; 0: none */
+    float peak, norm;
+} frame_limits;
+frame_limits frame_spec_limits(const pyccl_spec *spec);
+
 /* True when every field is within what proto/wire.md 3 allows for the frame's type. */
 bool frame_valid(const pyccl_frame *frame);
 

@@ -3,6 +3,9 @@
 
 #include <stdatomic.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "pyccl.h"
 #include "status.h"
@@ -14,9 +17,24 @@ static const char *const NAMES[KERNEL_COUNT] = {
 
 static atomic_int chosen = UNDECIDED;
 
+#if defined(__x86_64__)
+/* Clang's __builtin_cpu_supports does not know it. Asked once: under a hypervisor cpuid traps, and every piece of a reduction
+ * asks which kernels there are. */
+static bool has_f16c(void) {
+    static atomic_int known = UNDECIDED;
+    int has = atomic_load_explicit(&known, memory_order_relaxed);
+    if (has == UNDECIDED) {
+        unsigned a, b, c, d;
+        has = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+        atomic_store_explicit(&known, has, memory_order_relaxed);
+    }
+    return has != 0;
+}
+#endif
+
 bool kernel_supported(kernel k) {
 #if defined(__x86_64__)
-    if (k == KERNEL_AVX2) return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("f16c") != 0;
+    if (k == KERNEL_AVX2) return __builtin_cpu_supports("avx2") != 0 && has_f16c();
     if (k == KERNEL_AVX512)
         return kernel_supported(KERNEL_AVX2) && __builtin_cpu_supports("avx512f") != 0 &&
                __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&

@@ -48,6 +48,37 @@ static ssize_t plain_recv(pyccl_conn *conn, const struct iovec *iov, int count) 
 
 static const link_transport PLAIN = {plain_send, plain_recv};
 
+/* ---- the sealing transport ---- */
+
+static ssize_t sealed_send(pyccl_conn *conn, const struct iovec *iov, int count) {
+    return seal_send(conn->seal, conn->fd, iov, count);
+}
+
+static ssize_t sealed_recv(pyccl_conn *conn, const struct iovec *iov, int count) {
+    const ssize_t n = seal_recv(conn->seal, conn->fd, iov, count);
+    if (seal_is_unsent(conn->seal)) conn->link->wants_send = true; /* it answers a new key */
+    return n;
+}
+
+static const link_transport SEALED = {sealed_send, sealed_recv};
+
+/* Bytes that the socket was given no room for yet, or news of an epoch. */
+static bool is_unsent(const pyccl_conn *conn) { return conn->seal != NULL && seal_is_unsent(conn->seal); }
+
+/* Bytes that came and were not read: epoll does not tell of them again. */
+static bool has_more(const pyccl_conn *conn) { return conn->seal != NULL && seal_has_more(conn->seal); }
+
+void link_conn_enter(pyccl_conn *conn, uint64_t number, const uint8_t id[16]) {
+    if (conn->seal == NULL) return;
+    seal_enter(conn->seal, number, id);
+    conn->link->wants_send = true; /* also where nothing else is to be said: old keys end with their epoch */
+}
+
+void link_enter(pyccl_link *link, uint64_t number, const uint8_t id[16]) {
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
+        if (link->conns[i] != NULL) link_conn_enter(link->conns[i], number, id);
+}
+
 /* ---- life of links and connections ---- */
 
 void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE], uint32_t slot) {
@@ -205,25 +236,37 @@ void link_use(pyccl_link *link, uint32_t conns) {
     lanes_changed(link);
 }
 
-pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out) {
+static pyccl_status conn_new(pyccl_link *link, int fd, const pyccl_conn_keys *keys, pyccl_conn **out) {
+    pyccl_conn *conn = calloc(1, sizeof *conn);
+    *out = conn;
+    if (conn == NULL) return PYCCL_ERR_NOMEM;
+    conn->link = link;
+    conn->transport = keys != NULL ? &SEALED : &PLAIN;
+    conn->seal = keys != NULL ? seal_new(keys, (ratchet_source){0}) : NULL;
+    conn->fd = fd;
+    conn->interest = EPOLLIN;
+    conn->sent_ns = link->env->now_ns;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
+    if (keys != NULL && conn->seal == NULL) {
+        free(conn);
+        return PYCCL_ERR_NOMEM;
+    }
+    if (epoll_ctl(link->env->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0) return PYCCL_OK;
+    seal_free(conn->seal);
+    free(conn);
+    return PYCCL_ERR_OS;
+}
+
+pyccl_status link_conn_add(pyccl_link *link, int fd, const pyccl_conn_keys *keys, pyccl_conn **out) {
     *out = NULL;
     if (link->conn_count >= PYCCL_CONNS_MAX) return PYCCL_ERR_LIMIT;
     const bool near = peer_is_loopback(fd);
     const int64_t rtt_ns = round_trip_ns(fd);
     pyccl_status rc = socket_prepare(link->env, fd, rtt_ns);
     if (rc != PYCCL_OK) return rc;
-    pyccl_conn *conn = calloc(1, sizeof *conn);
-    if (conn == NULL) return PYCCL_ERR_NOMEM;
-    conn->link = link;
-    conn->transport = &PLAIN;
-    conn->fd = fd;
-    conn->interest = EPOLLIN;
-    conn->sent_ns = link->env->now_ns;
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
-    if (epoll_ctl(link->env->epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0) {
-        free(conn);
-        return PYCCL_ERR_OS;
-    }
+    pyccl_conn *conn;
+    rc = conn_new(link, fd, keys, &conn);
+    if (rc != PYCCL_OK) return rc;
     while (link->conns[conn->index] != NULL) conn->index++;
     link->conns[conn->index] = conn;
     link->conn_count++;
@@ -258,6 +301,8 @@ void link_conn_close(pyccl_conn *conn) {
     (void)shutdown(conn->fd, SHUT_RDWR); /* close alone does not end it while a forked child holds a copy */
     (void)close(conn->fd);
     conn->fd = -1;
+    seal_free(conn->seal);
+    conn->seal = NULL;
     tx_release(conn);
     link_sink_drop(conn);
     link->conns[conn->index] = NULL;
@@ -396,10 +441,21 @@ static bool conn_send(pyccl_conn *conn, size_t room) {
         if (conn->data_owner != NULL) link->env->hooks->moved(link->env->ctx, conn->data_owner);
         tx_advance(conn, sent);
     }
-    if (sent == want) return true;
+    if (sent == want && !is_unsent(conn)) return true;
     conn->blocked = true;
     conn_arm(conn);
     return false;
+}
+
+/* What was sealed and had no room; true: all of it has left. */
+static bool conn_send_rest(pyccl_conn *conn) {
+    if (seal_send(conn->seal, conn->fd, NULL, 0) < 0) {
+        conn_break(conn, errno);
+        return false;
+    }
+    conn->blocked = is_unsent(conn);
+    conn_arm(conn);
+    return !conn->blocked;
 }
 
 /* So slow that the others carry the rest of a short operation before it would have carried one piece. */
@@ -411,6 +467,7 @@ static bool is_behind(const pyccl_conn *conn) {
 
 static bool conn_flush_once(pyccl_conn *conn) {
     if (conn->blocked || conn->broken != 0) return false;
+    if (is_unsent(conn) && !conn_send_rest(conn)) return false;
     if (!tx_pending(conn)) {
         fill_control(conn);
         conn->passed = conn->index < conn->link->data_end && is_behind(conn);
@@ -637,7 +694,7 @@ static size_t conn_recv(pyccl_conn *conn) {
 
 static void conn_read(pyccl_conn *conn, size_t budget) {
     size_t done = 0;
-    while (done < budget && conn->fd >= 0 && !conn->paused) {
+    while (conn->fd >= 0 && !conn->paused && (done < budget || has_more(conn))) {
         const size_t n = conn_recv(conn);
         if (n == 0) return;
         done += n;
@@ -663,6 +720,7 @@ void link_feed(pyccl_link *link, bool tx, bool rx) {
         if (conn == NULL || !conn->held) continue;
         conn->held = false;
         conn_arm(conn);
+        if (has_more(conn)) link_conn_readable(conn);
     }
 }
 
@@ -679,6 +737,7 @@ void link_conn_resume(pyccl_conn *conn) {
     conn->paused = false;
     frame_judge(conn);
     if (conn->fd >= 0) stage_consume(conn);
+    if (conn->fd >= 0 && !conn->paused && !conn->held && has_more(conn)) link_conn_readable(conn);
 }
 
 /* ---- borrowed memory ---- */

@@ -3,7 +3,7 @@
  * Moves bytes and cuts them into frames; what a frame means is the engine's (link_hooks). Control frames wait in one
  * FIFO per link and go before data; data is not queued but taken from load_next() when a connection has room, so that
  * whichever connection drains fastest carries most. EPOLLOUT is armed only while a send came back short.
- * Bytes go through a `link_transport`: the plain one is TCP as it is, a sealing one would stand in its place.
+ * Bytes go through a `link_transport`: the plain one is TCP as it is, the other one seals them (seal.h).
  *
  * Invariants
  *  - memory that is not the link's own (load.data, sink.dst) is marked with its owner; after link_disown(owner) no
@@ -25,6 +25,7 @@
 #include "../include/pyccl.h"
 #include "lanes.h"
 #include "pace.h"
+#include "seal.h"
 #include "throttle.h"
 
 #define LINK_STAGE_BYTES 4096        /* received ahead of the payload that is expected */
@@ -90,6 +91,7 @@ typedef struct link_transport {      /* as sendmsg and recvmsg: bytes moved, or 
 struct pyccl_conn {
     pyccl_link *link;
     const link_transport *transport;
+    seal *seal;                      /* NULL: the plain transport */
     int fd;                          /* -1: down */
     uint32_t index;                  /* in link->conns */
     uint32_t interest;               /* epoll events armed */
@@ -157,7 +159,9 @@ void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE],
 void link_fini(pyccl_link *link);    /* its connections must be down */
 
 /* Takes fd on success only. ERR_LIMIT: PYCCL_CONNS_MAX are there; ERR_OS; ERR_NOMEM. */
-pyccl_status link_conn_add(pyccl_link *link, int fd, pyccl_conn **out);
+pyccl_status link_conn_add(pyccl_link *link, int fd, const pyccl_conn_keys *keys, pyccl_conn **out); /* keys: NULL: plain */
+void link_conn_enter(pyccl_conn *conn, uint64_t number, const uint8_t id[16]);  /* what leaves is sealed for this epoch */
+void link_enter(pyccl_link *link, uint64_t number, const uint8_t id[16]);       /* on all of its connections */
 void link_conn_close(pyccl_conn *conn);          /* frees what it owns, not the structure: see link_bury */
 void link_bury(link_env *env);
 

@@ -55,7 +55,12 @@ typedef struct fsm_op {
     int32_t abort_status;                  /* EARLY: a peer already aborted it                      */
     uint8_t culprit[PYCCL_ID_SIZE];        /* FAILED, or EARLY and aborted: who gave it up; zero: not known */
     uint8_t have_spec, have_other, result, asked, told_differs;
+    uint8_t refused;                       /* the guard refuses our own input                       */
+    uint32_t complaint;                    /* of our DONE                                           */
+    uint32_t accused;                      /* lowest rank + 1 whose contribution a DONE refuses, 0  */
     rank_set opened, done, settled;
+    rank_set refusing;                     /* whose OPEN refuses its own input                      */
+    rank_set complaining, suspects;        /* who complains in its DONE; whose shares are complained of */
     rank_set submitted;                    /* who has shown that it has given the number to a submit */
     uint64_t hash[];                       /* (world) result hash of each rank that sent DONE       */
 } fsm_op;
@@ -79,6 +84,7 @@ typedef struct deferred {                  /* submitted while frozen, above the 
     uint64_t cookie;
     pyccl_spec spec;
     double weight;
+    uint8_t refused;
     int64_t submitted_ns, deadline_ns;
     int32_t status;                        /* not 0: given up, it only takes its number             */
 } deferred;
@@ -194,6 +200,12 @@ static void send_one(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_fra
     if (opened == NULL) return;
     message->spec = opened->spec;
     message->weight = opened->weight;
+    message->complaint = opened->refused;
+}
+
+static void send_done(pyccl_fsm *fsm, const fsm_op *op, uint32_t to) {
+    send_one(fsm, op->tag, op->seq, PYCCL_FRAME_DONE, to, op->hash[fsm->rank], NULL);
+    fsm->queue[(fsm->queue_head + fsm->queue_count - 1) % fsm->queue_cap].message.complaint = op->complaint;
 }
 
 static void send_all(pyccl_fsm *fsm, const fsm_tag *tag, uint64_t seq, pyccl_frame_type type, uint64_t value,
@@ -432,17 +444,51 @@ static uint32_t first_that_differs(const pyccl_fsm *fsm, const fsm_op *op) {
     return fsm->world;
 }
 
-/* Steps that need no further event: prepare, then commit. */
+/* ---- guards: wire.md 3.8 ---- */
+
+static int set_is_empty(const rank_set *set) {
+    for (int i = 0; i < WORDS; i++)
+        if (set->word[i] != 0) return 0;
+    return 1;
+}
+
+static void op_complained(fsm_op *op, uint32_t rank, uint32_t complaint) {
+    const uint32_t accused = complaint % PYCCL_COMPLAINT_RESULT, suspect = complaint / PYCCL_COMPLAINT_RESULT;
+    if (complaint == 0) return;
+    set_add(&op->complaining, rank);
+    if (accused > 0 && accused < PYCCL_CULPRIT_NOBODY && (op->accused == 0 || accused < op->accused)) op->accused = accused;
+    if (suspect > 0) set_add(&op->suspects, suspect - 1);
+}
+
+/* The same on all who have every DONE: who contributed what was refused, else whose share came out wrong though it does not
+ * say so itself; NULL: finite contributions made something that is not. */
+static const uint8_t *poisoner(const pyccl_fsm *fsm, const fsm_op *op) {
+    if (op->accused > 0) return fsm->members[op->accused - 1];
+    for (uint32_t rank = 0; rank < fsm->world; rank++)
+        if (set_has(&op->suspects, rank) && !set_has(&op->complaining, rank)) return fsm->members[rank];
+    return NULL;
+}
+
+/* Steps that need no further event: prepare, then commit. Where somebody refuses its own input nobody ever prepares. */
 static void op_advance(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
     if (fsm->frozen) return;
+    if (op->state == RUNNING && set_is_full(fsm, op->tag, &op->opened) && !set_is_empty(&op->refusing)) {
+        uint32_t rank = 0;
+        while (!set_has(&op->refusing, rank)) rank++;
+        op_fail(fsm, op, PYCCL_ERR_POISON, fsm->members[rank], now_ns);
+        return;
+    }
     if (op->state == RUNNING && op->result && set_is_full(fsm, op->tag, &op->opened)) {
         op->state = PREPARED;
         set_add(&op->done, fsm->rank);
-        send_all(fsm, op->tag, op->seq, PYCCL_FRAME_DONE, op->hash[fsm->rank], NULL);
+        op_complained(op, fsm->rank, op->complaint);
+        for (uint32_t rank = 0; rank < fsm->world; rank++)
+            if (rank != fsm->rank && takes_part(fsm, op->tag, rank)) send_done(fsm, op, rank);
     }
     if (op->state == PREPARED && set_is_full(fsm, op->tag, &op->done)) {
         uint32_t liar = first_that_differs(fsm, op);
-        if (liar < fsm->world) op_fail(fsm, op, PYCCL_ERR_RESULT_DIFFERS, fsm->members[liar], now_ns);
+        if (!set_is_empty(&op->complaining)) op_fail(fsm, op, PYCCL_ERR_POISON, poisoner(fsm, op), now_ns);
+        else if (liar < fsm->world) op_fail(fsm, op, PYCCL_ERR_RESULT_DIFFERS, fsm->members[liar], now_ns);
         else op_commit(fsm, op, now_ns);
     }
 }
@@ -485,6 +531,7 @@ static void tell_peer_open(pyccl_fsm *fsm, const fsm_op *op, uint32_t rank) {
 static void op_begin(pyccl_fsm *fsm, fsm_op *op, int64_t now_ns) {
     uint64_t watermark = tag_watermark(op->tag);
     set_add(&op->opened, fsm->rank);
+    if (op->refused) set_add(&op->refusing, fsm->rank);
     op->attempts++;
     op->progress_ns = now_ns;
     send_all(fsm, op->tag, op->seq, PYCCL_FRAME_OPEN, watermark, op);
@@ -510,6 +557,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
     ahead_add(fsm, op);
     op->spec = from->spec;
     op->weight = from->weight;
+    op->refused = from->refused;
     op->cookie = from->cookie;
     op->submitted_ns = from->submitted_ns;
     op->deadline_ns = from->deadline_ns;
@@ -525,6 +573,10 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
         return;
     }
     live_add(fsm, op);
+    if (!op->spec.guard) { /* what was said of one that nobody has called */
+        memset(&op->refusing, 0, sizeof op->refusing);
+        memset(&op->complaining, 0, sizeof op->complaining);
+    }
     if (early.abort_status != 0) {
         static const uint8_t nobody[PYCCL_ID_SIZE];
         op_fail(fsm, op, early.abort_status, memcmp(early.culprit, nobody, sizeof nobody) != 0 ? early.culprit : NULL, now_ns);
@@ -549,6 +601,7 @@ static void op_admit(pyccl_fsm *fsm, fsm_tag *tag, const deferred *from, int64_t
                 set_add(&op->opened, r);
                 tell_peer_open(fsm, op, r);
             }
+        op_advance(fsm, op, now_ns);
     }
 }
 
@@ -755,17 +808,18 @@ void pyccl_fsm_end(pyccl_fsm *fsm, pyccl_status why) {
 /* ---- the caller's events ---- */
 
 pyccl_status pyccl_fsm_submit(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, int64_t deadline_ns, int64_t now_ns) {
-    return pyccl_fsm_submit_weighted(fsm, cookie, spec, 1.0, deadline_ns, now_ns);
+    return pyccl_fsm_submit_weighted(fsm, cookie, spec, 1.0, 0, deadline_ns, now_ns);
 }
 
-pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, double weight,
+pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const pyccl_spec *spec, double weight, int refused,
                                        int64_t deadline_ns, int64_t now_ns) {
-    PYCCL_ASSERT(cookie != 0);
+    PYCCL_ASSERT(cookie != 0 && (!refused || spec->guard));
     if (!fsm->entered) return PYCCL_ERR_CLOSED;
     const uint32_t partner = partner_of(fsm, spec);
     fsm_tag *tag = partner < fsm->world ? tag_find(fsm, spec->space, spec->tag, partner) : NULL;
     if (tag == NULL && fsm->tag_count >= PYCCL_TAGS_MAX) return PYCCL_ERR_LIMIT;
-    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .submitted_ns = now_ns, .deadline_ns = deadline_ns};
+    deferred item = {.cookie = cookie, .spec = *spec, .weight = weight, .refused = refused != 0,
+                     .submitted_ns = now_ns, .deadline_ns = deadline_ns};
     if (!fsm->frozen && !fsm->cutting && fails_for_want_of_peers(fsm, cookie, spec))
         return PYCCL_OK;  /* frozen or cutting: a newcomer may be on its way, wait for it */
     if (tag == NULL && partner < fsm->world) tag = tag_get(fsm, spec->space, spec->tag, partner);
@@ -773,6 +827,13 @@ pyccl_status pyccl_fsm_submit_weighted(pyccl_fsm *fsm, uint64_t cookie, const py
     op_admit(fsm, tag, &item, now_ns);
     admit_if_room(fsm, now_ns);
     return PYCCL_OK;
+}
+
+void pyccl_fsm_complain(pyccl_fsm *fsm, uint64_t cookie, uint32_t complaint) {
+    fsm_op *op = pyccl_map_get(&fsm->cookie_map, cookie);
+    if (op == NULL || op->state != RUNNING || fsm->frozen) return;
+    PYCCL_ASSERT(op->spec.guard && !op->result);
+    op->complaint = complaint;
 }
 
 void pyccl_fsm_result(pyccl_fsm *fsm, uint64_t cookie, uint64_t hash, int64_t now_ns) {
@@ -883,7 +944,7 @@ static void settled_below(pyccl_fsm *fsm, uint8_t space, uint32_t tag_number, ui
  * other compares for itself and names the same peer. */
 static void tell_failed(pyccl_fsm *fsm, const fsm_op *op, uint32_t to) {
     if (op->abort_status == PYCCL_ERR_RESULT_DIFFERS && set_has(&op->done, fsm->rank))
-        send_one(fsm, op->tag, op->seq, PYCCL_FRAME_DONE, to, op->hash[fsm->rank], NULL);
+        send_done(fsm, op, to);
     else send_one(fsm, op->tag, op->seq, PYCCL_FRAME_ABORT, to, failure_value(fsm, op), NULL);
 }
 
@@ -907,6 +968,7 @@ static pyccl_status on_open(pyccl_fsm *fsm, const pyccl_message *message, int64_
             op->other_rank = message->rank;
         }
         set_add(&op->opened, message->rank);
+        if (message->complaint) set_add(&op->refusing, message->rank);
         op->weights[message->rank] = message->weight;
         break;
     case RUNNING:
@@ -914,6 +976,7 @@ static pyccl_status on_open(pyccl_fsm *fsm, const pyccl_message *message, int64_
             tell_differs(fsm, op, message->rank, &message->spec);
         } else if (!set_has(&op->opened, message->rank)) {
             set_add(&op->opened, message->rank);
+            if (message->complaint) set_add(&op->refusing, message->rank);
             op->weights[message->rank] = message->weight;
             op->progress_ns = now_ns;
             tell_peer_open(fsm, op, message->rank);
@@ -930,13 +993,23 @@ static pyccl_status on_open(pyccl_fsm *fsm, const pyccl_message *message, int64_
     return PYCCL_OK;
 }
 
+/* Whom a complaint names takes part; a sender does not accuse itself of what only others can see. */
+static int is_complaint_untrusted(const pyccl_fsm *fsm, const pyccl_message *message) {
+    const uint32_t accused = message->complaint % PYCCL_COMPLAINT_RESULT, suspect = message->complaint / PYCCL_COMPLAINT_RESULT;
+    return (accused <= fsm->world || accused == PYCCL_CULPRIT_NOBODY) && suspect <= fsm->world && suspect != message->rank + 1 &&
+           (message->complaint == 0 || message->space != PYCCL_SPACE_PAIR);
+}
+
 static pyccl_status on_done(pyccl_fsm *fsm, const pyccl_message *message, int64_t now_ns) {
     pyccl_status rc;
+    if (!is_complaint_untrusted(fsm, message)) return PYCCL_ERR_FRAME;
     fsm_op *op = op_for_peer(fsm, message, &rc);
     if (op == NULL) return rc;
     if (op->state == COMMITTED || op->state == FAILED || set_has(&op->done, message->rank)) return PYCCL_OK;
+    if (message->complaint != 0 && op->state != EARLY && !op->spec.guard) return PYCCL_ERR_FRAME;
     set_add(&op->done, message->rank);
     op->hash[message->rank] = message->value;
+    op_complained(op, message->rank, message->complaint);
     if (op->state != EARLY) {
         op->progress_ns = now_ns;
         op_advance(fsm, op, now_ns);
@@ -958,6 +1031,7 @@ static int32_t abort_status(uint64_t value) {
     case PYCCL_ERR_MASTER_AWAY:
     case PYCCL_ERR_RESULT_DIFFERS:
     case PYCCL_ERR_MISMATCH:
+    case PYCCL_ERR_POISON:
     case PYCCL_ERR_PEER_LOST: return status;
     default: return PYCCL_ERR_CANCELLED;
     }
@@ -977,6 +1051,7 @@ static const uint8_t *culprit_of(const pyccl_fsm *fsm, const fsm_op *op, const p
     const uint64_t named = message->value >> 8;
     if (named == PYCCL_CULPRIT_NOBODY || names_nobody(abort_status(message->value))) return NULL;
     const uint32_t rank = named == 0 ? message->rank : (uint32_t)(named - 1);
+    if (abort_status(message->value) == PYCCL_ERR_POISON) return fsm->members[rank]; /* who contributed, and did not give up */
     return rank == fsm->rank || set_has(&op->done, rank) ? NULL : fsm->members[rank];
 }
 
@@ -1051,7 +1126,7 @@ void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
             }
             if (set_has(&op->settled, rank)) continue;
             if (op->state == PREPARED || op->state == COMMITTED)
-                send_one(fsm, tag, op->seq, PYCCL_FRAME_DONE, rank, op->hash[fsm->rank], NULL);
+                send_done(fsm, op, rank);
             if (op->state == PREPARED && op->asked)
                 send_one(fsm, tag, op->seq, PYCCL_FRAME_ASK, rank, 0, NULL);
             if (op->state == FAILED) tell_failed(fsm, op, rank);
@@ -1075,6 +1150,7 @@ size_t pyccl_fsm_report(const pyccl_fsm *fsm, pyccl_op_report *out, size_t cap) 
     for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next)
         for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next) {
             if (op->state != PREPARED && op->state != COMMITTED) continue;
+            if (op->state == PREPARED && !set_is_empty(&op->complaining)) continue; /* nobody commits it: it counts as running */
             if (count < cap)
                 out[count] = (pyccl_op_report){
                     .space = tag->space,
@@ -1225,6 +1301,10 @@ static void forget_old(pyccl_fsm *fsm) {
                 memset(&op->opened, 0, sizeof op->opened);
                 memset(&op->done, 0, sizeof op->done);
                 memset(&op->settled, 0, sizeof op->settled);
+                memset(&op->refusing, 0, sizeof op->refusing);
+                memset(&op->complaining, 0, sizeof op->complaining);
+                memset(&op->suspects, 0, sizeof op->suspects);
+                op->complaint = op->accused = 0;
                 op->result = op->asked = op->told_differs = 0;
             }
         }

@@ -2,6 +2,7 @@
  *
  * Each way of a pair is a pipe between two sockets: bytes are spliced in and out of it and never come into user space. A
  * way reads only when its pipe is empty, so what it holds is bounded, and a receiver that is slow slows its sender.
+ * With a cap nothing is read while the bucket is empty; the senders' windows do the rest.
  *
  * Invariants
  *  - a socket is in the epoll set only while something is wanted of it: what is always ready would keep the thread busy;
@@ -19,10 +20,12 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "../include/pyccl.h"
 #include "status.h"
+#include "throttle.h"
 
 #define PIPE_BYTES (256 << 10)       /* of each way; the kernel may give less */
 #define TURNS 8                      /* full pipes that one event moves each way: other pairs wait meanwhile */
@@ -43,6 +46,7 @@ typedef struct way {                 /* from legs[i] to legs[1 - i] */
 
 typedef struct pair {
     bool used;
+    bool capped;                     /* it would read, and may not yet */
     uint32_t life;                   /* how many pairs have had this place before */
     leg legs[2];
     way ways[2];
@@ -55,8 +59,16 @@ struct pyccl_relay {
     unsigned user_timeout_ms;
     bool stopping;
     uint32_t count;
+    uint32_t first;                  /* of the pairs that the cap has held up, who goes on first */
+    throttle cap;
     pair pairs[PYCCL_RELAY_PAIRS_MAX];
 };
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 /* ---- pairs; all under the lock ---- */
 
@@ -85,17 +97,24 @@ static void pair_close(pyccl_relay *relay, pair *p, bool reset) {
 }
 
 /* False: a socket is broken. */
-static bool way_move(const pair *p, way *w, int i) {
+static bool way_move(pyccl_relay *relay, pair *p, way *w, int i) {
     const int from = p->legs[i].fd, to = p->legs[1 - i].fd;
     for (int turn = 0; turn < TURNS && !w->ended; turn++) {
         if (w->held == 0) {
-            const ssize_t n = splice(from, NULL, w->in, NULL, PIPE_BYTES, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+            const size_t room = throttle_room(&relay->cap, now_ns());
+            if (room == 0) {
+                p->capped = true;
+                return true;
+            }
+            const size_t most = room < PIPE_BYTES ? room : PIPE_BYTES;
+            const ssize_t n = splice(from, NULL, w->in, NULL, most, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
             if (n < 0) return errno == EAGAIN || errno == EINTR;
             if (n == 0) {
                 w->ended = true;
                 return shutdown(to, SHUT_WR) == 0;
             }
             w->held = (size_t)n;
+            throttle_take(&relay->cap, w->held);
         }
         const ssize_t n = splice(w->out, NULL, to, NULL, w->held, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
         if (n < 0) return errno == EAGAIN || errno == EINTR;
@@ -106,7 +125,8 @@ static bool way_move(const pair *p, way *w, int i) {
 
 static bool leg_arm(const pyccl_relay *relay, pair *p, int i) {
     const way *reads = &p->ways[i], *writes = &p->ways[1 - i];
-    const uint32_t wanted = (reads->held == 0 && !reads->ended ? (uint32_t)EPOLLIN : 0) | (writes->held > 0 ? (uint32_t)EPOLLOUT : 0);
+    const bool may_read = reads->held == 0 && !reads->ended && !p->capped;
+    const uint32_t wanted = (may_read ? (uint32_t)EPOLLIN : 0) | (writes->held > 0 ? (uint32_t)EPOLLOUT : 0);
     leg *l = &p->legs[i];
     if (wanted == l->interest) return true;
     struct epoll_event event = {.events = wanted};
@@ -119,7 +139,8 @@ static bool leg_arm(const pyccl_relay *relay, pair *p, int i) {
 
 static void pair_move(pyccl_relay *relay, pair *p) {
     bool fine = true;
-    for (int i = 0; i < 2; i++) fine = fine && way_move(p, &p->ways[i], i);
+    p->capped = false;
+    for (int i = 0; i < 2; i++) fine = fine && way_move(relay, p, &p->ways[i], i);
     for (int i = 0; i < 2; i++) fine = fine && leg_arm(relay, p, i);
     if (!fine || (p->ways[0].ended && p->ways[1].ended)) pair_close(relay, p, !fine);
 }
@@ -137,11 +158,27 @@ static bool handle(pyccl_relay *relay, uint64_t name) {
     return !stopping;
 }
 
+/* Those that the cap has held up go on as soon as it allows. The milliseconds until then; -1: none waits. */
+static int uncap(pyccl_relay *relay) {
+    (void)pthread_mutex_lock(&relay->lock);
+    const bool room = throttle_room(&relay->cap, now_ns()) > 0;
+    bool waits = false;
+    for (uint32_t i = 0; i < PYCCL_RELAY_PAIRS_MAX; i++) {
+        pair *p = &relay->pairs[(relay->first + i) % PYCCL_RELAY_PAIRS_MAX];
+        if (p->used && p->capped && room) pair_move(relay, p);
+        waits = waits || (p->used && p->capped);
+    }
+    relay->first++; /* each pair has its turn with what there is */
+    const int64_t missing = throttle_due(&relay->cap) - now_ns();
+    (void)pthread_mutex_unlock(&relay->lock);
+    return !waits ? -1 : missing > 0 ? (int)(missing / 1000000) + 1 : 1;
+}
+
 static void *thread_main(void *arg) {
     pyccl_relay *relay = arg;
     struct epoll_event events[EVENTS_AT_ONCE];
     for (;;) {
-        const int count = epoll_wait(relay->epoll_fd, events, EVENTS_AT_ONCE, -1);
+        const int count = epoll_wait(relay->epoll_fd, events, EVENTS_AT_ONCE, uncap(relay));
         PYCCL_ASSERT(count >= 0 || errno == EINTR);
         for (int i = 0; i < count; i++)
             if (!handle(relay, events[i].data.u64)) return NULL;
@@ -166,12 +203,13 @@ static void relay_delete(pyccl_relay *relay) {
     free(relay);
 }
 
-pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, pyccl_relay **out) {
+pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, uint64_t max_bytes_s, pyccl_relay **out) {
     *out = NULL;
     pyccl_relay *relay = calloc(1, sizeof *relay);
     if (relay == NULL) return PYCCL_ERR_NOMEM;
     (void)pthread_mutex_init(&relay->lock, NULL);
     relay->user_timeout_ms = user_timeout_ms;
+    throttle_init(&relay->cap, max_bytes_s, now_ns());
     relay->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     relay->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     struct epoll_event wake = {.events = EPOLLIN, .data.u64 = WAKE};

@@ -33,6 +33,7 @@ const char *pyccl_status_name(int32_t status) {
     NAME(PYCCL_ERR_MASTER_AWAY);
     NAME(PYCCL_ERR_MISMATCH);
     NAME(PYCCL_ERR_RESULT_DIFFERS);
+    NAME(PYCCL_ERR_POISON);
     NAME(PYCCL_ERR_FRAME);
     }
 #undef NAME

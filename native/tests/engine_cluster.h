@@ -42,7 +42,7 @@ typedef struct cluster {
     uint64_t max_tx, max_rx;                  /* of engine 0, bytes a second */
 } cluster;
 
-typedef enum wire { OVER_TCP, OVER_UNIX } wire;
+typedef enum wire { OVER_TCP, OVER_UNIX, SEALED_TCP } wire;
 
 static inline int64_t now_ns(void) {
     struct timespec now;
@@ -67,10 +67,21 @@ static inline void tcp_pair(int pair[2]) {
 
 static inline void cluster_link(cluster *c, uint32_t a, uint32_t b, uint32_t conn, wire how) {
     int pair[2];
-    if (how == OVER_TCP) tcp_pair(pair);
-    else REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    if (how == OVER_UNIX) REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    else tcp_pair(pair);
     c->raw[a][b][conn] = dup(pair[0]);
     c->raw[b][a][conn] = dup(pair[1]);
+    if (how == SEALED_TCP) {
+        const uint8_t cipher = conn % 2 == 0 ? PYCCL_CIPHER_AES_256_GCM : PYCCL_CIPHER_CHACHA20_POLY1305;
+        pyccl_conn_keys one = {.cipher = cipher, .dialed = 1}, other = {.cipher = cipher};
+        memset(one.tx, (int)(1 + conn), sizeof one.tx);
+        memset(one.rx, (int)(101 + conn), sizeof one.rx);
+        memcpy(other.tx, one.rx, sizeof other.tx);
+        memcpy(other.rx, one.tx, sizeof other.rx);
+        REQUIRE(pyccl_engine_conn_add_sealed(c->engine[a], c->slot[a][b], pair[0], &one) == PYCCL_OK);
+        REQUIRE(pyccl_engine_conn_add_sealed(c->engine[b], c->slot[b][a], pair[1], &other) == PYCCL_OK);
+        return;
+    }
     REQUIRE(pyccl_engine_conn_add(c->engine[a], c->slot[a][b], pair[0]) == PYCCL_OK);
     REQUIRE(pyccl_engine_conn_add(c->engine[b], c->slot[b][a], pair[1]) == PYCCL_OK);
 }

@@ -1,5 +1,9 @@
 /* test_engine_flow.c: many operations at a time, and how far a sender may run ahead of its receivers. */
+#include <sys/socket.h>
+#include <unistd.h>
+
 #include "engine_vectors.h"
+#include "frame.h"
 
 static void many_ops(uint32_t world, uint32_t tags, uint64_t count, uint32_t conns) {
     cluster c;
@@ -105,6 +109,63 @@ TEST(engine_keeps_contributions_to_all_in_step_on_lines_that_are_not_loopback) {
     for (uint32_t i = 0; i < MEMBERS; i++) pyccl_engine_stop(c.engine[i], PYCCL_ERR_CLOSED);
     for (uint32_t i = 0; i < MEMBERS; i++) CHECK(finish(ops[i]) != PYCCL_OK);
     vectors_free(&v);
+    cluster_close(&c);
+}
+
+/* Engine 1 of three; the test is the other two and reads nothing before all that they contribute is there, and so all results
+ * could go. What it has to contribute goes before them all the same. */
+TEST(engine_sends_its_inputs_before_results_on_lines_that_are_not_loopback) {
+    enum { PIECES = 64, PIECE = PYCCL_PLAN_PIECE_MIN };
+    const pyccl_plan plan = {.ring_from_bytes = UINT64_MAX, .piece_bytes = PIECE};
+    cluster c;
+    cluster_open(&c, 3, 0, OVER_UNIX);
+    c.plan = &plan;
+    cluster_epoch(&c, 1);
+    int fds[2];
+    for (uint32_t i = 0; i < 2; i++) {
+        int pair[2];
+        REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+        REQUIRE(pyccl_engine_conn_add(c.engine[1], c.slot[1][2 * i], pair[0]) == PYCCL_OK);
+        fds[i] = pair[1];
+    }
+    pyccl_spec spec = reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, 3 * PIECES * PIECE / 4, 0);
+    spec.algorithm = PYCCL_DIRECT;
+    spec.retry = 1;
+    float *x = calloc(spec.count, sizeof *x);
+    pyccl_op *op = submit(&c, 1, spec, x, x, 0);
+    pyccl_frame frame = {.type = PYCCL_FRAME_DATA, .epoch_number = c.number, .length = PIECE, .spec_hash = pyccl_spec_hash(&spec)};
+    memset(&frame.epoch_tag, (int)(0x40 + c.number), sizeof frame.epoch_tag);
+    static uint8_t bytes[PYCCL_FRAME_SIZE + PIECE];
+    pyccl_frame open = frame;
+    const double weight = 1;
+    open.type = PYCCL_FRAME_OPEN;
+    open.length = PYCCL_SPEC_SIZE;
+    open.spec_hash = 0;
+    memcpy(&open.offset, &weight, sizeof open.offset);
+    pyccl_frame_encode(&open, bytes);
+    pyccl_spec_encode(&spec, bytes + PYCCL_FRAME_SIZE);
+    for (uint32_t i = 0; i < 2; i++)
+        REQUIRE(send(fds[i], bytes, PYCCL_FRAME_SIZE + PYCCL_SPEC_SIZE, MSG_NOSIGNAL) == PYCCL_FRAME_SIZE + PYCCL_SPEC_SIZE);
+    for (uint32_t piece = 0; piece < PIECES; piece++)
+        for (uint32_t i = 0; i < 2; i++) {
+            frame.offset = (uint64_t)piece * PIECE;
+            pyccl_frame_encode(&frame, bytes);
+            REQUIRE(send(fds[i], bytes, sizeof bytes, MSG_NOSIGNAL) == sizeof bytes);
+        }
+    for (uint32_t i = 0; i < 2; i++) await_bytes(&c, 1, 2 * i, PYCCL_FRAME_SIZE + PYCCL_SPEC_SIZE + PIECES * sizeof bytes);
+    uint32_t inputs[2] = {0}, results[2] = {0};
+    while (inputs[0] < PIECES || inputs[1] < PIECES) {
+        const uint32_t i = inputs[0] > inputs[1]; /* in step: who is ahead gets results meanwhile */
+        REQUIRE(recv(fds[i], bytes, PYCCL_FRAME_SIZE, MSG_WAITALL) == PYCCL_FRAME_SIZE);
+        REQUIRE(pyccl_frame_decode_untrusted(bytes, &frame) == PYCCL_OK);
+        if (frame.length > 0) REQUIRE(recv(fds[i], bytes, frame.length, MSG_WAITALL) == (ssize_t)frame.length);
+        if (frame.type == PYCCL_FRAME_DATA) (*(frame.phase == 0 ? &inputs[i] : &results[i]))++;
+    }
+    CHECK(results[0] + results[1] < PIECES); /* half of them: a few that went while the inputs to one were ahead */
+    pyccl_op_cancel(op, PYCCL_ERR_CANCELLED);
+    CHECK_EQ(finish(op), PYCCL_ERR_CANCELLED);
+    for (uint32_t i = 0; i < 2; i++) close(fds[i]);
+    free(x);
     cluster_close(&c);
 }
 

@@ -287,12 +287,33 @@ TEST(engine_refuses_a_peer_that_asks_without_end_and_reads_no_answer) {
     cluster_close(&c);
 }
 
+TEST(engine_refuses_a_peer_that_asks_for_more_state_than_is_queued_and_reads_none) {
+    enum { STATE_BYTES = 2 * PYCCL_PIECE_MAX, MANY = 3000 };
+    cluster c;
+    cluster_open(&c, 2, 1, OVER_TCP);
+    uint8_t *state = calloc(1, STATE_BYTES);
+    const pyccl_region region = {state, STATE_BYTES};
+    REQUIRE(pyccl_state_publish(c.engine[0], 7, &region, 1) == PYCCL_OK);
+    int pair[2];
+    take_the_place_of_1(&c, pair);
+    const int kept = c.raw[1][0][0];
+    c.raw[1][0][0] = pair[1];
+    for (uint32_t k = 0; k < MANY; k++) /* none lies in another */
+        send_frame(&c, 1, 0, (pyccl_frame){.type = PYCCL_FRAME_STATE_ASK, .seq = 7, .offset = k, .value = PYCCL_PIECE_MAX}, 0);
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_REFUSED, NULL));
+    c.raw[1][0][0] = kept;
+    close(pair[1]);
+    REQUIRE(pyccl_state_unpublish(c.engine[0], 7) == PYCCL_OK);
+    cluster_close(&c);
+    free(state);
+}
+
 TEST(engine_pulse_beats_and_reports_its_end) {
     cluster c;
     cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, 5 * SECOND);
     int pair[2];
     REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    CHECK_EQ(pyccl_engine_pulse(c.engine[0], pair[0]), PYCCL_OK);
+    CHECK_EQ(pyccl_engine_pulse(c.engine[0], pair[0], NULL), PYCCL_OK);
     for (int k = 0; k < 3; k++) {
         uint8_t beat[64];
         pyccl_frame frame;

@@ -122,7 +122,7 @@ static void check_spec_fields(const pyccl_spec *spec, const char *fields) {
     CHECK(spec->algorithm == field_number(fields, "algorithm"));
     CHECK(spec->retry == field_number(fields, "retry"));
     CHECK(spec->space == field_number(fields, "space"));
-    CHECK(spec->reserved == field_number(fields, "reserved"));
+    CHECK(spec->guard == field_number(fields, "guard"));
     CHECK(spec->tag == field_number(fields, "tag"));
     CHECK(spec->block == field_number(fields, "block"));
     CHECK(spec->count == field_number(fields, "count"));

@@ -46,7 +46,7 @@ static void world_open(world *w) {
     for (int i = 0; i < CONNS; i++) {
         int pair[2];
         REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-        REQUIRE(link_conn_add(&w->link, pair[0], &w->conns[i]) == PYCCL_OK);
+        REQUIRE(link_conn_add(&w->link, pair[0], NULL, &w->conns[i]) == PYCCL_OK);
         w->others[i] = pair[1];
     }
     w->link.rtt_ns = 150 * MS;

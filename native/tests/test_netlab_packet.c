@@ -1,7 +1,6 @@
 /* test_netlab_packet.c: frames of a TUN device are cut into packets and joined again without a byte changed. */
 #include "packet.h"
 
-#include <arpa/inet.h>
 #include <linux/virtio_net.h>
 
 #include "test.h"
@@ -47,8 +46,8 @@ TEST(parse_cuts_a_frame_into_packets_of_the_line) {
     packet_shape shape;
     REQUIRE(packet_parse(frame, make_frame(frame, VIRTIO_NET_HDR_GSO_TCPV4), &shape));
     CHECK_EQ(shape.segments, COUNT);
-    CHECK_EQ(ntohl(shape.from), 0x0a4e0001);
-    CHECK_EQ(ntohl(shape.to), 0x0a4e0002);
+    CHECK(memcmp(shape.from, (uint8_t[16]){[10] = 0xff, 0xff, 10, 78, 0, 1}, 16) == 0);
+    CHECK(memcmp(shape.to, (uint8_t[16]){[10] = 0xff, 0xff, 10, 78, 0, 2}, 16) == 0);
     CHECK(shape.flow != 0);
     for (uint32_t i = 0; i < COUNT; i++) CHECK_EQ(packet_size(&shape, i), 52 + (i < COUNT - 1 ? SEGMENT : LAST));
 }
@@ -98,11 +97,11 @@ TEST(a_frame_of_one_packet_goes_through_as_it_is) {
     CHECK(memcmp(head, frame, head_size) == 0);
 }
 
-TEST(parse_refuses_what_is_not_a_whole_ipv4_packet) {
+TEST(parse_refuses_what_is_not_a_whole_ip_packet) {
     packet_shape shape;
     size_t size = make_frame(frame, VIRTIO_NET_HDR_GSO_TCPV4);
     for (size_t shorter = 0; shorter < size; shorter++) CHECK(!packet_parse(frame, shorter, &shape));
-    frame[PACKET_VNET_SIZE] = 0x65; /* IPv6 */
+    frame[PACKET_VNET_SIZE] = 0x65; /* IPv6 of another length */
     CHECK(!packet_parse(frame, size, &shape));
     frame[PACKET_VNET_SIZE] = 0x44; /* a header of 16 bytes */
     CHECK(!packet_parse(frame, size, &shape));
@@ -134,4 +133,69 @@ TEST(flows_differ_by_ports_addresses_and_direction) {
     frame[PACKET_VNET_SIZE + 9] = 17; /* UDP is not capped */
     REQUIRE(packet_parse(frame, size, &shape));
     CHECK_EQ(shape.flow, 0);
+}
+
+/* ---- IPv6 */
+
+enum { HEAD6 = PACKET_VNET_SIZE + 40 + 32 };
+
+/* The same TCP segments behind an IPv6 header. */
+static size_t make_frame6(void) {
+    uint8_t tcp[32 + PAYLOAD];
+    make_frame(frame, VIRTIO_NET_HDR_GSO_TCPV4);
+    memcpy(tcp, frame + HEAD - 32, sizeof tcp);
+    struct virtio_net_hdr vnet = {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .gso_type = VIRTIO_NET_HDR_GSO_TCPV6,
+                                  .hdr_len = HEAD6 - PACKET_VNET_SIZE, .gso_size = SEGMENT, .csum_start = 40, .csum_offset = 16};
+    memcpy(frame, &vnet, sizeof vnet);
+    uint8_t *ip = frame + PACKET_VNET_SIZE;
+    memset(ip, 0, 40);
+    ip[0] = 0x60;
+    ip[4] = (32 + PAYLOAD) >> 8;
+    ip[5] = (32 + PAYLOAD) & 255;
+    ip[6] = 6, ip[7] = 64;
+    for (int i = 0; i < 32; i++) ip[8 + i] = (uint8_t)(0x20 + i);
+    memcpy(ip + 40, tcp, sizeof tcp);
+    return HEAD6 + PAYLOAD;
+}
+
+TEST(segments_over_ipv6_are_cut_and_joined_as_well) {
+    packet_shape shape;
+    uint8_t head[PACKET_HEAD_MAX];
+    uint32_t head_size, payload_at, payload_size;
+    REQUIRE(packet_parse(frame, make_frame6(), &shape));
+    CHECK_EQ(shape.segments, COUNT);
+    CHECK(shape.flow != 0);
+    CHECK(memcmp(shape.from, frame + PACKET_VNET_SIZE + 8, 16) == 0);
+    CHECK(memcmp(shape.to, frame + PACKET_VNET_SIZE + 24, 16) == 0);
+    for (uint32_t i = 0; i < COUNT; i++) CHECK_EQ(packet_size(&shape, i), 72 + (i < COUNT - 1 ? SEGMENT : LAST));
+    for (uint32_t first = 0; first < COUNT; first++)
+        for (uint32_t count = 1; first + count <= COUNT; count++) {
+            packet_join(frame, &shape, first, count, head, &head_size, &payload_at, &payload_size);
+            bool whole = first == 0 && count == COUNT;
+            uint32_t want = first + count == COUNT ? (count - 1) * SEGMENT + LAST : count * SEGMENT;
+            uint8_t *ip = head + PACKET_VNET_SIZE, *tcp = ip + 40;
+            struct virtio_net_hdr vnet;
+            memcpy(&vnet, head, sizeof vnet);
+            CHECK_EQ(vnet.gso_type, count > 1 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_NONE);
+            CHECK_EQ(head_size, HEAD6);
+            CHECK_EQ(payload_size, want);
+            CHECK_EQ(payload_at, HEAD6 + first * SEGMENT);
+            CHECK_EQ(read16(ip + 4), 32 + want);
+            CHECK_EQ(read32(tcp + 4), 0xffffffff + first * SEGMENT);
+            if (!whole) CHECK_EQ(read16(tcp + 16), ones(ip + 8, 32, 6 + 32 + want));
+        }
+}
+
+TEST(parse_refuses_what_is_not_a_whole_ipv6_packet) {
+    packet_shape shape;
+    size_t size = make_frame6();
+    for (size_t shorter = 0; shorter < size; shorter++) CHECK(!packet_parse(frame, shorter, &shape));
+    frame[PACKET_VNET_SIZE + 6] = 44; /* a fragment can't be cut */
+    CHECK(!packet_parse(frame, size, &shape));
+    make_frame6();
+    struct virtio_net_hdr vnet;
+    memcpy(&vnet, frame, sizeof vnet);
+    vnet.gso_type = VIRTIO_NET_HDR_GSO_TCPV4; /* another protocol's segmentation */
+    memcpy(frame, &vnet, sizeof vnet);
+    CHECK(!packet_parse(frame, size, &shape));
 }

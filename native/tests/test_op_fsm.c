@@ -428,6 +428,162 @@ TEST(fsm_that_saw_a_difference_repeats_its_done_so_that_others_name_the_same) {
     CHECK(failed_with(r, 1, PYCCL_ERR_RESULT_DIFFERS, -1));  /* whom it is about is not known */
 }
 
+/* ---- guards ---- */
+
+static pyccl_spec guarded_of(uint32_t tag) {
+    pyccl_spec spec = spec_of(tag);
+    spec.guard = 1;
+    return spec;
+}
+static void submit_guarded(rig *r, uint64_t cookie, int refused) {
+    const pyccl_spec spec = guarded_of(TAG);
+    CHECK(pyccl_fsm_submit_weighted(r->fsm, cookie, &spec, 1, refused, DEADLINE, r->now) == PYCCL_OK);
+    take(r);
+}
+static void open_guarded(rig *r, uint32_t from, uint32_t refuses) {
+    CHECK_EQ(receive_full(r, (pyccl_message){.type = PYCCL_FRAME_OPEN, .rank = from, .tag = TAG, .spec = guarded_of(TAG), .weight = 1, .complaint = refuses}), PYCCL_OK);
+}
+static pyccl_status done_guarded(rig *r, uint32_t from, uint64_t hash, uint32_t complaint) {
+    return receive_full(r, (pyccl_message){.type = PYCCL_FRAME_DONE, .rank = from, .tag = TAG, .value = hash, .complaint = complaint});
+}
+static void result_guarded(rig *r, uint64_t cookie, uint64_t hash, uint32_t complaint) {
+    pyccl_fsm_complain(r->fsm, cookie, complaint);
+    result(r, cookie, hash);
+}
+
+TEST(fsm_refused_input_fails_on_all_with_the_last_open_and_the_lowest_is_named) {
+    for (unsigned refusing = 1; refusing < 8; refusing++)
+        for (int self = 0; self < 3; self++) {
+            rig *r = rig_new(7, self);
+            const uint32_t first = self == 0 ? 1 : 0, last = self == 2 ? 1 : 2;
+            open_guarded(r, last, refusing >> last & 1);  /* early */
+            submit_guarded(r, 1, refusing >> self & 1);
+            CHECK(sent(r, PYCCL_FRAME_OPEN, first)->complaint == (refusing >> self & 1));
+            result(r, 1, 5);
+            CHECK(action(r, PYCCL_ACT_FAIL, 1) == NULL && sends(r, PYCCL_FRAME_DONE) == 0);
+            open_guarded(r, first, refusing >> first & 1);
+            CHECK(failed_with(r, 1, PYCCL_ERR_POISON, refusing & 1 ? 0 : refusing & 2 ? 1 : 2));
+            CHECK_EQ(sends(r, PYCCL_FRAME_DONE), 0);
+        }
+}
+
+TEST(fsm_refused_input_whose_opens_were_all_early_fails_at_the_submit) {
+    rig *r = rig_new(7, 0);
+    open_guarded(r, 1, 0);
+    open_guarded(r, 2, 1);
+    submit_guarded(r, 1, 0);
+    CHECK(failed_with(r, 1, PYCCL_ERR_POISON, 2));
+}
+
+TEST(fsm_refused_input_of_one_that_is_lost_does_not_count) {
+    rig *r = rig_new(7, 0);
+    submit_guarded(r, 1, 0);
+    open_guarded(r, 2, 1);
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 3, 0, 0, 0, NULL, 0) == PYCCL_OK);
+    open_guarded(r, 1, 0);
+    result(r, 1, 5);
+    done_guarded(r, 1, 5, 0);
+    CHECK(committed(r, 1));
+}
+
+TEST(fsm_refused_input_is_told_again_in_the_next_epoch) {
+    rig *r = rig_new(7, 0);
+    submit_guarded(r, 1, 1);
+    pyccl_fsm_freeze(r->fsm, r->now);
+    CHECK(enter(r, 3, 0, 0, 0, NULL, 0) == PYCCL_OK);
+    CHECK_EQ(sent(r, PYCCL_FRAME_OPEN, 1)->complaint, 1);
+    open_guarded(r, 1, 0);
+    CHECK(failed_with(r, 1, PYCCL_ERR_POISON, 0));
+    open_guarded(r, 1, 0);                     /* it had not heard: the tombstone names us */
+    CHECK_EQ(sent(r, PYCCL_FRAME_ABORT, 1)->value, 42);
+}
+
+/* Complaints of three members, seen by `self` in either order. */
+static void check_named(const uint32_t complaints[3], int culprit) {
+    for (int self = 0; self < 3; self++)
+        for (int order = 0; order < 2; order++) {
+            rig *r = rig_new(7, self);
+            const uint32_t other[2] = {self == 0 ? 1 : 0, self == 2 ? 1 : 2};
+            submit_guarded(r, 1, 0);
+            for (int i = 0; i < 2; i++) open_guarded(r, other[i], 0);
+            CHECK_EQ(done_guarded(r, other[order], 5, complaints[other[order]]), PYCCL_OK);
+            result_guarded(r, 1, 5, complaints[self]);
+            CHECK_EQ(sent(r, PYCCL_FRAME_DONE, other[0])->complaint, complaints[self]);
+            CHECK(action(r, PYCCL_ACT_FAIL, 1) == NULL);
+            CHECK_EQ(done_guarded(r, other[!order], 6, complaints[other[!order]]), PYCCL_OK); /* hashes differ: that is no matter */
+            CHECK(failed_with(r, 1, PYCCL_ERR_POISON, culprit));
+        }
+}
+
+TEST(fsm_complaint_of_any_done_fails_on_all_and_all_name_the_same) {
+    const uint32_t share = PYCCL_COMPLAINT_RESULT;
+    check_named((uint32_t[]){0, 0, 1}, 0);
+    check_named((uint32_t[]){3, 1, 2}, 0);
+    check_named((uint32_t[]){0, 3, 2}, 1);
+    check_named((uint32_t[]){0, 0, PYCCL_CULPRIT_NOBODY}, -1);
+    check_named((uint32_t[]){PYCCL_CULPRIT_NOBODY, 3, 0}, 2);
+    check_named((uint32_t[]){0, share, share}, 0);                         /* its owner says nothing: it is named */
+    check_named((uint32_t[]){2, share, share}, 1);                         /* it says why */
+    check_named((uint32_t[]){PYCCL_CULPRIT_NOBODY, share, share}, -1);
+    check_named((uint32_t[]){3 * share, 3 * share, 0}, 2);
+}
+
+TEST(fsm_complaint_that_nobody_could_make_is_a_protocol_error) {
+    rig *r = rig_new(7, 0);
+    submit_guarded(r, 1, 0);
+    CHECK_EQ(done_guarded(r, 1, 5, 4), PYCCL_ERR_FRAME);                                /* three members */
+    CHECK_EQ(done_guarded(r, 1, 5, 4 * PYCCL_COMPLAINT_RESULT), PYCCL_ERR_FRAME);
+    CHECK_EQ(done_guarded(r, 1, 5, 2 * PYCCL_COMPLAINT_RESULT), PYCCL_ERR_FRAME);       /* its own share */
+    submit_spec(r, 2, spec_of(TAG + 1), DEADLINE);
+    CHECK_EQ(receive_full(r, (pyccl_message){.type = PYCCL_FRAME_DONE, .rank = 1, .tag = TAG + 1, .complaint = 1}), PYCCL_ERR_FRAME);
+    CHECK_EQ(receive_full(r, (pyccl_message){.type = PYCCL_FRAME_DONE, .rank = 1, .tag = TAG + 2, .complaint = 1}), PYCCL_OK);
+    submit_spec(r, 3, spec_of(TAG + 2), DEADLINE);                                      /* not guarded: it has nothing to say */
+    for (uint32_t i = 1; i < 3; i++)
+        receive_full(r, (pyccl_message){.type = PYCCL_FRAME_OPEN, .rank = i, .tag = TAG + 2, .spec = spec_of(TAG + 2), .weight = 1});
+    result(r, 3, 0);
+    receive_full(r, (pyccl_message){.type = PYCCL_FRAME_DONE, .rank = 2, .tag = TAG + 2});
+    CHECK(committed(r, 3));
+}
+
+TEST(fsm_complaint_keeps_a_prepared_operation_out_of_the_report) {
+    for (int ours = 0; ours < 2; ours++) {
+        rig *r = rig_new(7, 0);
+        submit_guarded(r, 1, 0);
+        for (uint32_t i = 1; i < 3; i++) open_guarded(r, i, 0);
+        result_guarded(r, 1, 5, ours ? 3 : 0);
+        CHECK(reported_as(r, 0, ours ? PYCCL_STATE_RUNNING : PYCCL_STATE_PREPARED));
+        done_guarded(r, 2, 5, ours ? 0 : PYCCL_CULPRIT_NOBODY);
+        pyccl_fsm_freeze(r->fsm, r->now);
+        CHECK(reported_as(r, 0, PYCCL_STATE_RUNNING));
+        CHECK(enter(r, 3, 0, 0, 0, NULL, 0) == PYCCL_OK);    /* tried again without member 2, and nobody remembers */
+        open_guarded(r, 1, 0);
+        result_guarded(r, 1, 6, 0);
+        done_guarded(r, 1, 6, 0);
+        CHECK(committed(r, 1));
+    }
+}
+
+TEST(fsm_that_failed_by_a_complaint_tells_who_was_named) {
+    rig *r = rig_new(7, 0);
+    submit_guarded(r, 1, 0);
+    for (uint32_t i = 1; i < 3; i++) open_guarded(r, i, 0);
+    result_guarded(r, 1, 5, 3);
+    for (uint32_t i = 1; i < 3; i++) done_guarded(r, i, 5, 0);
+    CHECK(failed_with(r, 1, PYCCL_ERR_POISON, 2));
+    receive(r, PYCCL_FRAME_ASK, 1, 0, 0);
+    CHECK_EQ(sent(r, PYCCL_FRAME_ANSWER, 1)->value, 42 | 3 << 8);
+    for (int named = 0; named < 3; named++) {              /* and believes it, of itself and of who sent DONE, too */
+        r = rig_new(7, 0);
+        submit_guarded(r, 1, 0);
+        for (uint32_t i = 1; i < 3; i++) open_guarded(r, i, 0);
+        result_guarded(r, 1, 5, 0);
+        done_guarded(r, 2, 5, 0);
+        receive(r, PYCCL_FRAME_ABORT, 1, 0, 42 | (uint64_t)(named + 1) << 8);
+        CHECK(failed_with(r, 1, PYCCL_ERR_POISON, named));
+    }
+}
+
 TEST(fsm_late_open_with_another_spec_differs_once_and_never_prepares) {
     rig *r = rig_new(7, 0);
     submit(r, 1);

@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <stdbool.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "pyccl.h"
@@ -41,7 +42,7 @@ static pyccl_status relayed(pyccl_relay *relay, int *a, int *b, const uint8_t *p
 
 static pyccl_relay *relay_new(void) {
     pyccl_relay *relay;
-    REQUIRE(pyccl_relay_new(TIMEOUT_MS, &relay) == PYCCL_OK);
+    REQUIRE(pyccl_relay_new(TIMEOUT_MS, 0, &relay) == PYCCL_OK);
     return relay;
 }
 
@@ -231,6 +232,44 @@ TEST(relay_takes_so_many_pairs_and_closes_the_sockets_of_one_more) {
     receive_all(fds[7][1], &byte, 1);
     CHECK_EQ(byte, 'x');
     for (int i = 0; i < PYCCL_RELAY_PAIRS_MAX; i++) close(fds[i][0]), close(fds[i][1]);
+    pyccl_relay_free(relay);
+}
+
+static double now_s(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+TEST(relay_with_a_cap_carries_everything_and_no_faster) {
+    enum { SIZE = 1 << 20, PAIRS = 3, RATE = 4 << 20, BURST = 256 << 10 };
+    uint64_t seed = test_seed();
+    pyccl_relay *relay;
+    REQUIRE(pyccl_relay_new(TIMEOUT_MS, RATE, &relay) == PYCCL_OK);
+    const double began = now_s();
+    uint8_t *data = random_bytes(SIZE, &seed), *got = calloc(PAIRS, SIZE);
+    int fds[PAIRS][2];
+    size_t sent[PAIRS] = {0}, received[PAIRS] = {0}, total = 0;
+    for (int i = 0; i < PAIRS; i++) REQUIRE(relayed(relay, &fds[i][0], &fds[i][1], ALICE, BOB) == PYCCL_OK);
+    while (total < (size_t)PAIRS * SIZE) {
+        struct pollfd polled[2 * PAIRS];
+        for (int i = 0; i < PAIRS; i++) {
+            polled[i] = (struct pollfd){.fd = fds[i][1], .events = POLLIN};
+            polled[PAIRS + i] = (struct pollfd){.fd = fds[i][0], .events = sent[i] < SIZE ? POLLOUT : 0};
+        }
+        REQUIRE(poll(polled, 2 * PAIRS, WAIT_MS) > 0);
+        for (int i = 0; i < PAIRS; i++) {
+            ssize_t n = send(fds[i][0], data + sent[i], SIZE - sent[i], MSG_NOSIGNAL);
+            if (n > 0) sent[i] += (size_t)n;
+            n = recv(fds[i][1], got + (size_t)i * SIZE + received[i], SIZE - received[i], 0);
+            if (n > 0) received[i] += (size_t)n, total += (size_t)n;
+        }
+        CHECK((double)total <= BURST + RATE * (now_s() - began));
+    }
+    for (int i = 0; i < PAIRS; i++) CHECK(memcmp(got + (size_t)i * SIZE, data, SIZE) == 0);
+    for (int i = 0; i < PAIRS; i++) close(fds[i][0]), close(fds[i][1]);
+    free(data);
+    free(got);
     pyccl_relay_free(relay);
 }
 
