@@ -15,6 +15,7 @@ from pyccl.errors import (
     MismatchError,
     OutcomeUnknownError,
     PeerLostError,
+    PoisonError,
     PycclError,
     RejectedError,
     RemoteProtocolError,
@@ -22,6 +23,7 @@ from pyccl.errors import (
     StateFileError,
     UsageError,
 )
+from pyccl.guards import Guard
 from pyccl.reference import reference_all_reduce, reference_reduce_scatter
 from pyccl.state import SharedState
 
@@ -31,10 +33,12 @@ __all__ = [
     "Communicator",
     "DeadlineError",
     "EvictedError",
+    "Guard",
     "MasterUnavailableError",
     "MismatchError",
     "OutcomeUnknownError",
     "PeerLostError",
+    "PoisonError",
     "PycclError",
     "ReduceInfo",
     "ReduceOp",

@@ -36,6 +36,7 @@ from pyccl._native import status
 from pyccl._native.handles import Op, OpInfo
 from pyccl.calls import CONNECT_TIMEOUT_S, OPERATION_TIMEOUT_S, REACH_TIMEOUT_S, Array, Call, ReduceOp
 from pyccl.core import Core, Measuring, ReduceInfo, StateSync, left_run, still_running, take
+from pyccl.guards import Guard
 from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
@@ -156,16 +157,20 @@ class Communicator(Core):
 
     def __init__(
         self,
-        address: str,
+        address: str | None = None,
         *,
         group: int = 0,
         connections: int | str = "auto",
         max_upload: str | None = None,
         max_download: str | None = None,
+        listen: str | None = None,
+        advertise: str | Sequence[str] | None = None,
+        relay: str = "auto",
     ) -> None:
         super().__init__(
-            address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
-        )
+            address, group=group, connections=connections, max_upload=max_upload, max_download=max_download,
+            listen=listen, advertise=advertise, relay=relay,
+        )  # fmt: skip
         self._token: trio.lowlevel.TrioToken | None = None
         self._sync_lock = trio.Lock()
 
@@ -296,10 +301,11 @@ class Communicator(Core):
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
         quantize_block: int = QUANTIZE_BLOCK,
+        guard: Guard | str | None = None,
     ) -> ReduceInfo:
         """As ``pyccl.Communicator.all_reduce``."""
         session = self._require()
-        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
+        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, guard)
         return await self._run(session, call)
 
     @enable_ki_protection
@@ -316,10 +322,11 @@ class Communicator(Core):
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
         quantize_block: int = QUANTIZE_BLOCK,
+        guard: Guard | str | None = None,
     ) -> Work:
         """As ``pyccl.Communicator.all_reduce_async``: no coroutine, and no checkpoint."""
         session = self._require()
-        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
+        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, guard)
         return self._start(session, call)
 
     async def broadcast(
@@ -356,11 +363,12 @@ class Communicator(Core):
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
         quantize_block: int = QUANTIZE_BLOCK,
+        guard: Guard | str | None = None,
     ) -> Array:
         """As ``pyccl.Communicator.reduce_scatter``."""
         session = self._require()
         call, scattered = calls.reduce_scatter(
-            x, op, tag, quantize, algorithm, weight, retry, timeout, quantize_block
+            x, op, tag, quantize, algorithm, weight, retry, timeout, quantize_block, guard
         )
         await checkpoint_if_cancelled()
         work = self._start(session, call)
@@ -475,19 +483,23 @@ class Communicator(Core):
 
 @asynccontextmanager
 async def connect(
-    address: str,
+    address: str | None = None,
     *,
     group: int = 0,
     connections: int | str = "auto",
     max_upload: str | None = None,
     max_download: str | None = None,
+    listen: str | None = None,
+    advertise: str | Sequence[str] | None = None,
+    relay: str = "auto",
     timeout: float = CONNECT_TIMEOUT_S,
     reach_timeout: float = REACH_TIMEOUT_S,
 ) -> AsyncIterator[Communicator]:
     """Make a Communicator, connect it, and close it in the end: ``async with pyccl.aio.connect(address) as comm``."""
     comm = Communicator(
-        address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
-    )
+        address, group=group, connections=connections, max_upload=max_upload, max_download=max_download,
+        listen=listen, advertise=advertise, relay=relay,
+    )  # fmt: skip
     await comm.connect(timeout, reach_timeout)
     async with comm:
         yield comm

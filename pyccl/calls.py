@@ -19,6 +19,7 @@ from pyccl._proto import limits
 from pyccl._proto.election import Strategy
 from pyccl.arrays import Buffer, as_buffer, check_out, numpy_dtype
 from pyccl.codecs import CODECS, codec_of
+from pyccl.guards import Guard, parse_guard
 from pyccl.state import SharedState
 
 OPERATION_TIMEOUT_S: Final = 1800.0
@@ -80,6 +81,7 @@ def all_reduce(
     retry: bool,
     timeout: float,
     quantize_block: int,
+    guard: Guard | str | None,
 ) -> Call:
     source = as_buffer("x", x, writable=out is None)
     target = source if out is None else as_buffer("out", out, writable=True)
@@ -87,9 +89,10 @@ def all_reduce(
     check_out(source, target)
     codec, block = _codec(quantize, quantize_block, source)
     spec = Spec(
-        Kind.ALL_REDUCE, source.code, code, codec, _algorithm(algorithm),
-        retry=bool(retry), tag=_tag(tag), block=block, elements=source.count,
+        Kind.ALL_REDUCE, source.code, code, codec, _algorithm(algorithm), retry=bool(retry), tag=_tag(tag),
+        block=block, elements=source.count,
     )  # fmt: skip
+    spec = _guarded(spec, guard, source)
     return Call("all_reduce", spec, source, target, seconds("timeout", timeout), _weight(weight, code))
 
 
@@ -142,6 +145,7 @@ def reduce_scatter(
     retry: bool,
     timeout: float,
     quantize_block: int,
+    guard: Guard | str | None,
 ) -> tuple[Call, Scattered]:
     buffer = as_buffer("x", x, writable=False)
     shape = tuple(buffer.shape)
@@ -154,6 +158,7 @@ def reduce_scatter(
         Kind.REDUCE_SCATTER, buffer.code, code, codec, _algorithm(algorithm), retry=bool(retry), tag=_tag(tag),
         block=block, elements=buffer.count, root=row.to_bytes(8, "little") + bytes(8),
     )  # fmt: skip
+    spec = _guarded(spec, guard, buffer)
     call = Call("reduce_scatter", spec, buffer, None, seconds("timeout", timeout), _weight(weight, code))
     return call, Scattered(shape, numpy_dtype(buffer))
 
@@ -266,6 +271,17 @@ def _algorithm(algorithm: str) -> int:
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         raise errors.UsageError(f"algorithm={algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     return ALGORITHMS[algorithm]
+
+
+def _guarded(spec: Spec, guard: Guard | str | None, x: Buffer) -> Spec:
+    parsed = parse_guard(guard)
+    if parsed is None:
+        return spec
+    if not x.is_float:
+        raise errors.UsageError(f"guard={guard!r} needs floats, not {x.dtype}")
+    if spec.algorithm == lib.PYCCL_RING:
+        raise errors.UsageError("guard: in a ring nobody sees what a member contributes; algorithm='direct' is needed")
+    return spec._replace(algorithm=lib.PYCCL_DIRECT, guard=1, root=spec.root[:8] + parsed.encoded())
 
 
 def _codec(quantize: str | None, block: int, x: Buffer) -> tuple[int, int]:

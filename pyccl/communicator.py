@@ -18,6 +18,7 @@ from pyccl._io.statesync import SyncInfo
 from pyccl._native.handles import TIMEOUT_S_MAX, Op
 from pyccl.calls import CONNECT_TIMEOUT_S, OPERATION_TIMEOUT_S, REACH_TIMEOUT_S, Array, Call, ReduceOp
 from pyccl.core import Core, Gather, Measuring, ReduceInfo, StateSync, Work, give_up, given_up_on_error
+from pyccl.guards import Guard
 from pyccl.reference import QUANTIZE_BLOCK
 from pyccl.state import SharedState
 
@@ -26,25 +27,37 @@ class Communicator(Core):
     """One peer of a run: a member of one peer group.
 
     Args:
-        address: "host:port" of the master.
+        address: "host:port" of the master, or an invite "pyccl://host:port/...", with which the master is spoken to
+            encrypted and proves its key. None: the invite in the environment variable PYCCL_INVITE.
         group: peer group, 0..2**32-1; collectives and shared state span the members of one group.
         connections: TCP connections to each peer, 1..64, or "auto": as many as the line is found to gain from.
         max_upload, max_download: None, or caps like "50mbit" (kbit, mbit, gbit; 1mbit to 1000gbit) of what all data
             connections together send and receive, shared state included. Kept within 5 %.
+        listen: "HOST:PORT", "HOST" or ":PORT", where other peers' data connections are accepted; HOST is an address of
+            this machine. None: on all addresses and a free port, in a run on this machine alone on loopback.
+        advertise: "HOST:PORT" or "HOST" (with the port listened on), or several: where others reach this peer, as you
+            know, beside what it finds out itself: a router forwards a port, say.
+        relay: "auto": a peer that can't be reached otherwise is reached through a third: one that offers it
+            (``pyccl-peer --relay``, ``pyccl-master --relay``) or another member. "never": not so; who can't be reached
+            is not admitted. "only": every peer through one that offers it.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str | None = None,
         *,
         group: int = 0,
         connections: int | str = "auto",
         max_upload: str | None = None,
         max_download: str | None = None,
+        listen: str | None = None,
+        advertise: str | Sequence[str] | None = None,
+        relay: str = "auto",
     ) -> None:
         super().__init__(
-            address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
-        )
+            address, group=group, connections=connections, max_upload=max_upload, max_download=max_download,
+            listen=listen, advertise=advertise, relay=relay,
+        )  # fmt: skip
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
 
@@ -183,6 +196,7 @@ class Communicator(Core):
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
         quantize_block: int = QUANTIZE_BLOCK,
+        guard: Guard | str | None = None,
     ) -> ReduceInfo:
         """Reduce ``x`` over all members of the epoch; the result is in ``out``, or in ``x`` itself without ``out``.
 
@@ -213,6 +227,9 @@ class Communicator(Core):
             weight: of this member's ``x`` in an "avg": finite, >= 0; the sum of the weighted inputs is divided by the
                 sum of the weights. UsageError on all members when that is 0.
             retry: run it again among the survivors when a member is lost; False raises PeerLostError instead.
+            guard: None; "finite": fail on all members if a member contributes a NaN or an infinity, or if the result is
+                not finite; or a ``Guard`` with limits. Floats only, equal on all members, not with "ring" ("auto" is
+                "direct"). It costs a pass over ``x`` before this call has started anything, and one over what arrives.
             timeout: seconds from this call to the result, waiting for stragglers included.
         Raises:
             UsageError: arguments; nothing was sent.
@@ -220,11 +237,12 @@ class Communicator(Core):
             AloneError: nobody else is left.
             DeadlineError: the time ran out here or at another member, or the operation stopped moving.
             MismatchError: members called different things; its ``peers`` and ``fields`` say who and what.
+            PoisonError: the guard refuses what its ``peer`` contributed.
             EvictedError, OutcomeUnknownError: this peer is out of the run; ``connect()`` again.
             After every one of them ``x`` holds its input.
         """
         session = self._require()
-        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
+        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, guard)
         return self._run(session, call)
 
     def all_reduce_async(
@@ -240,13 +258,14 @@ class Communicator(Core):
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
         quantize_block: int = QUANTIZE_BLOCK,
+        guard: Guard | str | None = None,
     ) -> Work:
         """Start an ``all_reduce`` and return a handle; ``x`` and ``out`` belong to it until ``wait()`` has ended.
 
         ``wait()`` also brings the result of a tensor on an accelerator back there.
         """
         session = self._require()
-        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block)
+        call = calls.all_reduce(x, op, out, tag, quantize, algorithm, weight, retry, timeout, quantize_block, guard)
         with given_up_on_error() as begun:
             return self._start(session, call, begun)
 
@@ -265,9 +284,7 @@ class Communicator(Core):
         session = self._require()
         return self._run(session, calls.broadcast(self._id, x, root, tag, retry, timeout))
 
-    def all_gather(
-        self, x: Any, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S
-    ) -> Array:
+    def all_gather(self, x: Any, *, tag: int = 0, retry: bool = True, timeout: float = OPERATION_TIMEOUT_S) -> Array:
         """Everybody's ``x``, on everybody.
 
         Args:
@@ -308,12 +325,13 @@ class Communicator(Core):
         retry: bool = True,
         timeout: float = OPERATION_TIMEOUT_S,
         quantize_block: int = QUANTIZE_BLOCK,
+        guard: Guard | str | None = None,
     ) -> Array:
         """Reduce ``x`` over all members; each gets its own part of the result, cut along axis 0.
 
         Args:
             x: as for ``all_reduce``, of at least one dimension; shape and dtype equal on all members; not changed.
-            op, tag, weight, retry, timeout: as for ``all_reduce``.
+            op, tag, weight, retry, timeout, guard: as for ``all_reduce``.
             quantize, quantize_block: as for ``all_reduce``, but each contribution is rounded once and the part, which
                 travels no further, not again. Blocks are counted from the first element of each part.
             algorithm: as for ``all_reduce``. The order of additions is that of ``members`` ("direct"), or that of the
@@ -326,7 +344,7 @@ class Communicator(Core):
         """
         session = self._require()
         call, scattered = calls.reduce_scatter(
-            x, op, tag, quantize, algorithm, weight, retry, timeout, quantize_block
+            x, op, tag, quantize, algorithm, weight, retry, timeout, quantize_block, guard
         )
         with given_up_on_error() as begun:
             work = self._start(session, call, begun)
@@ -476,12 +494,15 @@ class Communicator(Core):
 
 
 def connect(
-    address: str,
+    address: str | None = None,
     *,
     group: int = 0,
     connections: int | str = "auto",
     max_upload: str | None = None,
     max_download: str | None = None,
+    listen: str | None = None,
+    advertise: str | Sequence[str] | None = None,
+    relay: str = "auto",
     timeout: float = CONNECT_TIMEOUT_S,
     reach_timeout: float = REACH_TIMEOUT_S,
 ) -> Communicator:
@@ -490,7 +511,8 @@ def connect(
     For the arguments see ``Communicator`` and ``Communicator.connect`` (the two timeouts).
     """
     comm = Communicator(
-        address, group=group, connections=connections, max_upload=max_upload, max_download=max_download
-    )
+        address, group=group, connections=connections, max_upload=max_upload, max_download=max_download,
+        listen=listen, advertise=advertise, relay=relay,
+    )  # fmt: skip
     comm.connect(timeout, reach_timeout)
     return comm

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,7 +22,8 @@ from typing import Final
 import numpy as np
 
 from pyccl import calls, errors
-from pyccl._io.address import parse_address
+from pyccl._io.address import credentials_for, parse_master, reach_of
+from pyccl._io.links import LinkPath
 from pyccl._io.measure import TAG as TAG_MEASURE
 from pyccl._io.measure import measure
 from pyccl._io.session import Session, SessionConfig, View
@@ -32,6 +33,8 @@ from pyccl._native._pyccl import lib
 from pyccl._native.handles import WORLD_MAX, Op, OpInfo
 from pyccl._proto import limits
 from pyccl._proto.election import Strategy
+from pyccl._proto.epoch import NO_ID
+from pyccl._proto.messages import PATH_NAMES, Path
 from pyccl.calls import Array, Call, Gathered
 from pyccl.state import SharedState
 
@@ -59,21 +62,56 @@ class ReduceInfo:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class PeerLink:
+    """How a member is connected with this peer.
+
+    peer: its id, 32 hex characters. path: "direct"; "mapped" (by a port that a router forwards for one of the two),
+    "punched" (through both routers, begun by both at once), "relayed" (a third carries it), "none" (not connected).
+    relay: of a relayed one the id of who carries it; None: the master does, or the other side knows. connections: TCP
+    connections of the link.
+    """
+
+    peer: str
+    path: str
+    relay: str | None
+    connections: int
+
+
+def _peer_link(peer: bytes, link: LinkPath | None) -> PeerLink:
+    if link is None:
+        return PeerLink(peer.hex(), "none", None, 0)
+    relay = link.via.hex() if link.path == Path.RELAYED and link.via != NO_ID else None
+    return PeerLink(peer.hex(), PATH_NAMES[link.path], relay, link.connections)
+
+
 class Core:
     """One peer of a run; see the two Communicator classes."""
 
     def __init__(
-        self, address: str, *, group: int, connections: int | str, max_upload: str | None, max_download: str | None
+        self,
+        address: str | None,
+        *,
+        group: int,
+        connections: int | str,
+        max_upload: str | None,
+        max_download: str | None,
+        listen: str | None,
+        advertise: str | Sequence[str] | None,
+        relay: str,
     ) -> None:
-        host, port = parse_address(address)
+        master = parse_master(address)
         calls.check_range("group", group, 0, limits.U32_MAX)
         if connections != "auto":
             calls.check_range("connections", connections, 1, lib.PYCCL_CONNS_MAX)
+        credentials = credentials_for(master)
         self._config = SessionConfig(
-            host, port, group, None if connections == "auto" else int(connections), _library(),
+            *(master.host, master.port, group, None if connections == "auto" else int(connections)),
+            *(_library(), credentials),
             calls.rate("max_upload", max_upload), calls.rate("max_download", max_download),
+            reach_of(listen, advertise, relay),
         )  # fmt: skip
-        self._id = secrets.token_bytes(16)
+        self._id = secrets.token_bytes(16) if credentials is None else credentials.peer
         self._session: Session | None = None
         self._joining: Session | None = None  # while another thread or task is in connect(), for close()
         self._when_dropped: weakref.finalize[..., Core] | None = None
@@ -96,6 +134,15 @@ class Core:
     def members(self) -> tuple[str, ...]:
         """Peer ids of the group's members in bytewise order, which is rank order."""
         return hex_ids(self._view.members)
+
+    @property
+    def peers(self) -> tuple[PeerLink, ...]:
+        """The other members, in rank order, and how each is connected with this peer at the moment."""
+        session, links = self._session, {}
+        if session is not None and session.error is None:
+            links = session.paths()
+        others = [peer for peer in self._view.members if peer != self._id]
+        return tuple([_peer_link(peer, links.get(peer)) for peer in others])
 
     @property
     def group_world_size(self) -> int:

@@ -14,6 +14,7 @@ __all__ = [
     "MismatchError",
     "OutcomeUnknownError",
     "PeerLostError",
+    "PoisonError",
     "PycclError",
     "RejectedError",
     "RemoteProtocolError",
@@ -66,6 +67,21 @@ class MismatchError(PycclError):
         super().__init__(message)
         self.peers = peers
         self.fields = fields
+
+
+class PoisonError(PycclError):
+    """The guard of the call refuses what a member contributed: not finite, or beyond a limit. All members raise this.
+
+    ``peer`` (32 hex characters) is the first in rank order who contributed it, by its own word or that of those who
+    received it; or the one whose share of the result came out wrong. None: nobody is to be named, as where finite
+    contributions add up to infinity.
+    Fault: that peer's data, a broken machine, or malice.  Retry: not with the same values.  Array: the input is
+    restored.
+    """
+
+    def __init__(self, message: str, peer: str | None = None) -> None:
+        super().__init__(message)
+        self.peer = peer
 
 
 class EvictedError(PycclError):

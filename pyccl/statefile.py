@@ -334,5 +334,5 @@ def _manifest_untrusted(header: bytes) -> Manifest:
         if not all(possible):
             raise StateFileError("its manifest tells what no state has")
         return made
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, OverflowError) as e:
         raise StateFileError("its manifest lacks what it must have") from e

@@ -2,17 +2,20 @@
 
 The peer with the lower id dials; when a link has lost its last connection both sides try, so that the one whose
 peer is dead learns it (connection refused) without waiting for a silence. Where no connection comes about, one goes
-through a third member (``_relay_until_up``, on the third ``_carry``) until a direct one stands. To the engine all are
-alike. Spec: proto/wire.md 1 and 3.1.
-Places for later: another way to reach a peer (punching) is another body of ``_connect``; sealing wraps what ``_greet``
-agrees on before the descriptor goes to the engine.
+through a third (``_relay_until_up``, on a member that relays ``_carry``) until a direct one stands. To the engine all
+are alike. Spec: proto/wire.md 1, 3.1 and 11.
+In a secure run both sides prove who they are, and the engine seals with keys that they agreed on (``agreement.py``).
+
+    dialed      at all addresses of the peer, each with a small head start; who greets as that peer is it (``_reach``)
+    the other way round   _REVERSE_S later, or at once from behind a router: it may be the one that can't be dialed
+    punched     if the master can help (``punching.py``), a moment later, from both sides
+    relayed     _RELAY_AFTER_S later; replaced as soon as one of the others stands
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import os
 import random
@@ -20,17 +23,23 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
 
-from pyccl._io import envelope
-from pyccl._io.causes import causes_of
+from pyccl._io import agreement, envelope
+from pyccl._io.dialing import FAILURES, NotTakenError, connect, connect_to, first_of
+from pyccl._io.front import MasterAt, Name
+from pyccl._io.meeting import Meetings
+from pyccl._io.punching import Puncher
 from pyccl._io.strangers import Notes, Places
-from pyccl._native.handles import Engine, Relay
+from pyccl._io.tls import Credentials, socket_of
+from pyccl._native.handles import Engine, Keys, Relay
 from pyccl._proto import limits
-from pyccl._proto.epoch import Address, Member
-from pyccl._proto.messages import PeerHello, PeerRefused, PeerWelcome, RelayHello, StateHello, clip
+from pyccl._proto.candidates import is_loopback, lead_home, ordered
+from pyccl._proto.epoch import NO_ID, Address, AddressKind, Member
+from pyccl._proto.messages import Alive, Path, PeerHello, PeerRefused, PeerWelcome, RelayHello, StateHello, clip
 from pyccl.errors import PycclError, RemoteProtocolError, UsageError
 
 LINKS_TIMEOUT_S: Final = 10.0
@@ -44,7 +53,11 @@ _GROW_S: Final = 1.0  # so long the one who dials has to grow a link before the 
 _REFUSALS_MAX: Final = 10  # of one peer within _REFUSALS_S: it is not linked to any more, and the master decides
 _REFUSALS_S: Final = 60.0
 _RELAY_AFTER_S: Final = 1.0  # so long a direct connection has; who would not dial at first leaves a relay to the other
-_RELAY_S: Final = 3.0  # for one relay to be asked, to dial and to pass both greetings on: two fit into LINKS_TIMEOUT_S
+_RELAY_S: Final = 4.0  # for one relay to be asked, to dial and to pass both greetings on: two fit into LINKS_TIMEOUT_S
+_REVERSE_S: Final = 0.5  # so long the one who dials has to make the first connection before the other side tries
+_PUNCH_AFTER_S: Final = 0.3  # so long a direct connection has
+_PUNCHED_MAX: Final = 16  # connections of one link
+_CALL_AFTER_S: Final = 0.7  # so long a member that relays has to dial the other before that is called there
 _DIRECT_AGAIN_S: Final = 30.0  # between attempts while there is a relayed connection
 _TCP_ESTABLISHED: Final = 1
 
@@ -66,6 +79,11 @@ class _Peer:
     relay: bytes | None = None  # the member that carries our connection
     relayed: socket.socket | None = None  # that connection, a copy of the engine's
     relay_over: trio.Event = field(default_factory=trio.Event)  # it is not needed any more, or has ended
+    dials: bool | None = None  # whether it is we who make connections; None: who has the lower id
+    reached_at: Address | None = None  # by the last dial that got there
+    path: int = Path.DIRECT  # of its connections, the best one
+    via: bytes = NO_ID  # who relays it, as far as we know
+    punching: trio.CancelScope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,69 +97,47 @@ class LinkEvents:
     state: Callable[[trio.SocketStream, StateHello], Awaitable[None]]  # asked for state files; may close it
 
 
-def is_loopback(host: str) -> bool:
-    """Whether it is an address of this machine's own; names are not looked up."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What helps to reach peers that can't be dialed, beside members. relay: see front.RELAY."""
+
+    relay: str
+    master: MasterAt
+    addresses: Callable[[], tuple[Address, ...]]  # ours
+    is_behind_router: Callable[[], bool]
+    may_punch: Callable[[], bool]  # the master is there, and not on this machine
+    offer: Callable[[bytes, tuple[Address, ...], float], None]  # MemberMachine.punch
+    ask_relay: Callable[[bytes, bytes], None]  # MemberMachine.ask_relay
+    round_trip_s: Callable[[bytes], float | None]  # to a member, if measured
+
+
+@dataclass(frozen=True, slots=True)
+class _Greeted:
+    keys: Keys | None  # of a secure run
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    stream: trio.SocketStream
+    keys: Keys | None
+    at: Address
+
+    def discard(self) -> None:
+        self.stream.socket.close()
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPath:
+    """How a peer is connected. via: who relays it; NO_ID: nobody, not known, or the master."""
+
+    path: int
+    via: bytes
+    connections: int
 
 
 def auto_connections(host: str) -> int:
     """How many connections to a peer at first: processors limit a loopback, windows and losses limit a long line."""
     return 1 if is_loopback(host) or host == "localhost" else AUTO_CONNECTIONS
-
-
-def _new_socket(family: int) -> trio.socket.SocketType:
-    """A TCP socket with CUBIC from before the handshake: one that started with BBR paces for ever.
-
-    Where the handshake shows a long line, the engine turns BBR on.
-    """
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
-    with contextlib.suppress(OSError):  # a kernel without CUBIC works as well
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
-    return sock
-
-
-async def _connect_to(host: str, port: int) -> trio.SocketStream:
-    """A connection to the first of the host's addresses that takes one, each within its part of the time to dial."""
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    failed: list[OSError] = []
-    for family, _, _, _, address in found:
-        sock = _new_socket(family)
-        try:
-            with trio.fail_after(_DIAL_S / (len(found) + 1)):
-                await sock.connect(address)
-            return trio.SocketStream(sock)
-        except (OSError, trio.TooSlowError) as e:
-            sock.close()
-            failed.append(e if isinstance(e, OSError) else TimeoutError(f"no answer from {address[0]}"))
-        except BaseException:
-            sock.close()
-            raise
-    try:
-        if len(failed) == 1:
-            raise failed[0]
-        raise OSError(f"{host}: no address of it takes a connection") from ExceptionGroup(host, failed)
-    finally:
-        failed.clear()  # or the exception holds this frame, which holds it, until garbage is collected
-
-
-async def _connect(addresses: Iterable[Address]) -> trio.SocketStream:
-    """A TCP connection to the first address that answers."""
-    error: OSError = ConnectionRefusedError("the peer names no address")
-    for address in addresses:
-        try:
-            return await _connect_to(address.host, address.port)
-        except UnicodeError as e:  # a name that IDNA refuses: foreign text, and no OSError
-            error = OSError(f"{address.host!r} is no name of a host: {e}")
-        except OSError as e:
-            refused = all(isinstance(cause, ConnectionRefusedError) for cause in causes_of(e))
-            error = ConnectionRefusedError(str(e)) if refused else e
-    try:
-        raise error
-    finally:
-        del error  # as above
 
 
 class Links:
@@ -156,8 +152,21 @@ class Links:
         connections: int | None,
         nursery: trio.Nursery,
         events: LinkEvents,
+        credentials: Credentials | None = None,
+        outside: Outside | None = None,
     ) -> None:
-        """relay: for the connections of others; ``serve`` stops it."""
+        """relay: for the connections of others; ``stop`` ends it. credentials: of a secure run, where everybody has
+        some and connections are sealed."""
+        self._outside = outside
+        self._mode = "auto" if outside is None else outside.relay
+        self._puncher: Puncher | None = None
+        if outside is not None:
+            name = Name(me.peer, me.incarnation)
+            self._puncher = Puncher(outside.master, name, nursery, outside.offer, self._punched)
+        self._offering: tuple[Member, ...] = ()  # that relay, and are no members
+        self._relay_round_trips: dict[bytes, float] = {}
+        self._meetings = Meetings(relay)
+        self._credentials = credentials
         self._run, self._me, self._engine = run, me, engine
         self._relay, self._dialing_for_others = relay, 0
         self._connections, self._nursery, self._events = connections, nursery, events
@@ -178,8 +187,12 @@ class Links:
         self._version, self._wanted = version, frozenset(m.peer for m in members)
         for member in members:
             peer = self._know(member)
-            if self._engine.conns(peer.slot) == 0 and self._me.peer < member.peer:
+            if self._engine.conns(peer.slot) > 0:
+                continue
+            if self._dials(peer):
                 self._dial(peer, self._count_for(member))
+            else:
+                self._nursery.start_soon(self._dial_if_not_dialed, peer)
         self._check_ready()
         if self._version is not None:
             self._timeout = trio.CancelScope()
@@ -198,7 +211,9 @@ class Links:
         record = self._peers[peer]
         if record.relayed is not None and not _is_established(record.relayed):
             record.relay_over.set()
-        if self._me.peer < peer:
+        if left > 0 and record.path == Path.PUNCHED:
+            self._punch_more(record)
+        elif self._dials(record):
             self._dial(record, max(record.wanted, self._count_for(record.member)) - left)
         elif left == 0:
             self._dial(record, 1)
@@ -208,7 +223,7 @@ class Links:
         peer = self.peer_of(slot)
         if peer is not None:
             self._peers[peer].silent = True
-            self._seek_relay(self._peers[peer])
+            self._seek_ways(self._peers[peer])
 
     def heard(self, slot: int) -> None:
         peer = self.peer_of(slot)
@@ -223,9 +238,11 @@ class Links:
         record = self._peers[peer]
         record.wanted = max(record.wanted, count)
         log.info("link_grows peer=%s connections=%d wanted=%d", peer.hex()[:8], self._engine.conns(slot), count)
-        if self._me.peer < peer:
+        if record.path == Path.PUNCHED:
+            self._punch_more(record)
+        elif self._dials(record):
             self._dial(record, count - self._engine.conns(slot))
-        else:
+        elif record.path != Path.RELAYED:
             self._nursery.start_soon(self._grow_later, record)
 
     async def _grow_later(self, peer: _Peer) -> None:
@@ -263,11 +280,49 @@ class Links:
         """Peers -> the member that carries our connection there."""
         return {id_: record.relay for id_, record in self._peers.items() if record.relay is not None}
 
+    def paths(self) -> dict[bytes, LinkPath]:
+        """Of all peers that there are connections to. Any thread."""
+        found = {id_: (record, self._engine.conns(record.slot)) for id_, record in list(self._peers.items())}
+        return {id_: LinkPath(*self._path_of(record), count) for id_, (record, count) in found.items() if count}
+
+    def moved(self, member: Member) -> None:
+        """It is reached at other addresses."""
+        record = self._peers.get(member.peer)
+        if record is not None and record.member.incarnation == member.incarnation:
+            self._readdress(record, member)
+
+    def master_is_back(self) -> None:
+        """On a new connection: what we offered on the old one may never have arrived."""
+        if self._puncher is not None:
+            self._puncher.abandon()
+
+    def offered(self, relays: tuple[Member, ...]) -> None:
+        """These relay, and are no members; see messages.Relays."""
+        self._offering = relays
+
     # -- records
+
+    def _path_of(self, peer: _Peer) -> tuple[int, bytes]:
+        return (Path.RELAYED, peer.relay) if peer.relay is not None else (peer.path, peer.via)
+
+    def _readdress(self, peer: _Peer, member: Member) -> None:
+        if peer.member.addresses == member.addresses:
+            return
+        peer.member, peer.reached_at = member, None
+        count = len(peer.dialing)
+        for scope in peer.dialing:  # also those that wait for the next attempt beside a relay: all begin anew
+            scope.cancel()
+        peer.dialing.clear()
+        if count or self._is_cut_off(peer) or peer.path == Path.RELAYED:
+            self._dial(peer, max(count, 1))
+
+    def _dials(self, peer: _Peer) -> bool:
+        return self._me.peer < peer.member.peer if peer.dials is None else peer.dials
 
     def _know(self, member: Member) -> _Peer:
         record = self._peers.get(member.peer)
         if record is not None and record.member.incarnation == member.incarnation:
+            self._readdress(record, member)
             return record
         if record is not None:  # the same peer started anew: nothing of its old life is kept
             self._forget(member.peer)
@@ -293,13 +348,24 @@ class Links:
     def _stop_dialing(self, peer: _Peer) -> None:
         for scope in peer.dialing:
             scope.cancel()
-        if peer.relaying is not None:
-            peer.relaying.cancel()
+        for other in (peer.relaying, peer.punching):
+            if other is not None:
+                other.cancel()
 
     def _count_for(self, member: Member) -> int:
         if self._connections is not None:
             return self._connections
-        return auto_connections(member.addresses[0].host) if member.addresses else 1
+        addresses = self._candidates(member)
+        return auto_connections(addresses[0].host) if addresses else 1
+
+    def _candidates(self, member: Member) -> list[Address]:
+        return ordered(member.addresses, self._me.addresses if self._outside is None else self._outside.addresses())
+
+    def _leads_home(self, peer: _Peer) -> bool:
+        if self._outside is None:
+            return lead_home(peer.member.addresses, self._me.addresses, behind_router=False)
+        mine, behind_router = self._outside.addresses(), self._outside.is_behind_router()
+        return lead_home(peer.member.addresses, mine, behind_router=behind_router)
 
     def _check_ready(self) -> None:
         if self._version is None:
@@ -318,18 +384,26 @@ class Links:
                 sorted(p for p in self._wanted if p not in self._peers or not self._engine.conns(self._peers[p].slot))
             )
             # the version stays open: should a link come up after all, `ready` takes the complaint back
-            self._events.failed(version, missing, f"no data connection within {LINKS_TIMEOUT_S:.0f} s")
+            mode = "" if self._mode == "auto" else f", with relay={self._mode!r}"
+            self._events.failed(version, missing, f"no data connection within {LINKS_TIMEOUT_S:.0f} s{mode}")
 
     # -- connections
 
     def _dial(self, peer: _Peer, count: int) -> None:
         if peer.shunned:
             return
-        for _ in range(count - len(peer.dialing)):
+        for _ in range(count - len(peer.dialing) if self._mode != "only" else 0):
             scope = trio.CancelScope()
             peer.dialing.add(scope)
             self._nursery.start_soon(self._dial_until_up, peer, scope)
-        self._seek_relay(peer)
+        self._seek_ways(peer)
+
+    async def _dial_if_not_dialed(self, peer: _Peer) -> None:
+        """The other side would, and may not be able to: from behind a router we had better not wait for it."""
+        at_once = self._outside is not None and self._outside.is_behind_router()
+        await trio.sleep(0.0 if at_once else _REVERSE_S)
+        if self._is_known(peer) and self._engine.conns(peer.slot) == 0:
+            self._dial(peer, 1)
 
     async def _dial_until_up(self, peer: _Peer, scope: trio.CancelScope) -> None:
         """One connection, tried until it stands or the peer is forgotten."""
@@ -338,18 +412,18 @@ class Links:
             while True:
                 try:
                     with trio.fail_after(_DIAL_S):
-                        stream = await _connect(peer.member.addresses)
-                        with_hello = await self._greet(stream, peer.member)
-                    if with_hello:
-                        peer.dialing.discard(scope)
-                        if self._adopt(peer, stream):
-                            peer.relay_over.set()
-                            return
-                        peer.dialing.add(scope)
+                        where = self._candidates(peer.member)
+                        reached = await first_of(where, partial(self._reach, peer), _Reached.discard)
+                    peer.dialing.discard(scope)
+                    path = Path.MAPPED if reached.at.kind == AddressKind.MAPPED else Path.DIRECT
+                    if self._adopt(peer, reached.stream, reached.keys, path):
+                        self._has_reached(peer, reached.at)
+                        return
+                    peer.dialing.add(scope)
                 except ConnectionRefusedError as e:
-                    if self._is_known(peer) and self._engine.conns(peer.slot) == 0:
-                        self._events.refused(peer.member.peer, str(e))
-                except (OSError, trio.TooSlowError, trio.BrokenResourceError, PycclError) as e:
+                    if self._leads_home(peer):
+                        self._was_refused(peer, e)
+                except (OSError, trio.TooSlowError) as e:
                     log.debug("dial_failed peer=%s cause=%s", peer.member.peer.hex()[:8], e)
                 if peer.relay is not None:
                     with trio.move_on_after(_DIRECT_AGAIN_S):
@@ -357,46 +431,172 @@ class Links:
                 await trio.sleep(pause * (0.5 + random.random()))
                 pause = min(pause * 2, _BACKOFF_S[1])
 
-    async def _greet(
-        self, stream: trio.SocketStream, member: Member, kind: type[PeerHello | RelayHello] = PeerHello
-    ) -> bool:
-        me = self._me
-        hello = kind(limits.PROTOCOL_VERSION, self._run, me.peer, me.incarnation, member.peer, member.incarnation)
+    async def _reach(self, peer: _Peer, at: Address) -> _Reached:
+        """A connection to this address that has greeted the peer, and nobody else."""
         try:
-            await stream.send_all(envelope.pack(hello))
-            answer = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
-            if isinstance(answer, PeerWelcome):
-                return True
-            reason = answer.reason if isinstance(answer, PeerRefused) else "no answer"
-            what = "relay" if kind is RelayHello else "link"
-            log.info("%s_refused peer=%s reason=%r", what, member.peer.hex()[:8], reason)
+            stream = await connect_to(at.host, at.port)
+        except ConnectionRefusedError as e:
+            if at == peer.reached_at:
+                self._was_refused(peer, e)  # where it was; that others do not answer says nothing
+            raise
+        path = Path.MAPPED if at.kind == AddressKind.MAPPED else Path.DIRECT
+        greeted = await self._greet(stream, self._hello_to(peer.member, path), peer.member.peer)
+        if greeted is None:
+            raise NotTakenError("refused")
+        return _Reached(stream, greeted.keys, at)
+
+    def _was_refused(self, peer: _Peer, error: ConnectionRefusedError) -> None:
+        if self._is_known(peer) and self._engine.conns(peer.slot) == 0:
+            self._events.refused(peer.member.peer, str(error))
+
+    def _has_reached(self, peer: _Peer, at: Address) -> None:
+        """By a direct connection of ours. If the other side should have made it, it could not."""
+        peer.reached_at = at
+        peer.relay_over.set()
+        if not self._dials(peer) and peer.dials is None and self._engine.conns(peer.slot) == 1:
+            peer.dials = True
+            peer.wanted = max(peer.wanted, self._count_for(peer.member))
+            self._nursery.start_soon(self._grow_later, peer)
+
+    def _was_reached(self, peer: _Peer) -> None:
+        """By a direct connection of the other side, while all that we dial is in vain."""
+        peer.relay_over.set()
+        if peer.dials is None and peer.reached_at is None and peer.dialing and self._engine.conns(peer.slot) == 1:
+            peer.dials = False
+            for scope in peer.dialing:
+                scope.cancel()
+            peer.dialing.clear()
+
+    def _hello_to(self, member: Member, path: int = Path.DIRECT, via: bytes = NO_ID) -> PeerHello:
+        me, to = self._me, (member.peer, member.incarnation)
+        return PeerHello(limits.PROTOCOL_VERSION, self._run, me.peer, me.incarnation, *to, path, via)
+
+    def _relay_hello(self, member: Member) -> RelayHello:
+        me = self._me
+        return RelayHello(
+            limits.PROTOCOL_VERSION, self._run, me.peer, me.incarnation, member.peer, member.incarnation
+        )
+
+    async def _greet(
+        self, stream: trio.SocketStream, hello: PeerHello | RelayHello, answers: bytes
+    ) -> _Greeted | None:
+        """Tell who answers, the peer or a relay, who is wanted. None: refused, and closed."""
+        keys = None
+        try:
+            if self._credentials is None:
+                await stream.send_all(envelope.pack(hello))
+                reason = await _welcomed(stream)
+            else:
+                agreed = await agreement.dial(stream, hello, answers, self._credentials)
+                keys, reason = (None, agreed) if isinstance(agreed, str) else (agreed, "")
+                if keys is not None and isinstance(hello, RelayHello):
+                    reason = await _welcomed(stream)
+            if not reason:
+                return _Greeted(keys)
+            what = "relay" if isinstance(hello, RelayHello) else "link"
+            log.info("%s_refused peer=%s reason=%r", what, hello.to_peer.hex()[:8], reason)
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
         await trio.aclose_forcefully(stream)
-        return False
+        return None
 
-    def _adopt(self, peer: _Peer, stream: trio.SocketStream) -> bool:
+    def _adopt(
+        self, peer: _Peer, stream: trio.SocketStream, keys: Keys | None, path: int, via: bytes = NO_ID
+    ) -> bool:
         """Hand it to the engine. False: the link still has no connection."""
         if not self._is_known(peer) or peer.shunned:
             stream.socket.close()
             return True
         try:
-            self._engine.conn_add(peer.slot, stream.socket.detach())
+            self._engine.conn_add(peer.slot, stream.socket.detach(), keys)
         except (OSError, PycclError) as e:  # above all: the link has all the connections that it may have
             log.info("connection_not_taken peer=%s cause=%s", peer.member.peer.hex()[:8], e)
             return self._engine.conns(peer.slot) > 0
+        if self._engine.conns(peer.slot) <= 1 or path <= peer.path or peer.silent:
+            peer.path, peer.via = path, via
         peer.silent = False
         self._events.up(peer.member.peer)
         self._check_ready()
         return True
 
-    # -- through a third member
-
-    def _seek_relay(self, peer: _Peer) -> None:
-        if peer.relaying is None and not peer.shunned and self._is_cut_off(peer):
+    def _seek_ways(self, peer: _Peer) -> None:
+        """Beside dialing."""
+        if peer.shunned or not self._is_cut_off(peer):
+            return
+        if peer.relaying is None and self._mode != "never":
             peer.relaying = trio.CancelScope()
             self._nursery.start_soon(self._relay_until_up, peer, peer.relaying)
+        self._punch_soon(peer, _PUNCH_AFTER_S, lambda: 1 if self._is_cut_off(peer) else 0)
+
+    # -- punched
+
+    def _punch_soon(self, peer: _Peer, pause_s: float, count: Callable[[], int]) -> None:
+        """count: of connections that are missing then."""
+        if self._outside is None or peer.punching is not None or self._mode == "only" or peer.shunned:
+            return
+        peer.punching = trio.CancelScope()
+        self._nursery.start_soon(self._punch, peer, peer.punching, pause_s, count)
+
+    async def _punch(self, peer: _Peer, scope: trio.CancelScope, pause_s: float, count: Callable[[], int]) -> None:
+        """One attempt; of a link without a connection again and again: addresses change, and offers get lost."""
+        assert self._outside is not None and self._puncher is not None
+        try:
+            with scope:
+                await trio.sleep(pause_s)
+                pause = _BACKOFF_S[0]
+                while (wanted := count()) > 0 and self._is_known(peer):
+                    if self._outside.may_punch():
+                        await self._puncher.punch(peer.member.peer, wanted)
+                    if not self._is_cut_off(peer):
+                        break
+                    await trio.sleep(pause * (0.5 + random.random()))
+                    pause = min(pause * 2, _BACKOFF_S[1])
+        finally:
+            peer.punching = None
+
+    def _punch_more(self, peer: _Peer) -> None:
+        """As many as the link may have; one side sees to it."""
+        if self._me.peer < peer.member.peer:
+            most = min(max(peer.wanted, self._count_for(peer.member)), _PUNCHED_MAX)
+            self._punch_soon(peer, 0.0, lambda: most - self._engine.conns(peer.slot))
+
+    def punch_offered(self, peer: bytes, count: int) -> None:
+        """By that peer: it does what we should, too, if the link lacks connections."""
+        record = self._peers.get(peer)
+        if record is not None and (self._is_cut_off(record) or self._path_of(record)[0] >= Path.PUNCHED):
+            self._punch_soon(record, 0.0, lambda: count)
+
+    def punch_begins(self, peer: bytes, endpoints: tuple[Address, ...], delay_s: float) -> None:
+        if self._puncher is not None:
+            self._puncher.begin(peer, endpoints, delay_s)
+
+    async def _punched(self, to: bytes, stream: trio.SocketStream) -> None:
+        """A connection that both sides have made: who has the lower id greets."""
+        record = self._peers.get(to)
+        if record is None:
+            await trio.aclose_forcefully(stream)
+        elif self._me.peer > to:
+            await self.accept(stream)
+        else:
+            try:
+                with trio.fail_after(_DIAL_S):
+                    greeted = await self._greet(stream, self._hello_to(record.member, Path.PUNCHED), to)
+            except FAILURES as e:
+                log.info("punched_in_vain peer=%s cause=%s", _short(record), e)
+                return
+            if greeted is not None and self._adopt(record, stream, greeted.keys, Path.PUNCHED):
+                log.info("link_punched peer=%s connections=%d", _short(record), self._engine.conns(record.slot))
+                record.relay_over.set()
+                if record.path == Path.PUNCHED:
+                    self._nursery.start_soon(self._punch_more_later, record)
+
+    async def _punch_more_later(self, peer: _Peer) -> None:
+        await trio.sleep(_GROW_S)
+        if self._is_known(peer):
+            self._punch_more(peer)
+
+    # -- through a third
 
     def _is_cut_off(self, peer: _Peer) -> bool:
         return peer.silent or self._engine.conns(peer.slot) == 0
@@ -406,12 +606,13 @@ class Links:
         pause = _BACKOFF_S[0]
         try:
             with scope:
-                await trio.sleep(_RELAY_AFTER_S * (1 if self._me.peer < peer.member.peer else 2))
+                first_s = _RELAY_AFTER_S if self._mode == "auto" else 0.0
+                await trio.sleep(first_s + (0.0 if self._me.peer < peer.member.peer else _RELAY_AFTER_S))
                 while self._is_cut_off(peer):
-                    for through in self._relays_to(peer):
-                        stream = await self._ask_relay(through, peer)
-                        if stream is not None:
-                            await self._stay_relayed(peer, through, stream)
+                    for through in await self._relays_to(peer):
+                        found = await self._ask_relay(through, peer)
+                        if found is not None:
+                            await self._stay_relayed(peer, through.peer, *found)
                             pause = _BACKOFF_S[0]
                             break
                     await trio.sleep(pause * (0.5 + random.random()))
@@ -419,45 +620,134 @@ class Links:
         finally:
             peer.relaying = None
 
-    def _relays_to(self, peer: _Peer) -> list[_Peer]:
-        """Whom we reach ourselves; pairs begin with different ones, so that no relay carries them all."""
+    async def _relays_to(self, peer: _Peer) -> list[Member]:
+        """Those that offer it, the nearest first; then members that we reach ourselves, as far as measured the nearest
+        first. Else pairs begin with different ones, so that no relay carries them all."""
         able = [
             other
             for other in self._peers.values()
             if other is not peer and other.relay is None and not other.shunned and not self._is_cut_off(other)
         ]
         pair = self._me.peer + peer.member.peer
-        return sorted(able, key=lambda other: hashlib.sha256(pair + other.member.peer).digest())
 
-    async def _ask_relay(self, through: _Peer, peer: _Peer) -> trio.SocketStream | None:
-        """A connection that has greeted the peer."""
+        def order(member: Member) -> tuple[float, bytes]:
+            known = None if self._outside is None else self._outside.round_trip_s(member.peer)
+            return (float("inf") if known is None else known), hashlib.sha256(pair + member.peer).digest()
+
+        return [*await self._offering_by_nearness(), *sorted((other.member for other in able), key=order)]
+
+    async def _offering_by_nearness(self) -> list[Member]:
+        """How near one is a connection tells, once."""
+        if len(self._offering) > 1:
+            with trio.move_on_after(_DIAL_S):
+                async with trio.open_nursery() as nursery:
+                    for relay in self._offering:
+                        if relay.peer not in self._relay_round_trips:
+                            nursery.start_soon(self._measure_relay, relay)
+        return sorted(self._offering, key=lambda relay: self._relay_round_trips.get(relay.peer, float("inf")))
+
+    async def _measure_relay(self, relay: Member) -> None:
+        since = trio.current_time()
+        with contextlib.suppress(*FAILURES):
+            if relay.peer == NO_ID:
+                assert self._outside is not None
+                stream = await connect_to(self._outside.master.host, self._outside.master.port)
+            else:
+                stream = await connect(self._candidates(relay))
+            await trio.aclose_forcefully(stream)
+            self._relay_round_trips[relay.peer] = trio.current_time() - since
+
+    async def _come_to_relay(self, through: Member, peer: _Peer) -> trio.SocketStream | None:
+        """A connection to the relay, joined there with one to the peer. FAILURES."""
+        if through.peer != NO_ID:
+            stream = await connect(self._candidates(through))
+            welcome = await self._greet(stream, self._relay_hello(peer.member), through.peer)
+            return None if welcome is None else stream
+        assert self._outside is not None
+        line = await self._outside.master.line(from_port=0)  # which has proven itself
         try:
-            with trio.fail_after(_RELAY_S):
-                stream = await _connect(through.member.addresses)
-                if await self._greet(stream, peer.member, RelayHello) and await self._greet(stream, peer.member):
-                    return stream
-        except (OSError, trio.TooSlowError, trio.BrokenResourceError, PycclError) as e:
-            log.debug("relay_failed peer=%s relay=%s cause=%s", _short(peer), _short(through), e)
+            await line.send_all(envelope.pack(self._relay_hello(peer.member)))
+            reason = await _welcomed(line)
+            if not reason:
+                raw = socket_of(line)
+                await raw.send_all(envelope.pack(Alive()))
+                return raw
+        except BaseException:
+            await trio.aclose_forcefully(socket_of(line))
+            raise
+        log.info("relay_refused peer=%s reason=%r", _short(peer), reason)
+        await trio.aclose_forcefully(socket_of(line))
         return None
 
-    async def _stay_relayed(self, peer: _Peer, through: _Peer, stream: trio.SocketStream) -> None:
+    async def _ask_relay(self, through: Member, peer: _Peer) -> tuple[trio.SocketStream, Keys | None] | None:
+        """A connection that has greeted the peer, and the keys agreed with it, not with the relay."""
+        stream: trio.SocketStream | None = None
+        try:
+            with trio.fail_after(_RELAY_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._call_there, through, peer)
+                    try:
+                        stream = await self._come_to_relay(through, peer)
+                    except FAILURES as e:  # not outside: a nursery wraps what leaves it
+                        log.debug("relay_failed peer=%s relay=%s cause=%s", _short(peer), through.peer.hex()[:8], e)
+                    nursery.cancel_scope.cancel()
+                if stream is None:
+                    return None
+                hello = self._hello_to(peer.member, Path.RELAYED, through.peer)
+                greeted = await self._greet(stream, hello, peer.member.peer)
+                return None if greeted is None else (stream, greeted.keys)
+        except FAILURES as e:
+            log.debug("relay_failed peer=%s relay=%s cause=%s", _short(peer), through.peer.hex()[:8], e)
+        return None
+
+    async def _call_there(self, through: Member, peer: _Peer) -> None:
+        """The peer, by the master; a member that relays may reach it by itself."""
+        if through.peer in self._peers:
+            await trio.sleep(_CALL_AFTER_S)
+        if self._outside is not None:
+            self._outside.ask_relay(peer.member.peer, through.peer)
+
+    def called(self, peer: bytes, relay: bytes) -> None:
+        """That peer waits for us at this relay."""
+        record, through = self._peers.get(peer), self._relay_named(relay)
+        if record is not None and through is not None and self._is_cut_off(record) and self._mode != "never":
+            self._nursery.start_soon(self._meet, record, through)
+
+    def _relay_named(self, relay: bytes) -> Member | None:
+        known = self._peers.get(relay)
+        return known.member if known else next((m for m in self._offering if m.peer == relay), None)
+
+    async def _meet(self, peer: _Peer, through: Member) -> None:
+        stream: trio.SocketStream | None = None
+        try:
+            with trio.fail_after(_RELAY_S):
+                stream = await self._come_to_relay(through, peer)
+        except FAILURES as e:
+            log.debug("relay_failed peer=%s relay=%s cause=%s", _short(peer), through.peer.hex()[:8], e)
+        if stream is not None:
+            await self.accept(stream)
+
+    async def _stay_relayed(
+        self, peer: _Peer, through: bytes, stream: trio.SocketStream, keys: Keys | None
+    ) -> None:
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as relayed:
-            if not (self._is_cut_off(peer) and self._is_known(through)):
+            if not (self._is_cut_off(peer) and self._relay_named(through) is not None):
                 stream.socket.close()
                 return
-            if not self._adopt(peer, stream):
+            if not self._adopt(peer, stream, keys, Path.RELAYED, through):
                 return
-            peer.relay, peer.relayed, peer.relay_over = through.member.peer, relayed, trio.Event()
-            log.info("link_relayed peer=%s relay=%s", _short(peer), _short(through))
+            peer.relay, peer.relayed, peer.relay_over = through, relayed, trio.Event()
+            log.info("link_relayed peer=%s relay=%s", _short(peer), through.hex()[:8])
             try:
                 while True:
                     with trio.move_on_after(_DIRECT_AGAIN_S):
                         await peer.relay_over.wait()
                         break
                     self._dial(peer, 1)  # of a link that fell silent nobody dials: its connections stand
+                    self._punch_soon(peer, 0.0, lambda: 1)
             finally:
                 peer.relay = peer.relayed = None
-                log.info("relay_ended peer=%s relay=%s", _short(peer), _short(through))
+                log.info("relay_ended peer=%s relay=%s", _short(peer), through.hex()[:8])
                 with contextlib.suppress(OSError):  # it has ended already
                     relayed.shutdown(socket.SHUT_RDWR)  # the engine repeats what it carried over what is left
 
@@ -465,10 +755,11 @@ class Links:
         """Be the relay; what becomes of the connection then is not ours to read."""
         ends: tuple[_Peer, _Peer] | None = None
         with self._early.place():
-            ends = (
-                await self._learn_of(hello.from_peer, hello.from_incarnation),
-                await self._learn_of(hello.to_peer, hello.to_incarnation),
-            )
+            dialer = await self._learn_of(hello.from_peer, hello.from_incarnation)
+            other = await self._learn_of(hello.to_peer, hello.to_incarnation)
+            if self._credentials is not None:
+                await agreement.accept(stream, hello, hello.from_peer, self._credentials)
+            ends = dialer, other
         if ends is None:
             raise RemoteProtocolError("a relay was wanted between members that we do not know")
         dialer, other = ends
@@ -477,13 +768,11 @@ class Links:
             return
         self._dialing_for_others += 1
         try:
-            with trio.fail_after(_RELAY_S):
-                onward = await _connect(other.member.addresses)
-        except (OSError, trio.TooSlowError) as e:
-            await stream.send_all(envelope.pack(PeerRefused(clip(f"the relay does not reach it either: {e}"))))
-            return
+            onward = await self._reach_or_meet(stream, hello, other)
         finally:
             self._dialing_for_others -= 1
+        if onward is None:
+            return
         try:
             await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
             if not (self._is_known(dialer) and self._is_known(other)):
@@ -497,18 +786,57 @@ class Links:
             await trio.aclose_forcefully(onward)
         log.info("relays from=%s to=%s pairs=%d", _short(dialer), _short(other), self._relay.pairs())
 
+    async def _reach_or_meet(
+        self, stream: trio.SocketStream, hello: RelayHello, other: _Peer
+    ) -> trio.SocketStream | None:
+        """A connection to who is wanted. None: it came here itself, and both are joined, or the dialer was refused."""
+        found: list[trio.SocketStream] = []
+        met, reasons = trio.Event(), ["the other does not come"]
+
+        async def dial() -> None:
+            try:
+                with trio.fail_after(_RELAY_S):
+                    onward = await connect(self._candidates(other.member))
+            except (OSError, trio.TooSlowError) as e:
+                reasons.append(f"the relay does not reach it either: {e}")
+                if isinstance(e, ConnectionRefusedError) and not met.is_set():
+                    nursery.cancel_scope.cancel()
+                return
+            if met.is_set():
+                await trio.aclose_forcefully(onward)
+                return
+            found.append(onward)
+            nursery.cancel_scope.cancel()
+
+        async def ready() -> trio.SocketStream:
+            await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
+            return stream
+
+        joined = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dial)
+            try:
+                joined = await self._meetings.meet(hello, ready, met)
+            except FAILURES as e:
+                reasons.append(str(e))
+            if joined:
+                nursery.cancel_scope.cancel()
+        if not joined and not found:
+            await stream.send_all(envelope.pack(PeerRefused(clip(reasons[-1]))))
+        return found[0] if found else None
+
     # -- from others
 
-    async def serve(self, listener: trio.SocketListener) -> None:
-        try:
-            await trio.serve_listeners(self._accept, [listener])
-        finally:
-            self._relay.stop()
+    def stop(self) -> None:
+        """Nothing is relayed or punched any more. Breaks the cycle that would keep the engine's descriptors."""
+        self._relay.stop()
+        self._puncher = None
 
-    async def _accept(self, stream: trio.SocketStream) -> None:
-        peer: _Peer | None = None
+    async def accept(self, stream: trio.SocketStream) -> None:
+        """A connection from anybody."""
+        matched: tuple[_Peer, Keys | None] | None = None
+        hello: Hello | None = None
         try:
-            hello: Hello | None = None
             with self._strangers.place():
                 hello = await self._hear_out(stream)
             if isinstance(hello, StateHello):
@@ -517,14 +845,16 @@ class Links:
                 await self._carry(stream, hello)
             elif hello is not None:
                 with self._early.place():
-                    peer = await self._match(stream, hello)
+                    matched = await self._match(stream, hello)
         except (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
             self._notes.tell("stranger_refused", e)
         finally:
-            if peer is None:
+            if matched is None:
                 await trio.aclose_forcefully(stream)
-        if peer is not None:
-            self._adopt(peer, stream)
+        if matched is not None and isinstance(hello, PeerHello):
+            peer, keys = matched
+            if self._adopt(peer, stream, keys, hello.path, hello.via) and hello.path < Path.RELAYED:
+                self._was_reached(peer)
 
     async def _hear_out(self, stream: trio.SocketStream) -> Hello | None:
         """The greeting of an accepted connection, if it is for us."""
@@ -538,16 +868,20 @@ class Links:
             reason = f"protocol version {hello.version}; this peer speaks {limits.PROTOCOL_VERSION}"
         elif hello.run != self._run or to_us != isinstance(hello, PeerHello) or hello.from_peer == hello.to_peer:
             reason = "you look for somebody else"
+        elif isinstance(hello, PeerHello) and self._mode == ("never" if hello.path == Path.RELAYED else "only"):
+            reason = f"it is connected with relay={self._mode!r}"
         else:
             return hello
         await stream.send_all(envelope.pack(PeerRefused(reason)))
         return None
 
-    async def _match(self, stream: trio.SocketStream, hello: PeerHello) -> _Peer:
-        """The peer that it is from."""
+    async def _match(self, stream: trio.SocketStream, hello: PeerHello) -> tuple[_Peer, Keys | None]:
+        """The peer that it is from, and what was agreed with it."""
         peer = await self._learn_of(hello.from_peer, hello.from_incarnation)
+        if self._credentials is not None:
+            return peer, await agreement.accept(stream, hello, hello.from_peer, self._credentials)
         await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
-        return peer
+        return peer, None
 
     async def _learn_of(self, peer: bytes, incarnation: bytes) -> _Peer:
         """Once the master has told us of it."""
@@ -560,21 +894,17 @@ class Links:
             await self._changed.wait()
 
 
+async def _welcomed(stream: trio.abc.Stream) -> str:
+    """Why not; empty: it is."""
+    answer = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+    if isinstance(answer, PeerWelcome):
+        return ""
+    return (isinstance(answer, PeerRefused) and answer.reason) or "no answer"
+
+
 def _is_established(sock: socket.socket) -> bool:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_ESTABLISHED
 
 
 def _short(peer: _Peer) -> str:
     return peer.member.peer.hex()[:8]
-
-
-async def listen(host: str) -> tuple[trio.SocketListener, Address]:
-    """A listening socket on a free port of `host`."""
-    sock = _new_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        await sock.bind((host, 0))
-        sock.listen(128)
-    except BaseException:
-        sock.close()
-        raise
-    return trio.SocketListener(sock), Address(host, int(sock.getsockname()[1]))

@@ -8,17 +8,20 @@ Threads: the session's and the one that measures; a lock joins them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from pyccl._proto import limits, measuring
-from pyccl._proto.messages import LinkMeasure, Measured
+from pyccl._proto.epoch import NO_ID
+from pyccl._proto.messages import LinkMeasure, Measured, Path
 from pyccl._proto.topology import Cpu
 
 FRESH_S: Final = 600.0  # a rate that nothing has confirmed for so long is measured again
 _CONFIRMS: Final = 0.5  # of the rate that is known
 _NEWS: Final = 0.2  # so much more or less is worth a message
+_DIRECT: Final = (Path.DIRECT, NO_ID)
+_NONE: Final[Mapping[bytes, tuple[int, bytes]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,11 @@ class LinkTable:
     def lacks(self, peer: bytes, now: float) -> bool:
         known = self._known.get(peer)
         return known is None or now - known.at >= FRESH_S
+
+    def round_trip_s(self, peer: bytes) -> float | None:
+        """None: not measured."""
+        known = self._known.get(peer)
+        return known.rtt_s if known is not None and known.rtt_s > 0 else None
 
     def measured(self, peer: bytes, rate: float, rtt_s: float, now: float) -> None:
         """In a round. A rate of 0 is none: it is measured again the next time."""
@@ -70,24 +78,24 @@ class LinkTable:
             for peer, rate in rates.items():
                 self._change(peer, crowd=rate)
 
-    def news(self, members: Sequence[bytes], relayed: Collection[bytes] = ()) -> Measured | None:
+    def news(self, members: Sequence[bytes], paths: Mapping[bytes, tuple[int, bytes]] = _NONE) -> Measured | None:
         """What the master is to be told of the links to these; None: little has changed since the last time.
 
-        relayed: members that a third one connects us with.
+        paths: of members that we are not linked to directly: how, and who relays it if we know.
         """
         with self._lock:
-            all_ = {**dict.fromkeys(relayed, _Known()), **self._known}
+            all_ = {**dict.fromkeys(paths, _Known()), **self._known}
         known = sorted((peer, known) for peer, known in all_.items() if peer in members)
         links = tuple(
             LinkMeasure(
                 *(peer, measuring.clip_rate(k.rate), measuring.clip_rate(k.crowd)),
                 min(round(k.rtt_s * 1e6), limits.RTT_US_MAX),
-                peer in relayed,
+                *paths.get(peer, _DIRECT),
             )
             for peer, k in known
         )
         told = {link.peer: link for link in self._told.links}
-        mended = any(link.relayed and link.peer not in relayed for link in self._told.links)
+        mended = any(link.path != Path.DIRECT and link.peer not in paths for link in self._told.links)
         if not mended and all(link.peer in told and not _differs(link, told[link.peer]) for link in links):
             return None
         rates = (self._cpu.move, self._cpu.fold, self._cpu.code)
@@ -107,4 +115,4 @@ class LinkTable:
 
 def _differs(a: LinkMeasure, b: LinkMeasure) -> bool:
     rates = (a.rate, b.rate), (a.crowd, b.crowd)
-    return a.relayed != b.relayed or any(abs(x - y) > _NEWS * max(x, y) for x, y in rates)
+    return (a.path, a.via) != (b.path, b.via) or any(abs(x - y) > _NEWS * max(x, y) for x, y in rates)

@@ -9,23 +9,47 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 
-from pyccl._io import envelope
+from pyccl._io import envelope, tls
+from pyccl._io.admission import OPERATOR_ONLY, PLAIN_REFUSED, Admission, Run
 from pyccl._io.causes import reason_of
+from pyccl._io.identity import Identity
+from pyccl._io.interfaces import canonical
 from pyccl._io.journal import Journal
+from pyccl._io.meeting import Meetings
+from pyccl._io.probe import Prober
+from pyccl._io.sealed import SealedStream
 from pyccl._io.strangers import Notes, Places
-from pyccl._native.handles import FRAME_BYTES, is_heartbeat_untrusted
+from pyccl._io.tls import Guest, Line
+from pyccl._native.handles import CIPHER_AES, FRAME_BYTES, Keys, Relay, is_heartbeat_untrusted
 from pyccl._proto import limits, master, planning
-from pyccl._proto.messages import Message, Pulse
-from pyccl._proto.past import Past
-from pyccl.errors import RemoteProtocolError
+from pyccl._proto.invites import RefusedError
+from pyccl._proto.messages import (
+    Alive,
+    Hello,
+    Message,
+    Observe,
+    PeerRefused,
+    PeerWelcome,
+    Probe,
+    Pulse,
+    PulseKeys,
+    Reflect,
+    Reflected,
+    Rejected,
+    RelayHello,
+    clip,
+)
+from pyccl._proto.past import Past, Record
+from pyccl.errors import RemoteProtocolError, UsageError
 
 _TICK_S: Final = 0.1
 _CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
@@ -45,7 +69,7 @@ log = logging.getLogger("pyccl.master")
 
 @dataclass(slots=True, eq=False)
 class _Conn:
-    stream: trio.SocketStream
+    stream: Line
     out: trio.MemorySendChannel[bytes]
     scope: trio.CancelScope
     waiting_bytes: int = 0
@@ -55,7 +79,9 @@ class MasterServer:
     """One run's master on one listening socket.
 
     past: the run, and this start's term; what an earlier master left of it. It is in the journal already.
-    needs_majority, adopts: see MasterMachine. waiting_bytes_max, waiting_all_bytes_max: for one receiver that does not
+    needs_majority, adopts: see MasterMachine. identity: it is secure: encrypted connections only, with an invite; None:
+    plain ones only. remote: other machines reach it. relay: carries what peers can't send each other; stopped in the
+    end. waiting_bytes_max, waiting_all_bytes_max: for one receiver that does not
     read, for all of them.
     """
 
@@ -69,14 +95,19 @@ class MasterServer:
         connections_max: int = CONNECTIONS_MAX,
         needs_majority: bool = False,
         adopts: bool = False,
+        identity: Identity | None = None,
+        remote: bool = False,
+        relay: Relay | None = None,
         waiting_bytes_max: int = _WAITING_BYTES_MAX,
         waiting_all_bytes_max: int = _WAITING_ALL_BYTES_MAX,
     ) -> None:
         self._past, self._journal = past, journal
         self._needs_majority, self._adopts = needs_majority, adopts
+        self._remote, self._relay = remote, relay
+        self._meetings = None if relay is None else Meetings(relay)
         self._peer_timeout, self._library = peer_timeout, library
         self._machine: master.MasterMachine
-        self._to_write: deque[master.Persist] = deque()
+        self._to_write: deque[tuple[Record, int | trio.Event]] = deque()  # and who waits: the machine, or a task
         self._write_wanted = trio.Event()
         self._searches: dict[int, master.Search] = {}  # by group: a newer one takes the place of one that waits
         self._search_wanted = trio.Event()
@@ -88,9 +119,15 @@ class MasterServer:
         self._waiting_bytes = 0  # of all of them
         self._notes = Notes(log)
         self._conns: dict[int, _Conn] = {}
+        self._pulses: dict[bytes, trio.CancelScope] = {}  # by peer: one each, the newest
         self._conn_last = 0
         self._packed: tuple[Message | None, bytes] = None, b""
         self._open = 0
+        self._prober = Prober()
+        self._admission: Admission | None = None
+        if identity is not None:
+            run = Run(lambda: self._machine.run, self._knows, self._kick, self._durable)
+            self._admission = Admission(identity, past.admissions.copy(), run)
 
     async def serve(self, listener: trio.SocketListener) -> None:
         """Until cancelled."""
@@ -102,6 +139,8 @@ class MasterServer:
             journaled=self._journal is not None,
             needs_majority=self._needs_majority,
             adopts=self._adopts,
+            remote=self._remote,
+            relays=self._relay is not None,
             past=self._past,
             now=trio.current_time(),
         )
@@ -110,7 +149,11 @@ class MasterServer:
             nursery.start_soon(self._search_plans)
             if self._journal is not None:
                 nursery.start_soon(self._keep_journal, self._journal)
-            await trio.serve_listeners(self._accept, [listener])
+            try:
+                await trio.serve_listeners(self._accept, [listener])
+            finally:
+                if self._relay is not None:
+                    self._relay.stop()
 
     async def _tick(self) -> None:
         while True:
@@ -126,7 +169,7 @@ class MasterServer:
             while self._to_write:
                 batch = tuple(self._to_write)
                 try:
-                    await trio.to_thread.run_sync(journal.append, [persist.record for persist in batch])
+                    await trio.to_thread.run_sync(journal.append, [record for record, _ in batch])
                 except OSError as e:
                     if failed % TRIES_PER_LINE == 0:
                         log.error("journal_failed path=%s cause=%s: nothing is decided meanwhile", journal.path, e)
@@ -137,9 +180,12 @@ class MasterServer:
                     if failed:
                         log.info("journal_written path=%s tries=%d", journal.path, failed + 1)
                         failed = 0
-                    for _ in batch:
+                    for _, waits in batch:
                         self._to_write.popleft()
-                    self._perform(self._machine.persisted(batch[-1].ticket, trio.current_time()))
+                        if isinstance(waits, trio.Event):
+                            waits.set()
+                        else:
+                            self._perform(self._machine.persisted(waits, trio.current_time()))
 
     async def _search_plans(self) -> None:
         """One at a time, in a thread: nothing else waits for it but the safe point that asked."""
@@ -162,22 +208,106 @@ class MasterServer:
         self._open += 1
         try:
             async with stream:
+                line: Line = stream
+                guest: Guest | None = None
                 first: Message | None = None
                 with self._strangers.place():
-                    first = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+                    line, guest = await self._enter(stream)
+                    first = await self._first(line, guest)
                 if isinstance(first, Pulse):
-                    await self._pulse(stream, first)
+                    await self._pulse(stream if guest is None else await _sealed(line), first)
+                elif isinstance(first, Reflect):
+                    await self._reflect(line, first)
+                elif isinstance(first, RelayHello):
+                    await self._carry(line, first)
+                elif isinstance(first, OPERATOR_ONLY):
+                    await self._operate(line, first)
+                elif isinstance(first, Probe):
+                    await line.send_all(envelope.pack(await self._prober.answer(stream, first)))
                 elif first is not None:
-                    await self._control(stream, first)
+                    await self._control(line, first, guest)
         except _SENDERS_LOSS as e:
             self._notes.tell("connection_ended", reason_of(e))
         finally:
             self._open -= 1
 
-    async def _pulse(self, stream: trio.SocketStream, pulse: Pulse) -> None:
+    async def _enter(self, stream: trio.SocketStream) -> tuple[Line, Guest | None]:
+        """The connection as it is spoken on, and who it is from, which a plain one does not say."""
+        if not await tls.is_encrypted(stream):
+            return stream, None
+        if self._admission is None:
+            await stream.receive_some(limits.BODY_GREETING_MAX_BYTES)  # or closing would take the answer back
+            await stream.send_all(tls.PLAIN_HERE)
+            raise RemoteProtocolError("it begins encrypted, and this master is plain")
+        return await self._admission.enter(stream)
+
+    async def _first(self, line: Line, guest: Guest | None) -> Message | None:
+        """The first message of who may come in with it."""
+        first = await envelope.receive(line, limits.BODY_GREETING_MAX_BYTES)
+        if first is None:
+            return None
+        try:
+            if self._admission is not None:
+                if guest is None:
+                    raise RefusedError(PLAIN_REFUSED)
+                await self._admission.admit(guest, first)
+            elif isinstance(first, OPERATOR_ONLY):
+                raise RefusedError("this master is plain, and its operator can't be told from others")
+        except RefusedError as e:
+            await line.send_all(envelope.pack(Rejected(clip(str(e)))))
+            raise RemoteProtocolError(str(e)) from e
+        return first
+
+    async def _durable(self, records: Sequence[Record]) -> None:
+        """Without a journal nothing is, and a master that is started later knows nothing of it."""
+        if self._journal is None or not records:
+            return
+        written = trio.Event()
+        self._to_write.extend((record, written) for record in records)
+        self._write_wanted.set()
+        await written.wait()
+
+    def _knows(self, peer: bytes, incarnation: bytes) -> bool:
+        return self._machine.knows(peer, incarnation)
+
+    def _kick(self, peer: bytes) -> bool:
+        assert self._admission is not None
+        observes = self._admission.conns_of(peer) if not (known := self._machine.has(peer)) else []
+        self._perform(self._machine.kick(peer, trio.current_time()))
+        for number in observes:
+            self._conns[number].scope.cancel()
+        return known or bool(observes)
+
+    async def _operate(self, line: Line, first: Message) -> None:
+        """What the operator wants, one thing after the other."""
+        assert self._admission is not None
+        message: Message | None = first
+        while isinstance(message, OPERATOR_ONLY):
+            try:
+                answer = await self._admission.obey(message)
+            except RefusedError as e:
+                answer = Rejected(clip(str(e)))
+            await line.send_all(envelope.pack(answer))
+            with trio.move_on_after(limits.GREETING_S):
+                message = await envelope.receive(line, limits.BODY_GREETING_MAX_BYTES)
+                continue
+            return
+
+    async def _pulse(self, stream: trio.abc.ReceiveStream, pulse: Pulse) -> None:
         """Heartbeats of a peer's engine; they count as a sign of life and nothing else."""
         if pulse.version != limits.PROTOCOL_VERSION or not self._machine.knows(pulse.peer, pulse.incarnation):
             return
+        if (older := self._pulses.get(pulse.peer)) is not None:
+            older.cancel()
+        with trio.CancelScope() as scope:
+            self._pulses[pulse.peer] = scope
+            try:
+                await self._beats(stream, pulse)
+            finally:
+                if self._pulses.get(pulse.peer) is scope:
+                    del self._pulses[pulse.peer]
+
+    async def _beats(self, stream: trio.abc.ReceiveStream, pulse: Pulse) -> None:
         header = b""
         while part := await self._pulse_bytes(stream, FRAME_BYTES - len(header)):
             header += part
@@ -188,15 +318,49 @@ class MasterServer:
             header = b""
             self._perform(self._machine.heard(pulse.peer, pulse.incarnation, trio.current_time()))
 
-    async def _pulse_bytes(self, stream: trio.SocketStream, size: int) -> bytes:
+    async def _pulse_bytes(self, stream: trio.abc.ReceiveStream, size: int) -> bytes:
         """Empty at the end, and after a long silence: a host that is gone never closes. Who lives makes another."""
         with trio.move_on_after(max(_DEAD_MS / 1000, 3 * self._machine.peer_timeout)):
             return bytes(await stream.receive_some(size))
         return b""
 
-    async def _control(self, stream: trio.SocketStream, first: Message) -> None:
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_MS)
+    async def _reflect(self, line: Line, first: Reflect) -> None:
+        """Tell where it comes from; a peer of the run may hold the connection open, which keeps that so."""
+        sock = tls.socket_of(line)
+        host, port = sock.socket.getpeername()[:2]
+        await line.send_all(envelope.pack(Reflected(canonical(str(host)), int(port))))
+        me = first.peer, first.incarnation
+        if self._machine.knows(*me) or self._machine.observes(*me):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            await line.receive_some(1)
+
+    async def _carry(self, line: Line, hello: RelayHello) -> None:
+        """One end of a connection between two peers; to us it is bytes from behind the greeting on."""
+        ends = (hello.from_peer, hello.from_incarnation), (hello.to_peer, hello.to_incarnation)
+        if self._meetings is None or not self._machine.are_to_be_linked(*ends):
+            await line.send_all(envelope.pack(PeerRefused("this master does not relay between these two")))
+            return
+
+        async def ready() -> trio.SocketStream:
+            await line.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
+            raw = tls.socket_of(line)
+            if not isinstance(await envelope.receive(raw, limits.BODY_GREETING_MAX_BYTES), Alive):
+                raise RemoteProtocolError("no Alive")  # until then nothing may come behind what is TLS
+            return raw
+
+        try:
+            if await self._meetings.meet(hello, ready):
+                log.info("relays from=%s to=%s", hello.from_peer.hex()[:8], hello.to_peer.hex()[:8])
+            else:
+                await line.send_all(envelope.pack(PeerRefused("the other does not come")))
+        except (UsageError, trio.TooSlowError) as e:
+            self._notes.tell("relay_failed", e)
+
+    async def _control(self, stream: Line, first: Message, guest: Guest | None) -> None:
+        sock = tls.socket_of(stream)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_MS)
+        address = canonical(str(sock.socket.getpeername()[0]))
         self._conn_last += 1
         number = self._conn_last
         send, receive = trio.open_memory_channel[bytes](2**31)
@@ -206,8 +370,10 @@ class MasterServer:
                 conn.scope = nursery.cancel_scope
                 self._conns[number] = conn
                 self._writing.add(conn)
+                if self._admission is not None and guest is not None and isinstance(first, Hello | Observe):
+                    self._admission.came(number, guest, first, address)
                 nursery.start_soon(self._write, conn, receive)
-                self._perform(self._machine.connected(number, trio.current_time()))
+                self._perform(self._machine.connected(number, trio.current_time(), address))
                 try:
                     await self._hear(envelope.Ahead(stream), number, first)
                 except _SENDERS_LOSS as e:  # here and not outside: a nursery wraps what leaves it
@@ -217,6 +383,8 @@ class MasterServer:
                     nursery.cancel_scope.cancel()
         finally:
             self._conns.pop(number, None)
+            if self._admission is not None:
+                self._admission.went(number)
             self._writing.discard(conn)
             self._waits(conn, -conn.waiting_bytes)
             self._perform(self._machine.disconnected(number, trio.current_time()))
@@ -262,6 +430,8 @@ class MasterServer:
     @staticmethod
     def _written_at_once(conn: _Conn, data: bytes) -> bytes:
         """What is left when the socket's buffer has taken what it can: nearly always nothing, and no task wakes."""
+        if not isinstance(conn.stream, trio.SocketStream):
+            return data
         try:
             return data[os.write(conn.stream.socket.fileno(), data) :]  # Trio's sockets never block
         except OSError:
@@ -287,7 +457,7 @@ class MasterServer:
         self._notes.tell("connection_refused", effect.reason)
 
     def _do_persist(self, effect: master.Persist) -> None:
-        self._to_write.append(effect)
+        self._to_write.append((effect.record, effect.ticket))
         self._write_wanted.set()
 
     def _do_search(self, effect: master.Search) -> None:
@@ -296,6 +466,13 @@ class MasterServer:
 
     def _do_log(self, effect: master.Log) -> None:
         log.info("%s %s", effect.event, " ".join(f"{key}={value}" for key, value in effect.fields.items()))
+
+
+async def _sealed(line: Line) -> SealedStream:
+    """What follows a Pulse: no TLS, which the peer's engine does not speak."""
+    keys = PulseKeys(secrets.token_bytes(limits.KEY_BYTES), secrets.token_bytes(limits.KEY_BYTES))
+    await line.send_all(envelope.pack(keys))
+    return SealedStream(tls.socket_of(line), Keys(keys.masters, keys.peers, CIPHER_AES, False))
 
 
 _PERFORM: Final[dict[type[master.Effect], Callable[[MasterServer, Any], None]]] = {

@@ -20,6 +20,7 @@ import trio
 
 from pyccl import errors
 from pyccl._io import staging, statestream
+from pyccl._io.sealed import Channel, socket_of
 from pyccl._io.statestream import OpenFile, Snapshot, StateServer
 from pyccl._proto import restoring
 from pyccl._proto.epoch import Member
@@ -42,7 +43,7 @@ class Observed:
     def __init__(self, session: Session, peer: bytes, incarnation: bytes) -> None:
         self._session = session
         self.observers: tuple[Member, ...] = ()
-        self._server = StateServer(self._run, peer, incarnation, drops=True)
+        self._server = StateServer(self._run, peer, incarnation, drops=True, credentials=session.config.credentials)
 
     def _run(self) -> bytes | None:
         place = self._session.place()
@@ -123,7 +124,7 @@ class Offer:
 
     def __init__(self, session: Session, observer: Member) -> None:
         self._session, self._observer = session, observer
-        self._stream: trio.SocketStream | None = None
+        self._stream: Channel | None = None
         self._told: StateOffer | None = None
         self.rx_bytes = 0  # of its state, when that is here
 
@@ -139,7 +140,7 @@ class Offer:
     async def open(self) -> StateOffer | None:
         place = self._session.place()
         assert place is not None  # we are a member
-        self._stream = await statestream.ask(*place, self._observer)
+        self._stream = await statestream.ask(*place, self._observer, credentials=self._session.config.credentials)
         self._told = await statestream.next_offer(self._stream, OFFER_S)
         return self._told
 
@@ -149,8 +150,11 @@ class Offer:
 
     def close(self) -> None:
         """From another thread."""
-        if self._stream is not None and not self._session.soon(self._stream.socket.close):
-            os.close(self._stream.socket.detach())
+        if self._stream is None:
+            return
+        sock = socket_of(self._stream).socket
+        if not self._session.soon(sock.close):
+            os.close(sock.detach())
 
     def load(self, state: SharedState, deadline: float, waiter: Waiter, check: Callable[[], None]) -> None:
         """Fetch it, check it whole, and only then fill the arrays. OSError, StateFileError, RemoteProtocolError..."""

@@ -2,6 +2,7 @@
 
     control   Observe -> Welcome, Members ...   for ever again: a master that was restarted finds it by itself
     follow    one member at a time: its snapshots, each checked whole and made durable before it counts
+    relay     if it is to: connections between peers that the master names (wire.md 11)
     serve     members whose group has lost its state ask for the newest revision; also while the master is away
     check     what was fetched from here is read once more: damaged since, it is set aside for the next older whole one.
               Not before it is offered: who asks waits for seconds only, and would go on without it
@@ -17,31 +18,41 @@ import random
 import secrets
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
 from pyccl import errors
-from pyccl._io import envelope, statestream
+from pyccl._io import agreement, envelope, statestream, tls
 from pyccl._io.absence import Absence
 from pyccl._io.backoff import FIRST_S, Backoff
 from pyccl._io.causes import reason_of
-from pyccl._io.links import listen
+from pyccl._io.dialing import FAILURES
+from pyccl._io.front import Front, MasterAt, Name, Reach
+from pyccl._io.meeting import MEET_S, Meetings
+from pyccl._io.portmap import open_mapping
 from pyccl._io.resolver import Resolver
 from pyccl._io.statestore import Kept, StateStore, held, opened
 from pyccl._io.statestream import StateServer
 from pyccl._io.strangers import Notes, Places
+from pyccl._io.tls import Credentials, Line, socket_of
+from pyccl._native.handles import Relay
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
 from pyccl._proto.messages import (
+    Addresses,
     Alive,
     Evicted,
     Heartbeat,
     Members,
     Message,
     Observe,
+    PeerRefused,
+    PeerWelcome,
     Rejected,
+    RelayFor,
+    RelayHello,
     StateHello,
     StateOffer,
     Welcome,
@@ -51,6 +62,9 @@ from pyccl._proto.restoring import SHUNNED_S, Sources
 _CONNECT_S: Final = 10.0
 _GREET_S: Final = 10.0
 _STRANGERS_MAX: Final = 64
+_RELAYED_TIMEOUT_S: Final = 5.0  # pyccl_relay_new's least for connections that stand still
+
+Pair = frozenset[tuple[bytes, bytes]]
 
 log = logging.getLogger("pyccl.observer")
 
@@ -62,6 +76,13 @@ class ObserverConfig:
     group: int
     every: int  # revisions from one kept state to the next
     library: str
+    credentials: Credentials | None = None  # None: the master is spoken to in plain
+    reach: Reach = field(default_factory=Reach)
+    relay_max: int | None = None  # bytes per second that it relays; 0: no cap; None: it does not
+
+
+def _pair(one: Member, other: Member) -> Pair:
+    return frozenset({(one.peer, one.incarnation), (other.peer, other.incarnation)})
 
 
 class Observer:
@@ -69,15 +90,23 @@ class Observer:
 
     def __init__(self, config: ObserverConfig, store: StateStore, told: Callable[[str], None]) -> None:
         self._config, self._store, self._told = config, store, told
-        self.peer, self._incarnation = secrets.token_bytes(limits.ID_BYTES), secrets.token_bytes(limits.ID_BYTES)
+        credentials = config.credentials
+        self.peer = secrets.token_bytes(limits.ID_BYTES) if credentials is None else credentials.peer
+        self._incarnation = secrets.token_bytes(limits.ID_BYTES)
         self._addresses: tuple[Address, ...] = ()
+        self._front: Front | None = None
+        self._relay = None if config.relay_max is None else Relay(_RELAYED_TIMEOUT_S, config.relay_max)
+        self._meetings = None if self._relay is None else Meetings(self._relay)
+        self._may_meet: dict[Pair, float] = {}  # two peers, and until when
+        self._may_meet_changed = trio.Event()
         self._run_id: bytes | None = None
         self._members: tuple[Member, ...] = ()
         self._members_changed = trio.Event()
         self._fetched = trio.Event()
         self._server = StateServer(
-            lambda: self._run_id, self.peer, self._incarnation, drops=False, sent=self._was_fetched
-        )
+            lambda: self._run_id, self.peer, self._incarnation,
+            drops=False, sent=self._was_fetched, credentials=credentials,
+        )  # fmt: skip
         self._using = trio.Lock()  # the store
         self._strangers, self._notes = Places(_STRANGERS_MAX, _GREET_S), Notes(log)
         self._absence = Absence(log, f"{config.host}:{config.port}")
@@ -88,10 +117,16 @@ class Observer:
         """RejectedError: the master refuses it. RemoteProtocolError: what answers there is no master."""
         trio.socket.set_custom_hostname_resolver(Resolver())
         self._offer_newest()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._follow)
-            nursery.start_soon(self._check)
-            await self._control(nursery)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._follow)
+                nursery.start_soon(self._check)
+                await self._control(nursery)
+        finally:
+            if self._front is not None:
+                self._front.close()
+            if self._relay is not None:
+                self._relay.stop()
 
     def _last(self) -> int:
         """What was kept last, its revision + 1; 0: nothing."""
@@ -133,11 +168,15 @@ class Observer:
         while True:
             try:
                 with trio.fail_after(_CONNECT_S):
-                    stream = await trio.open_tcp_stream(self._config.host, self._config.port)
-            except (OSError, UnicodeError) as e:
+                    stream = await tls.reach(self._config.host, self._config.port, self._config.credentials)
+            except (OSError, UnicodeError, trio.BrokenResourceError) as e:
                 self._absence.note(reason_of(e))
             except trio.TooSlowError:
                 self._absence.note("no answer")
+            except (errors.RejectedError, errors.RemoteProtocolError) as e:
+                if self._run_id is None:
+                    raise
+                log.warning("master_refused cause=%s", e)
             else:
                 met = trio.current_time()
                 try:
@@ -156,18 +195,24 @@ class Observer:
                 backoff.connected_for(trio.current_time() - met)
             await trio.sleep(backoff.next_pause())
 
-    async def _talk(self, stream: trio.SocketStream, nursery: trio.Nursery) -> None:
+    async def _talk(self, stream: Line, nursery: trio.Nursery) -> None:
         """One life of the control connection."""
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if not self._addresses:
-            listener, address = await listen(stream.socket.getsockname()[0])
-            self._addresses = (address,)
-            nursery.start_soon(trio.serve_listeners, self._accept, [listener])
-            self._told(f"listening on {address.host}:{address.port}")
+        sock = socket_of(stream)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        local = sock.socket.getsockname()[0]
+        if self._front is None:
+            config = self._config
+            master, me = MasterAt(config.host, config.port, config.credentials), Name(self.peer, self._incarnation)
+            front = Front(config.reach, master, me, nursery, self._accept, self._readdress, open_mapping)
+            await front.open(local)
+            self._front, self._addresses = front, front.addresses
+            self._told("listening on " + " ".join(f"{a.host}:{a.port}" for a in front.addresses))
         observe = Observe(
             *(limits.PROTOCOL_VERSION, self._config.library, self._config.group),
             *(self.peer, self._incarnation, self._addresses),
+            relays=self._relay is not None,
         )
+        told = self._addresses
         await stream.send_all(envelope.pack(observe))
         with trio.fail_after(_GREET_S):
             welcome = await envelope.receive(stream)
@@ -180,10 +225,11 @@ class Observer:
         self._run_id = welcome.run
         self._absence.over()
         self._told(f"observing run {welcome.run.hex()[:8]} as {self.peer.hex()}")
+        await self._front.welcomed(local, welcome.observed, remote=welcome.remote)
         peer_timeout = welcome.peer_timeout_ms / 1000
         broken: Exception | None = None
         async with trio.open_nursery() as beating:
-            beating.start_soon(self._beat, stream, peer_timeout / limits.HEARTBEATS_PER_TIMEOUT)
+            beating.start_soon(self._beat, stream, peer_timeout / limits.HEARTBEATS_PER_TIMEOUT, told)
             try:
                 while True:
                     with trio.fail_after(peer_timeout):
@@ -197,9 +243,15 @@ class Observer:
         if broken is not None:
             raise broken
 
-    async def _beat(self, stream: trio.SocketStream, pause_s: float) -> None:
+    def _readdress(self, addresses: tuple[Address, ...]) -> None:
+        self._addresses = addresses
+
+    async def _beat(self, stream: Line, pause_s: float, told: tuple[Address, ...]) -> None:
         while True:
             try:
+                if told != self._addresses:
+                    told = self._addresses
+                    await stream.send_all(envelope.pack(Addresses(told)))
                 await stream.send_all(envelope.pack(Heartbeat()))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return  # who reads notices, too
@@ -212,6 +264,12 @@ class Observer:
             self._server.know(message.members)
             self._members_changed.set()
             self._members_changed = trio.Event()
+        elif isinstance(message, RelayFor):
+            now = trio.current_time()
+            self._may_meet = {pair: until for pair, until in self._may_meet.items() if until > now}
+            self._may_meet[_pair(message.one, message.other)] = now + limits.PUNCH_S
+            self._may_meet_changed.set()
+            self._may_meet_changed = trio.Event()
         elif not isinstance(message, Alive | Evicted):
             raise errors.RemoteProtocolError(f"{type(message).__name__} to an observer")
 
@@ -222,15 +280,40 @@ class Observer:
             hello: Message | None = None
             with self._strangers.place():
                 hello = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
-                if not isinstance(hello, StateHello):
-                    raise errors.RemoteProtocolError("the first message is no StateHello")
-            if isinstance(hello, StateHello):
+                if not isinstance(hello, StateHello | RelayHello):
+                    raise errors.RemoteProtocolError("the first message is neither StateHello nor RelayHello")
+            if isinstance(hello, RelayHello):
+                await self._carry(stream, hello)
+            elif isinstance(hello, StateHello):
                 log.info("asked peer=%s", hello.from_peer.hex()[:8])
                 await self._server.serve(stream, hello)
-        except (errors.RemoteProtocolError, OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
+        except FAILURES as e:
             self._notes.tell("stranger_refused", e)
         finally:
             await trio.aclose_forcefully(stream)
+
+    async def _carry(self, stream: trio.SocketStream, hello: RelayHello) -> None:
+        """One end of a connection between two peers, which both come here."""
+        ends = Member(hello.from_peer, hello.from_incarnation), Member(hello.to_peer, hello.to_incarnation)
+        is_allowed = False
+        with self._strangers.place(), trio.move_on_after(MEET_S):
+            while self._meetings is not None and not (is_allowed := _pair(*ends) in self._may_meet):
+                await self._may_meet_changed.wait()  # the master's word may be on its way
+        if self._meetings is None or not is_allowed or hello.run != self._run_id:
+            await stream.send_all(envelope.pack(PeerRefused("this observer does not relay between these two")))
+            return
+        with trio.fail_after(MEET_S):
+            if self._config.credentials is not None:
+                await agreement.accept(stream, hello, hello.from_peer, self._config.credentials)
+
+        async def ready() -> trio.SocketStream:
+            await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
+            return stream
+
+        if await self._meetings.meet(hello, ready):
+            log.info("relays from=%s to=%s", hello.from_peer.hex()[:8], hello.to_peer.hex()[:8])
+        else:
+            await stream.send_all(envelope.pack(PeerRefused("the other does not come")))
 
     # ---- following
 
@@ -255,7 +338,9 @@ class Observer:
     async def _take_from(self, source: Member) -> None:
         assert self._run_id is not None
         me = Member(self.peer, self._incarnation, self._addresses)
-        stream = await statestream.ask(self._run_id, me, source, self._have, self._config.every)
+        stream = await statestream.ask(
+            self._run_id, me, source, self._have, self._config.every, self._config.credentials
+        )
         async with stream:
             log.info("following peer=%s", source.peer.hex()[:8])
             while True:
@@ -268,7 +353,7 @@ class Observer:
                     self._offer_newest()
                     self._told(f"kept revision {kept.revision} {kept.path}")
 
-    async def _receive(self, stream: trio.SocketStream, offer: StateOffer) -> Kept:
+    async def _receive(self, stream: trio.abc.ReceiveStream, offer: StateOffer) -> Kept:
         """Durable when it returns. StateFileError: other bytes than what was offered."""
         fd = self._store.incoming()
         try:

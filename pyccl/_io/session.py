@@ -20,26 +20,29 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
 
 from pyccl import errors
-from pyccl._io import envelope
+from pyccl._io import envelope, tls
 from pyccl._io.absence import Absence
 from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
-from pyccl._io.links import AUTO_CONNECTIONS, LinkEvents, Links, listen
+from pyccl._io.front import Front, MasterAt, Name, Reach
+from pyccl._io.links import AUTO_CONNECTIONS, LinkEvents, LinkPath, Links, Outside
 from pyccl._io.linktable import LinkTable
 from pyccl._io.observed import Observed
 from pyccl._io.packer import Bytes, Packer
+from pyccl._io.portmap import open_mapping
 from pyccl._io.resolver import Resolver
+from pyccl._io.tls import Credentials, Line, socket_of
 from pyccl._native import status
 from pyccl._native.handles import Engine, Event, EventType, Op, Relay
 from pyccl._proto import limits, member
 from pyccl._proto import plan as plans
-from pyccl._proto.epoch import Member
+from pyccl._proto.epoch import Address, Member
 from pyccl._proto.messages import (
     CAUSE_PROTOCOL,
     CAUSE_REFUSED,
@@ -48,6 +51,7 @@ from pyccl._proto.messages import (
     Key,
     Message,
     OpReport,
+    Path,
     Pulse,
     Welcome,
 )
@@ -74,8 +78,10 @@ class SessionConfig:
     group: int
     connections: int | None  # None: chosen by the path
     library: str
+    credentials: Credentials | None = None  # None: the master is spoken to in plain
     max_upload: int = 0  # bytes per second; 0: no cap
     max_download: int = 0
+    reach: Reach = field(default_factory=Reach)
     mismatch_grace: float = MISMATCH_GRACE_S
     stall_timeout: float = STALL_S
     master_timeout: float = MASTER_TIMEOUT_S  # an operation that can't go on without an absent master waits so long
@@ -157,7 +163,7 @@ class Session:
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._links: Links | None = None
-        self._listener: trio.SocketListener | None = None
+        self._front: Front | None = None
         self._out: trio.MemorySendChannel[Message] | None = None
         self._hung_up = trio.Event()
         self._effects: deque[member.Effect] = deque()
@@ -385,8 +391,10 @@ class Session:
                     nursery.start_soon(self._control)
                     nursery.start_soon(self._tick)
         finally:
-            if self._listener is not None:
-                self._listener.socket.close()
+            if self._links is not None:
+                self._links.stop()
+            if self._front is not None:
+                self._front.close()
 
     def _finish(self, error: errors.PycclError) -> None:
         """Out of the run: the thread ends, and with it everything it made."""
@@ -406,11 +414,16 @@ class Session:
             left = started + self._reach_timeout - trio.current_time()
             try:
                 with trio.fail_after(self._attempt_s() if welcome else max(0.001, left)):
-                    stream = await trio.open_tcp_stream(self.config.host, self.config.port)
-            except (OSError, UnicodeError) as e:  # UnicodeError: a name that IDNA refuses
+                    stream = await tls.reach(self.config.host, self.config.port, self.config.credentials)
+            except (OSError, UnicodeError, trio.BrokenResourceError) as e:  # UnicodeError: a name that IDNA refuses
                 cause = reason_of(e)
             except trio.TooSlowError:
                 pass  # what was said before says more
+            except (errors.RejectedError, errors.RemoteProtocolError) as e:
+                if not welcome:
+                    self._finish(type(e)(f"{address}: {e}"))
+                    return
+                log.warning("master_refused cause=%s", e)  # who is on the line now may be somebody else tomorrow
             else:
                 met, silent = trio.current_time(), False
                 self._down_since = met
@@ -450,16 +463,17 @@ class Session:
         assert self._machine is not None
         return min(_ATTEMPT_MOST_S, max(_ATTEMPT_LEAST_S, self._machine.peer_timeout / 2))
 
-    async def _talk(self, stream: trio.SocketStream, on_welcome: Callable[[], None] = lambda: None) -> None:
+    async def _talk(self, stream: Line, on_welcome: Callable[[], None] = lambda: None) -> None:
         """One life of the control connection. Returns when it ended."""
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000)
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        machine = await self._prepare(stream)
+        sock = socket_of(stream)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        machine = await self._prepare(sock)
         send, receive = trio.open_memory_channel[Message](2**31)
         broken: errors.RemoteProtocolError | None = None
         self._ended_by = ""
         with send, receive:
-            async with stream, trio.open_nursery() as nursery:
+            async with sock, trio.open_nursery() as nursery:
                 self._out, self._hung_up = send, trio.Event()
                 nursery.start_soon(self._write, stream, receive, nursery.cancel_scope)
                 try:
@@ -472,7 +486,7 @@ class Session:
                         if isinstance(message, Welcome):
                             on_welcome()
                             self._absence.over()
-                            self._welcome(nursery)
+                            await self._welcome(nursery, sock)
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
                     self._ended_by = reason_of(e)
                 except errors.RemoteProtocolError as e:
@@ -485,7 +499,7 @@ class Session:
             raise broken
 
     async def _write(
-        self, stream: trio.SocketStream, messages: trio.MemoryReceiveChannel[Message], scope: trio.CancelScope
+        self, stream: Line, messages: trio.MemoryReceiveChannel[Message], scope: trio.CancelScope
     ) -> None:
         try:
             async for message in messages:
@@ -497,16 +511,48 @@ class Session:
         """On the first contact: listen where the master's side of the network can reach us."""
         if self._machine is None:
             assert self._nursery is not None
-            self._listener, address = await listen(stream.socket.getsockname()[0])
+            config, me = self.config, Name(self.peer, self.incarnation)
+            master = MasterAt(config.host, config.port, config.credentials)
+            front = Front(config.reach, master, me, self._nursery, self._accept, self._readdress, open_mapping)
+            try:
+                await front.open(stream.socket.getsockname()[0])
+            except OSError as e:
+                wanted = config.reach.listen
+                if wanted is None:
+                    raise
+                self._finish(errors.UsageError(f"listen: {wanted.host}:{wanted.port}: {e.strerror}"))
+                raise trio.ClosedResourceError from e
+            self._front = front
             self._machine = member.MemberMachine(
-                self.peer, self.incarnation, self.config.group, (address,), self.config.library
+                self.peer, self.incarnation, self.config.group, front.addresses, self.config.library
             )
         return self._machine
 
-    def _welcome(self, nursery: trio.Nursery) -> None:
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        assert self._links is not None  # nobody is accepted before there are some
+        await self._links.accept(stream)
+
+    def _readdress(self, addresses: tuple[Address, ...]) -> None:
+        assert self._machine is not None
+        self._feed(self._machine.readdress(addresses, trio.current_time()))
+
+    def _outside(self, machine: member.MemberMachine, front: Front) -> Outside:
+        config = self.config
+        return Outside(
+            config.reach.relay,
+            MasterAt(config.host, config.port, config.credentials),
+            addresses=lambda: front.addresses,
+            is_behind_router=lambda: front.is_behind_router,
+            may_punch=lambda: self._out is not None and front.may_punch,
+            offer=lambda to, at, rtt_s: self._feed(machine.punch(to, at, rtt_s, trio.current_time())),
+            ask_relay=lambda to, relay: self._feed(machine.ask_relay(to, relay, trio.current_time())),
+            round_trip_s=self.table.round_trip_s,
+        )
+
+    async def _welcome(self, nursery: trio.Nursery, sock: trio.SocketStream) -> None:
         """Now peer_timeout is known: start the engine (once), and the pulse of this control connection."""
-        machine, outer = self._machine, self._nursery
-        assert machine is not None and machine.run is not None and outer is not None
+        machine, outer, front = self._machine, self._nursery, self._front
+        assert machine is not None and machine.run is not None and outer is not None and front is not None
         if self.engine is None:
             config = self.config
             self.engine = Engine(
@@ -524,10 +570,14 @@ class Session:
                 state=self.observed.serve,
             )
             relay = Relay(machine.peer_timeout)
-            self._links = Links(machine.run, me, self.engine, relay, self.config.connections, outer, events)
-            assert self._listener is not None
-            outer.start_soon(self._links.serve, self._listener)
+            self._links = Links(
+                *(machine.run, me, self.engine, relay, config.connections, outer, events, config.credentials),
+                self._outside(machine, front),
+            )
             outer.start_soon(self._pump)
+        await front.welcomed(sock.socket.getsockname()[0], machine.observed, remote=machine.remote)
+        assert self._links is not None
+        self._links.master_is_back()
         nursery.start_soon(self._pulse)
         nursery.start_soon(self._hang_up_on_silence, machine, nursery.cancel_scope)
 
@@ -551,13 +601,13 @@ class Session:
         while True:
             self._pulse_wanted = trio.Event()
             try:
-                stream = await trio.open_tcp_stream(self.config.host, self.config.port)
-                await stream.send_all(
-                    envelope.pack(Pulse(limits.PROTOCOL_VERSION, self.peer, self.incarnation))
-                )
-                self.engine.pulse(stream.socket.detach())
+                stream = await tls.reach(self.config.host, self.config.port, self.config.credentials)
+                async with socket_of(stream) as sock:
+                    await stream.send_all(envelope.pack(Pulse(limits.PROTOCOL_VERSION, self.peer, self.incarnation)))
+                    keys = None if self.config.credentials is None else await tls.leave(stream)
+                    self.engine.pulse(sock.socket.detach(), keys)
                 await self._pulse_wanted.wait()
-            except (OSError, trio.BrokenResourceError) as e:
+            except (OSError, trio.BrokenResourceError, errors.RejectedError, errors.RemoteProtocolError) as e:
                 log.debug("pulse_failed cause=%s", e)
             await trio.sleep(1.0)
 
@@ -661,6 +711,26 @@ class Session:
         if effect.kind in kinds:
             self._finish(kinds[effect.kind](effect.reason))
 
+    def _do_peer_moved(self, effect: member.PeerMoved) -> None:
+        assert self._links is not None
+        self._links.moved(effect.peer)
+
+    def _do_offer_punch(self, effect: member.OfferPunch) -> None:
+        assert self._links is not None
+        self._links.punch_offered(effect.peer, effect.count)
+
+    def _do_begin_punch(self, effect: member.BeginPunch) -> None:
+        assert self._links is not None
+        self._links.punch_begins(effect.peer, effect.endpoints, effect.delay_s)
+
+    def _do_meet(self, effect: member.MeetAtRelay) -> None:
+        assert self._links is not None
+        self._links.called(effect.peer, effect.relay)
+
+    def _do_relays(self, effect: member.RelaysChanged) -> None:
+        assert self._links is not None
+        self._links.offered(effect.relays)
+
     def _do_observers(self, effect: member.ObserversChanged) -> None:
         self.observed.know(effect.observers)
 
@@ -680,10 +750,20 @@ class Session:
             return
         self._topology, self._unreachable_timeout = waiter, unreachable_timeout
         self._arrived_at = trio.current_time()
-        news = self.table.news(self.view.members, self._links.relayed() if self._links is not None else ())
+        news = self.table.news(self.view.members, self._indirect())
         if news is not None:
             self._feed(machine.measured(news, trio.current_time()))
         self._feed(machine.arrive(self._counts(), trio.current_time()))
+
+    def _indirect(self) -> dict[bytes, tuple[int, bytes]]:
+        """Members that we are not linked to as directly as can be."""
+        paths = self._links.paths() if self._links is not None else {}
+        return {peer: (link.path, link.via) for peer, link in paths.items() if link.path != Path.DIRECT}
+
+    def paths(self) -> dict[bytes, LinkPath]:
+        """Any thread."""
+        links = self._links
+        return {} if links is None else links.paths()
 
     def _withdraw(self, waiter: Waiter) -> None:
         if self._topology is waiter and self._machine is not None:
@@ -868,6 +948,11 @@ _PERFORM: Final[dict[type[member.Effect], Callable[[Session, Any], None]]] = {
     member.SafePointDone: Session._do_safe_point_done,
     member.PendingChanged: Session._do_pending,
     member.ObserversChanged: Session._do_observers,
+    member.PeerMoved: Session._do_peer_moved,
+    member.OfferPunch: Session._do_offer_punch,
+    member.BeginPunch: Session._do_begin_punch,
+    member.MeetAtRelay: Session._do_meet,
+    member.RelaysChanged: Session._do_relays,
     member.MismatchNotice: Session._do_mismatch,
     member.Ended: Session._do_ended,
 }

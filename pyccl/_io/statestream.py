@@ -4,7 +4,8 @@
     every 0: what there is, once. Else whenever there is something so many revisions newer; StateNone meanwhile
 
 A server reads from an open file, whose bytes go from the page cache to the socket (sendfile), so it needs no memory;
-which file that is may change while it is being sent. Who receives checks the whole file, so a source is believed
+which file that is may change while it is being sent. In a secure run both sides prove who they are, and what is sent
+is sealed, a record at a time. Who receives checks the whole file, so a source is believed
 nothing. Neither side waits for the other one's next byte for ever: SILENCE_S, and a least pace. Spec: proto/wire.md 7.
 """
 
@@ -17,9 +18,13 @@ from typing import Final
 
 import trio
 
-from pyccl._io import envelope
+from pyccl._io import agreement, envelope, sealed
+from pyccl._io.dialing import connect
+from pyccl._io.sealed import Channel, SealedStream
 from pyccl._io.strangers import Places
+from pyccl._io.tls import Credentials
 from pyccl._proto import limits, restoring
+from pyccl._proto.candidates import ordered
 from pyccl._proto.epoch import Member
 from pyccl._proto.messages import PeerRefused, StateHello, StateNone, StateOffer
 from pyccl.errors import RemoteProtocolError
@@ -28,11 +33,12 @@ STILL_S: Final = 5.0  # between two StateNone to who follows
 SILENCE_S: Final = 3 * STILL_S  # of a source, or of who receives
 _KNOWN_S: Final = 10.0  # until the master has told of who asks
 _CONNECT_S: Final = 5.0
-_EARLY_MAX: Final = 64  # who ask, and the master has not told of them yet
+_EARLY_MAX: Final = 64  # who ask, and the master has not told of them yet, or they have not proven who they are
 _SERVING_MAX: Final = 32
 _PIECE_BYTES: Final = 256 << 10
 _LEAST_BYTES: Final = 1 << 20  # in each _SPAN_S; 17 KiB/s
 _SPAN_S: Final = 60.0
+_SHORTER: Final = "a state file became shorter while it was served"
 
 
 class OpenFile:
@@ -83,6 +89,7 @@ class StateServer:
     """Gives the newest snapshot to those peers that the master has named.
 
     drops: a snapshot is kept only while somebody follows. sent: called when one was sent whole, or could not be read.
+    credentials: of a secure run, where who asks has to prove who it is.
     """
 
     def __init__(
@@ -93,8 +100,10 @@ class StateServer:
         *,
         drops: bool,
         sent: Callable[[], None] = lambda: None,
+        credentials: Credentials | None = None,
     ) -> None:
         self._run, self._me, self._drops, self._sent = run, (peer, incarnation), drops, sent
+        self._credentials = credentials
         self._early, self._serving = Places(_EARLY_MAX, _KNOWN_S), 0
         self._known: frozenset[tuple[bytes, bytes]] = frozenset()
         self._changed, self._offered = trio.Event(), trio.Event()
@@ -119,9 +128,19 @@ class StateServer:
         self._offered = trio.Event()
 
     async def serve(self, stream: trio.SocketStream, hello: StateHello) -> None:
-        """One connection, to its end. OSError, trio.TooSlowError, trio.BrokenResourceError."""
-        reason = await self._reason_to_refuse(hello)
-        if reason:
+        """One connection, to its end. OSError, trio.TooSlowError, trio.BrokenResourceError, RemoteProtocolError."""
+        channel: Channel | None = None
+        reason = self._reason_to_refuse(hello)
+        if not reason:
+            reason = "the master has not told of you"
+            with self._early.place():
+                while (hello.from_peer, hello.from_incarnation) not in self._known:
+                    await self._changed.wait()
+                reason = f"{self._serving} others are served"
+                if self._serving < _SERVING_MAX:  # those who prove themselves meanwhile have bounded places, too
+                    reason = "you did not prove in time who you are"
+                    channel = await self._proven(stream, hello)
+        if channel is None:
             await stream.send_all(envelope.pack(PeerRefused(reason)))
             return
         follower = _Follower(hello.have, hello.every)
@@ -132,7 +151,7 @@ class StateServer:
             if hello.every:
                 self._followers.add(follower)
             try:
-                while await self._next(stream, follower) or hello.every:
+                while await self._next(channel, follower) or hello.every:
                     pass
             except (OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
                 broken = e  # raised outside: a nursery wraps what leaves it
@@ -145,29 +164,28 @@ class StateServer:
         if broken is not None:
             raise broken
 
-    async def _reason_to_refuse(self, hello: StateHello) -> str:
+    async def _proven(self, stream: trio.SocketStream, hello: StateHello) -> Channel:
+        if self._credentials is None:
+            return stream
+        return SealedStream(stream, await agreement.accept(stream, hello, hello.from_peer, self._credentials))
+
+    def _reason_to_refuse(self, hello: StateHello) -> str:
         if hello.version != limits.PROTOCOL_VERSION:
             return f"protocol version {hello.version}; this peer speaks {limits.PROTOCOL_VERSION}"
         if hello.run != self._run() or (hello.to_peer, hello.to_incarnation) != self._me:
             return "you look for somebody else"
-        if self._serving >= _SERVING_MAX:
-            return f"{self._serving} others are served"
-        with self._early.place():
-            while (hello.from_peer, hello.from_incarnation) not in self._known:
-                await self._changed.wait()
-            return ""
-        return "the master has not told of you"
+        return ""
 
-    async def _next(self, stream: trio.SocketStream, follower: _Follower) -> bool:
+    async def _next(self, channel: Channel, follower: _Follower) -> bool:
         """False: there was nothing."""
         snapshot, offered = self._snapshot, self._offered
         if snapshot is not None and follower.wants(snapshot.revision):
             follower.have = snapshot.revision + 1
             with trio.fail_after(SILENCE_S):
                 offer = StateOffer(snapshot.revision, snapshot.size_bytes, snapshot.layout)
-                await stream.send_all(envelope.pack(offer))
+                await channel.send_all(envelope.pack(offer))
             try:
-                await send_file(stream, snapshot, Pace())
+                await send_file(channel, snapshot, Pace())
             except ConnectionError:
                 raise
             except OSError:
@@ -176,7 +194,7 @@ class StateServer:
             self._sent()
             return True
         with trio.fail_after(SILENCE_S):
-            await stream.send_all(envelope.pack(StateNone()))
+            await channel.send_all(envelope.pack(StateNone()))
         if follower.every:
             with trio.move_on_after(STILL_S):
                 await offered.wait()
@@ -190,8 +208,26 @@ async def _cancel_at_end(stream: trio.SocketStream, scope: trio.CancelScope) -> 
     scope.cancel()
 
 
-async def send_file(stream: trio.SocketStream, snapshot: Snapshot, pace: Pace) -> None:
-    """All of its bytes. OSError, trio.TooSlowError."""
+async def send_file(channel: Channel, snapshot: Snapshot, pace: Pace) -> None:
+    """All of its bytes. OSError, trio.TooSlowError, trio.BrokenResourceError."""
+    if isinstance(channel, SealedStream):
+        await _seal_file(channel, snapshot, pace)
+    else:
+        await _copy_file(channel, snapshot, pace)
+
+
+async def _seal_file(channel: SealedStream, snapshot: Snapshot, pace: Pace) -> None:
+    for at in range(0, snapshot.size_bytes, sealed.PLAIN_MAX):
+        size = min(sealed.PLAIN_MAX, snapshot.size_bytes - at)
+        part = os.pread(snapshot.fd, size, at)
+        if len(part) < size:
+            raise OSError(_SHORTER)
+        with trio.fail_after(SILENCE_S):
+            await channel.send_all(part)
+        pace.moved(size)
+
+
+async def _copy_file(stream: trio.SocketStream, snapshot: Snapshot, pace: Pace) -> None:
     at = 0
     while at < snapshot.size_bytes:
         try:
@@ -201,7 +237,7 @@ async def send_file(stream: trio.SocketStream, snapshot: Snapshot, pace: Pace) -
                 await trio.lowlevel.wait_writable(stream.socket)
             continue
         if sent == 0:
-            raise OSError("a state file became shorter while it was served")
+            raise OSError(_SHORTER)
         at += sent
         pace.moved(sent)
         if at < snapshot.size_bytes:  # who has it all may be gone at once: no reason to cancel who sent it
@@ -211,36 +247,33 @@ async def send_file(stream: trio.SocketStream, snapshot: Snapshot, pace: Pace) -
 # ---- asking
 
 
-async def ask(run: bytes, me: Member, source: Member, have: int = 0, every: int = 0) -> trio.SocketStream:
-    """A connection to `source` on which its offers come. OSError, trio.BrokenResourceError."""
-    stream = await _connect(source)
+async def ask(
+    run: bytes, me: Member, source: Member, have: int = 0, every: int = 0, credentials: Credentials | None = None
+) -> Channel:
+    """A connection to `source` on which its offers come. credentials: of a secure run.
+
+    OSError, trio.BrokenResourceError, trio.TooSlowError. RemoteProtocolError: it refuses, or is not that peer.
+    """
+    with trio.fail_after(_CONNECT_S):
+        stream = await connect(ordered(source.addresses, me.addresses))
     hello = StateHello(
         *(limits.PROTOCOL_VERSION, run, me.peer, me.incarnation, source.peer, source.incarnation), *(have, every)
     )
     try:
-        await stream.send_all(envelope.pack(hello))
+        if credentials is None:
+            await stream.send_all(envelope.pack(hello))
+            return stream
+        with trio.fail_after(SILENCE_S):
+            keys = await agreement.dial(stream, hello, source.peer, credentials)
+        if isinstance(keys, str):
+            raise RemoteProtocolError(f"no state from there: {keys}")
+        return SealedStream(stream, keys)
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
-    return stream
 
 
-async def _connect(source: Member) -> trio.SocketStream:
-    error = OSError("the peer names no address")
-    for address in source.addresses:
-        try:
-            with trio.fail_after(_CONNECT_S):
-                return await trio.open_tcp_stream(address.host, address.port)
-        except trio.TooSlowError:
-            error = TimeoutError(f"no answer from {address.host}:{address.port}")
-        except UnicodeError:  # a name that IDNA refuses: foreign text
-            error = OSError(f"{address.host!r} is no name of a host")
-        except OSError as e:
-            error = e
-    raise error
-
-
-async def next_offer(stream: trio.SocketStream, patience_s: float = SILENCE_S) -> StateOffer | None:
+async def next_offer(stream: trio.abc.ReceiveStream, patience_s: float = SILENCE_S) -> StateOffer | None:
     """None: nothing (more) for now. RemoteProtocolError: it refuses, ends or breaks the protocol."""
     with trio.fail_after(patience_s):
         message = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)

@@ -11,8 +11,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from pyccl._native._pyccl import ffi, lib
@@ -91,7 +92,7 @@ class Spec(NamedTuple):
     algorithm: int = lib.PYCCL_DIRECT
     retry: bool = True
     space: int = lib.PYCCL_SPACE_USER
-    reserved: int = 0
+    guard: int = 0
     tag: int = 0
     block: int = 0
     elements: int = 0  # count
@@ -144,8 +145,9 @@ class Relay:
 
     PAIRS_MAX: Final[int] = lib.PYCCL_RELAY_PAIRS_MAX
 
-    def __init__(self, peer_timeout: float) -> None:
-        """The thread starts with the first pair."""
+    def __init__(self, peer_timeout: float, max_bytes_s: int = 0) -> None:
+        """The thread starts with the first pair. max_bytes_s: of all that it carries; 0: no cap."""
+        self._max_bytes_s = max_bytes_s
         self._user_timeout_ms = min(int(1000 * max(3 * peer_timeout, _USER_TIMEOUT_LEAST_S)), _U32_MAX)
         self._relay: Any = None
 
@@ -156,7 +158,7 @@ class Relay:
         """
         if self._relay is None:
             slot = ffi.new("pyccl_relay **")
-            started = lib.pyccl_relay_new(self._user_timeout_ms, slot)
+            started = lib.pyccl_relay_new(self._user_timeout_ms, self._max_bytes_s, slot)
             if started < 0:
                 os.close(fd_a)
                 os.close(fd_b)
@@ -177,6 +179,34 @@ class Relay:
         relay, self._relay = self._relay, None
         if relay is not None:
             lib.pyccl_relay_free(relay)
+
+
+CIPHER_AES: Final[int] = lib.PYCCL_CIPHER_AES_256_GCM
+CIPHER_CHACHA: Final[int] = lib.PYCCL_CIPHER_CHACHA20_POLY1305
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """pyccl_conn_keys. tx, rx: 32 bytes, secrets of what is sent and of what comes."""
+
+    tx: bytes = field(repr=False)
+    rx: bytes = field(repr=False)
+    cipher: int
+    dialed: bool
+
+
+@contextmanager
+def _keys_in_c(keys: Keys) -> Iterator[object]:
+    given = ffi.new("pyccl_conn_keys *", [keys.tx, keys.rx, keys.cipher, keys.dialed])
+    try:
+        yield given
+    finally:
+        ffi.buffer(given)[:] = bytes(ffi.sizeof("pyccl_conn_keys"))
+
+
+def cipher_best() -> int:
+    """The cipher that this processor is faster with."""
+    return int(lib.pyccl_cipher_best())
 
 
 class Engine:
@@ -242,12 +272,21 @@ class Engine:
     def peer_remove(self, slot: int) -> None:
         check(lib.pyccl_engine_peer_remove(self._engine, slot), "peer_remove")
 
-    def conn_add(self, slot: int, fd: int) -> None:
-        """Hand over a connected socket; the engine owns it from here, also when this raises."""
-        check(lib.pyccl_engine_conn_add(self._engine, slot, fd), "conn_add")
+    def conn_add(self, slot: int, fd: int, keys: Keys | None = None) -> None:
+        """Hand over a connected socket; the engine owns it from here, also when this raises. keys: it is sealed."""
+        if keys is None:
+            check(lib.pyccl_engine_conn_add(self._engine, slot, fd), "conn_add")
+            return
+        with _keys_in_c(keys) as given:
+            check(lib.pyccl_engine_conn_add_sealed(self._engine, slot, fd, given), "conn_add_sealed")
 
-    def pulse(self, fd: int) -> None:
-        check(lib.pyccl_engine_pulse(self._engine, fd), "pulse")
+    def pulse(self, fd: int, keys: Keys | None = None) -> None:
+        """Send heartbeats over a connected socket, which the engine owns from here, also when this raises."""
+        if keys is None:
+            check(lib.pyccl_engine_pulse(self._engine, fd, ffi.NULL), "pulse")
+            return
+        with _keys_in_c(keys) as given:
+            check(lib.pyccl_engine_pulse(self._engine, fd, given), "pulse")
 
     def conns(self, slot: int) -> int:
         """Connections of the link that stand; 0 also for a slot that was removed."""

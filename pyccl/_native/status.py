@@ -35,6 +35,7 @@ _TEXTS: Final[dict[int, tuple[type[errors.PycclError], str]]] = {
     lib.PYCCL_ERR_MASTER_AWAY: (errors.MasterUnavailableError, "a peer is lost, and no master that may settle it"),
     lib.PYCCL_ERR_MISMATCH: (errors.MismatchError, "the members called different operations"),
     lib.PYCCL_ERR_RESULT_DIFFERS: (errors.MismatchError, "the members hold different result bits"),
+    lib.PYCCL_ERR_POISON: (errors.PoisonError, "the guard refuses what a member contributed"),
     lib.PYCCL_ERR_FRAME: (errors.RemoteProtocolError, "a peer broke the protocol"),
 }
 
@@ -45,10 +46,14 @@ def error_of(status: int, what: str, peer: str | None = None, detail: str = "") 
         return MemoryError(f"{what}: out of memory")
     if status == lib.PYCCL_ERR_OS:
         return OSError(ffi.errno or errno.EIO, f"{what}: {os.strerror(ffi.errno or errno.EIO)}")
+    if status == lib.PYCCL_ERR_POISON and peer is None:
+        detail = detail or "nobody is to be named; finite contributions may add up to infinity"
     kind, text = _TEXTS.get(status, (errors.PycclError, f"unknown status {status}"))
     message = f"{what}: {text}" + (f" (peer {peer[:8]})" if peer else "") + (f": {detail}" if detail else "")
     if kind is errors.PeerLostError:
         return errors.PeerLostError(message, peer=peer)
+    if kind is errors.PoisonError:
+        return errors.PoisonError(message, peer=peer)
     if kind is errors.MismatchError:
         fields = ("result",) if status == lib.PYCCL_ERR_RESULT_DIFFERS else ()
         return errors.MismatchError(message, peers=(peer,) if peer else (), fields=fields)

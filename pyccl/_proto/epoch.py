@@ -18,11 +18,21 @@ from pyccl.errors import RemoteProtocolError
 NO_ID: Final = bytes(16)
 
 
+class AddressKind:
+    """How a peer comes by an address of its own."""
+
+    LOCAL: Final = 0  # of one of its interfaces
+    ADVERTISED: Final = 1  # its user says so
+    OBSERVED: Final = 2  # what the master sees of a connection from its data port
+    MAPPED: Final = 3  # a router forwards it, on request
+
+
 class Address(NamedTuple):
     """Where a peer accepts data connections."""
 
     host: str
     port: int
+    kind: int = AddressKind.LOCAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ LIBRARY_CHARS_MAX: Final = 32
 HOST_CHARS_MAX: Final = 255
 PORT_MAX: Final = 65_535
 ADDRESSES_MAX: Final = 8
+PUNCHES_MAX: Final = 8  # connections of one attempt
+RELAYS_MAX: Final = 16  # that offer to be one, and are no members
 MEMBERS_MAX: Final = 256
 PLAN_BYTES_MAX: Final = 65_536
 KEYS_MAX: Final = 65_536  # counts, operations and verdicts of one message
@@ -41,7 +43,20 @@ RATE_MAX: Final = 10**13  # bytes per second that a member tells of
 RTT_US_MAX: Final = 60_000_000
 STATE_BYTES_MAX: Final = (1 << 63) - 1  # of a state file; a revision has the same limit
 
+KEY_BYTES: Final = 32  # of an Ed25519 public key; also of a challenge
+SIGNATURE_BYTES: Final = 64
+INVITE_ID_BYTES: Final = 8
+TOKEN_BYTES_MAX: Final = 256
+LABEL_CHARS_MAX: Final = 32
+INVITE_S_MAX: Final = 366 * 86_400
+USES_MAX: Final = 1024  # of one invite; more than that many identities: any number
+
+CONNECTIONS_OF_IDENTITY_MAX: Final = 256  # to a secure master, control connections of peers and observers
+
 # ---- what the master remembers
+USED_MAX: Final = 4096  # identities that came in with invites for so many, all invites together
+REVOKED_MAX: Final = 4096
+BANNED_MAX: Final = 4096  # identities that were kicked
 GROUPS_MAX: Final = 4096
 PENDING_MAX: Final = 1024  # newcomers that wait, all groups together
 GONE_MAX: Final = 4096  # incarnations whose eviction reason is kept
@@ -57,5 +72,7 @@ MISSED_S: Final = 0.5  # of these for whom other members miss as well: its silen
 PAUSE_S: Final = 1.0  # a longer gap between ticks means that we ourselves were stopped
 HEARTBEATS_PER_TIMEOUT: Final = 5
 LONE_SAFE_POINT_S: Final = 0.1  # a lone member's safe point that changes nothing takes this long
+PUNCH_S: Final = 10.0  # so long an offer to punch waits for the other's
+PUNCH_MARGIN_S: Final = 0.02  # in which both have surely heard when to begin
 STUCK_S: Final = 60.0  # heard (its C threads live) but no answer to a flush, or to a proposal as a newcomer
 TOTAL_LOSS_S: Final = 30.0  # no member heard or connected while a newcomer waits: the group starts anew

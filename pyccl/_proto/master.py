@@ -33,7 +33,7 @@ from pyccl._proto import ballot as ballots
 from pyccl._proto import limits, measuring
 from pyccl._proto import plan as plans
 from pyccl._proto.channel import check_told_untrusted, pair_of, participants
-from pyccl._proto.epoch import Epoch, Member, make_epoch
+from pyccl._proto.epoch import NO_ID, Epoch, Member, make_epoch
 from pyccl._proto.master_records import (
     Ballot,
     Conn,
@@ -52,6 +52,8 @@ from pyccl._proto.messages import (
     KIND_LOSS,
     KIND_MISMATCH,
     KIND_SETTLE,
+    PATH_NAMES,
+    Addresses,
     Alive,
     Arrive,
     Behind,
@@ -70,12 +72,19 @@ from pyccl._proto.messages import (
     Measured,
     Members,
     Message,
+    Moved,
     Observe,
     OpVerdict,
     Pending,
+    Punch,
+    PunchAsk,
     Ready,
     Recall,
     Rejected,
+    RelayAsk,
+    RelayCall,
+    RelayFor,
+    Relays,
     Report,
     Settle,
     Status,
@@ -104,11 +113,14 @@ from pyccl._proto.past import (
     start_of,
 )
 from pyccl._proto.planning import Found, Job
+from pyccl._proto.reaching import Offers, begin
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Line, Seen, lost_members, refused_at_once
 from pyccl._proto.takeover import Takeover
 from pyccl.errors import RemoteProtocolError
 
 # ---- effects --------------------------------------------------------------------------------------------------------
+
+KICKED: Final = "kicked out of the run by its operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +188,9 @@ LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
     Leave: _ALL,
     Ready: _ALL,
     Unreachable: _ALL,
+    Addresses: _ALL,
+    Punch: _ALL,
+    RelayAsk: _ALL,
     Arrive: _MEMBER,
     Withdraw: _MEMBER,
     Behind: _MEMBER,
@@ -201,6 +216,8 @@ class MasterMachine:
     needs_majority: it has no journal and another such master may be started for its run, so it leaves members out only
     with more than half of the epoch they were in.  adopts: it takes over the run of members that it does not know; with
     a journal it founds none before, without one theirs goes before the one it has founded.
+
+    remote: peers of other machines may come. relays: the shell carries connections between peers.
     """
 
     def __init__(
@@ -213,6 +230,8 @@ class MasterMachine:
         journaled: bool,
         needs_majority: bool = False,
         adopts: bool = False,
+        remote: bool = False,
+        relays: bool = False,
         past: Past | None = None,
         now: float = 0.0,
     ) -> None:
@@ -228,6 +247,9 @@ class MasterMachine:
         self._newcomers: dict[PeerKey, Peer] = {}  # of these, who may be pending
         self._conns: dict[int, Conn] = {}
         self._observers: Final = Observers()
+        self._offers: Final = Offers()
+        self._remote: Final = remote
+        self._relays: Final = relays
         self._gone: OrderedDict[PeerKey, str] = OrderedDict()
         self._events: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=limits.EVENTS_MAX)
         self._arrivals = 0
@@ -274,10 +296,11 @@ class MasterMachine:
 
     # ---- inputs
 
-    def connected(self, conn: int, now: float) -> list[Effect]:
+    def connected(self, conn: int, now: float, host: str = "") -> list[Effect]:
+        """host: where it comes from, as we see it."""
         assert conn not in self._conns, conn
         self._now = now
-        self._conns[conn] = Conn(now)
+        self._conns[conn] = Conn(now, host)
         return self._taken()
 
     def receive(self, conn: int, message: Message, now: float) -> list[Effect]:
@@ -365,9 +388,27 @@ class MasterMachine:
             self._advance(known)
         return self._taken()
 
+    def kick(self, peer: bytes, now: float) -> list[Effect]:
+        """Out at the operator's word, in every incarnation: a newcomer at once, a member as after a loss."""
+        self._now = now
+        for record in [record for record in self._peers.values() if record.peer == peer]:
+            if record.standing is Standing.PENDING:
+                self._drop_newcomer(record, KICKED)
+            else:
+                self._lose(record, KICKED, for_good=True)
+            self._advance(self._groups[record.group])
+        return self._taken()
+
+    def has(self, peer: bytes) -> bool:
+        """Some incarnation of it is in the run, or waits to be."""
+        return any(key[0] == peer for key in self._peers)
+
     def knows(self, peer: bytes, incarnation: bytes) -> bool:
         """Whether a pulse connection of that incarnation is worth keeping."""
         return (peer, incarnation) in self._peers
+
+    def observes(self, peer: bytes, incarnation: bytes) -> bool:
+        return self._observers.has(peer, incarnation)
 
     def body_bytes_max(self, conn: int) -> int:
         """How long a message of this connection may be."""
@@ -428,14 +469,19 @@ class MasterMachine:
         for older in self._observers.add(conn, observe, self._now):
             self._close(older, "the same observer has come on a newer connection")
         self._log("observer_came", peer=short(observe.peer), group=observe.group)
-        self._send(conn, self._welcome(resumed=False))
+        self._send(conn, self._welcome(conn, resumed=False))
         self._send(conn, self._members_message(observe.group))
         self._tell_observers(observe.group)
+        self._tell_relays()
 
     def _hear_observer(self, conn: int, message: Message) -> None:
         if isinstance(message, Heartbeat):
             self._observers.heard(conn, self._now)
             self._send(conn, Alive())
+        elif isinstance(message, Addresses):
+            self._observers.readdress(conn, message.addresses)
+            self._tell_observers(self._observers.group_of(conn))
+            self._tell_relays()
         else:
             raise RemoteProtocolError(f"{type(message).__name__} from an observer")
 
@@ -444,6 +490,16 @@ class MasterMachine:
         if group is not None:
             self._log("observer_gone", group=group, reason=reason)
             self._tell_observers(group)
+            self._tell_relays()
+
+    def _tell_relays(self) -> None:
+        """Everybody knows who offers to carry what does not come through."""
+        own = (Member(NO_ID, NO_ID),) if self._relays else ()
+        relays = own + self._observers.relays()
+        for record in self._peers.values():
+            if record.told_relays != relays and record.conn is not None:
+                record.told_relays = relays
+                self._tell(record, Relays(relays))
 
     def _tell_observers(self, number: int) -> None:
         """Every member knows who observes its group."""
@@ -567,7 +623,7 @@ class MasterMachine:
             record.said.blocked = None
             record.complaints.clear()
         record.heard_at = self._now
-        record.addresses, record.library = hello.addresses, hello.library
+        record.library = hello.library
         self._attach(conn, record, resumed=True)
         self._log("peer_resumed", peer=short(record.peer), group=group.group, epoch=epoch.number)
         if resume is None or resume.number != epoch.number:
@@ -580,6 +636,8 @@ class MasterMachine:
             self._tell(record, group.proposal.message_to(record))
         elif group.version:
             self._tell_cancelled(group, record)
+        self._on_addresses(group, record, Addresses(hello.addresses))
+        self._tell_who_moved(group, record)
         if resume is not None and resume.frozen and resume.number == epoch.number:
             self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
         self._advance(group)
@@ -604,14 +662,18 @@ class MasterMachine:
         self._line_works()
         self._conns[conn].peer = record
         record.conn = conn
-        record.told_pending, record.told_observers = -1, ()
-        self._tell(record, self._welcome(resumed=resumed))
+        record.told_pending, record.told_observers, record.told_relays = -1, (), ()
+        self._tell(record, self._welcome(conn, resumed=resumed))
         if record.standing is Standing.MEMBER:
             self._tell_observers(record.group)
+        self._tell_relays()
 
-    def _welcome(self, *, resumed: bool) -> Welcome:
+    def _welcome(self, conn: int, *, resumed: bool) -> Welcome:
         timeout_ms = max(1, round(self.peer_timeout * 1000))
-        return Welcome(limits.PROTOCOL_VERSION, self.library, self.run, self.term, timeout_ms, resumed)
+        return Welcome(
+            *(limits.PROTOCOL_VERSION, self.library, self.run, self.term, timeout_ms, resumed),
+            *(self._conns[conn].host, self._remote),
+        )
 
     def _detach(self, conn: int) -> None:
         """The connection is gone. A member stays one; a newcomer has nothing to come back to."""
@@ -663,6 +725,61 @@ class MasterMachine:
     def _on_withdraw(self, group: Group, record: Peer, message: Withdraw) -> None:
         if self._is_current(group, message.epoch):
             record.said.arrived = None
+
+    def _on_addresses(self, group: Group, record: Peer, message: Addresses) -> None:
+        """Who may be linked to it, now or soon, has to know."""
+        if record.addresses == message.addresses:
+            return
+        record.addresses = message.addresses
+        self._log("addresses", peer=short(record.peer), count=len(message.addresses))
+        in_proposal = () if group.proposal is None else group.proposal.newcomers
+        if record.standing is Standing.PENDING and record.key not in in_proposal:
+            return  # the proposal that names it will say it
+        others = [*self._members(group), *(self._peers[key] for key in in_proposal if key in self._peers)]
+        for other in others:
+            if other is not record:
+                self._tell(other, Moved(record.member))
+
+    def _tell_who_moved(self, group: Group, record: Peer) -> None:
+        """While it was away, or since the epoch or proposal was made that it hears of now."""
+        epochs = [group.epoch, None if group.proposal is None else group.proposal.epoch]
+        told = {(m.peer, m.incarnation): m.addresses for epoch in epochs if epoch is not None for m in epoch.members}
+        for key, addresses in told.items():
+            other = self._peers.get(key)
+            if other is not None and other is not record and other.addresses != addresses:
+                self._tell(record, Moved(other.member))
+
+    def _on_punch(self, group: Group, record: Peer, message: Punch) -> None:
+        other = self._counterpart(group, record, message.to)
+        if other is None or not message.endpoints:
+            return
+        theirs = self._offers.add(record.key, other.key, message, self._now)
+        if theirs is None:
+            self._tell(other, PunchAsk(record.peer, len(message.endpoints)))
+            return
+        self._log("punch", peer=short(record.peer), other=short(other.peer), count=len(message.endpoints))
+        self._tell(record, begin(message, theirs, other.peer))
+        self._tell(other, begin(theirs, message, record.peer))
+
+    def _on_relay_ask(self, group: Group, record: Peer, message: RelayAsk) -> None:
+        """The relay, if it is an observer, learns for whom. A member knows the others."""
+        other = self._counterpart(group, record, message.to)
+        if other is None:
+            return
+        conn = self._observers.conn_of(message.relay)
+        if conn is not None:
+            self._send(conn, RelayFor(record.member, other.member))
+        self._tell(other, RelayCall(record.peer, message.relay))
+
+    def _counterpart(self, group: Group, record: Peer, peer: bytes) -> Peer | None:
+        """Who is, or may soon be, in an epoch with it, and can be told something now."""
+        known = [r for r in self._peers.values() if r.peer == peer and r.group == group.group and r is not record]
+        return next((r for r in known if r.conn is not None and not r.lost), None)
+
+    def are_to_be_linked(self, one: PeerKey, other: PeerKey) -> bool:
+        """Whether a relay may carry bytes between these incarnations."""
+        records = self._peers.get(one), self._peers.get(other)
+        return None not in records and len({r.group for r in records if r is not None}) == 1 and one != other
 
     def _on_ready(self, group: Group, record: Peer, message: Ready) -> None:
         if self._answered(group, record, message.number, message.version) is not None:
@@ -1417,6 +1534,10 @@ class MasterMachine:
             "lost": record.lost,
             "complaints": {short(peer): complaint.cause for peer, complaint in sorted(record.complaints.items())},
             "relayed": [short(link.peer) for link in record.measured.links if link.relayed] if record.measured else [],
+            "paths": {
+                short(link.peer): _path_name(link.path, link.via)
+                for link in (record.measured.links if record.measured else ())
+            },
         }
 
 
@@ -1426,6 +1547,11 @@ class MasterMachine:
 def _stands(epoch: Epoch) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
     """From where a member can go on: in the epoch, or one commit behind it."""
     return (epoch.number, epoch.id), (epoch.number - 1, epoch.previous)
+
+
+def _path_name(path: int, via: bytes) -> str:
+    """As people read it. No id: of a relay that the sender does not know, or of the master."""
+    return PATH_NAMES[path] + (f" by {short(via)}" if via != NO_ID else "")
 
 
 def _cuts_of_pairs(counts: Iterable[Count], members: tuple[bytes, ...]) -> dict[bytes, tuple[Count, ...]]:
@@ -1461,6 +1587,9 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, Group, Peer, An
     Ready: MasterMachine._on_ready,
     Behind: MasterMachine._on_behind,
     Unreachable: MasterMachine._on_unreachable,
+    Addresses: MasterMachine._on_addresses,
+    Punch: MasterMachine._on_punch,
+    RelayAsk: MasterMachine._on_relay_ask,
     Suspect: MasterMachine._on_suspect,
     Trust: MasterMachine._on_trust,
     Report: MasterMachine._on_report,
@@ -1472,7 +1601,8 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, Group, Peer, An
     Measured: MasterMachine._on_measured,
 }
 
-_CHANGES_NOTHING: Final = frozenset({Heartbeat, Entered})  # of the records that steps are taken by
+# Of the records that steps are taken by.
+_CHANGES_NOTHING: Final = frozenset({Heartbeat, Entered, Addresses, Punch, RelayAsk})
 
 # What may follow, first things first. Each says whether it did something; after that all are asked again.
 _STEPS: Final[tuple[Callable[[MasterMachine, Group], bool], ...]] = (

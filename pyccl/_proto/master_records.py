@@ -54,6 +54,7 @@ class Peer:
     left: bool = False  # by its own word
     told_pending: int = -1  # -1: nothing yet on this connection
     told_observers: tuple[Member, ...] = ()
+    told_relays: tuple[Member, ...] = ()
 
     @property
     def key(self) -> PeerKey:
@@ -128,6 +129,7 @@ class Group:
 @dataclass(slots=True)
 class Conn:
     since: float
+    host: str = ""  # it comes from
     peer: Peer | None = None  # None until its Hello
     greeted: bool = False  # with a Hello; the answer may have to wait
     asked: Hello | None = None  # which was answered with Unknown

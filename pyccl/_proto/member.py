@@ -28,6 +28,7 @@ from pyccl._proto.messages import (
     KIND_JOIN,
     KIND_MISMATCH,
     SUSPECT_CAUSES,
+    Addresses,
     Alive,
     Arrive,
     Behind,
@@ -46,14 +47,21 @@ from pyccl._proto.messages import (
     Leave,
     Measured,
     Message,
+    Moved,
     Observers,
     OpReport,
     OpState,
     OpVerdict,
     Pending,
+    Punch,
+    PunchAsk,
+    PunchGo,
     Ready,
     Recall,
     Rejected,
+    RelayAsk,
+    RelayCall,
+    Relays,
     Report,
     Resume,
     Settle,
@@ -174,6 +182,45 @@ class ObserversChanged(Effect):
 
 
 @dataclass(frozen=True, slots=True)
+class PeerMoved(Effect):
+    """It is reached at other addresses from now on."""
+
+    peer: Member
+
+
+@dataclass(frozen=True, slots=True)
+class OfferPunch(Effect):
+    """That peer would punch so many connections: ``punch`` if we do, too."""
+
+    peer: bytes
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeginPunch(Effect):
+    """Connect to these in so many seconds, from what was offered."""
+
+    peer: bytes
+    endpoints: tuple[Address, ...]
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeetAtRelay(Effect):
+    """That peer is at this relay, to be connected with us."""
+
+    peer: bytes
+    relay: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RelaysChanged(Effect):
+    """These offer to relay and are no members; see messages.Relays."""
+
+    relays: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MismatchNotice(Effect):
     """Comes before the Enter that fails open operations with MISMATCH: what their MismatchError says."""
 
@@ -209,6 +256,8 @@ class Link(enum.Enum):
     GREETED = "Hello sent"
     UP = "Welcome received"
 
+
+_KNOWN: Final = (State.PENDING, State.LINKING, State.MEMBER)
 
 # (state, message) -> state. A missing row is a protocol error of the master's.
 MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
@@ -246,6 +295,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.MEMBER, Unknown): State.MEMBER,  # a master that lost its journal, or another run's
     (State.MEMBER, Rejected): State.ENDED,  # a resume that the master refuses
     (State.MEMBER, Evicted): State.ENDED,
+    **{(state, each): state for state in _KNOWN for each in (Moved, PunchAsk, PunchGo, RelayCall, Relays)},
 }
 
 # Before its Welcome a master may only greet or refuse.
@@ -301,7 +351,7 @@ class MemberMachine:
         self.peer: Final = peer
         self.incarnation: Final = incarnation
         self.group: Final = group
-        self.addresses: Final = addresses
+        self.addresses = addresses
         self.library: Final = library
         self.state = State.GREETING
         self.link = Link.DOWN
@@ -309,9 +359,12 @@ class MemberMachine:
         self.run: bytes | None = None
         self.term = 0
         self.peer_timeout = 0.0  # the master's word, from Welcome
+        self.observed = ""  # where it sees us, from Welcome
+        self.remote = False  # whether peers of other machines may come, from Welcome
         self.world_size = 0
         self.pending = 0
         self.observers: tuple[Member, ...] = ()
+        self.relays: tuple[Member, ...] = ()
         self._standing = _Standing()
         self._arrived: tuple[Count, ...] | None = None
         self._measured: Measured | None = None  # what was last told of the links
@@ -431,6 +484,26 @@ class MemberMachine:
         self._standing.entered = True
         return self._send(Entered(number), now)
 
+    # ---- how we are reached, and reach others
+
+    def readdress(self, addresses: tuple[Address, ...], now: float) -> list[Effect]:
+        if addresses == self.addresses or self.state is State.ENDED:
+            return []
+        self.addresses = addresses
+        return self._send(Addresses(addresses), now)
+
+    def punch(self, to: bytes, endpoints: tuple[Address, ...], rtt_s: float, now: float) -> list[Effect]:
+        """Offer it, or take the other's offer: ``BeginPunch`` follows when both have."""
+        if self.state is State.ENDED:
+            return []
+        return self._send(Punch(to, endpoints, min(round(rtt_s * 1e6), limits.RTT_US_MAX)), now)
+
+    def ask_relay(self, to: bytes, relay: bytes, now: float) -> list[Effect]:
+        """We dial this relay to be connected with that peer, who should come there, too."""
+        if self.state is State.ENDED:
+            return []
+        return self._send(RelayAsk(to, relay), now)
+
     # ---- what the engine sees of the others
 
     def suspect(self, peer: bytes, cause: str, detail: str, now: float) -> list[Effect]:
@@ -542,8 +615,11 @@ class MemberMachine:
             raise RemoteProtocolError(f"the master's term {message.term} is older than {self.term}")
         self.link = Link.UP
         self.run, self.term, self.peer_timeout = message.run, message.term, message.peer_timeout_ms / 1000
-        # A master tells of observers when there are some: those of before may be gone.
+        self.observed, self.remote = message.observed, message.remote
+        # A master tells of observers and relays when there are some: those of before may be gone.
         changed = self._on_observers(Observers(()), now) if self.observers else []
+        if self.relays:
+            changed += self._on_relays(Relays(()), now)
         return changed + (self._tell_again(now) if self.state is State.MEMBER else [])
 
     def _on_term(self, message: Term, now: float) -> list[Effect]:
@@ -556,6 +632,22 @@ class MemberMachine:
     def _on_observers(self, message: Observers, now: float) -> list[Effect]:
         self.observers = message.observers
         return [ObserversChanged(message.observers)]
+
+    def _on_moved(self, message: Moved, now: float) -> list[Effect]:
+        return [PeerMoved(message.member)] if message.member.peer != self.peer else []
+
+    def _on_punch_ask(self, message: PunchAsk, now: float) -> list[Effect]:
+        return [OfferPunch(message.peer, message.count)]
+
+    def _on_punch_go(self, message: PunchGo, now: float) -> list[Effect]:
+        return [BeginPunch(message.peer, message.endpoints, message.delay_us / 1e6)]
+
+    def _on_relay_call(self, message: RelayCall, now: float) -> list[Effect]:
+        return [MeetAtRelay(message.peer, message.relay)]
+
+    def _on_relays(self, message: Relays, now: float) -> list[Effect]:
+        self.relays = message.relays
+        return [RelaysChanged(message.relays)]
 
     def _on_unknown(self, message: Unknown, now: float) -> list[Effect]:
         commit, run = self._commit, self.run
@@ -759,4 +851,9 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MemberMachine, Any, float], li
     Undecided: MemberMachine._on_undecided,
     Observers: MemberMachine._on_observers,
     Term: MemberMachine._on_term,
+    Moved: MemberMachine._on_moved,
+    PunchAsk: MemberMachine._on_punch_ask,
+    PunchGo: MemberMachine._on_punch_go,
+    RelayCall: MemberMachine._on_relay_call,
+    Relays: MemberMachine._on_relays,
 }

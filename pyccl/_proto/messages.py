@@ -9,11 +9,11 @@ the current one?) is judged by the machines.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Final, NamedTuple
 
 from pyccl._proto import channel, limits
-from pyccl._proto.epoch import Address, Epoch, Member
+from pyccl._proto.epoch import NO_ID, Address, AddressKind, Epoch, Member
 from pyccl.errors import RemoteProtocolError
 
 # ---- small values ---------------------------------------------------------------------------------------------------
@@ -79,7 +79,21 @@ class LinkMeasure(NamedTuple):
     rate: int  # while neither received from anybody else
     crowd: int  # while both received from several
     rtt_us: int
-    relayed: bool = False  # through a third member, as far as the sender knows: who was dialed does not
+    path: int = 0  # see Path
+    via: bytes = NO_ID  # who relays it, if the sender knows
+
+    @property
+    def relayed(self) -> bool:
+        return self.path == Path.RELAYED
+
+
+class Path:
+    """How a data link came about."""
+
+    DIRECT: Final = 0
+    MAPPED: Final = 1  # by a port that a router forwards on request
+    PUNCHED: Final = 2  # both began at the same moment
+    RELAYED: Final = 3  # a third carries it
 
 
 class OpState:
@@ -109,6 +123,9 @@ CAUSE_SILENT: Final = "silent"
 CAUSE_REFUSED: Final = "refused"
 CAUSE_PROTOCOL: Final = "protocol"
 SUSPECT_CAUSES: Final = (CAUSE_SILENT, CAUSE_REFUSED, CAUSE_PROTOCOL)
+
+
+PATH_NAMES: Final = {Path.DIRECT: "direct", Path.MAPPED: "mapped", Path.PUNCHED: "punched", Path.RELAYED: "relayed"}
 
 
 # ---- kinds of fields: each judges a value, on its way out as on its way in -------------------------------------------
@@ -237,12 +254,16 @@ _U64: Final = _UInt(limits.U64_MAX)
 _BOOL: Final = _Bool()
 _ID: Final = _Bytes(limits.ID_BYTES, low=limits.ID_BYTES)
 _SPEC: Final = _Bytes(limits.SPEC_BYTES, low=limits.SPEC_BYTES)
+_KEY_BYTES: Final = _Bytes(limits.KEY_BYTES, low=limits.KEY_BYTES)
+_INVITE_ID: Final = _Bytes(limits.INVITE_ID_BYTES, low=limits.INVITE_ID_BYTES)
 _SPACE: Final = _UInt(limits.SPACE_MAX)
 _REASON: Final = _Str(limits.REASON_CHARS_MAX)
 _LIBRARY: Final = _Str(limits.LIBRARY_CHARS_MAX)
-_ADDRESSES: Final = _Array(
-    _Record(Address, _Str(limits.HOST_CHARS_MAX), _UInt(limits.PORT_MAX, low=1)), limits.ADDRESSES_MAX
-)
+_HOST: Final = _Str(limits.HOST_CHARS_MAX)
+_PORT: Final = _UInt(limits.PORT_MAX, low=1)
+_ADDRESS: Final = _Record(Address, _HOST, _PORT, _UInt(AddressKind.MAPPED))
+_ADDRESSES: Final = _Array(_ADDRESS, limits.ADDRESSES_MAX)
+_ENDPOINTS: Final = _Array(_ADDRESS, limits.PUNCHES_MAX)
 _COUNTS: Final = _Array(_Record(Count, _SPACE, _U64, _U64, check=channel.check_untrusted), limits.KEYS_MAX)
 _KEY: Final = _Record(Key, _SPACE, _U64, _U64, check=channel.check_untrusted)
 _REPORTS: Final = _Array(
@@ -252,10 +273,13 @@ _VERDICTS: Final = _Array(
     _Record(OpVerdict, _SPACE, _U64, _U64, _UInt(2, low=1), check=channel.check_untrusted), limits.KEYS_MAX
 )
 _RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
-_MEMBERS: Final = _Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.MEMBERS_MAX)
+_MEMBER: Final = _Record(Member, _ID, _ID, _ADDRESSES)
+_MEMBERS: Final = _Array(_MEMBER, limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
 _RATE: Final = _UInt(limits.RATE_MAX)
-_LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _UInt(limits.RTT_US_MAX), _BOOL), limits.MEMBERS_MAX)
+_RTT: Final = _UInt(limits.RTT_US_MAX)
+_PATH: Final = _UInt(Path.RELAYED)
+_LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _RTT, _PATH, _ID), limits.MEMBERS_MAX)
 _EPOCH: Final = _EpochRecord(
     Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
 )
@@ -429,6 +453,16 @@ class StatusAsk(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Probe(Message):
+    """A first message, of who takes no part: from where does it come, is it reached there? port 0: not asked."""
+
+    TYPE = 31
+    KINDS = (_U32, _UInt(limits.PORT_MAX))
+    version: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recall(Message):
     """The answer to Unknown: where the run stands, from a member. The fields behind `term` are its last EpochCommit."""
 
@@ -449,13 +483,14 @@ class Observe(Message):
     """A first message instead of Hello: not to be a member, but to know who they are."""
 
     TYPE = 20
-    KINDS = (_U32, _LIBRARY, _U32, _ID, _ID, _ADDRESSES)
+    KINDS = (_U32, _LIBRARY, _U32, _ID, _ID, _ADDRESSES, _BOOL)
     version: int
     library: str
     group: int
     peer: bytes
     incarnation: bytes
     addresses: tuple[Address, ...] = ()
+    relays: bool = False  # it offers to carry connections between members
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,19 +505,113 @@ class Measured(Message):
     links: tuple[LinkMeasure, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Join(Message):
+    """The answer to Challenge, before the first message of an encrypted connection: who the sender is, and why it may
+    come in. See invites.py."""
+
+    TYPE = 22
+    KINDS = (_KEY_BYTES, _ID, _Bytes(limits.TOKEN_BYTES_MAX), _Bytes(limits.SIGNATURE_BYTES, limits.SIGNATURE_BYTES))
+    identity: bytes
+    salt: bytes
+    token: bytes = field(repr=False)  # empty: nothing but the identity
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class InviteAsk(Message):
+    """From the operator: an invite that ends so many seconds from now. uses: of how many identities; 0: any number."""
+
+    TYPE = 23
+    KINDS = (_UInt(limits.INVITE_S_MAX, low=1), _UInt(limits.USES_MAX), _Maybe(_U32), _Str(limits.LABEL_CHARS_MAX))
+    seconds: int
+    uses: int
+    group: int | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke(Message):
+    """From the operator: nobody comes in with this invite any more."""
+
+    TYPE = 24
+    KINDS = (_INVITE_ID,)
+    invite: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeersAsk(Message):
+    """From the operator: who is connected, answered by Status."""
+
+    TYPE = 25
+    KINDS = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Kick(Message):
+    """From the operator: out of the run, and its identity does not come in again."""
+
+    TYPE = 26
+    KINDS = (_ID,)
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reflect(Message):
+    """A first message on a connection of its own: from where does it seem to come? Held open, it keeps that so."""
+
+    TYPE = 27
+    KINDS = (_U32, _ID, _ID)
+    version: int
+    peer: bytes
+    incarnation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses(Message):
+    """The sender is reached here from now on."""
+
+    TYPE = 28
+    KINDS = (_ADDRESSES,)
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Punch(Message):
+    """The sender will connect from these to what `to` names in a Punch of its own, one each, when told to."""
+
+    TYPE = 29
+    KINDS = (_ID, _ENDPOINTS, _RTT)
+    to: bytes
+    endpoints: tuple[Address, ...]  # as the master sees them
+    rtt_us: int  # between sender and master
+
+
+@dataclass(frozen=True, slots=True)
+class RelayAsk(Message):
+    """The sender dials this relay to reach `to`, which is to do the same."""
+
+    TYPE = 30
+    KINDS = (_ID, _ID)
+    to: bytes
+    relay: bytes
+
+
 # -- master to peer
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
     TYPE = 32
-    KINDS = (_U32, _LIBRARY, _ID, _U64, _UInt(limits.PEER_TIMEOUT_MS_MAX, low=1), _BOOL)
+    KINDS = (_U32, _LIBRARY, _ID, _U64, _UInt(limits.PEER_TIMEOUT_MS_MAX, low=1), _BOOL, _HOST, _BOOL)
     version: int
     library: str
     run: bytes
     term: int
     peer_timeout_ms: int
     resumed: bool
+    observed: str = ""  # the host that the connection comes from, as the master sees it
+    remote: bool = False  # peers of other machines may come, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,6 +674,19 @@ class Status(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Probed(Message):
+    """What the master sees of who asks. time_ms: since 1970, by its clock. reason: why it was not reached."""
+
+    TYPE = 57
+    KINDS = (_Str(limits.HOST_CHARS_MAX), _UInt(limits.PORT_MAX, low=1), _U64, _BOOL, _REASON)
+    host: str
+    port: int
+    time_ms: int
+    reached: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled(Message):
     """Proposals up to this version are void: a member went back from the safe point. The others' cut is open again."""
 
@@ -597,7 +739,7 @@ class Observers(Message):
     """To the members: who observes their group."""
 
     TYPE = 45
-    KINDS = (_Array(_Record(Member, _ID, _ID, _ADDRESSES), limits.OBSERVERS_MAX),)
+    KINDS = (_Array(_MEMBER, limits.OBSERVERS_MAX),)
     observers: tuple[Member, ...]
 
 
@@ -610,12 +752,117 @@ class Term(Message):
     term: int
 
 
+@dataclass(frozen=True, slots=True)
+class Challenge(Message):
+    """The first message of an encrypted connection: what Join must sign."""
+
+    TYPE = 47
+    KINDS = (_U32, _KEY_BYTES)
+    version: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Invited(Message):
+    """To the operator: an invite."""
+
+    TYPE = 48
+    KINDS = (_INVITE_ID, _Bytes(limits.TOKEN_BYTES_MAX))
+    invite: bytes
+    token: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Message):
+    """To the operator: it is so, and durable."""
+
+    TYPE = 49
+    KINDS = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reflected(Message):
+    TYPE = 50
+    KINDS = (_HOST, _PORT)
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved(Message):
+    """This member, or newcomer of a proposal, is reached at other addresses from now on."""
+
+    TYPE = 51
+    KINDS = (_MEMBER,)
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class PunchAsk(Message):
+    """That peer offers so many connections: answer with a Punch."""
+
+    TYPE = 52
+    KINDS = (_ID, _UInt(limits.PUNCHES_MAX, low=1))
+    peer: bytes
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PunchGo(Message):
+    """Connect to these, one each, so long after this has come; the peer does the same at that moment."""
+
+    TYPE = 53
+    KINDS = (_ID, _ENDPOINTS, _RTT)
+    peer: bytes
+    endpoints: tuple[Address, ...]
+    delay_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class RelayCall(Message):
+    """That peer dials this relay to be connected with the receiver, who is to do the same."""
+
+    TYPE = 54
+    KINDS = (_ID, _ID)
+    peer: bytes
+    relay: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Relays(Message):
+    """Who offers to carry connections and is no member. The master itself: with no incarnation and no address."""
+
+    TYPE = 55
+    KINDS = (_Array(_MEMBER, limits.RELAYS_MAX),)
+    relays: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RelayFor(Message):
+    """To an observer that offers to relay: it will be dialed by these two, to be connected."""
+
+    TYPE = 56
+    KINDS = (_MEMBER, _MEMBER)
+    one: Member
+    other: Member
+
+
+@dataclass(frozen=True, slots=True)
+class PulseKeys(Message):
+    """The answer of a secure master to Pulse, and the last that is TLS: secrets for what follows, AES-256-GCM."""
+
+    TYPE = 60
+    KINDS = (_KEY_BYTES, _KEY_BYTES)
+    peers: bytes = field(repr=False)  # of what the peer sends
+    masters: bytes = field(repr=False)
+
+
 # -- peer to peer, the handshake of data connections
 
 
 @dataclass(frozen=True, slots=True)
 class _Hello(Message):
-    KINDS = (_U32, _ID, _ID, _ID, _ID, _ID)
+    KINDS: ClassVar[tuple[_Kind, ...]] = (_U32, _ID, _ID, _ID, _ID, _ID)
     version: int
     run: bytes
     from_peer: bytes
@@ -627,6 +874,9 @@ class _Hello(Message):
 @dataclass(frozen=True, slots=True)
 class PeerHello(_Hello):
     TYPE = 64
+    KINDS = (*_Hello.KINDS, _PATH, _ID)
+    path: int = Path.DIRECT
+    via: bytes = NO_ID  # of a relayed connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -648,6 +898,27 @@ class RelayHello(_Hello):
     """To a third member: carry this connection to `to`, whom the sender does not reach. PeerWelcome: it does."""
 
     TYPE = 70
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOffer(Message):
+    """Behind a greeting in a secure run, and in answer to it: a key made for this connection."""
+
+    TYPE = 71
+    KINDS = (_KEY_BYTES, _UInt(2, low=1))
+    key: bytes  # X25519
+    cipher: int  # pyccl_cipher: the faster one there
+
+
+@dataclass(frozen=True, slots=True)
+class PeerProof(Message):
+    """That the sender has the identity of its peer id, and made its offer."""
+
+    TYPE = 72
+    KINDS = (_KEY_BYTES, _ID, _Bytes(limits.SIGNATURE_BYTES, limits.SIGNATURE_BYTES))
+    identity: bytes
+    salt: bytes
+    signature: bytes
 
 
 # -- peer to peer, state files
@@ -693,13 +964,16 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
     for cls in (
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
         *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe, Measured),
+        *(Join, InviteAsk, Revoke, PeersAsk, Kick, Probe, Reflect, Addresses, Punch, RelayAsk),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
-        *(Unknown, Undecided, Members, Observers, Term),
+        *(Unknown, Undecided, Members, Observers, Term, Challenge, Invited, Done, Probed, PulseKeys),
+        *(Reflected, Moved, PunchAsk, PunchGo, RelayCall, Relays, RelayFor),
         *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone, RelayHello),
+        *(PeerOffer, PeerProof),
     )
 }
 _NAMES: Final[dict[type[Message], tuple[str, ...]]] = {
-    cls: tuple(field.name for field in fields(cls)) for cls in MESSAGE_TYPES.values()
+    cls: tuple(each.name for each in fields(cls)) for cls in MESSAGE_TYPES.values()
 }
 
 

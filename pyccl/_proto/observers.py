@@ -7,11 +7,11 @@ lives and is told the members of its group whenever they change; they are told o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pyccl._proto import limits
-from pyccl._proto.epoch import Member
+from pyccl._proto.epoch import Address, Member
 from pyccl._proto.messages import Observe
 
 TIMEOUTS: Final = 3  # so many peer_timeouts of silence: nobody waits for it, so there is no hurry
@@ -23,6 +23,7 @@ class _Observer:
     group: int
     library: str
     heard_at: float
+    relays: bool
 
 
 class Observers:
@@ -49,8 +50,16 @@ class Observers:
         """Connections that it takes the place of: the same peer came on them before."""
         older = [other for other, known in self._by_conn.items() if known.member.peer == observe.peer]
         member = Member(observe.peer, observe.incarnation, observe.addresses)
-        self._by_conn[conn] = _Observer(member, observe.group, observe.library, now)
+        self._by_conn[conn] = _Observer(member, observe.group, observe.library, now, observe.relays)
         return older
+
+    def has(self, peer: bytes, incarnation: bytes) -> bool:
+        known = (o.member for o in self._by_conn.values())
+        return any((member.peer, member.incarnation) == (peer, incarnation) for member in known)
+
+    def readdress(self, conn: int, addresses: tuple[Address, ...]) -> None:
+        known = self._by_conn[conn]
+        known.member = replace(known.member, addresses=addresses)
 
     def heard(self, conn: int, now: float) -> None:
         self._by_conn[conn].heard_at = now
@@ -66,6 +75,14 @@ class Observers:
     def of(self, group: int) -> tuple[Member, ...]:
         """In id order."""
         return tuple(sorted((o.member for o in self._by_conn.values() if o.group == group), key=lambda m: m.peer))
+
+    def relays(self) -> tuple[Member, ...]:
+        """Those of any group that offer to relay, in id order; only so many."""
+        offering = sorted((o.member for o in self._by_conn.values() if o.relays), key=lambda m: m.peer)
+        return tuple(offering[: limits.RELAYS_MAX - 1])  # and the master
+
+    def conn_of(self, peer: bytes) -> int | None:
+        return next((conn for conn, known in self._by_conn.items() if known.member.peer == peer), None)
 
     def conns(self, group: int | None = None) -> list[int]:
         """Of one group, or of all."""
@@ -85,6 +102,7 @@ class Observers:
                 "group": known.group,
                 "addresses": [f"{address.host}:{address.port}" for address in known.member.addresses],
                 "library": known.library,
+                "relays": known.relays,
             }
             for known in sorted(self._by_conn.values(), key=lambda known: known.member.peer)
         ]

@@ -79,6 +79,81 @@ class Forgotten(Record):
     group: int
 
 
+@dataclass(frozen=True, slots=True)
+class Used(Record):
+    """This identity came in, at this time of day, with an invite for so many, which ends then."""
+
+    invite: bytes
+    ends: int
+    identity: bytes
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked(Record):
+    """Nobody comes in with this invite, of which it is not known when it ends: not later than that."""
+
+    invite: bytes
+    ends: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Banned(Record):
+    """This identity was kicked out of the run, and does not come in again."""
+
+    identity: bytes
+
+
+@dataclass(slots=True)
+class Admissions:
+    """What is remembered of who came in, and who must not. Of an invite that has ended nothing need be known."""
+
+    used: dict[bytes, tuple[int, list[bytes]]] = field(default_factory=dict)  # invite -> its end, identities
+    revoked: dict[bytes, int] = field(default_factory=dict)  # invite -> its end
+    banned: dict[bytes, None] = field(default_factory=dict)  # identities, in order
+
+    def apply(self, record: Used | Revoked | Banned) -> None:
+        if isinstance(record, Used):
+            self._forget_ended(record.at)
+            self.used.setdefault(record.invite, (record.ends, []))[1].append(record.identity)
+        elif isinstance(record, Revoked):
+            self._forget_ended(record.at)
+            self.revoked[record.invite] = record.ends
+        else:
+            self.banned[record.identity] = None
+
+    def identities(self, invite: bytes) -> list[bytes]:
+        return self.used.get(invite, (0, []))[1]
+
+    def used_count(self, now_s: int) -> int:
+        return sum(len(identities) for ends, identities in self.used.values() if ends > now_s)
+
+    def revoked_count(self, now_s: int) -> int:
+        return sum(ends > now_s for ends in self.revoked.values())
+
+    def copy(self) -> Admissions:
+        used = {invite: (ends, identities.copy()) for invite, (ends, identities) in self.used.items()}
+        return Admissions(used, self.revoked.copy(), self.banned.copy())
+
+    def to_plain(self) -> list[Any]:
+        used = [[invite, ends, identities] for invite, (ends, identities) in self.used.items()]
+        return [used, [list(item) for item in self.revoked.items()], list(self.banned)]
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Admissions:
+        used, revoked, banned = plain
+        return cls(
+            {_sized(i, limits.INVITE_ID_BYTES): (_int(ends), [_key(k) for k in keys]) for i, ends, keys in used},
+            {_sized(invite, limits.INVITE_ID_BYTES): _int(ends) for invite, ends in revoked},
+            dict.fromkeys(_key(identity) for identity in banned),
+        )
+
+    def _forget_ended(self, now_s: int) -> None:
+        self.used = {invite: entry for invite, entry in self.used.items() if entry[0] > now_s}
+        self.revoked = {invite: ends for invite, ends in self.revoked.items() if ends > now_s}
+
+
 @dataclass(slots=True)
 class PastGroup:
     """`number` and `id` outlive an epoch that lost all its members."""
@@ -97,8 +172,12 @@ class Past:
     groups: dict[int, PastGroup] = field(default_factory=dict)
     gone: OrderedDict[tuple[bytes, bytes], str] = field(default_factory=OrderedDict)
     recalled: frozenset[int] | None = None
+    admissions: Admissions = field(default_factory=Admissions)
 
     def apply(self, record: Record) -> None:
+        if isinstance(record, Used | Revoked | Banned):
+            self.admissions.apply(record)
+            return
         if isinstance(record, Began):
             self.term = record.term
             return
@@ -127,7 +206,7 @@ class Past:
 
     def copy(self) -> Past:
         groups = {number: replace(group) for number, group in self.groups.items()}
-        return Past(self.run, self.term, groups, self.gone.copy(), self.recalled)
+        return Past(self.run, self.term, groups, self.gone.copy(), self.recalled, self.admissions.copy())
 
     def to_plain(self) -> list[Any]:
         groups = [
@@ -135,14 +214,15 @@ class Past:
             for number, group in sorted(self.groups.items())
         ]
         recalled = None if self.recalled is None else sorted(self.recalled)
-        return [self.run, self.term, groups, [[*key, reason] for key, reason in self.gone.items()], recalled]
+        gone = [[*key, reason] for key, reason in self.gone.items()]
+        return [self.run, self.term, groups, gone, recalled, self.admissions.to_plain()]
 
     @classmethod
     def from_plain(cls, plain: Any) -> Past:
         """ValueError: it is none."""
         try:
-            run, term, groups, gone, recalled = plain
-            past = cls(_bytes(run), _int(term))
+            run, term, groups, gone, recalled, admissions = plain
+            past = cls(_bytes(run), _int(term), admissions=Admissions.from_plain(admissions))
             past.recalled = None if recalled is None else frozenset(map(_int, recalled))
             for number, last, last_id, commit in groups:
                 past.groups[_int(number)] = PastGroup(
@@ -179,6 +259,9 @@ _COMMITTED: Final = 2
 _DISSOLVED: Final = 3
 _ADOPTED: Final = 4
 _FORGOTTEN: Final = 5
+_USED: Final = 6
+_REVOKED: Final = 7
+_BANNED: Final = 8
 
 
 def record_to_plain(record: Record) -> list[Any]:
@@ -191,6 +274,12 @@ def record_to_plain(record: Record) -> list[Any]:
         return [_COMMITTED, record.group, to_wire(record.commit), fenced, record.recalled]
     if isinstance(record, Forgotten):
         return [_FORGOTTEN, record.group]
+    if isinstance(record, Used):
+        return [_USED, record.invite, record.ends, record.identity, record.at]
+    if isinstance(record, Revoked):
+        return [_REVOKED, record.invite, record.ends, record.at]
+    if isinstance(record, Banned):
+        return [_BANNED, record.identity]
     assert isinstance(record, Dissolved), record
     return [_DISSOLVED, record.group, [list(f) for f in record.fenced]]
 
@@ -214,6 +303,15 @@ def record_from_plain(plain: Any) -> Record:
         if kind == _DISSOLVED:
             group, fenced = rest
             return Dissolved(_int(group), _fenced(fenced))
+        if kind == _USED:
+            invite, ends, identity, at = rest
+            return Used(_sized(invite, limits.INVITE_ID_BYTES), _int(ends), _key(identity), _int(at))
+        if kind == _REVOKED:
+            invite, ends, at = rest
+            return Revoked(_sized(invite, limits.INVITE_ID_BYTES), _int(ends), _int(at))
+        if kind == _BANNED:
+            (identity,) = rest
+            return Banned(_key(identity))
     except (TypeError, ValueError) as e:
         raise ValueError(f"not a record: {e}") from e
     raise ValueError(f"no record is of kind {kind!r}")
@@ -246,6 +344,14 @@ def _bool(value: Any) -> bool:
 
 
 def _bytes(value: Any) -> bytes:
-    if type(value) is not bytes or len(value) != limits.ID_BYTES:
-        raise ValueError("an id has 16 bytes")
+    return _sized(value, limits.ID_BYTES)
+
+
+def _key(value: Any) -> bytes:
+    return _sized(value, limits.KEY_BYTES)
+
+
+def _sized(value: Any, size: int) -> bytes:
+    if type(value) is not bytes or len(value) != size:
+        raise ValueError(f"{size} bytes are needed")
     return value

@@ -64,7 +64,7 @@ class Spec(NamedTuple):
     algorithm: int
     retry: int
     space: int
-    reserved: int
+    guard: int
     tag: int
     block: int
     length: int  # elements; "count" on the wire, which is a method of every tuple
@@ -91,9 +91,17 @@ def field_name(field: str) -> str:
     return "count" if field == "length" else field
 
 
+def _limits(spec: Spec) -> bytes:
+    """Of a guard; they stand behind a row. Broadcasts and exchanges have a whole root."""
+    return spec.root[8:] if spec.kind in (Kind.ALL_REDUCE, Kind.REDUCE_SCATTER) else b""
+
+
 def show(spec: Spec, field: str) -> str:
     """One field of a spec for people."""
     value = getattr(spec, field)
+    if field == "guard" and value and _limits(spec):
+        limits_told = zip(("abs", "norm"), struct.unpack("<ff", _limits(spec)), strict=True)
+        return "finite" + "".join(f"_{name}_{limit:g}" for name, limit in limits_told if limit)
     if isinstance(value, bytes):
         return value.hex()[:8] if any(value) else "none"
     try:
@@ -104,4 +112,13 @@ def show(spec: Spec, field: str) -> str:
 
 def differing_fields(mine: Spec, theirs: Spec) -> tuple[str, ...]:
     """A shape that makes other rows of a reduce_scatter shows as "root", where the length of a row stands."""
-    return tuple(field for field in Spec._fields if getattr(mine, field) != getattr(theirs, field))
+
+
+    def differs(field: str) -> bool:
+        if field == "root":
+            return mine.root[: 16 - len(_limits(mine))] != theirs.root[: 16 - len(_limits(theirs))]
+        if field == "guard":
+            return (mine.guard, _limits(mine)) != (theirs.guard, _limits(theirs)) and mine.kind == theirs.kind
+        return bool(getattr(mine, field) != getattr(theirs, field))
+
+    return tuple(field for field in Spec._fields if differs(field))

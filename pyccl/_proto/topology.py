@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pyccl._proto import limits
@@ -36,6 +36,9 @@ LANES_LEAST: Final = 2  # one alone stands still with each loss
 CODED: Final = 0.252  # of float32 on the lines: codes of 8 bits and the heads of their blocks
 OWNER_BUSY: Final = 0.5  # of the time at most, where few own all for a slow host's sake
 GAIN_LEAST: Final = 0.1  # a plan that predicts less gain than this is within what measurements differ by
+NOISE: Final = (
+    1.4  # times: lines that losses or busy processors are in the way of differ by so much when they are measured
+)
 RING_GAIN_LEAST: Final = 0.25  # of a ring over direct: two lines of the model, each wrong by as much as this
 
 
@@ -151,9 +154,7 @@ def _work(cpu: Cpu, world: int, part: float) -> Work:
     return 2 * part / cpu.move + 2 * coded, 2 * (world - 2) * part / cpu.move + world * (1 / cpu.fold + coded)
 
 
-def direct_line(
-    network: Network, shares: Sequence[float], piece_bytes: int = PIECE_BYTES, part: float = 1.0
-) -> Line:
+def direct_line(network: Network, shares: Sequence[float], piece_bytes: int = PIECE_BYTES, part: float = 1.0) -> Line:
     """part: as `Network.works`."""
     world = network.world
     if world == 1:
@@ -203,9 +204,37 @@ def choose(network: Network, effort: int) -> Choice:
     pairs = [[network.pair(i, j) for j in range(world)] for i in range(world)]
     hop_rates = [[network.hop(i, j) for j in range(world)] for i in range(world)]
     shares = best_shares(hosts, pairs, network.works(), effort, network.bundles)
-    shares = _few_owners(network, shares)
+    shares = _sure(network, _few_owners(network, shares))
     order = best_ring(hop_rates, network.delay, effort)
     return judged(network, shares, order, piece_bytes=best_piece(network))
+
+
+def _sure(network: Network, shares: tuple[float, ...]) -> tuple[float, ...]:
+    """Equal, unless these gain too where what differs by no more than noise is the same."""
+    equal, same = equal_shares(network.world), _levelled(network)
+    gains = direct_line(same, shares).pace < direct_line(same, equal).pace * (1 - GAIN_LEAST)
+    return shares if gains else equal
+
+
+def _levelled(network: Network) -> Network:
+    """Each rate as the greatest that it is within NOISE of: of hosts one way, of pairs, of processors."""
+    columns = zip(*((cpu.move, cpu.fold, cpu.code) for cpu in network.cpu), strict=True)
+    rates = _level([rate for row in network.rate for rate in row])
+    return replace(
+        network,
+        up=tuple(_level(network.up)),
+        down=tuple(_level(network.down)),
+        rate=tuple(tuple(rates[i : i + network.world]) for i in range(0, len(rates), network.world)),
+        cpu=tuple(Cpu(*row) for row in zip(*map(_level, columns), strict=True)),
+    )
+
+
+def _level(rates: Sequence[float]) -> list[float]:
+    levels: list[float] = []
+    for rate in sorted((rate for rate in set(rates) if rate < UNKNOWN), reverse=True):
+        if not levels or rate * NOISE < levels[-1]:
+            levels.append(rate)
+    return [next((top for top in levels if rate <= top <= rate * NOISE), rate) for rate in rates]
 
 
 def _few_owners(network: Network, shares: tuple[float, ...]) -> tuple[float, ...]:

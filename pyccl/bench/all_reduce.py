@@ -7,8 +7,10 @@ to agree and to meet is among its own).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
@@ -22,7 +24,7 @@ class Plan:
     """What to measure.
 
     size_bytes: of each rank's tensor. warmup: rounds before those that count. ahead_ns: how far ahead the moment is
-    that all ranks agree on to start at.
+    that all ranks agree on to start at. secure: the run is, and its connections are sealed.
     """
 
     world: int = 2
@@ -37,6 +39,7 @@ class Plan:
     in_place: bool = True
     gloo: bool = False
     ahead_ns: int = 1_000_000
+    secure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,12 @@ def measure(plan: Plan, conductor: Conductor) -> Result:
     """
     itemsize = 8  # every dtype divides it
     plan = replace(plan, size_bytes=max(plan.size_bytes // itemsize, 1) * itemsize)
-    conductor.start_master(PEER_TIMEOUT_S)
+    with tempfile.TemporaryDirectory(prefix="pyccl-bench-") as directory:
+        conductor.start_master(PEER_TIMEOUT_S, identity=Path(directory, "identity.pem") if plan.secure else None)
+        return _measure(plan, conductor)
+
+
+def _measure(plan: Plan, conductor: Conductor) -> Result:
     names = [f"rank {number}" for number in range(plan.world)]
     places = conductor.places
     conductor.start_all(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pyccl._io.identity import VARIABLE as IDENTITY
 from pyccl.bench.places import Loopback, Places
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 
@@ -61,11 +62,25 @@ class Conductor:
         self._address = ""
         self._masters: list[str] = []
         self._master_options: list[str] = []
+        self._environment: dict[str, str] = {}  # of the master and the peers
 
-    def start_master(self, peer_timeout_s: float, journal: Path | None = None) -> None:
+    def start_master(
+        self,
+        peer_timeout_s: float,
+        journal: Path | None = None,
+        identity: Path | None = None,
+        relay: bool = False,
+    ) -> None:
+        """identity: where that of a secure master is to be, and of all peers, which are its operators then."""
+        if identity is not None:
+            self._environment = {IDENTITY: str(identity)}
         self._master_options = ["--log-level", "warning", "--peer-timeout", str(peer_timeout_s)]
         self._master_options += ["--journal", str(journal)] if journal is not None else ["--no-journal"]
-        if self.places.address(MASTER) != Loopback.host:
+        if relay:
+            self._master_options.append("--relay")
+        if identity is not None:
+            self._master_options.append("--secure")
+        elif self.places.address(MASTER) != Loopback.host:
             self._master_options.append("--insecure")
         self._start_master(f"{self.places.address(MASTER)}:0")
 
@@ -82,9 +97,8 @@ class Conductor:
         self._masters.append(name)
         self._heard[name] = []
         arguments = ["pyccl.cli.master", "--listen", listen, *self._master_options]
-        self._children.start(
-            name, "pyccl.processes.leash", arguments, self.places.environment(MASTER), self.places.before(MASTER)
-        )
+        environment = {**self._environment, **self.places.environment(MASTER)}
+        self._children.start(name, "pyccl.processes.leash", arguments, environment, self.places.before(MASTER))
         while not self._address:
             self._take_one(SILENCE_S)
 
@@ -92,7 +106,7 @@ class Conductor:
         """Start a peer; it loads what it needs, says "ready" and waits for "go"."""
         told = json.dumps({"task": task, "master": self._address, **settings})
         self._heard[name] = []
-        environment = {**ONE_THREAD, **self.places.environment(name)}
+        environment = {**ONE_THREAD, **self._environment, **self.places.environment(name)}
         self._children.start(name, "pyccl.bench.peer", [told], environment, self.places.before(name))
 
     def tell(self, names: Iterable[str], word: str) -> None:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pyccl import errors
-from pyccl.bench import crowd, member, memory_peer, passers, reduce_peer, scale_peer, topology_peer
+from pyccl.bench import crowd, member, memory_peer, nat_peer, passers, reduce_peer, scale_peer, topology_peer
 from pyccl.bench.control import Control
 
 TASKS: Final[Mapping[str, Callable[[dict[str, Any], Control], None]]] = {
     "all-reduce": lambda told, control: reduce_peer.run(reduce_peer.Settings(**told), control),
     "crowd": lambda told, control: crowd.run(crowd.Settings(**told), control),
     "memory": lambda told, control: memory_peer.run(memory_peer.Settings(**told), control),
+    "nat": lambda told, control: nat_peer.run(nat_peer.Settings(**told), control),
     "passers": lambda told, control: passers.run(passers.Settings(**told), control),
     "scale": lambda told, control: scale_peer.run(scale_peer.Settings(**told), control),
     "topology": lambda told, control: topology_peer.run(topology_peer.Settings(**told), control),

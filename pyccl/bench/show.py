@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pyccl.bench import digest, kernels, outer
 from pyccl.bench.all_reduce import Result
 from pyccl.bench.churn import Arrivals, Losses, Quiet, Restarts
+from pyccl.bench.encryption import Result as EncryptionResult
 from pyccl.bench.epochs import Changes
-from pyccl.bench.figures import MIB, Summary
+from pyccl.bench.figures import MIB, Summary, ring_bytes
 from pyccl.bench.machine import Machine
 from pyccl.bench.memory import HOUR_S, Tracks
+from pyccl.bench.nat import Cell, expected
 from pyccl.bench.scale import Result as Scale
 from pyccl.bench.topology import Result as TopologyResult
 from pyccl.bench.wan import Result as WanResult
@@ -76,6 +78,20 @@ def all_reduce(result: Result) -> list[str]:
     return lines + _beside_gloo(result)
 
 
+def nat_cell(cell: Cell) -> str:
+    """A line, when it is known."""
+    pair, paths = f"{cell.a} x {cell.b}", ", ".join(cell.paths)
+    if not cell.is_as_expected:
+        paths += f" (expected: {' or '.join(expected(cell.a, cell.b))})"
+    firsts = dict.fromkeys(run.first for run in cell.runs if run.first != run.path)
+    at_first = f", at first {', '.join(firsts)}" if firsts else ""
+    wrong = sum(run.wrong for run in cell.runs)
+    notes = [f"{wrong} values wrong"] if wrong else []
+    notes += dict.fromkeys(run.error for run in cell.runs if run.error)
+    time = "-" if cell.connect_s is None else seconds(cell.connect_s)
+    return "; ".join([f"{pair:<34} {time:>10}  {paths}{at_first}", *notes])
+
+
 def _beside_gloo(result: Result) -> list[str]:
     plan, lines = result.plan, []
     if result.ratio is not None:
@@ -118,6 +134,29 @@ def wan(result: WanResult) -> list[str]:
         "Mbit/s: 2(N-1)/N x bytes of the tensor / median; of the line: what a peer sent of the slowest line's rate",
         *_beside_gloo(result.reduced),
         f"lines: {lost} packets lost, {dropped} dropped by queues; {result.counts.punctuality()}",
+    ]
+
+
+def encryption(result: EncryptionResult) -> list[str]:
+    """A row for plain and for sealed connections."""
+    plan = result.plan
+    rows = [["", "median", "min", "max", "Mbit/s", "MiB sent/rank", "CPU s/GiB"]]
+    for side in (result.plain, result.sealed):
+        mbit_s = ring_bytes(plan.world, plan.size_bytes) * 8 / side.seconds.median / 1e6
+        rows.append(
+            [
+                side.name, *_spread(side.seconds), f"{mbit_s:.1f}",
+                f"{side.wire_tx_bytes / MIB:.2f}", f"{side.cpu_s_per_gib:.3f}",
+            ]
+        )  # fmt: skip
+    return [
+        f"all-reduce of {plan.size_bytes / MIB:g} MiB of {plan.dtype}, {plan.world} peers, {result.where}",
+        f"{result.rounds} rounds of {plan.iterations} iterations after {plan.warmup} to warm up, plain and secure runs",
+        "",
+        *columns(rows),
+        "",
+        f"sealed / plain: median {result.ratio:.3f}",
+        "Mbit/s: 2(N-1)/N x bytes of the tensor / median; CPU: of all ranks for each GiB of one rank's tensor",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -16,11 +17,14 @@ from pyccl.bench import (
     churn,
     content,
     digest,
+    encryption,
     epochs,
     gloo,
     kernels,
     machine,
     memory,
+    nat,
+    nat_page,
     outer,
     scale,
     show,
@@ -30,6 +34,7 @@ from pyccl.bench import (
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import MIB
 from pyccl.calls import ALGORITHMS
+from pyccl.netlab.scenario import Nat
 from pyccl.processes.children import Children, Interrupted
 
 T = TypeVar("T")
@@ -40,7 +45,7 @@ Exit status:
   1  internal error
   2  bad arguments, or the library does not offer what was asked for
   3  --vs gloo without torch
-  4  a result was wrong, or processes held different bits
+  4  a result was wrong, processes held different bits, or peers were not connected as expected
   5  no lab can be built here (it needs root and iproute2)
   6  a process failed
   7  no report from any process for a minute and a half
@@ -179,6 +184,84 @@ def wan_command(
             return wan.measure(scenario, plan, children)
 
     _report("wan", as_json, measure, wan.Result.to_json, show.wan, "torch")
+
+
+@bench.command("encryption", epilog=EPILOG)
+@click.option("--scenario", "name", metavar="NAME|FILE", help="Over its lines; else on loopback.")
+@_world(2, 2, "Processes on loopback.")
+@_mib("Size of each peer's tensor.", 64)
+@_iters(10)
+@click.option("--rounds", type=click.IntRange(1, 100), default=2, show_default=True, help="Of each kind of run.")
+@click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
+@_AS_JSON
+def encryption_command(
+    name: str | None, world: int, mib: float, iters: int, rounds: int, warmup: int, as_json: bool
+) -> None:
+    """Time an all-reduce of float32 in plain and in secure runs, in turn."""
+    plan = all_reduce.Plan(world=world, size_bytes=int(mib * MIB), iterations=iters, warmup=warmup)
+    try:
+        scenario = None if name is None else netlab.load(name)
+    except netlab.ScenarioError as error:
+        raise click.UsageError(str(error)) from error
+
+    def reduce(plan: all_reduce.Plan) -> all_reduce.Result:
+        if scenario is None:
+            return _conduct(lambda conductor: all_reduce.measure(plan, conductor))
+        with Children() as children:
+            return wan.measure(scenario, plan, children).reduced
+
+    _report(
+        "encryption", as_json, lambda: encryption.measure(plan, rounds, name or "loopback", reduce),
+        encryption.Result.to_json, show.encryption,
+    )  # fmt: skip
+
+
+def _kinds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[Nat, ...]:
+    names = tuple(Nat) if value is None else tuple(value.split(","))
+    for name in names:
+        if name not in tuple(Nat):
+            raise click.BadParameter(f"{name!r} is none of {', '.join(Nat)}", ctx, param)
+    return tuple(kind for kind in Nat if kind in names)
+
+
+@bench.command("nat", epilog=EPILOG)
+@click.option("--kinds", callback=_kinds, metavar="KIND,KIND", help=f"Of {', '.join(Nat)}. Default: all.")
+@click.option("--delay", default="10ms", show_default=True, metavar="TIME", help="One way between any two lines.")
+@_mib("Size of each peer's tensor.", 1)
+@click.option("--repeat", type=click.IntRange(1, 100), default=1, show_default=True, help="Of each pair.")
+@click.option(
+    "--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the tables: docs/nat.md."
+)
+@_AS_JSON
+def nat_command(
+    kinds: tuple[Nat, ...], delay: str, mib: float, repeat: int, write: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Connect two peers behind each pair of kinds of NAT; say how and how fast. Needs root, nftables and miniupnpd.
+
+    A pair that is not connected as it should, or that reduces to wrong values, is told and ends with status 4.
+    """
+    pairs = tuple((a, b) for a, b in nat.PAIRS if a in kinds and b in kinds)
+    plan = nat.Plan(pairs, delay, int(mib * MIB), repeat)
+    try:
+        nat.scenario(kinds, delay)
+    except netlab.ScenarioError as error:
+        raise click.UsageError(str(error)) from error
+
+    def told(cell: nat.Cell) -> None:
+        if not as_json:
+            click.echo(show.nat_cell(cell))
+
+    found: list[nat.Result] = []
+    here = machine.Machine.read()
+
+    def measure() -> nat.Result:
+        found.append(nat.measure(plan, told))
+        return found[0]
+
+    _report("nat", as_json, measure, nat.Result.to_json, lambda result: [])
+    if write is not None:
+        write.write_text(nat_page.page(found[0], here), encoding="utf-8")
+    sys.exit(ExitStatus.OK if all(cell.is_as_expected for cell in found[0].cells) else ExitStatus.WRONG_VALUES)
 
 
 @bench.command("scale", epilog=EPILOG)

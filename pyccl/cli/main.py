@@ -7,6 +7,7 @@ import click
 from pyccl.cli.bench import bench
 from pyccl.cli.bench_all import all_command
 from pyccl.cli.demo import demo
+from pyccl.cli.doctor import doctor
 from pyccl.cli.netlab import netlab
 from pyccl.cli.status import status
 from pyccl.cli.stress import stress
@@ -21,6 +22,7 @@ def main() -> None:
 bench.add_command(all_command)
 main.add_command(bench)
 main.add_command(demo)
+main.add_command(doctor)
 main.add_command(netlab)
 main.add_command(status)
 main.add_command(stress)

@@ -22,11 +22,16 @@ from typing import Final, NoReturn
 import click
 import trio
 
+from pyccl import errors
+from pyccl._io.identity import Identity, short
 from pyccl._io.journal import Journal, JournalError
 from pyccl._io.master_server import CONNECTIONS_MAX, TRIES_PER_LINE, WRITE_AGAIN_S, MasterServer
+from pyccl._native.handles import Relay
 from pyccl._proto import limits
 from pyccl._proto.past import NONCE_BITS, Began, Past, make_term, start_of
 from pyccl.cli import log as logs
+from pyccl.cli.operate import invite, kick, peers, revoke
+from pyccl.cli.options import relay_options
 
 EXIT_ARGUMENTS: Final = 2
 EXIT_ADDRESS: Final = 3
@@ -43,6 +48,9 @@ class _Options:
     new_run: bool
     adopt_run: bool
     needs_majority: bool
+    identity: Identity | None  # secure; None: plain
+    remote: bool
+    relay_max: int | None  # bytes per second; 0: no cap; None: it does not relay
 
 
 _EPILOG = """
@@ -167,6 +175,13 @@ def _log_journal(path: Path, past: Past) -> None:
     log.info("journal path=%s run=%s start=%d members=%d", path, past.run.hex(), start_of(past.term), members)
 
 
+def _identity() -> Identity:
+    try:
+        return Identity.load()
+    except errors.UsageError as e:
+        _fail(EXIT_ARGUMENTS, str(e))
+
+
 def _new_past() -> Past:
     return Past(secrets.token_bytes(limits.ID_BYTES), _next_term(0))
 
@@ -198,18 +213,26 @@ async def _serve(family: int, address: tuple[str, int], options: _Options) -> No
             connections_max=_connections_max(),
             needs_majority=options.needs_majority,
             adopts=options.adopt_run or options.needs_majority,
+            identity=options.identity,
+            remote=options.remote,
+            relay=None if options.relay_max is None else Relay(options.peer_timeout, options.relay_max),
         )
         listener = _listen(sock, address)
         host, port = listener.socket.getsockname()[:2]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
             click.echo(f"listening on {f'[{host}]' if ':' in host else host}:{port}")
+            if options.identity is not None:
+                log.info("secure identity=%s next=pyccl-master invite", short(options.identity.public))
             sys.stdout.flush()
             await stopped(math.inf)
             nursery.cancel_scope.cancel()
 
 
-@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.group(
+    epilog=_EPILOG, invoke_without_command=True, subcommand_metavar="[COMMAND [ARGS]...]",
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 @click.option(
     "--listen", default="127.0.0.1:48148", show_default=True, metavar="HOST:PORT",
     help="Address for control connections; port 0 takes a free one. The address is printed on stdout.",
@@ -234,11 +257,18 @@ async def _serve(family: int, address: tuple[str, int], options: _Options) -> No
 )  # fmt: skip
 @click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @click.option(
-    "--insecure", is_flag=True,
-    help="Listen on an address that is not loopback: nothing is encrypted or authenticated in this version.",
+    "--secure", is_flag=True,
+    help="Take encrypted connections with an invite only, on loopback, too; elsewhere it is the default.",
 )  # fmt: skip
+@click.option(
+    "--insecure", is_flag=True,
+    help="On an address that is not loopback: encrypt nothing, and let everybody in who can reach it.",
+)  # fmt: skip
+@relay_options
 @click.version_option(package_name="pyccl-p2p", prog_name="pyccl-master")
+@click.pass_context
 def main(
+    context: click.Context,
     listen: str,
     peer_timeout: float,
     journal_path: Path | None,
@@ -246,23 +276,27 @@ def main(
     new_run: bool,
     adopt_run: bool,
     log_level: str,
+    secure: bool,
     insecure: bool,
+    relay: bool,
+    relay_max: int | None,
 ) -> None:
     """Keep the member list of one run; open its epochs and settle what a lost peer left open.
 
-    Carries no tensor data. Peers connect with pyccl.connect("HOST:PORT").
+    Carries no tensor data. On loopback peers connect with pyccl.connect("HOST:PORT"); elsewhere with an invite, which
+    `pyccl-master invite` prints. The commands are for the operator, on the machine of a master that runs.
     """
+    if context.invoked_subcommand is not None:
+        return
     logs.configure(log_level)
     host, port = _parse_listen(listen)
     family, address = _resolve(host, port)
-    if not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
-        if not insecure:
-            _fail(
-                EXIT_ARGUMENTS,
-                f"--listen {listen}: not a loopback address, and this version can't encrypt or authenticate; "
-                "--insecure listens there all the same",
-            )
+    is_loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+    if secure and insecure:
+        _fail(EXIT_ARGUMENTS, "--secure and --insecure exclude each other")
+    if insecure and not is_loopback:
         log.warning("insecure listen=%s: anybody who can reach this address can join the run and read its data", listen)
+    identity = _identity() if secure or not (is_loopback or insecure) else None
     if no_journal and journal_path is not None:
         _fail(EXIT_ARGUMENTS, "--journal and --no-journal exclude each other")
     if adopt_run and new_run:
@@ -275,7 +309,19 @@ def main(
         )
     elif path is None:
         log.info("no_journal: nobody can come back to port 0; give --journal to keep the run when this process ends")
-    trio.run(_serve, family, address, _Options(peer_timeout, path, new_run, adopt_run, no_journal))
+    if identity is not None and path is None:
+        log.warning("no_journal: a master started later knows neither uses of invites nor who was revoked or kicked")
+    if relay_max is not None and not relay:
+        _fail(EXIT_ARGUMENTS, "--relay-max goes with --relay")
+    options = _Options(
+        *(peer_timeout, path, new_run, adopt_run, no_journal, identity),
+        *(not is_loopback, relay_max or 0 if relay else None),
+    )
+    trio.run(_serve, family, address, options)
+
+
+for command in (invite, revoke, peers, kick):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ Exit status:
   0    done: every command ended with 0, every check passed
   1    a command ended with something else, a check failed
   2    bad arguments, or a wrong scenario
-  3    no lab can be built here: no rights (it needs root), no iproute2
+  3    no lab can be built here: no rights (it needs root), no iproute2, no nftables
   124  the time limit was reached
 """
 INTERRUPT: Final = 130
@@ -51,6 +51,10 @@ def netlab() -> None:
     SCENARIO is the name of one that comes with pyccl, or the path of a TOML file. Every host is a network namespace of
     its own; what they send to each other goes through a line emulator of ours, packet by packet of 1500 bytes. A lab
     ends with the command that built it, and all processes in it, whatever ends the command. Needs root and iproute2.
+
+    In a file, a host may stand behind a router that translates or filters: nat = "full_cone", "port_restricted",
+    "symmetric", "upnp", "double" or "firewall", alone or with others in one `lan`, and have IPv6. Routers need
+    nftables, "upnp" miniupnpd too.
     """
 
 
@@ -99,12 +103,13 @@ def check_command(
 
     From each host to the next: the round trip of the best of 20 pings, the share of lost packets, what UDP gets through
     a line that is offered more than it carries, and what one plain TCP connection reaches (which is the kernel's
-    business, so only more than the line carries is wrong). Some seconds for each host.
+    business, so only more than the line carries is wrong). Some seconds for each host. Lines are measured, so routers
+    (`nat`) are left out.
     """
     asked = _load(name, rate=rate, delay=delay, loss=loss, hosts=hosts, seed=seed)
 
     def measure() -> tuple[list[check.Finding], Counts]:
-        with Lab(asked) as lab:
+        with Lab(asked.without_nat()) as lab:
             found = list(check.check(lab))
             return found, lab.counts()
 

@@ -13,11 +13,13 @@ import click
 import trio
 
 from pyccl import errors
-from pyccl._io.address import parse_address
+from pyccl._io.address import credentials_for, parse_master, reach_of
 from pyccl._io.observer import Observer, ObserverConfig
 from pyccl._io.statestore import StateStore, StoreError, held
 from pyccl._proto import limits
 from pyccl.cli import log as logs
+from pyccl.cli.hide import hide_invite
+from pyccl.cli.options import relay_options
 
 EXIT_ARGUMENTS: Final = 2
 EXIT_REJECTED: Final = 3
@@ -87,7 +89,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 @click.command(epilog=_EPILOG, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
-@click.argument("master")
+@click.argument("master", required=False)
 @click.option(
     "--dir", "directory", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
     help="Where the states are kept; made if it does not exist. Damaged files in it are set aside.",
@@ -104,21 +106,54 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     "--group", type=click.IntRange(0, limits.U32_MAX), default=0, show_default=True, metavar="GROUP",
     help="Peer group whose state it is.",
 )  # fmt: skip
+@relay_options
+@click.option(
+    "--listen", metavar="HOST:PORT",
+    help="Where members are accepted: an address of this machine, :PORT for all of them. Default: a free port.",
+)  # fmt: skip
+@click.option(
+    "--advertise", metavar="HOST:PORT", multiple=True,
+    help="Where members reach it, if it can't find that out itself. May be given several times.",
+)  # fmt: skip
 @click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @click.version_option(package_name="pyccl-p2p", prog_name="pyccl-peer")
-def main(master: str, directory: Path, keep: int, every: int, group: int, log_level: str) -> None:
+def main(
+    master: str | None,
+    directory: Path,
+    keep: int,
+    every: int,
+    group: int,
+    relay: bool,
+    relay_max: int | None,
+    listen: str | None,
+    advertise: tuple[str, ...],
+    log_level: str,
+) -> None:
     """Hold the shared state of a run on disk, and give it to peers that come back when nobody else has it.
 
-    MASTER is the address of pyccl-master, HOST:PORT. It reconnects by itself, and goes on where it was when restarted.
+    MASTER is the address of pyccl-master, HOST:PORT, or an invite; without it, the invite in PYCCL_INVITE, which, other
+    than an argument, nobody else on this machine can read. It reconnects by itself, and goes on where it was when
+    restarted.
     """
     logs.configure(log_level)
+    hide_invite(master)
     try:
-        host, port = parse_address(master)
+        where = parse_master(master)
+        credentials = credentials_for(where)
+        reach = reach_of(listen, advertise, "auto")
     except errors.UsageError as e:
         _fail(EXIT_ARGUMENTS, str(e))
+    if relay_max is not None and not relay:
+        _fail(EXIT_ARGUMENTS, "--relay-max goes with --relay")
     store = _open_store(directory, keep)
     try:
-        _run(ObserverConfig(host, port, group, every, importlib.metadata.version("pyccl-p2p")), store)
+        _run(
+            ObserverConfig(
+                *(where.host, where.port, group, every, importlib.metadata.version("pyccl-p2p"), credentials),
+                *(reach, relay_max or 0 if relay else None),
+            ),
+            store,
+        )
     finally:
         store.close()
 

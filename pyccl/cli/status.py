@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any, Final
 
@@ -10,8 +11,9 @@ import click
 import trio
 
 from pyccl import errors
-from pyccl._io.address import parse_address
+from pyccl._io.address import VARIABLE, credentials_for, parse_master
 from pyccl._io.ask import ask_status
+from pyccl.cli.hide import hide_invite
 from pyccl.cli.log import printable
 
 EXIT_UNREACHABLE: Final = 3
@@ -26,24 +28,28 @@ Example: pyccl status 127.0.0.1:48148
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("master", default="127.0.0.1:48148", metavar="[HOST:PORT]")
+@click.argument("master", default="", metavar="[HOST:PORT|INVITE]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--timeout", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, metavar="SECONDS")
 def status(master: str, as_json: bool, timeout: float) -> None:
-    """Print what a running master knows of its run."""
+    """Print what a running master knows of its run. Without an argument: the one of the invite in PYCCL_INVITE, or
+    127.0.0.1:48148.
+    """
+    hide_invite(master)
     try:
-        host, port = parse_address(master)
+        where = parse_master(master or (None if os.environ.get(VARIABLE) else "127.0.0.1:48148"))
+        credentials = credentials_for(where)
     except errors.UsageError as e:
         raise click.UsageError(str(e)) from e
 
     async def ask() -> dict[str, Any]:
         with trio.fail_after(timeout):
-            return await ask_status(host, port)
+            return await ask_status(where.host, where.port, credentials)
 
     try:
         told = trio.run(ask)
     except trio.TooSlowError:
-        click.echo(f"pyccl status: {master} did not answer within {timeout:g} s", err=True)
+        click.echo(f"pyccl status: {where.address} did not answer within {timeout:g} s", err=True)
         sys.exit(EXIT_UNREACHABLE)
     except errors.PycclError as e:
         click.echo(printable(f"pyccl status: {e}"), err=True)
@@ -54,7 +60,9 @@ def status(master: str, as_json: bool, timeout: float) -> None:
     try:
         lines = describe(told)
     except (KeyError, TypeError, ValueError, AttributeError):
-        click.echo(f"pyccl status: what {master} answers is no status of this version (--json prints it)", err=True)
+        click.echo(
+            f"pyccl status: what {where.address} answers is no status of this version (--json prints it)", err=True
+        )
         sys.exit(EXIT_UNREACHABLE)
     for line in lines:
         click.echo(printable(line))
@@ -103,6 +111,7 @@ def _peer(peer: dict[str, Any]) -> str:
         "blocked" if peer["blocked"] else "",
         f"lost: {peer['lost']}" if peer["lost"] else "",
         *(f"complains of {other}: {cause}" for other, cause in peer["complaints"].items()),
+        *(f"{path} to {other}" for other, path in peer["paths"].items() if path != "direct"),
     ]
     said = ", ".join(note for note in notes if note)
     return f"{peer['peer'][:8]}  {' '.join(peer['addresses'])}  heard {peer['heard_ago_s']:.1f} s ago  {said}".rstrip()

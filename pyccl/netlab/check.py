@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pyccl.netlab.lab import MTU, Lab
+from pyccl.netlab.lab import Lab
+from pyccl.netlab.site import MTU
 from pyccl.units import show_rate
 
 PINGS: Final = 20

@@ -63,7 +63,7 @@ def _compile(sources: Sequence[Path], target: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class HostCount:
-    """IP packets and bytes: tx read from it, rx delivered to it.
+    """IP packets and bytes of a line: tx came from its host or LAN, rx was delivered to it.
 
     unroutable: to nobody here. refused: it was cut. overrun: frames that its device dropped, since the emulator did not
     read in time.
@@ -90,7 +90,7 @@ class PipeCount:
 
 @dataclass(frozen=True, slots=True)
 class RouteCount:
-    """From one rank to another: drawn as lost, and dropped by the queue of a flow's cap."""
+    """From one line to another, by number: drawn as lost, and dropped by the queue of a flow's cap."""
 
     source: int
     target: int
@@ -100,7 +100,7 @@ class RouteCount:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Since the lab was built.
+    """Since the lab was built. hosts: of each line, `Scenario.sites` in order.
 
     late: packets that were delivered more than 1 ms after their time; it says whether this machine kept up.
     cpu_s: of the emulator; the kernel's work on what it delivers is in it.
@@ -139,13 +139,29 @@ class Counts:
         return told if self.realtime else f"{told}; the emulator has no real-time priority here"
 
 
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """That packets to a site have. ipv6: its /64, as "2a0e:78:0:1::". "": none."""
+
+    ipv4: str
+    ipv6: str = ""
+
+    def __str__(self) -> str:
+        """In the emulator's words."""
+        return f"{self.ipv4 or '-'} {self.ipv6 or '-'}"
+
+
 class Emulator:
     """The running process. It ends when this one does, and ends the processes in its namespaces then."""
 
     def __init__(
-        self, scenario: Scenario, devices: Sequence[int], addresses: Sequence[str], namespaces: Sequence[int]
+        self, scenario: Scenario, devices: Sequence[int], addresses: Sequence[Addresses], namespaces: Sequence[int]
     ) -> None:
-        """devices: a TUN descriptor of each host; namespaces: inode numbers. NetworkError: it does not start."""
+        """devices, addresses: a TUN descriptor and what it has of each site. namespaces: inode numbers.
+
+        Raises:
+            NetworkError: it does not start.
+        """
         self._pipes: dict[str, int] = {}
         config = "\n".join(self._config(scenario, devices, addresses, namespaces))
         self._process = subprocess.Popen(
@@ -161,16 +177,17 @@ class Emulator:
             raise
 
     def _config(
-        self, scenario: Scenario, devices: Sequence[int], addresses: Sequence[str], namespaces: Sequence[int]
+        self, scenario: Scenario, devices: Sequence[int], addresses: Sequence[Addresses], namespaces: Sequence[int]
     ) -> list[str]:
-        ranks = range(len(scenario.hosts))
-        pairs = [(a, b) for a in ranks for b in ranks if a != b]
-        shortest_ns = min(scenario.delay_ns(a, b) for a, b in pairs)
+        ranks = [site[0] for site in scenario.sites]
+        numbers = range(len(ranks))
+        pairs = [(a, b) for a in numbers for b in numbers if a != b]
+        routes = {(a, b): scenario.route(ranks[a], ranks[b]) for a, b in pairs}
+        shortest_ns = min(scenario.delay_ns(ranks[a], ranks[b]) for a, b in pairs)
         grain_ns = min(max(shortest_ns // GRAIN_SHARE, GRAIN_NS[0]), GRAIN_NS[1])
         lines = [f"seed {scenario.seed}", f"grain {grain_ns}"]
         lines += [f"namespace {inode}" for inode in namespaces]
-        lines += [f"host {fd} {address}" for fd, address in zip(devices, addresses, strict=True)]
-        routes = {(a, b): scenario.route(a, b) for a, b in pairs}
+        lines += [f"host {fd} {own}" for fd, own in zip(devices, addresses, strict=True)]
         for steps in routes.values():
             for step in steps:
                 if isinstance(step, Pipe) and step.name not in self._pipes:
@@ -201,6 +218,11 @@ class Emulator:
     def _failure(self) -> NetworkError:
         self._process.kill()
         return NetworkError(f"the line emulator ended: {self._process.communicate()[1].strip()}")
+
+    def change(self, site: int, addresses: Addresses) -> None:
+        """From now on it has these. NetworkError: the emulator has ended."""
+        if self._ask(f"address {site} {addresses}") != "changed\n":
+            raise self._failure()
 
     def counts(self) -> Counts:
         """NetworkError: it has ended."""

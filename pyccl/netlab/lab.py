@@ -1,4 +1,5 @@
-"""A scenario that is built: a network namespace for each host, a TUN device in it, and the emulator between them.
+"""A scenario that is built: a network namespace for each host and router, a TUN device at the end of each line, and the
+emulator between them.
 
     with Lab(load("pacific")) as lab:
         server = lab.start(0, ["python3", "server.py"], stdout=subprocess.PIPE)
@@ -6,7 +7,7 @@
         client.wait(timeout=60)
 
 Leaving the block kills all processes in the namespaces. So does the end of this process, whatever ends it. Needs root,
-iproute2 and nsenter.
+iproute2 and nsenter; with routers nftables, for UPnP miniupnpd.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from pyccl.netlab.emulator import Counts, Emulator
-from pyccl.netlab.scenario import Scenario
+from pyccl.netlab.emulator import Addresses, Counts, Emulator
+from pyccl.netlab.nat import DEVICE
+from pyccl.netlab.scenario import Nat, Scenario
+from pyccl.netlab.site import Site
 from pyccl.processes.namespace import Namespace, NetworkError, need_tools
 
 T = TypeVar("T")
-DEVICE: Final = "wan0"
-MTU: Final = 1500
-_QUEUE_LENGTH: Final = 2000  # frames that wait for the emulator: it drops by its own rules, the device shall not
 # linux/if_tun.h
 _TUNSETIFF: Final = 0x400454CA
 _TUNSETOFFLOAD: Final = 0x400454D0
@@ -37,6 +37,7 @@ _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 _TUN_F_CSUM: Final = 0x01
 _TUN_F_TSO4: Final = 0x02
+_TUN_F_TSO6: Final = 0x04
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +56,24 @@ class Lab:
     interface_name: Final = DEVICE
 
     def __init__(self, scenario: Scenario) -> None:
-        need_tools()
+        kinds = {host.nat for host in scenario.hosts}
+        need_tools(*(["nft"] if kinds - {Nat.OPEN} else []), *(["miniupnpd"] if Nat.UPNP in kinds else []))
         self.scenario = scenario
-        self.addresses: tuple[str, ...] = tuple(f"10.78.0.{rank + 1}" for rank in range(len(scenario.hosts)))
         self._namespaces: list[Namespace] = []
+        self._sites: list[Site] = []
         self._started: list[subprocess.Popen[Any]] = []
         self._emulator: Emulator | None = None
         devices: list[int] = []
         try:
-            for address in self.addresses:
-                namespace = Namespace()
-                self._namespaces.append(namespace)
-                devices.append(namespace.call(_open_tun))
-                namespace.ip(
-                    "link set lo up",
-                    f"addr add {address}/32 dev {DEVICE}",
-                    f"link set {DEVICE} mtu {MTU} txqueuelen {_QUEUE_LENGTH} up",
-                    f"route add default dev {DEVICE}",
-                )
-            inodes = [namespace.inode for namespace in self._namespaces]
-            self._emulator = Emulator(scenario, devices, self.addresses, inodes)
+            for _ in scenario.hosts:
+                self._namespaces.append(Namespace())
+            for number, ranks in enumerate(scenario.sites):
+                site = Site(scenario, number, [self._namespaces[rank] for rank in ranks])
+                self._sites.append(site)
+                devices.append(site.line.call(_open_tun))
+                site.start()
+            inodes = [namespace.inode for namespace in self._all_namespaces()]
+            self._emulator = Emulator(scenario, devices, [site.public for site in self._sites], inodes)
         except BaseException:
             self.close()
             raise
@@ -90,9 +89,32 @@ class Lab:
     ) -> None:
         self.close()
 
+    def _all_namespaces(self) -> list[Namespace]:
+        return [*self._namespaces, *(router.namespace for site in self._sites for router in site.routers)]
+
+    def _place(self, host: int | str) -> tuple[int, int]:
+        """Number of its site, and its place there."""
+        rank = self.rank(host)
+        ((number, ranks),) = [site for site in enumerate(self.scenario.sites) if rank in site[1]]
+        return number, ranks.index(rank)
+
+    def own(self, host: int | str) -> Addresses:
+        """Of its interface. ipv6: the address. "": none."""
+        number, place = self._place(host)
+        return self._sites[number].own(place)
+
+    def public(self, host: int | str) -> Addresses:
+        """What others see it as: its router's, where that translates. ipv6: the /64 of its address."""
+        return self._sites[self._place(host)[0]].public
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of the hosts' interfaces: IPv4, or IPv6 where that is all they have."""
+        return tuple(own.ipv4 or own.ipv6 for own in map(self.own, range(self.world)))
+
     @property
     def world(self) -> int:
-        return len(self.addresses)
+        return len(self.scenario.hosts)
 
     def rank(self, host: int | str) -> int:
         """Of a host's name. KeyError: there is none."""
@@ -140,19 +162,46 @@ class Lab:
 
     def cut(self, host: int | str) -> None:
         """Nothing gets to or from this host until `mend`; what is on its way to it is lost. Nobody is told."""
-        self._namespaces[self.rank(host)].ip(f"link set {DEVICE} down")
+        number, place = self._place(host)
+        self._sites[number].cut(place)
 
     def mend(self, host: int | str) -> None:
         """After `cut`."""
-        self._namespaces[self.rank(host)].ip(f"link set {DEVICE} up", f"route replace default dev {DEVICE}")
+        number, place = self._place(host)
+        self._sites[number].mend(place)
+
+    def reboot_nat(self, host: int | str) -> None:
+        """Its router forgets all flows and mappings, as at a power cut, and maps ports to others than before.
+
+        What goes on in an old flow is dropped, both ways. Of two routers both do it.
+
+        Raises:
+            ValueError: it has none.
+        """
+        site = self._sites[self._place(host)[0]]
+        if not site.routers:
+            raise ValueError(f"host {host!r} has no router")
+        for router in site.routers:
+            router.reboot(moves_ports=router is site.routers[0])
+
+    def change_address(self, host: int | str) -> Addresses:
+        """Give its line another public address, of IPv4 and IPv6, which is returned. The old one is nobody's."""
+        number, _ = self._place(host)
+        site = self._sites[number]
+        site.change_address()
+        if self._emulator is None:
+            raise NetworkError("the lab is closed")
+        self._emulator.change(number, site.public)
+        return site.public
 
     def counts(self) -> Counts:
         """What the emulator has seen. NetworkError: it has ended."""
         if self._emulator is None:
             raise NetworkError("the lab is closed")
         counts = self._emulator.counts()
-        hosts = [replace(host, overrun=self.interface(rank).tx_dropped) for rank, host in enumerate(counts.hosts)]
-        return replace(counts, hosts=tuple(hosts))
+        dropped = [site.line.call(_read_interface).tx_dropped for site in self._sites]
+        lines = [replace(line, overrun=count) for line, count in zip(counts.hosts, dropped, strict=True)]
+        return replace(counts, hosts=tuple(lines))
 
     def interface(self, host: int | str) -> Interface:
         """What the kernel has counted on this host's interface."""
@@ -172,8 +221,11 @@ class Lab:
             if emulator is not None:
                 emulator.close()
         finally:
+            for site in self._sites:
+                site.close()
             for namespace in self._namespaces:
                 namespace.close()
+            self._sites.clear()
             self._namespaces.clear()
             for process in self._started:  # ended by the emulator, but for one that had not entered its namespace yet
                 process.kill()
@@ -194,7 +246,7 @@ def _open_tun() -> int:
     try:
         flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), flags))
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4)
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6)
     except BaseException:
         os.close(fd)
         raise

@@ -10,7 +10,10 @@
     queue = "50ms"                         in front of each rate, drop tail; or a size ("256kB")
     delay = "0ms"                          one way, on its line, each way
     loss = 0.0                             of each packet on its line, each way
-    router = "internet"                    what it hangs on; left out: the first router
+    router = "internet"                    what its line leads to; left out: the first router
+    nat = "port_restricted"                its own router, at the end of its line; left out: none ("open")
+    lan = "home"                           hosts behind the same one, on the same line; left out: it is there alone
+    ipv6 = "dual"                          beside IPv4; or "only"; left out: "none"
 
     [[router]]                             left out: one that adds nothing
     name = "internet"
@@ -26,6 +29,16 @@
     delay = "40ms"
     loss = 0.0
 
+Kinds of `nat`, all of which drop what nobody inside asked for:
+
+    open             none: a public address of its own
+    full_cone        a port that sent something out is open to everybody
+    port_restricted  a port is open to whom it sent something to; ports are kept
+    symmetric        the same, and each flow gets a random port
+    upnp             port_restricted, and maps ports for who asks by UPnP, NAT-PMP or PCP
+    double           port_restricted, twice: two routers
+    firewall         a public address; only flows that began inside
+
 Rates count IP packets; delays are one way. A packet goes up the sender's line (queue, rate, delay), through routers and
 links on the way with the least delay, and down the receiver's line. Losses are drawn where they are named: on a host's
 line behind the rate on the way up, before it on the way down.
@@ -33,6 +46,7 @@ line behind the rate on the way up, before it on the way down.
 
 from __future__ import annotations
 
+import enum
 import heapq
 import itertools
 import re
@@ -46,6 +60,7 @@ from typing import Any, Final, TypeVar
 from pyccl import units
 
 T = TypeVar("T")
+K = TypeVar("K", bound=enum.StrEnum)
 HOSTS_MAX: Final = 250
 QUEUE: Final = "50ms"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -53,6 +68,28 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 class ScenarioError(ValueError):
     """No scenario; the text says where and why."""
+
+
+class Nat(enum.StrEnum):
+    """What stands between a host and its line."""
+
+    OPEN = "open"
+    FULL_CONE = "full_cone"
+    PORT_RESTRICTED = "port_restricted"
+    SYMMETRIC = "symmetric"
+    UPNP = "upnp"
+    DOUBLE = "double"
+    FIREWALL = "firewall"
+
+    @property
+    def translates(self) -> bool:
+        return self not in (Nat.OPEN, Nat.FIREWALL)
+
+
+class IPv6(enum.StrEnum):
+    NONE = "none"
+    DUAL = "dual"
+    ONLY = "only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +108,18 @@ class Host:
     down: Line = Line()
     delay_ns: int = 0
     loss: float = 0.0
+    nat: Nat = Nat.OPEN
+    lan: str = ""
+    ipv6: IPv6 = IPv6.NONE
+
+    @property
+    def line_name(self) -> str:
+        """Hosts of one LAN share their line."""
+        return self.lan or self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """Kinds of NAT will be a field of this, and a step of the routes that cross it."""
-
     name: str
     delay_ns: int = 0
     loss: float = 0.0
@@ -160,6 +203,18 @@ class Scenario:
         alike = tuple(replace(self.hosts[0], name=name) for name in _names(base, left))
         return replace(self, hosts=alike + self.hosts[first:], kinds=(left, *others))
 
+    def without_nat(self) -> Scenario:
+        """The same lines, each host with a public address."""
+        return replace(self, hosts=tuple(replace(host, nat=Nat.OPEN) for host in self.hosts))
+
+    @property
+    def sites(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that have one public address: of a host, or of a LAN's router. In the order of their first hosts."""
+        found: dict[str, list[int]] = {}
+        for rank, host in enumerate(self.hosts):
+            found.setdefault(host.line_name if host.nat is not Nat.OPEN else host.name, []).append(rank)
+        return tuple(tuple(ranks) for ranks in found.values())
+
     @property
     def rtt_ns(self) -> int:
         """The longest round trip of two hosts, of empty lines."""
@@ -189,9 +244,11 @@ class Scenario:
         return min((cap for cap in caps if cap is not None), default=None)
 
     def route(self, source: int, target: int) -> list[Step]:
-        """What a packet from one host (by rank) to another meets, in this order."""
+        """What a packet from one host (by rank) to another meets, in this order. Within a LAN: nothing."""
         a, b = self.hosts[source], self.hosts[target]
-        steps: list[Step] = [Pipe(f"{a.name} up", a.up), Delay(a.delay_ns), Loss(a.loss)]
+        if a.nat is not Nat.OPEN and a.line_name == b.line_name:
+            return []
+        steps: list[Step] = [Pipe(f"{a.line_name} up", a.up), Delay(a.delay_ns), Loss(a.loss)]
         for router, link in self._way(a.router, b.router):
             steps += [Delay(router.delay_ns), Loss(router.loss)]
             if router.flow_cap.rate is not None:
@@ -199,7 +256,7 @@ class Scenario:
             if link is not None:
                 to = link.between[link.between[0] == router.name]
                 steps += [Pipe(f"{router.name} to {to}", link.line), Delay(link.delay_ns), Loss(link.loss)]
-        steps += [Loss(b.loss), Pipe(f"{b.name} down", b.down), Delay(b.delay_ns)]
+        steps += [Loss(b.loss), Pipe(f"{b.line_name} down", b.down), Delay(b.delay_ns)]
         return [step for step in steps if step.counts()]
 
     def _way(self, start: str, end: str) -> list[tuple[Router, Link | None]]:
@@ -378,9 +435,25 @@ def _check(scenario: Scenario) -> None:
         for end in link.between:
             if end not in routers:
                 raise ScenarioError(f"{where}: a link ends at {end!r}, which is no router")
+    for lan in sorted({host.lan for host in scenario.hosts if host.lan}):
+        _check_lan(scenario, lan)
+    if len(scenario.sites) < 2:
+        raise ScenarioError(f"{where}: all hosts are in one LAN, so no line is used")
     used = sorted({host.router for host in scenario.hosts})
     for start, end in itertools.pairwise(used):
         scenario._way(start, end)
+
+
+def _check_lan(scenario: Scenario, lan: str) -> None:
+    where = f"{scenario.name}: lan {lan!r}"
+    first, *others = [host for host in scenario.hosts if host.lan == lan]
+    if not first.nat.translates:
+        raise ScenarioError(f"{where}: behind which kind of nat? ({first.nat} has no LAN: its address is public)")
+    if lan in {host.name for host in scenario.hosts}:
+        raise ScenarioError(f"{where}: a host has that name")
+    for host in others:
+        if replace(host, name=first.name, ipv6=first.ipv6) != first:
+            raise ScenarioError(f"{where}: {first.name!r} and {host.name!r} have one router and line, but differ")
 
 
 def _line(table: _Table, *keys: str) -> Line:
@@ -405,8 +478,12 @@ def _hosts(table: _Table, where: str, router: str) -> list[Host]:
     host = Host(
         name, table.take("router", _name, router), up, down,
         table.take("delay", units.time_ns, 0), table.take("loss", units.share, 0.0),
+        table.take("nat", _one_of(Nat), Nat.OPEN), table.take("lan", _name, ""),
+        table.take("ipv6", _one_of(IPv6), IPv6.NONE),
     )  # fmt: skip
-    table.end(("name", "count", "rate", "up", "down", "queue", "delay", "loss", "router"))
+    if host.ipv6 is IPv6.ONLY and host.nat.translates:
+        raise ScenarioError(f"{where}.ipv6: {host.nat} translates IPv4; without that it is a firewall")
+    table.end(("name", "count", "rate", "up", "down", "queue", "delay", "loss", "router", "nat", "lan", "ipv6"))
     return [host] if count == 1 else [replace(host, name=one) for one in _names(name, count)]
 
 
@@ -469,6 +546,15 @@ def _integer(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ScenarioError(f"{value!r} is no whole number")
     return value
+
+
+def _one_of(kind: type[K]) -> Callable[[object], K]:
+    def read(value: object) -> K:
+        if not isinstance(value, str) or value not in tuple(kind):
+            raise ScenarioError(f"{value!r} is none of {', '.join(kind)}")
+        return kind(value)
+
+    return read
 
 
 def _count(value: object) -> int:

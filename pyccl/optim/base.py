@@ -18,6 +18,7 @@ import numpy as np
 from pyccl import errors
 from pyccl.calls import check_range
 from pyccl.communicator import Communicator
+from pyccl.guards import Guard, parse_guard
 from pyccl.optim.exchange import Exchange, Outcome
 from pyccl.optim.group import Group, Stats, log
 from pyccl.optim.params import Params, Vectors
@@ -47,6 +48,7 @@ class OuterOptimizer(ABC):
         settings: Mapping[str, object],
         buffers: Sequence[str] = (),
         per_replica: bool = False,
+        guard: Guard | str | None = None,
     ) -> None:
         """settings: what else must be equal on all members. buffers: parts beside theta, each as large as theta.
 
@@ -57,10 +59,11 @@ class OuterOptimizer(ABC):
         self.comm, self.stats = comm, Stats()
         self.params = params if isinstance(params, Params) else Params(params)
         self.sync_every, self.min_peers = int(sync_every), int(min_peers)
+        self.guard = parse_guard(guard)
         self._theta = self.params.vectors()
         self.params.read(self._theta)
         self._buffers = {part: self._theta.like() for part in buffers}
-        self._counters = np.zeros(4, np.int64)  # [outer steps, of the subclass...]
+        self._counters = np.zeros(4, np.int64)  # [outer steps, contributions, 0, 0]
         arrays = {f"theta/{name}": view for name, view in self._theta.views.items()}
         for part, vectors in self._buffers.items():
             arrays |= {f"{part}/{name}": view for name, view in vectors.views.items()}
@@ -72,6 +75,8 @@ class OuterOptimizer(ABC):
             "optimizer": type(self).__name__, "sync_every": sync_every, "min_peers": min_peers,
             "params": self.params.layout(), "shard": self.params.shards(), **settings,
         }  # fmt: skip
+        if self.guard is not None:
+            told["guard"] = self.guard
         self._settings = {name: str(value) for name, value in told.items()}
         self.group = Group(comm, self.shared, self._settings, self.min_peers, self.stats, per_replica=per_replica)
         self._inner = 0  # inner steps since the round began
@@ -84,6 +89,12 @@ class OuterOptimizer(ABC):
     def round(self) -> int:
         """Outer steps that the shared state has seen, those before this peer joined too."""
         return int(self._counters[0])
+
+    @property
+    def contributions(self) -> int:
+        """Replicas that took part in an outer step, added over all of them: times the inner steps of a round and their
+        batch, the samples that theta has learned from, however many replicas there were."""
+        return int(self._counters[1])
 
     def step(self) -> bool:
         """Count a finished inner step; where a round is complete, exchange. Returns whether it was.
@@ -268,9 +279,9 @@ class OuterOptimizer(ABC):
         self._inner = 0
         self.params.write(self._theta)
 
-    def _committed(self) -> None:
-        """The shared arrays have advanced by an outer step."""
-        self._counters[0] += 1
+    def _committed(self, world_size: int) -> None:
+        """The shared arrays have advanced by an outer step, over so many replicas."""
+        self._counters[:2] += 1, world_size
         self.shared.revision = self.round
         self.stats.rounds += 1
 

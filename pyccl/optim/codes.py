@@ -48,6 +48,13 @@ def average(encoded: Sequence[Array], codec: str, out: Array) -> None:
         np.copyto(out, mean)
 
 
+def magnitude(x: Array) -> tuple[float, float]:
+    """(greatest |x|, sum of squares) of floats; NaN, or an infinity and NaN, where they are not finite."""
+    peak, squares = ffi.new("double *"), ffi.new("double *")
+    check(lib.pyccl_magnitude(DTYPES[x.dtype.name], _bytes(x), x.size, peak, squares), "magnitude")
+    return float(peak[0]), float(squares[0])
+
+
 def _number(codec: str) -> int:
     return int(getattr(lib, f"PYCCL_CODEC_{codec.upper()}"))
 

@@ -11,6 +11,7 @@ import numpy as np
 from pyccl.codecs import codec_of
 from pyccl.communicator import Communicator
 from pyccl.errors import UsageError
+from pyccl.guards import Guard
 from pyccl.optim import rules
 from pyccl.optim.base import Array, OuterOptimizer, copies, load
 from pyccl.optim.exchange import RETRIED, Exchange
@@ -97,6 +98,9 @@ class DiLoCo(OuterOptimizer):
             mean is of what all decode.
         error_feedback: what the codec lost of this replica's pseudo-gradient is added to its next one.
         min_peers: replicas that a round needs.
+        guard: None, "finite" or a ``Guard``: a pseudo-gradient that it refuses fails the round on all members
+            (PoisonError, which names the replica); theta stays, the live weights return to it. Limits are for each
+            vector that is exchanged, in pieces of 256 MiB.
         All but `comm` equal on all members.
     Raises:
         UsageError: arguments. MismatchError: the others' are different; `fields` names what.
@@ -114,10 +118,12 @@ class DiLoCo(OuterOptimizer):
         quantize: str | None = None,
         error_feedback: bool = False,
         min_peers: int = 2,
+        guard: Guard | str | None = None,
     ) -> None:
         self._set_up(
-            comm, params, sync_every, OuterStep(outer_lr, outer_momentum, nesterov), quantize, error_feedback, min_peers
-        )
+            comm, params, sync_every, OuterStep(outer_lr, outer_momentum, nesterov), quantize, error_feedback,
+            min_peers, guard,
+        )  # fmt: skip
         self._come_in()
 
     def _set_up(
@@ -129,13 +135,14 @@ class DiLoCo(OuterOptimizer):
         quantize: str | None,
         error_feedback: bool,
         min_peers: int,
+        guard: Guard | str | None,
         *,
         per_replica: bool = False,
         **settings: object,
     ) -> None:
         self._outer = outer
         super().__init__(
-            comm, params, sync_every=sync_every, min_peers=min_peers, per_replica=per_replica,
+            comm, params, sync_every=sync_every, min_peers=min_peers, per_replica=per_replica, guard=guard,
             buffers=("momentum",) if outer.has_momentum else (),
             settings={
                 **outer.settings(), "quantize": quantize, "error_feedback": error_feedback, **settings,
@@ -149,7 +156,14 @@ class DiLoCo(OuterOptimizer):
         """The exchange of the pseudo-gradient in the contribution's `send`."""
         mine = self._contribution
         return mine.launch(
-            Exchange(self.comm, mine.send.vectors, self._mean.vectors, self.group.vow, quantize=mine.quantize)
+            Exchange(
+                self.comm,
+                mine.send.vectors,
+                self._mean.vectors,
+                self.group.vow,
+                quantize=mine.quantize,
+                guard=self.guard,
+            )
         )
 
     def _exchange_round(self) -> None:
@@ -161,7 +175,7 @@ class DiLoCo(OuterOptimizer):
             return
         self._outer.apply(self._theta, self._momentum, self._mean)
         self._contribution.committed()
-        self._committed()
+        self._committed(outcome.world_size)
         self._begin_round()
         self._end_round(pending=outcome.pending, watched=outcome.watched)
 
@@ -204,13 +218,14 @@ class AsyncDiLoCo(DiLoCo):
         quantize: str | None = None,
         error_feedback: bool = False,
         min_peers: int = 2,
+        guard: Guard | str | None = None,
         eager: bool = False,
     ) -> None:
         if not isinstance(eager, bool):
             raise UsageError(f"eager={eager!r}: True or False is needed")
         self._set_up(
             comm, params, sync_every, OuterStep(outer_lr, outer_momentum, nesterov), quantize, error_feedback,
-            min_peers, per_replica=eager, eager=eager,
+            min_peers, guard, per_replica=eager, eager=eager,
         )  # fmt: skip
         self._before = self._theta.like() if eager else None  # our share of the mean that was not applied yet
         self._late = _Late(self._mean)
@@ -281,7 +296,7 @@ class AsyncDiLoCo(DiLoCo):
                     rules.eager_joining(mean, fresh, world, out=mean)
         self._outer.apply(self._theta, self._momentum, self._mean)
         self._late.world = 0
-        self._committed()
+        self._committed(world)
 
     def _abandon(self) -> None:
         super()._abandon()

@@ -27,6 +27,7 @@ import numpy as np
 from pyccl import errors
 from pyccl.communicator import Communicator
 from pyccl.core import Gather, ReduceInfo, Work
+from pyccl.guards import Guard
 from pyccl.optim import codes
 from pyccl.reference import QUANTIZE_BLOCK
 
@@ -90,6 +91,7 @@ class Exchange:
         vow: makes what rides along, when the vectors are on their way; None: nothing does.
         quantize: None or a codec.
         own: where quantized, arrays that receive `send` as the others decode it, at launch; or empty.
+        guard: of each piece.
         tag: of the pieces; exchanges that are under way at a time need different ones.
     """
 
@@ -100,6 +102,7 @@ class Exchange:
     quantize: str | None = None
     own: Sequence[Array] = ()
     tag: int = TAG_PIECES
+    guard: Guard | None = None
     _pieces: list[_Piece] = field(default_factory=list)
     _vow: _Piece | None = None
     _started: float = 0.0
@@ -136,6 +139,7 @@ class Exchange:
         """Wait for the end; what failed is tried again among those who are left.
 
         Raises:
+            PoisonError: the guard refuses what a member contributed, on all members alike.
             errors of RETRIED: it failed ATTEMPTS_MAX times, on all members alike.
             EvictedError, OutcomeUnknownError: this peer is out of the run.
         """
@@ -185,7 +189,7 @@ class Exchange:
         if piece is self._vow:
             return self.comm.all_reduce_async(piece.send, out=piece.recv, op="max", tag=TAG_VOW)
         if piece.codes is None:
-            return self.comm.all_reduce_async(piece.send, out=piece.recv, op="avg", tag=self.tag)
+            return self.comm.all_reduce_async(piece.send, out=piece.recv, op="avg", tag=self.tag, guard=self.guard)
         return self.comm._all_gather_async(piece.codes, tag=self.tag)
 
     def _end(self) -> errors.PycclError | None:
@@ -215,8 +219,21 @@ class Exchange:
             return work.wait()
         gathered, info = work.wait()
         assert self.quantize is not None
+        self._look_at(gathered, info, piece)
         codes.average(list(gathered), self.quantize, piece.recv)
         return info
+
+    def _look_at(self, gathered: Array, info: ReduceInfo, piece: _Piece) -> None:
+        """All hold the same codes, so all find the same."""
+        if self.guard is None:
+            return
+        assert self.quantize is not None
+        for encoded, peer in zip(gathered, info.members, strict=True):
+            codes.decode(encoded, self.quantize, piece.recv)
+            if self.guard.refuses(*codes.magnitude(piece.recv)):
+                raise errors.PoisonError(
+                    f"exchange: the guard refuses what a member contributed (peer {peer[:8]})", peer=peer
+                )
 
     def _alone(self, piece: _Piece) -> ReduceInfo:
         """Nobody else is left: the mean is of the own share, as others would have decoded it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyccl.communicator import Communicator
+from pyccl.guards import Guard
 from pyccl.optim.base import OuterOptimizer
 from pyccl.optim.exchange import Exchange
 
@@ -20,21 +21,33 @@ class LocalSGD(OuterOptimizer):
         params: see ``Params``.
         sync_every: inner steps between two averages, equal on all members.
         min_peers: replicas that an average needs.
+        guard: as of ``all_reduce``, for the weights; see ``DiLoCo``.
     """
 
-    def __init__(self, comm: Communicator, params: Any, sync_every: int, *, min_peers: int = 2) -> None:
-        super().__init__(comm, params, sync_every=sync_every, min_peers=min_peers, settings={})
+    def __init__(
+        self,
+        comm: Communicator,
+        params: Any,
+        sync_every: int,
+        *,
+        min_peers: int = 2,
+        guard: Guard | str | None = None,
+    ) -> None:
+        super().__init__(comm, params, sync_every=sync_every, min_peers=min_peers, settings={}, guard=guard)
         self._send, self._mean = self._theta.like(), self._theta.like()
         self._come_in()
 
     def _exchange_round(self) -> None:
         self.params.read(self._send)
-        outcome = self._wait(Exchange(self.comm, self._send.vectors, self._mean.vectors, vow=self.group.vow).launch())
+        exchange = Exchange(
+            self.comm, self._send.vectors, self._mean.vectors, vow=self.group.vow, guard=self.guard
+        )
+        outcome = self._wait(exchange.launch())
         if outcome.world_size < self.min_peers:
             self._wait_for_company()
             return
         self._theta.copy_from(self._mean)
-        self._committed()
+        self._committed(outcome.world_size)
         self._begin_round()
         self._end_round(pending=outcome.pending, watched=outcome.watched)
 

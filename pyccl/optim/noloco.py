@@ -178,8 +178,9 @@ class NoLoCo(OuterOptimizer):
         return [peer for peer in self._group if peer != self.comm.peer_id]
 
     def _exchange_round(self) -> None:
-        self._step_with(self._swap_moved())
-        self._committed()
+        shares = self._swap_moved()
+        self._step_with(shares)
+        self._committed(len(shares) + 1)
         self.params.write(self._theta)
         news = self._agreed()
         self._group, self._swaps, self._members = (), [], news.members

@@ -233,7 +233,7 @@ def _numpy_of(torch: Any, tensor: Any) -> Array:
 
 
 def _check_strides(name: str, shape: Sequence[int], strides: Sequence[int]) -> None:
-    if any(step == 0 and length > 1 for length, step in zip(shape, strides, strict=True)):
+    if 0 not in shape and any(step == 0 and length > 1 for length, step in zip(shape, strides, strict=True)):
         raise UsageError(f"{name}: several of its elements share memory (an expanded array)")
 
 
@@ -243,7 +243,9 @@ class Params:
     Args:
         given: a mapping name -> NumPy array or torch tensor, a torch module, or (name, parameter) pairs. Floats:
             float32, float64, float16, bfloat16 (torch, or ``ml_dtypes``). Arrays of any strides, used without copies.
-            Tied parameters (one piece of memory under several names) are exchanged once, under the first of the names.
+            Tied parameters (one piece of memory under several names) are exchanged once, under the first of the names,
+            and have a theta under each of them; of a module under the one of ``named_parameters()``. Frozen ones
+            take part as all others: newcomers get them.
             Of a DTensor: this rank's shard. A module under FSDP2 goes back to its shards, here and where they change.
     Raises:
         UsageError: no parameters, no names, a dtype, read-only, memory that parameters share in part, or a DTensor of

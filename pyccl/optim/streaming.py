@@ -22,6 +22,7 @@ import numpy as np
 
 from pyccl import errors
 from pyccl.communicator import Communicator
+from pyccl.guards import Guard
 from pyccl.optim import rules
 from pyccl.optim.base import OuterOptimizer, copies, load
 from pyccl.optim.diloco import Contribution, OuterStep
@@ -66,6 +67,7 @@ class StreamingDiLoCo(OuterOptimizer):
         quantize: None or a codec: each replica's share is rounded once, its own too, and added in float32.
         error_feedback: what the codec took from a share is added to the next one of that fragment.
         min_peers: replicas that a mean needs.
+        guard: as of ``DiLoCo``, for the fragment's share.
         All but ``delay`` equal on all members.
     Raises:
         UsageError: arguments; ``sync_every`` is no multiple of the fragments; a parameter in none of them or in two.
@@ -90,6 +92,7 @@ class StreamingDiLoCo(OuterOptimizer):
         quantize: str | None = None,
         error_feedback: bool = False,
         min_peers: int = 2,
+        guard: Guard | str | None = None,
     ) -> None:
         self._outer = OuterStep(outer_lr, outer_momentum, nesterov)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
@@ -100,7 +103,7 @@ class StreamingDiLoCo(OuterOptimizer):
         self._alpha = float(alpha)
         self._contributions = [Contribution(named.vectors(names), quantize, error_feedback) for names in self.fragments]
         super().__init__(
-            comm, named, sync_every=sync_every, min_peers=min_peers,
+            comm, named, sync_every=sync_every, min_peers=min_peers, guard=guard,
             buffers=("momentum",) if self._outer.has_momentum else (),
             settings={
                 **self._outer.settings(), **self._contributions[0].settings(),
@@ -136,7 +139,12 @@ class StreamingDiLoCo(OuterOptimizer):
         contribution = self._contributions[self._fragment]
         self._mean = contribution.send.like()
         exchange = Exchange(
-            self.comm, contribution.send.vectors, self._mean.vectors, self.group.vow, contribution.quantize
+            self.comm,
+            contribution.send.vectors,
+            self._mean.vectors,
+            self.group.vow,
+            contribution.quantize,
+            guard=self.guard,
         )
         if self._is_to_send_again:  # as it was sent, with what was fed back
             exchange.own = contribution.own.vectors if contribution.quantize is not None else ()
@@ -160,7 +168,7 @@ class StreamingDiLoCo(OuterOptimizer):
             log.warning("not_committed fragment=%d cause=%r", fragment, e)
         committed = world_size >= self.min_peers
         if committed:
-            self._apply()
+            self._apply(world_size)
         else:
             self._roll_back()
         self.outcomes.append(SlotOutcome(fragment, committed, world_size, self.round))
@@ -171,7 +179,7 @@ class StreamingDiLoCo(OuterOptimizer):
         else:
             self._end_round(pending=pending, watched=watched)
 
-    def _apply(self) -> None:
+    def _apply(self, world_size: int) -> None:
         outer, momentum = self._outer, self._buffers.get("momentum")
         for name, g in self._mean.views.items():
             b = None if momentum is None else momentum.views[name].reshape(-1)
@@ -180,7 +188,7 @@ class StreamingDiLoCo(OuterOptimizer):
         self._contributions[self._fragment].committed()
         if self._alpha != 1.0:
             self._put_live(self._mean, self._alpha)
-        self._committed()
+        self._committed(world_size)
 
     def _roll_back(self) -> None:
         """The slot does not count: of its fragment, live weights start from theta again; the others keep theirs."""

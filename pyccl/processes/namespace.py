@@ -24,11 +24,15 @@ class NetworkError(Exception):
     """This network can't be had here; the text says why."""
 
 
-def need_tools() -> None:
-    """NetworkError if programs are missing."""
-    missing = [tool for tool in ("ip", "nsenter") if shutil.which(tool) is None]
+_PACKAGES: Final = {"ip": "iproute2", "nsenter": "util-linux", "nft": "nftables", "miniupnpd": "miniupnpd-nftables"}
+
+
+def need_tools(*more: str) -> None:
+    """NetworkError if ip, nsenter or one of these programs are missing."""
+    missing = [tool for tool in ("ip", "nsenter", *more) if shutil.which(tool) is None]
     if missing:
-        raise NetworkError(f"{' and '.join(missing)} not found (Debian: iproute2, util-linux)")
+        packages = ", ".join(_PACKAGES[tool] for tool in missing)
+        raise NetworkError(f"{' and '.join(missing)} not found (Debian: {packages})")
 
 
 class Namespace:

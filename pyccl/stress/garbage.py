@@ -29,12 +29,16 @@ STATUS_S: Final = 2.0
 POLL_S: Final = 0.25
 
 
+def _ids(rng: random.Random) -> tuple[bytes, bytes, bytes, bytes]:
+    return rng.randbytes(16), rng.randbytes(16), rng.randbytes(16), rng.randbytes(16)
+
+
 def shot(rng: random.Random, run: bytes) -> bytes:
     """One connection's bytes. `run`: its id, which whoever asks for the status knows."""
     hello = envelope.pack(
         Hello(limits.PROTOCOL_VERSION, "garbage", rng.choice(HOSTILE_GROUPS), rng.randbytes(16), rng.randbytes(16))
     )
-    greeting = envelope.pack(PeerHello(limits.PROTOCOL_VERSION, run, *(rng.randbytes(16) for _ in range(4))))
+    greeting = envelope.pack(PeerHello(limits.PROTOCOL_VERSION, run, *_ids(rng)))
     noise = rng.randbytes(rng.randint(1, 4000))
     spoilt = bytearray(rng.choice([hello, greeting]))
     spoilt[rng.randrange(4, len(spoilt))] ^= 1 << rng.randrange(8)

@@ -1,0 +1,71 @@
+"""Meeting: two peers that can't be dialed, each on a connection that it has made to a relay, are joined there.
+
+Whoever comes first waits; the second brings both together. Spec: proto/wire.md 3.1, 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from pyccl._native.handles import Relay
+from pyccl._proto.messages import RelayHello
+from pyccl.errors import UsageError
+
+MEET_S: Final = 4.0
+_WAITING_MAX: Final = 256
+
+Key = tuple[bytes, bytes, bytes, bytes]
+Ready = Callable[[], Awaitable[trio.SocketStream]]
+
+
+class _Waiter:
+    def __init__(self, ready: Ready) -> None:
+        self.ready, self.taken, self.over = ready, trio.Event(), trio.Event()
+
+
+class Meetings:
+    """At one relay."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._waiting: dict[Key, _Waiter] = {}
+
+    async def meet(self, hello: RelayHello, ready: Ready, met: trio.Event | None = None) -> bool:
+        """Stay until the other has come, MEET_S at most; False: it has not.
+
+        ready: makes the sender's end fit to be carried, told that it is. met: set when the other is here.
+        UsageError: it carries all that it can. FAILURES of dialing.py: the two could not be joined.
+        """
+        mine = hello.from_peer, hello.from_incarnation, hello.to_peer, hello.to_incarnation
+        other = self._waiting.pop((*mine[2:], *mine[:2]), None)
+        if other is not None:
+            other.taken.set()
+            try:
+                await self._join(hello, ready, other)
+            finally:
+                other.over.set()
+            return True
+        if len(self._waiting) >= _WAITING_MAX or self._relay.pairs() >= Relay.PAIRS_MAX:
+            raise UsageError("this relay carries all that it can")
+        waiter = self._waiting[mine] = _Waiter(ready)
+        try:
+            with trio.move_on_after(MEET_S):
+                await waiter.taken.wait()
+        finally:
+            if self._waiting.get(mine) is waiter:
+                del self._waiting[mine]
+        if waiter.taken.is_set():
+            if met is not None:
+                met.set()
+            await waiter.over.wait()  # its stream is the other task's until then
+            return True
+        return False
+
+    async def _join(self, hello: RelayHello, ready: Ready, other: _Waiter) -> None:
+        with trio.fail_after(MEET_S):
+            theirs = await other.ready()
+            mine = await ready()
+        self._relay.add(mine.socket.detach(), theirs.socket.detach(), hello.from_peer, hello.to_peer)

@@ -1,0 +1,295 @@
+"""The way to the master and back: who is reached, as whom we are seen, and whether others reach us."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from pyccl import errors
+from pyccl._io.address import Master, credentials_for
+from pyccl._io.ask import ask_status
+from pyccl._io.portmap import Mapping, NoMappingError, open_mapping
+from pyccl._io.probe import Seen, dial, probe
+from pyccl._proto import limits
+from pyccl._proto.invites import read_unproven
+from pyccl.doctor.finding import Finding, Level
+
+PROBES: Final = 3  # of different ports of ours: whether a router keeps their numbers
+CLOCK_S: Final = 30.0  # a clock that is further off is told
+SOON_S: Final = 86_400.0  # an invite that ends before is told
+PEERS_MAX: Final = 8  # that are tried
+_TIMEOUT_S: Final = 15.0
+
+OpenMapping = Callable[[int], AbstractAsyncContextManager[Mapping]]
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What a router gives for a port. external None: nothing; reasons say why."""
+
+    external: tuple[str, int] | None
+    method: str
+    lifetime_s: int | None
+    reasons: dict[str, str]
+
+
+# ---- judged
+
+
+def judge_clock(seen: Seen) -> Finding:
+    data = {"offset_s": round(seen.offset_s, 3), "error_s": round(seen.error_s, 3)}
+    text = f"{abs(seen.offset_s):.1f} s {'behind' if seen.offset_s > 0 else 'ahead of'} the master's"
+    if abs(seen.offset_s) <= CLOCK_S + seen.error_s:
+        return Finding("clock", Level.OK, text, data=data)
+    advice = "set it (timedatectl set-ntp true): logs do not fit together, and invites seem to end early or late"
+    return Finding("clock", Level.WARNING, text, advice, data)
+
+
+def judge_latency(seen: list[Seen]) -> Finding:
+    times_ms = sorted(each.connect_s * 1000 for each in seen)
+    spread = f"of {len(times_ms)}: {times_ms[0]:.1f} to {times_ms[-1]:.1f}"
+    text = f"{statistics.median(times_ms):.1f} ms to the master ({spread})"
+    return Finding("latency", Level.OK, text, data={"round_trip_ms": [round(each, 3) for each in times_ms]})
+
+
+def judge_nat(seen: list[Seen]) -> Finding:
+    """By what the master sees of connections from several ports of ours."""
+    local, observed = seen[0].local, seen[0].observed
+    kept = sum(each.local[1] == each.observed[1] for each in seen)
+    data = {
+        "local": [list(each.local) for each in seen],
+        "observed": [list(each.observed) for each in seen],
+        "ports_kept": kept,
+    }
+    if len({each.observed[0] for each in seen}) > 1:
+        hosts = ", ".join(sorted({each.observed[0] for each in seen}))
+        text = f"the master sees us at several addresses: {hosts}"
+        return Finding("NAT", Level.WARNING, text, "others can't dial back to one of many: use a relay", data)
+    if observed[0] == local[0]:
+        return Finding("NAT", Level.OK, f"none on the way to the master, which sees {local[0]} as it is", data=data)
+    behind = f"{local[0]} is seen as {observed[0]}"
+    if kept == len(seen):
+        text = f"{behind}, with the same ports: hole punching can work"
+        return Finding("NAT", Level.NOTE, text, data=data)
+    text = f"{behind}, with other ports ({kept} of {len(seen)} kept): symmetric, or several NATs"
+    advice = "peers behind such a router reach each other by a mapped port or a relay only"
+    return Finding("NAT", Level.WARNING, text, advice, data)
+
+
+def judge_address(seen: Seen) -> Finding:
+    host = ipaddress.ip_address(seen.observed[0])
+    data = {"host": str(host)}
+    if host.is_loopback:
+        return Finding("public address", Level.NOTE, "the master is on this machine, and sees none", data=data)
+    if host.is_global:
+        return Finding("public address", Level.OK, str(host), data=data)
+    text = f"{host}, which is not public: the master is in the same network, or the provider has a NAT of its own"
+    return Finding("public address", Level.NOTE, text, data=data)
+
+
+def judge_mapping(forwarded: Forwarded, is_behind_nat: bool) -> Finding:
+    data = {
+        "external": forwarded.external and list(forwarded.external),
+        "method": forwarded.method,
+        "lifetime_s": forwarded.lifetime_s,
+        "reasons": forwarded.reasons,
+    }
+    if forwarded.external is None:
+        reasons = "; ".join(f"{method}: {reason}" for method, reason in forwarded.reasons.items())
+        level = Level.WARNING if is_behind_nat else Level.NOTE
+        advice = "switch UPnP or PCP on in the router, or forward a port by hand and name it" if is_behind_nat else ""
+        return Finding("port mapping", level, f"none ({reasons})", advice, data)
+    host, port = forwarded.external
+    text = f"{host} port {port} by {forwarded.method}"
+    if forwarded.lifetime_s is None:
+        return Finding("port mapping", Level.NOTE, f"{text}, without an end", "a killed process leaves it behind", data)
+    if ipaddress.ip_address(host).is_private:
+        advice = "ask the provider for a public address, or switch the first router to bridge mode"
+        return Finding("port mapping", Level.WARNING, f"{text}: behind another NAT", advice, data)
+    return Finding("port mapping", Level.OK, text, data=data)
+
+
+def judge_reachability(seen: Seen, port: int) -> Finding:
+    data = {"port": port, "reached": seen.reached, "reason": seen.reason}
+    where = f"{seen.observed[0]} port {port}"
+    if seen.reached:
+        return Finding("reachability", Level.OK, f"the master has connected to {where}", data=data)
+    advice = "let incoming TCP through the firewall and forward it in the router; else peers come by a relay"
+    return Finding("reachability", Level.WARNING, f"the master does not reach {where}: {seen.reason}", advice, data)
+
+
+def judge_invite(master: Master, now_s: float) -> Finding:
+    """What it says itself; whether the master takes it is told by `master`."""
+    assert master.ticket is not None
+    invite = read_unproven(master.ticket.token)
+    if invite is None:
+        text = "it is cut off, altered, or of another version of pyccl"
+        return Finding("invite", Level.ERROR, text, "ask for it again, and copy it whole")
+    left_s = invite.ends - now_s
+    data = {"id": invite.id.hex(), "ends": invite.ends, "uses": invite.uses, "group": invite.group}
+    for_whom = "any group" if invite.group is None else f"group {invite.group}"
+    uses = "any number of identities" if invite.uses == 0 else f"{invite.uses} identities"
+    if left_s <= 0:
+        text = f"{invite.id.hex()} ended {_span(-left_s)} ago by this machine's clock"
+        return Finding("invite", Level.ERROR, text, "ask for a new one: pyccl-master invite", data)
+    text = f"{invite.id.hex()} for {for_whom} and {uses} ends in {_span(left_s)}"
+    if left_s < SOON_S:
+        return Finding("invite", Level.NOTE, text, "who is in stays in; who comes later needs a new one", data)
+    return Finding("invite", Level.OK, text, data=data)
+
+
+def judge_failure(master: Master, error: Exception) -> Finding:
+    """Why the master can't be asked."""
+    advice = "is it running, is this its address, does a firewall let TCP through to it?"
+    if isinstance(error, errors.RejectedError):
+        advice = "ask its operator for a new invite: pyccl-master invite"
+        if master.ticket is None:
+            advice = "give an invite in place of the address, or start both with the same version of pyccl"
+    elif isinstance(error, errors.RemoteProtocolError):
+        advice = "is this the address of a pyccl-master, of the same version, and the one that issued the invite?"
+    elif isinstance(error, errors.UsageError):
+        advice = "see `identity`"
+    return Finding("master", Level.ERROR, str(error), advice)
+
+
+def judge_library(ours: str, masters: str) -> Finding:
+    data = {"ours": ours, "master": masters}
+    if ours == masters:
+        return Finding("library", Level.OK, f"{ours}, as the master's", data=data)
+    text = f"{ours} here, {masters} at the master"
+    return Finding("library", Level.NOTE, text, "versions of one protocol work together; the same one is tested", data)
+
+
+def judge_peers(tried: dict[str, str]) -> Finding:
+    """tried: by id, why this machine does not reach a member; "": it does."""
+    missed = {peer: reason for peer, reason in tried.items() if reason}
+    data = {"tried": tried}
+    if not tried:
+        return Finding("peers", Level.NOTE, "there are no members to try", data=data)
+    if not missed:
+        return Finding("peers", Level.OK, f"all of {len(tried)} members that were tried are reached", data=data)
+    words = "; ".join(f"{peer[:8]}: {reason}" for peer, reason in missed.items())
+    text = f"{len(tried) - len(missed)} of {len(tried)} members are reached ({words})"
+    advice = "they reach us, if `reachability` is ok; else such pairs are linked through a third member"
+    return Finding("peers", Level.WARNING, text, advice, data)
+
+
+# ---- asked
+
+
+async def look(master: Master | None, library: str, open_mapping_: OpenMapping | None = open_mapping) -> list[Finding]:
+    """All that a network tells. For Trio; bounded in time.
+
+    Args:
+        library: our version.
+        open_mapping_: None: no router is asked for anything.
+    """
+    findings: list[Finding] = []
+    with _listener() as listener:
+        port = listener.getsockname()[1]
+        async with _forwarded(port, open_mapping_) as forwarded:
+            seen: list[Seen] = []
+            if master is not None:
+                if master.ticket is not None:
+                    findings.append(judge_invite(master, time.time()))
+                outer = forwarded.external[1] if forwarded is not None and forwarded.external is not None else port
+                try:
+                    with trio.fail_after(_TIMEOUT_S):
+                        credentials = credentials_for(master)
+                        seen = [
+                            await probe(master.host, master.port, credentials, 0 if n else outer) for n in range(PROBES)
+                        ]
+                        status = await ask_status(master.host, master.port, credentials)
+                        tried = await _tried(addresses_untrusted(status))
+                except trio.TooSlowError:
+                    late = f"{master.address} did not answer within {_TIMEOUT_S:g} s"
+                    findings.append(judge_failure(master, errors.MasterUnavailableError(late)))
+                except errors.PycclError as e:
+                    findings.append(judge_failure(master, e))
+                else:
+                    findings += judge_seen(master, seen, outer)
+                    findings.append(judge_library(library, str(status.get("library", "?"))))
+                    findings.append(judge_peers(tried))
+            is_behind_nat = bool(seen) and seen[0].local[0] != seen[0].observed[0]
+            if forwarded is not None:
+                findings.append(judge_mapping(forwarded, is_behind_nat))
+    return findings
+
+
+def judge_seen(master: Master, seen: list[Seen], port: int) -> list[Finding]:
+    """seen[0]: the one for which the master was to connect to the port."""
+    how = "encrypted, as the invite says" if master.ticket is not None else "in plain"
+    return [
+        Finding("master", Level.OK, f"{master.address} answers, {how}"),
+        judge_clock(seen[0]),
+        judge_latency(seen),
+        judge_nat(seen),
+        judge_address(seen[0]),
+        judge_reachability(seen[0], port),
+    ]
+
+
+def addresses_untrusted(status: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    """Of some members that a status names. RemoteProtocolError: it is none."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    try:
+        members = [member for group in status["groups"] for member in group["members"]]
+        for member in members[:PEERS_MAX]:
+            addresses = [str(address).rpartition(":") for address in member["addresses"][: limits.ADDRESSES_MAX]]
+            found[str(member["peer"])] = [(host, int(port)) for host, _, port in addresses]
+    except (KeyError, TypeError, ValueError) as e:
+        raise errors.RemoteProtocolError("a status without members") from e
+    return found
+
+
+async def _tried(members: dict[str, list[tuple[str, int]]]) -> dict[str, str]:
+    tried = dict.fromkeys(members, "it names no address")
+
+    async def one(peer: str, host: str, port: int) -> None:
+        reason = await dial(host, port)
+        if tried[peer]:  # not reached at another address
+            tried[peer] = reason
+
+    async with trio.open_nursery() as nursery:
+        for peer, addresses in members.items():
+            for host, port in addresses:
+                nursery.start_soon(one, peer, host, port)
+    return tried
+
+
+def _listener() -> socket.socket:
+    """That a master may connect to, whichever family it comes by."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+@contextlib.asynccontextmanager
+async def _forwarded(port: int, open_mapping_: OpenMapping | None) -> AsyncIterator[Forwarded | None]:
+    """Whatever happens inside, the mapping is taken away."""
+    if open_mapping_ is None:
+        yield None
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            mapping = await stack.enter_async_context(open_mapping_(port))
+            forwarded = Forwarded(mapping.external, mapping.method, mapping.lifetime_s, {})
+        except NoMappingError as e:
+            forwarded = Forwarded(None, "", None, e.reasons)
+        yield forwarded
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
