@@ -2,9 +2,10 @@
 
 Those that need torch are in files named test_*_torch.py: collected where it is. tools/test runs both ways.
 
-Under pytest-xdist (``-n 2``, as in tools/test) there are two lanes. The tests of groups on loopback run one after the
-other in the one, those of commands, emulated lines and faults in the other; each waits more than it computes, and
-passes on a machine with that much load. What only computes fills up whichever lane is shorter.
+Under pytest-xdist (``-n 3``, as in tools/test) there are three lanes. The tests of groups on loopback run one after the
+other in the first, those of the optimizers in the second, those of commands, emulated lines and faults in the third;
+each waits more than it computes, and passes on a machine with that much load. What only computes fills up whichever
+lane is shorter.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ settings.load_profile("pyccl")
 
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["*_torch.py"]
 
-_GROUPS = ("tests/api/", "tests/arrays/", "tests/optim/")
+_GROUPS = ("tests/api/", "tests/arrays/")
+_OPTIMIZERS = ("tests/optim/",)
 _COMPUTES = (
     *(f"tests/{name}/" for name in ("native", "proto", "sim")),
     *(f"tests/demo/test_demo_{name}.py" for name in ("corpus", "model", "progress")),
@@ -45,7 +47,9 @@ class Lanes(LoadScopeScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith(_COMPUTES):
             return nodeid
-        return "groups" if nodeid.startswith(_GROUPS) else "lines"
+        if nodeid.startswith(_GROUPS):
+            return "groups"
+        return "optimizers" if nodeid.startswith(_OPTIMIZERS) else "lines"
 
 
 def pytest_configure() -> None:

@@ -34,7 +34,11 @@ MARKS_OF_A_PURE_ROOM = ("pyccl._proto", "pyccl.errors")  # standard library only
 LAYERS: list[set[str]] = [
     {"op_fsm", "map"},
     {"kernel", "element", "float_mode", "simd"},
-    {"frame", "digest", "reduce", "quant", "outer", "status", "schedule", "throttle", "lanes", "pace"},
+    {
+        *("frame", "digest", "reduce", "quant", "guard", "outer", "status", "schedule", "throttle", "lanes", "pace"),
+        "ratchet",
+    },
+    {"seal"},
     {"link", "relay"},
     {"engine"},
 ]

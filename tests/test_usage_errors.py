@@ -10,6 +10,7 @@ import pytest
 from masters import started_master
 
 import pyccl
+from pyccl._proto.epoch import Address
 from pyccl.calls import rate
 
 TIMEOUT_S = 60.0
@@ -284,6 +285,18 @@ def test_an_address_that_is_none_is_refused(address: Any) -> None:
         ({"max_download": "2000gbit"}, "max_download="),
         ({"max_download": "nanmbit"}, "max_download="),
         ({"max_download": ""}, "max_download=''"),
+        ({"relay": "sometimes"}, "relay='sometimes'"),
+        ({"relay": None}, "relay=None"),
+        ({"listen": "example.org:1"}, "listen='example.org:1'"),
+        ({"listen": "127.0.0.1:65536"}, "listen="),
+        ({"listen": "127.0.0.1:"}, "listen="),
+        ({"listen": ":0"}, "listen=':0'"),
+        ({"listen": 48149}, "listen=48149"),
+        ({"advertise": ":5"}, "advertise=':5'"),
+        ({"advertise": "h:x"}, "advertise='h:x'"),
+        ({"advertise": ["h:1", 2]}, "advertise=2"),
+        ({"advertise": ["h:1"] * 6}, "at most 5"),
+        ({"advertise": "pyccl://h:1/x"}, "advertise="),
     ],
 )
 def test_a_communicator_refuses_bad_keywords(keywords: dict[str, Any], match: str) -> None:
@@ -388,3 +401,22 @@ def test_sync_refuses_what_it_does_not_know(comm: pyccl.Communicator) -> None:
             comm.sync_shared_state(state, strategy)  # type: ignore[arg-type]
     with pytest.raises(pyccl.UsageError, match="SharedState"):
         comm.sync_shared_state({"x": array()})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "listen", "advertise"),
+    [
+        ({}, None, ()),
+        ({"listen": ":7"}, Address("", 7), ()),
+        ({"listen": "0.0.0.0"}, Address("0.0.0.0", 0), ()),
+        ({"listen": "[::1]:7"}, Address("::1", 7), ()),
+        ({"listen": "::"}, Address("::", 0), ()),
+        ({"advertise": "peer.example"}, None, (Address("peer.example", 0),)),
+        ({"advertise": ["h:7", "[2001:db8::1]:8"]}, None, (Address("h", 7), Address("2001:db8::1", 8))),
+    ],
+)
+def test_where_a_peer_listens_and_what_it_says_of_it(
+    keywords: dict[str, Any], listen: Address | None, advertise: tuple[Address, ...]
+) -> None:
+    reach = pyccl.Communicator("127.0.0.1:1", **keywords)._config.reach
+    assert (reach.listen, reach.advertise, reach.relay) == (listen, advertise, "auto")

@@ -41,7 +41,7 @@ from zygote import serve
 
 import pyccl
 from pyccl import communicator
-from pyccl._io import links, packer, session, staging, statestream, statesync
+from pyccl._io import front, links, packer, session, staging, statestream, statesync
 from pyccl._native import handles
 from pyccl._native._pyccl import ffi, lib
 from pyccl._proto import limits, packing
@@ -343,15 +343,14 @@ class Agent:
         links.LINKS_TIMEOUT_S = seconds  # type: ignore[misc]
 
     def do_hide(self) -> None:
-        """Advertise an address where nobody listens."""
-        inner = session.listen
-
-        async def listen(host: str) -> tuple[Any, Any]:
-            listener, address = await inner(host)
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                return listener, address._replace(port=free.getsockname()[1])
-
-        session.listen = listen
+        """Advertise an address where nobody listens, and look for everybody there."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            nowhere = (Address("127.0.0.1", free.getsockname()[1]),)
+        know = links.Links._know
+        front.Front._all = lambda self: nowhere  # type: ignore[method-assign]
+        links.Links._know = lambda self, member: know(  # type: ignore[method-assign]
+            self, replace(member, addresses=nowhere)
+        )
 
     def do_wall(self, peers: list[str], bricks: int) -> None:
         """From now on these are dialed at a port where nobody listens."""

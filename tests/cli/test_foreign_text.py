@@ -107,6 +107,7 @@ def test_status_shows_foreign_text_on_its_own_line() -> None:
     peer = {
         "peer": "ab" * 16, "addresses": [EVIL], "library": EVIL, "connected": True, "heard_ago_s": 0.0,
         "at_safe_point": False, "blocked": False, "lost": EVIL, "complaints": {},
+        "paths": {EVIL: EVIL},
     }
     ballot = {"undecided": EVIL, "waits_for": []}
     group = {

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import trio
+from listeners import listen
 
-from pyccl._io import envelope, links
+from pyccl._io import dialing, envelope, links
 from pyccl._native.handles import Relay
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
@@ -37,7 +38,7 @@ class FakeEngine:
     def peer_remove(self, slot: int) -> None:
         del self.links[slot]
 
-    def conn_add(self, slot: int, fd: int) -> None:
+    def conn_add(self, slot: int, fd: int, keys: object = None) -> None:
         with socket.socket(fileno=fd) as handed:
             name = handed.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
         self.congestion_controls.append(name.rstrip(b"\0"))
@@ -88,11 +89,11 @@ def test_a_host_name_that_no_resolver_takes_is_a_failed_dial(host: str) -> None:
 def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
     async def main() -> None:
         engine = FakeEngine(most=2)
-        listener, address = await links.listen("127.0.0.1")
+        listener, address = await listen("127.0.0.1")
         async with trio.open_nursery() as nursery:
             made = make(engine, Heard(), nursery)
             made.open(1, [Member(OTHER, b"b" * 16)])
-            nursery.start_soon(made.serve, listener)
+            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
             for _ in range(4):
                 async with await trio.open_tcp_stream(address.host, address.port) as stream:
                     hello = PeerHello(limits.PROTOCOL_VERSION, RUN, OTHER, b"b" * 16, ME.peer, ME.incarnation)
@@ -109,13 +110,13 @@ def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
 def test_both_ends_of_a_loopback_connection_use_cubic(host: str) -> None:
     async def main() -> None:
         here, there, heard = FakeEngine(), FakeEngine(), Heard()
-        listener, address = await links.listen(host)
+        listener, address = await listen(host)
         other = Member(OTHER, b"b" * 16, (address,))
         async with trio.open_nursery() as nursery:
             served: Any = there
             serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
             serving.open(1, [ME])
-            nursery.start_soon(serving.serve, listener)
+            nursery.start_soon(trio.serve_listeners, serving.accept, [listener])
             make(here, heard, nursery).open(1, [other])
             with trio.fail_after(20):
                 while not (here.congestion_controls and there.congestion_controls):  # noqa: ASYNC110
@@ -132,13 +133,13 @@ def test_a_link_grows_to_what_the_engine_asks_for_and_no_further(dials: bool, mo
 
     async def main() -> None:
         engine, there = FakeEngine(), FakeEngine()
-        listener, address = await links.listen("127.0.0.1")
+        listener, address = await listen("127.0.0.1")
         other = Member(OTHER if dials else b"\x00" * 16, b"b" * 16, (address,))
         async with trio.open_nursery() as nursery:
             served: Any = there
             serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
             serving.open(1, [ME])
-            nursery.start_soon(serving.serve, listener)
+            nursery.start_soon(trio.serve_listeners, serving.accept, [listener])
             made = make(engine, Heard(), nursery)
             made.open(1, [other])
             made.grow(0, 5)
@@ -199,7 +200,7 @@ def test_a_refused_connection_leaves_nothing_for_the_garbage_collector(addresses
 
         async def main() -> None:
             try:
-                await links._connect([Address("127.0.0.1", port)] * addresses)
+                await dialing.connect([Address("127.0.0.1", port)] * addresses)
             except ConnectionRefusedError:
                 pass
             else:

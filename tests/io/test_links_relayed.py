@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from listeners import listen
 
 from pyccl._io import envelope, links
 from pyccl._native.handles import Relay
@@ -42,7 +43,7 @@ class HoldingEngine:
         for sock in self.held.pop(slot):
             sock.close()
 
-    def conn_add(self, slot: int, fd: int) -> None:
+    def conn_add(self, slot: int, fd: int, keys: object = None) -> None:
         self.held[slot].append(socket.socket(fileno=fd))
 
     def conns(self, slot: int) -> int:
@@ -79,7 +80,7 @@ class Node:
         raise AssertionError("nobody asked for it")
 
     async def live(self, relay: Relay, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        listener, address = await links.listen("127.0.0.1")
+        listener, address = await listen("127.0.0.1")
         self.member = Member(self.peer, incarnation(self.peer), (address,))
         events = links.LinkEvents(
             ready=self.ready.append,
@@ -92,8 +93,9 @@ class Node:
         with self.life:
             async with trio.open_nursery() as nursery:
                 self.links = links.Links(RUN, self.member, engine, relay, 1, nursery, events)
-                nursery.start_soon(self.links.serve, listener)
+                nursery.start_soon(trio.serve_listeners, self.links.accept, [listener])
                 task_status.started()
+        self.links.stop()
         self.engine.close()  # as a session does
         self.over.set()
 
@@ -171,11 +173,11 @@ def walled(member: Member, port: int) -> Member:
 
 
 def open_all(made: list[Node], port: int) -> None:
-    """One epoch; A has a wrong address of B."""
+    """One epoch; A and B have wrong addresses of each other."""
+    apart = {A: B, B: A}
     for node in made:
         others = [other.member for other in made if other is not node]
-        if node.peer == A:
-            others = [walled(member, port) if member.peer == B else member for member in others]
+        others = [walled(member, port) if member.peer == apart.get(node.peer) else member for member in others]
         node.links.open(1, others)
 
 
@@ -261,7 +263,7 @@ def test_a_direct_connection_takes_the_place_of_the_relayed_one(monkeypatch: pyt
             ends = await relayed(a, b, R)
 
             async def forward(stream: trio.SocketStream) -> None:  # the wall has a door now
-                await b.links._accept(stream)
+                await b.links.accept(stream)
 
             sock = trio.socket.socket()
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

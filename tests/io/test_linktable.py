@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyccl._io.linktable import FRESH_S, LinkTable
 from pyccl._proto import limits
-from pyccl._proto.messages import LinkMeasure, Measured
+from pyccl._proto.messages import LinkMeasure, Measured, Path
 from pyccl._proto.topology import Cpu
 
 A, B, C = (bytes([n]) * 16 for n in (1, 2, 3))
@@ -88,13 +88,17 @@ def test_what_is_told_keeps_the_limits_of_the_wire() -> None:
     assert table.news((A,)) == Measured(0, 0, 0, (LinkMeasure(A, limits.RATE_MAX, 0, limits.RTT_US_MAX),))
 
 
+def by_c(peer: bytes) -> dict[bytes, tuple[int, bytes]]:
+    return {peer: (Path.RELAYED, C)}
+
+
 def test_a_link_that_comes_to_be_relayed_is_news_measured_or_not() -> None:
     table = LinkTable()
     table.measured(A, 1000.0, 0.0, 1.0)
     assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
-    assert table.news((A, B), {B}) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0), LinkMeasure(B, 0, 0, 0, True)))
-    assert table.news((A, B), {B}) is None
+    assert table.news((A, B), by_c(B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0), LinkMeasure(B, 0, 0, 0, 3, C)))
+    assert table.news((A, B), by_c(B)) is None
     assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
     assert table.news((A, B)) is None
-    assert table.news((A, B), {A}) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0, True),))
+    assert table.news((A, B), by_c(A)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0, 3, C),))
     assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import struct
@@ -88,11 +89,15 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    waiting_bytes_max: int = 1 << 30, waiting_all_bytes_max: int = 1 << 30, journal: Journal | None = None
+    waiting_bytes_max: int = 1 << 30,
+    waiting_all_bytes_max: int = 1 << 30,
+    journal: Journal | None = None,
+    connections_max: int = 4096,
 ) -> AsyncIterator[Served]:
     server = MasterServer(
         Past(b"R" * 16, 1 << 32), journal, 60.0, "test", needs_majority=True,
         waiting_bytes_max=waiting_bytes_max, waiting_all_bytes_max=waiting_all_bytes_max,
+        connections_max=connections_max,
     )  # fmt: skip
     sock = trio.socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)  # of those that are accepted, too
@@ -125,6 +130,23 @@ def test_who_does_not_read_what_it_asks_for_is_cut_off_and_nobody_else() -> None
             await beat_until_cut_off(greedy)
             await answered(other)
             await answered(await master.observer())
+
+    run(main)
+
+
+def test_a_connection_too_many_is_closed_and_who_is_there_stays() -> None:
+    async def main() -> None:
+        async with served(connections_max=4) as master:
+            members = [await master.founder(group) for group in range(4)]
+            for _ in range(20):
+                assert await (await master.connect()).receive_some(1) == b""
+            for stream in members:
+                await answered(stream)
+            await members[0].aclose()
+            while True:  # it has not seen the end yet
+                with contextlib.suppress(trio.BrokenResourceError, AssertionError):
+                    await answered(await master.observer())
+                    break
 
     run(main)
 

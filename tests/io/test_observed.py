@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ class FakeSession:
     """A Trio thread, with observers in it that offer the revisions of ``serve`` and wait for the end."""
 
     def __init__(self) -> None:
+        self.config = SimpleNamespace(credentials=None)
         self._started, self._over = threading.Event(), trio.Event()
         self.ended: dict[int, threading.Event] = {}
         self._thread = threading.Thread(target=trio.run, args=[self._main])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pytest
 import trio
+from listeners import listen
 from trio.testing import MockClock, memory_stream_one_way_pair
 
 import pyccl
-from pyccl._io import envelope, links, statestream
+from pyccl._io import envelope, statestream
+from pyccl._io.identity import Identity
 from pyccl._io.statestore import StateStore, StoreError, opened, whole
 from pyccl._io.statestream import Snapshot, StateServer
+from pyccl._io.tls import Credentials, Ticket
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
 from pyccl._proto.messages import Message, PeerRefused, StateHello, StateNone, StateOffer
@@ -52,7 +56,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 @asynccontextmanager
 async def serving(server: StateServer) -> AsyncIterator[Member]:
     """What dials it. Errors of a connection end that connection."""
-    listener, address = await links.listen("127.0.0.1")
+    listener, address = await listen("127.0.0.1")
 
     async def accept(stream: trio.SocketStream) -> None:
         async with stream:
@@ -189,10 +193,40 @@ def test_who_is_not_known_waits_until_the_master_tells_of_it_or_is_refused(monke
     run(main)
 
 
+def test_so_many_are_served_at_a_time_also_of_those_who_had_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statestream, "_SERVING_MAX", 2)
+
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVER, drops=False)
+        async with serving(made) as there, contextlib.AsyncExitStack() as opened_streams:
+            asking = [
+                await opened_streams.enter_async_context(await statestream.ask(RUN, ASKER, there, every=1))
+                for _ in range(4)
+            ]
+            made.know([ASKER])
+            answers = []
+            for stream in asking:
+                try:
+                    answers.append(await statestream.next_offer(stream))
+                except RemoteProtocolError as e:
+                    answers.append(str(e))
+            assert sorted(map(str, answers)) == [*["None"] * 2, *["no state from there: 2 others are served"] * 2]
+            for stream, answer in zip(asking, answers, strict=True):
+                if answer is None:
+                    await stream.aclose()
+            while True:  # it has not seen the ends yet
+                async with await statestream.ask(RUN, ASKER, there) as stream:
+                    with contextlib.suppress(RemoteProtocolError):
+                        assert await statestream.next_offer(stream) is None
+                        break
+
+    run(main)
+
+
 @asynccontextmanager
 async def lying(*sent: bytes) -> AsyncIterator[trio.SocketStream]:
     """A source that answers with these bytes and ends."""
-    listener, address = await links.listen("127.0.0.1")
+    listener, address = await listen("127.0.0.1")
 
     async def accept(stream: trio.SocketStream) -> None:
         async with stream:
@@ -247,6 +281,99 @@ def test_state_none_is_nothing_for_now() -> None:
     async def main() -> None:
         async with lying(envelope.pack(StateNone())) as stream:
             assert await statestream.next_offer(stream) is None
+
+    run(main)
+
+
+# ---- sealed
+
+
+def credentials(salt: bytes) -> Credentials:
+    return Credentials(Identity.new(), salt * 16, Ticket(bytes(32), b""))
+
+
+ANN, BOB, EVE = (credentials(salt) for salt in (b"1", b"2", b"3"))
+ASKS, SERVES = Member(ANN.peer, b"A" * 16), (BOB.peer, b"S" * 16)
+
+
+@asynccontextmanager
+async def sealed_server(made: StateServer) -> AsyncIterator[tuple[Member, list[Exception]]]:
+    """What dials it, and why connections ended."""
+    listener, address = await listen("127.0.0.1")
+    ended: list[Exception] = []
+
+    async def accept(stream: trio.SocketStream) -> None:
+        async with stream:
+            hello = await envelope.receive(stream)
+            assert isinstance(hello, StateHello)
+            try:
+                await made.serve(stream, hello)
+            except (OSError, trio.TooSlowError, trio.BrokenResourceError, RemoteProtocolError) as e:
+                ended.append(e)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, accept, [listener])
+        yield Member(*SERVES, (address,)), ended
+        nursery.cancel_scope.cancel()
+
+
+def test_in_a_secure_run_a_state_goes_to_who_proves_to_be_a_peer_and_to_nobody_else(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVES, drops=False, credentials=BOB)
+        made.know([ASKS])
+        made.offer(snapshot(tmp_path, 4))
+        async with sealed_server(made) as (there, ended):
+            async with await statestream.ask(RUN, ASKS, there, credentials=ANN) as stream:
+                assert (await received(stream, tmp_path / "got")).digest() == state(4).digest()
+                assert await statestream.next_offer(stream) is None
+            # Who knows all that greetings show, and has another key; who would have it in plain.
+            with suppress(RemoteProtocolError, trio.BrokenResourceError):
+                async with await statestream.ask(RUN, ASKS, there, credentials=EVE) as stream:
+                    await statestream.next_offer(stream)
+                    pytest.fail("it was served")
+            async with await statestream.ask(RUN, ASKS, there) as stream:
+                await stream.send_all(envelope.pack(StateNone()))
+                with pytest.raises((RemoteProtocolError, trio.BrokenResourceError)):
+                    await statestream.next_offer(stream)
+            while len(ended) < 2:
+                await trio.lowlevel.checkpoint()
+            assert "does not prove" in str(ended[0]) and "no PeerOffer" in str(ended[1])
+            async with await statestream.ask(RUN, ASKS, there, credentials=ANN) as stream:
+                assert (await received(stream, tmp_path / "again")).revision == 4
+
+    run(main)
+
+
+def test_in_a_secure_run_nobody_else_passes_for_a_source(tmp_path: Path) -> None:
+    async def main() -> None:
+        liar = StateServer(lambda: RUN, *SERVES, drops=False, credentials=EVE)
+        liar.know([ASKS])
+        liar.offer(snapshot(tmp_path, 4))
+        async with sealed_server(liar) as (there, _):
+            with pytest.raises(RemoteProtocolError, match="does not prove"):
+                await statestream.ask(RUN, ASKS, there, credentials=ANN)
+        async with serving(server()) as plain:
+            with pytest.raises(RemoteProtocolError):
+                await statestream.ask(RUN, ASKER, plain, credentials=ANN)
+
+    run(main)
+
+
+def test_who_asks_a_secure_peer_and_says_nothing_more_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(statestream, "_KNOWN_S", 0.3)
+
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVES, drops=False, credentials=BOB)
+        made.know([ASKS])
+        made.offer(snapshot(tmp_path, 4))
+        async with (
+            sealed_server(made) as (there, _),
+            await statestream.ask(RUN, ASKS, there) as stream,
+        ):
+            with pytest.raises(RemoteProtocolError, match="did not prove in time"):
+                await statestream.next_offer(stream)
 
     run(main)
 
@@ -370,7 +497,7 @@ def test_who_receives_too_slowly_is_not_served_on(tmp_path: Path) -> None:
         total = 0
 
     async def main() -> None:
-        listener, address = await links.listen("127.0.0.1")
+        listener, address = await listen("127.0.0.1")
         async with listener, trio.open_nursery() as nursery:
             stream = await trio.open_tcp_stream(address.host, address.port)
             accepted = await listener.accept()

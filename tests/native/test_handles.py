@@ -21,4 +21,4 @@ def test_spec_fills_its_structure() -> None:
     spec = Spec(1, 2, 3, 4, 5, False, 6, 0, 7, 8, 9, bytes(range(16)))
     s = ffi.new("pyccl_spec *", spec)
     assert (s.kind, s.dtype, s.op, s.codec, s.algorithm, s.retry, s.space) == (1, 2, 3, 4, 5, 0, 6)
-    assert (s.reserved, s.tag, s.block, s.count, bytes(s.root)) == (0, 7, 8, 9, bytes(range(16)))
+    assert (s.guard, s.tag, s.block, s.count, bytes(s.root)) == (0, 7, 8, 9, bytes(range(16)))

@@ -29,7 +29,9 @@ def fields(words: list[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-@pytest.mark.parametrize("script", ["make_vectors.py", "make_message_vectors.py"])
+@pytest.mark.parametrize(
+    "script", ["make_vectors.py", "make_message_vectors.py", "make_seal_vectors.py", "make_fuzz_corpus.py"]
+)
 def test_vectors_are_what_their_script_writes(script: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

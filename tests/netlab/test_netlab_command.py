@@ -68,7 +68,7 @@ def test_commands_of_two_hosts_reach_each_other() -> None:
         "            time.sleep(0.05)\n"
     )
     done = netlab("run", "lan", "--hosts", "2", "--time-limit", "60", "--", sys.executable, "-c", code)
-    assert (done.returncode, done.stdout) == (0, "[peer0] 10.78.0.2\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "[peer0] 11.78.0.2\n"), done.stderr
 
 
 @as_root
@@ -96,7 +96,7 @@ def test_check_measures_what_was_asked_for(tmp_path: Path) -> None:
 def test_what_queues_drop_of_the_probe_is_told_and_is_not_loss_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many packets of the probe come at once, as on a busy machine; this queue has room for two or three."""
     monkeypatch.setattr(check, "LOSS_BURST_S", 0.2)
-    lines = parse("[[host]]\ncount = 2\nrate = '20mbit'\nqueue = '50us'\n", "shallow")
+    lines = parse("[[host]]\ncount = 2\nrate = '2mbit'\nqueue = '500us'\n", "shallow")
     with Lab(lines) as lab:
         loss = next(found for found in check.check(lab) if found.what is check.What.LOSS)
     assert loss.passed and loss.found == 0

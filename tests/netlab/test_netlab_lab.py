@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -228,8 +229,8 @@ def test_a_host_that_is_cut_hears_nothing_until_it_is_mended() -> None:
 
 OWNER = """
 import subprocess, sys, time
-from pyccl.netlab import Lab, load
-with Lab(load("lan")) as lab:
+from pyccl.netlab import Lab, parse
+with Lab(parse(sys.argv[1], "owned")) as lab:
     # One that leaves its parent, session and process group behind.
     lab.start(0, ["setsid", "sh", "-c", "sleep 1000 & echo started; exec sleep 1000"])
     print("emulator", lab.emulator_pid, flush=True)
@@ -256,17 +257,22 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+UPNP = "[[host]]\nname = 'inner'\nnat = 'upnp'\n"  # its router runs a daemon
+without_daemon = pytest.mark.skipif(shutil.which("miniupnpd") is None, reason="no miniupnpd: apt-get install it")
+
+
 @pytest.mark.parametrize("end", ["kill", "close"])
-def test_nothing_remains_of_a_lab_whatever_ends_its_owner(end: str) -> None:
+@pytest.mark.parametrize(("more", "processes"), [("", 4), pytest.param(UPNP, 5, marks=without_daemon)])
+def test_nothing_remains_of_a_lab_whatever_ends_its_owner(more: str, processes: int, end: str) -> None:
     mark = os.urandom(8).hex()
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, MARK: mark},
+        [sys.executable, "-P", "-c", OWNER, f"[[host]]\ncount = 2\n{more}"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, MARK: mark},
     ) as owner:  # fmt: skip
         assert owner.stdout is not None and owner.stdin is not None
         lines = {owner.stdout.readline().split()[0] for _ in range(2)}
         assert lines == {"emulator", "started"}
-        wait_until(lambda: len(carriers(mark)) >= 4)  # it, the emulator, and both on host 0
+        wait_until(lambda: len(carriers(mark)) >= processes)  # it, the emulator, both on host 0
         if end == "kill":
             owner.send_signal(signal.SIGKILL)
         else:

@@ -7,11 +7,39 @@ from pathlib import Path
 import pytest
 
 from pyccl import units
-from pyccl.netlab.scenario import Cap, Delay, Line, Loss, Pipe, Scenario, ScenarioError, load, names, parse
+from pyccl.netlab.scenario import (
+    Cap,
+    Delay,
+    IPv6,
+    Line,
+    Loss,
+    Nat,
+    Pipe,
+    Scenario,
+    ScenarioError,
+    load,
+    names,
+    parse,
+)
 
 MS = 10**6
 MBIT = 10**6
 HOSTS = "[[host]]\nname = 'a'\n[[host]]\nname = 'b'\n"
+
+
+HOME = """
+[[host]]
+name = "x"
+lan = "home"
+nat = "upnp"
+rate = "2mbit"
+ipv6 = "dual"
+[[host]]
+name = "y"
+lan = "home"
+nat = "upnp"
+rate = '2mbit'
+"""
 
 
 def two(host: str = "", more: str = "") -> Scenario:
@@ -19,7 +47,7 @@ def two(host: str = "", more: str = "") -> Scenario:
 
 
 def test_every_scenario_of_the_package_is_valid_and_described() -> None:
-    assert names() == ["atlantic", "europe", "flowcap", "home", "lan", "neighbours", "newcomer", "pacific"]
+    assert names() == ["atlantic", "europe", "flowcap", "home", "lan", "nat", "neighbours", "newcomer", "pacific"]
     for name in names():
         scenario = load(name)
         assert scenario.description and scenario.rate(0, 1)
@@ -159,6 +187,16 @@ def test_delay_of_several_routers_is_no_option() -> None:
         (HOSTS + "loss = true", "no probability"),
         (HOSTS + "count = 0", "host.1..count: 0 is not 1 to 250"),
         (HOSTS + "count = 1.5", "no whole number"),
+        (HOSTS + "nat = 'cone'", "host.1..nat: 'cone' is none of open, full_cone, port_restricted, symmetric, upnp"),
+        (HOSTS + "nat = 1", "host.1..nat: 1 is none of"),
+        (HOSTS + "ipv6 = 'yes'", "host.1..ipv6: 'yes' is none of none, dual, only"),
+        (HOSTS + "ipv6 = 'only'\nnat = 'symmetric'", "host.1..ipv6: symmetric translates IPv4"),
+        (HOSTS + "lan = 'home'", "lan 'home': behind which kind of nat"),
+        (HOSTS + "lan = 'home'\nnat = 'firewall'", "firewall has no LAN"),
+        (HOSTS + "lan = 'a'\nnat = 'upnp'", "lan 'a': a host has that name"),
+        (HOSTS + "lan = 'My Home'\nnat = 'upnp'", "host.1..lan: 'My Home' is no name"),
+        ("[[host]]\ncount = 2\nnat = 'double'\nlan = 'home'", "all hosts are in one LAN"),
+        (HOME.replace("'2mbit'", "'3mbit'") + HOSTS, "lan 'home': 'x' and 'y' have one router and line, but differ"),
         (HOSTS + "router = 'nowhere'", "host 'b' hangs on 'nowhere', which is no router"),
         (HOSTS + "name = 'b'", "no TOML"),
         (HOSTS + "[[host]]\nname = 'a'", "two hosts are called 'a'"),
@@ -210,3 +248,19 @@ def test_rates_are_shown_as_they_may_be_written(value: int | None, text: str) ->
 def test_times_are_shown_as_they_may_be_written(value: int, text: str) -> None:
     assert units.show_time(value) == text
     assert units.time_ns(text) == value
+
+
+def test_hosts_of_a_lan_have_one_line_and_nothing_between_them() -> None:
+    scenario = parse(HOSTS + "delay = '3ms'\n" + HOME, "test")
+    assert scenario.sites == ((0,), (1,), (2, 3))
+    assert scenario.route(2, 3) == scenario.route(3, 2) == []
+    assert scenario.route(2, 0) == scenario.route(3, 0) == [Pipe("home up", Line(2 * MBIT, 50 * MS))]
+    assert [host.nat for host in scenario.hosts] == [Nat.OPEN, Nat.OPEN, Nat.UPNP, Nat.UPNP]
+    assert [host.ipv6 for host in scenario.hosts] == [IPv6.NONE, IPv6.NONE, IPv6.DUAL, IPv6.NONE]
+
+
+def test_without_nat_each_host_has_an_address_and_the_lines_stay() -> None:
+    scenario = parse(HOSTS + HOME, "test").without_nat()
+    assert scenario.sites == ((0,), (1,), (2,), (3,))
+    pipe = Line(2 * MBIT, 50 * MS)
+    assert scenario.route(2, 3) == [Pipe("home up", pipe), Pipe("home down", pipe)]

@@ -4,6 +4,7 @@ JSON: {"address", "store", "island", "shard", "group", "seed", "rounds", "every"
 `store`; those of one shard, of all islands, in peer group `group` + shard. Prints JSON lines:
     {"phase": "diloco", "theta", "again", "shapes", "live"}   theta after each round; after a restart in the middle
     {"phase": "streaming", "theta", "fragments"}
+    {"phase": "noloco", "phi"}                                after each round
     {"phase": "mixed up", "fields"}                           of the error, when both shards meet in one group
 
 Before every outer step there is a forward pass without a backward pass, as of an evaluation: it leaves FSDP's root with
@@ -27,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import pyccl
-from pyccl.optim import DiLoCo, StreamingDiLoCo
+from pyccl.optim import DiLoCo, NoLoCo, StreamingDiLoCo
 
 LR = 0.1
 
@@ -105,6 +106,18 @@ class Rank:
                 opt.step()
             say(phase="streaming", theta=listed(opt.theta), fragments=opt.fragments)
 
+    def noloco(self) -> None:
+        net = self.net()
+        with connected(self.told["address"], self.told["group"] + 400 + self.told["shard"]) as comm:
+            opt = NoLoCo(comm, net, self.told["every"], seed=self.told["seed"])
+            inner, phis = torch.optim.SGD(net.parameters(), lr=LR), []
+            for step in range(self.told["rounds"] * self.told["every"]):
+                self.inner_step(net, inner, step)
+                if opt.step():
+                    phis.append(listed(opt.theta))
+            opt.finish()
+        say(phase="noloco", phi=phis)
+
     def mixed_up(self) -> None:
         with connected(self.told["address"], self.told["group"] + 300 + self.told["island"]) as comm:
             try:
@@ -120,6 +133,7 @@ def main() -> None:
     rank = Rank(told)
     rank.diloco()
     rank.streaming()
+    rank.noloco()
     rank.mixed_up()
     dist.destroy_process_group()
 

@@ -105,6 +105,36 @@ def test_eager_replicas_follow_the_reference_each_with_its_own_theta(replicas: R
     assert bits(told[0][-1]) != bits(told[1][-1])
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_late_a_member_that_left_is_in_the_means_it_took_part_in(replicas: Replicas, seed: int, eager: bool) -> None:
+    """Rank 2 takes part in the exchange of the first round, which is over when it goes; the next is of two."""
+
+    def train(comm: pyccl.Communicator, rank: int) -> Any:
+        params = weights()
+        opt = AsyncDiLoCo(comm, params, H, outer_lr=0.4, outer_momentum=0.5, eager=eager)
+        if rank == 2:
+            trained(opt, params, seed, rank, 1)
+            opt.finish()
+            comm.close()
+            return []
+        seen = trained(opt, params, seed, rank, 4)
+        opt.finish()
+        assert opt.contributions == 3 + 3 * 2
+        return [*seen, copied(opt.theta)]
+
+    late = Late(3, 0.4, 0.5, eager)
+    expected: list[list[Params]] = [[], []]
+    for round_ in range(4):
+        late.round(range(3 if round_ == 0 else 2), seed, round_)
+        for rank in range(2):
+            expected[rank].append(copied(late.outers[rank].theta))
+    late.outers.pop()
+    late.finish()
+    told = replicas.run(3, train)
+    for rank in range(2):
+        same(told[rank], [*expected[rank], late.outers[rank].theta])
+
+
 # ---- quantized
 
 

@@ -63,4 +63,8 @@ def test_replicas_that_are_killed_come_back_and_the_run_ends(tmp_path: Path) -> 
     )  # fmt: skip
     (told,) = runs_in(out).values()
     assert told["kills"] and told["loss"] < 3.0
+    took_part = sum(told["present"])  # as many tokens as in 16 rounds of four, but for a last round untold
+    assert took_part + len(told["kills"]) >= 64
+    assert took_part <= 67
+    assert max(told["present"]) == 4
     assert len(told["losses"]) == 1  # theta is the same for all

@@ -130,26 +130,51 @@ def gradients(w: Arrays, x: np.ndarray, y: np.ndarray) -> Arrays:
     }  # fmt: skip
 
 
+def moved(theta: Arrays, seed: int, island: int, round_: int) -> Arrays:
+    """The island's weights after a round's inner steps from theta: SGD on both ranks' batches."""
+    w = {name: value.copy() for name, value in theta.items()}
+    for step in range(round_ * EVERY, (round_ + 1) * EVERY):
+        (x0, y0), (x1, y1) = batch(seed, island, 0, step), batch(seed, island, 1, step)
+        for name, g in gradients(w, np.concatenate([x0, x1]), np.concatenate([y0, y1])).items():
+            w[name] -= LR * g
+    return w
+
+
+def start(seed: int) -> Arrays:
+    return {name: value.astype(np.float64) for name, value in weights(seed).items()}
+
+
 def reference(seed: int) -> list[Arrays]:
-    """theta after each round: SGD on both ranks' batches inside, Nesterov 0.7 / 0.9 across."""
-    theta: Arrays = {name: value.astype(np.float64) for name, value in weights(seed).items()}
+    """theta after each round of DiLoCo: Nesterov 0.7 / 0.9 across."""
+    theta = start(seed)
     b = {name: np.zeros_like(value) for name, value in theta.items()}
     thetas = []
     for round_ in range(ROUNDS):
-        moved = []
-        for island in range(2):
-            w = {name: value.copy() for name, value in theta.items()}
-            for step in range(round_ * EVERY, (round_ + 1) * EVERY):
-                (x0, y0), (x1, y1) = batch(seed, island, 0, step), batch(seed, island, 1, step)
-                for name, g in gradients(w, np.concatenate([x0, x1]), np.concatenate([y0, y1])).items():
-                    w[name] -= LR * g
-            moved.append(w)
+        w0, w1 = (moved(theta, seed, island, round_) for island in range(2))
         for name, t in theta.items():
-            g = t - (moved[0][name] + moved[1][name]) / 2
+            g = t - (w0[name] + w1[name]) / 2
             b[name] = 0.9 * b[name] + g
             theta[name] = t - 0.7 * (g + 0.9 * b[name])
         thetas.append({name: t.copy() for name, t in theta.items()})
     return thetas
+
+
+def gossip(seed: int) -> list[list[Arrays]]:
+    """phi of both islands after each round of NoLoCo: two are partners in every round."""
+    phis = [start(seed), start(seed)]
+    vs = [{name: np.zeros_like(value) for name, value in phi.items()} for phi in phis]
+    told = []
+    for round_ in range(ROUNDS):
+        w = [moved(phi, seed, island, round_) for island, phi in enumerate(phis)]
+        for name in SHAPES:
+            shift = sum(w[island][name] - phis[island][name] for island in range(2)) / 2
+            middle = (phis[0][name] + phis[1][name]) / 2
+            for v, phi in zip(vs, phis, strict=True):
+                v[name] = 0.5 * v[name] + 0.7 * shift - 0.7 * (phi[name] - middle)
+            for v, phi in zip(vs, phis, strict=True):
+                phi[name] = phi[name] + v[name]
+        told.append([{name: p.copy() for name, p in phi.items()} for phi in phis])
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +247,16 @@ def test_all_ranks_cut_the_same_fragments_though_shards_differ_in_size(islands: 
         assert told[0, shard]["theta"] == told[1, shard]["theta"]
     moved, start = whole(told[0, 0]["theta"], told[0, 1]["theta"]), weights(islands[0])
     assert all(np.any(moved[name] != start[name]) for name in SHAPES)
+
+
+def test_phi_of_islands_that_gossip_follows_the_reference(islands: Any) -> None:
+    seed, reports = islands
+    expected = gossip(seed)
+    for round_ in range(ROUNDS):
+        for island in (0, 1):
+            found = whole(*(reports[island, shard]["noloco"]["phi"][round_] for shard in (0, 1)))
+            for name, values in expected[round_][island].items():
+                np.testing.assert_allclose(found[name], values, rtol=2e-4, atol=2e-5, err_msg=f"{name} in {round_}")
 
 
 def test_shards_that_meet_in_one_group_are_told(islands: Any) -> None:

@@ -60,7 +60,7 @@ class Joining:
                 wait_pending(comm)
             seen.append(one_round(opt, params, self.seed, rank, round_))
         opt.finish()
-        return seen, (copied(opt.theta), opt.shared.digest(), opt.stats.rounds)
+        return seen, (copied(opt.theta), opt.shared.digest(), opt.stats.rounds, opt.contributions)
 
     def join(self) -> Any:
         assert self.connecting.wait(TIMEOUT_S)
@@ -71,7 +71,7 @@ class Joining:
         assert bits(params) == bits(opt.theta)
         seen += [one_round(opt, params, self.seed, 2, round_) for round_ in range(self.first, self.rounds)]
         opt.finish()
-        return seen, (copied(opt.theta), opt.shared.digest(), opt.stats.rounds)
+        return seen, (copied(opt.theta), opt.shared.digest(), opt.stats.rounds, opt.contributions)
 
     def shares(self, thetas: list[Params], round_: int) -> list[Params]:
         """In member order."""
@@ -91,8 +91,9 @@ def test_a_newcomer_takes_theta_momentum_and_counter_and_counts_from_its_first_r
     for rank in range(2):
         same(joined.thetas[rank], expected)
     same(joined.thetas[2], expected[1:])
-    assert len({digest for _, digest, _ in joined.ends}) == 1
-    assert [rounds for *_, rounds in joined.ends] == [5, 5, 3]
+    assert len({digest for _, digest, *_ in joined.ends}) == 1
+    assert [rounds for *_, rounds, _ in joined.ends] == [5, 5, 3]
+    assert {contributions for *_, contributions in joined.ends} == {2 * 2 + 3 * 3}
 
 
 def test_a_newcomer_of_local_sgd_begins_with_the_last_mean(replicas: Replicas, seed: int) -> None:
@@ -106,7 +107,8 @@ def test_a_newcomer_of_local_sgd_begins_with_the_last_mean(replicas: Replicas, s
         for f, e in zip(found, wanted, strict=True):
             for name in f:
                 np.testing.assert_allclose(f[name], e[name], rtol=0, atol=1e-5)
-    assert len({digest for _, digest, _ in joined.ends}) == 1
+    assert len({digest for _, digest, *_ in joined.ends}) == 1
+    assert {contributions for *_, contributions in joined.ends} == {2 + 2 * 3}
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -132,6 +134,7 @@ def test_a_newcomer_one_round_late_also_gets_the_mean_that_it_is_no_part_of(
     late.finish()
     for rank in range(3):
         assert bits(joined.ends[rank][0]) == bits(late.outers[rank].theta)
+    assert {contributions for *_, contributions in joined.ends} == {3 * 2 + 3 * 3}
 
 
 @pytest.mark.parametrize("kind", [LocalSGD, DiLoCo, AsyncDiLoCo])

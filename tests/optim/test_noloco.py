@@ -82,6 +82,7 @@ def test_replicas_follow_the_reference_bit_for_bit(replicas: Replicas, seed: int
             seen = trained(opt, params, seed, rank, range(5))
             assert (opt.round, opt.stats.rounds, opt.shared.revision) == (5, 5, 5)
             assert not any(outcome.lost for outcome in opt.outcomes)
+            assert opt.contributions == sum(len(outcome.group) for outcome in opt.outcomes)
             return comm.peer_id, seen
 
     told = replicas.run(world, train)

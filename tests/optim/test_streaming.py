@@ -229,7 +229,7 @@ def test_member_lost_while_an_exchange_runs_is_in_no_mean(replicas: Replicas, se
             seen += trained(opt, params, seed, rank, range(step, step + 1))
             if step == 4:
                 sent.wait(TIMEOUT_S)
-        return seen, [(o.fragment, o.committed, o.world_size, o.round) for o in opt.outcomes]
+        return seen, [(o.fragment, o.committed, o.world_size, o.round) for o in opt.outcomes], opt.contributions
 
     told = replicas.run(3, train)
     reference = Reference(range(3), seed, sync_every=6, delay=1, alpha=0.5)
@@ -238,7 +238,7 @@ def test_member_lost_while_an_exchange_runs_is_in_no_mean(replicas: Replicas, se
         for rank in range(2):
             same(told[rank][0], reference, rank, step)
     for rank in range(2):
-        assert told[rank][1] == [(0, True, 3, 1), (1, True, 2, 2), (0, True, 2, 3), (1, True, 2, 4)]
+        assert told[rank][1:] == ([(0, True, 3, 1), (1, True, 2, 2), (0, True, 2, 3), (1, True, 2, 4)], 9)
 
 
 def test_too_few_roll_back_one_fragment_and_repeat_it_with_who_comes(replicas: Replicas, seed: int) -> None:

@@ -329,6 +329,18 @@ def test_groups_that_nobody_is_in_make_room_for_others(monkeypatch: pytest.Monke
     world.pass_time(1.0, beating=(stays,))
 
 
+def test_so_many_newcomers_wait_and_one_more_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PENDING_MAX", 3)
+    world = group_of(1)
+    for n in range(2, 7):
+        world.hello(n)
+    assert [n for n in range(2, 7) if world.got(n, Welcome)] == [2, 3, 4]
+    assert all(world.last(n, Rejected).reason and n in world.closed for n in (5, 6))
+    world.drop(3)
+    world.hello(7)
+    assert world.got(7, Welcome)
+
+
 def test_a_newcomer_may_not_make_the_master_hold_as_much_as_a_member() -> None:
     world = group_of(1)
     world.hello(2)
@@ -949,3 +961,18 @@ def test_loss_in_a_mismatch_ballot_keeps_it_a_mismatch() -> None:
     report(world, 1)
     report(world, 2)
     assert (world.last(1, EpochCommit).kind, len(world.epoch().members)) == ("mismatch", 2)
+
+
+def test_a_kicked_member_is_left_out_of_the_next_epoch_and_a_kicked_newcomer_at_once() -> None:
+    world = group_of(2)
+    world.hello(3)
+    assert world.master.has(peer_id(3))
+    world.do(world.master.kick(peer_id(3), world.now))
+    assert world.last(3, Rejected).reason == mm.KICKED and not world.master.has(peer_id(3))
+    world.do(world.master.kick(peer_id(2), world.now))
+    flush = world.last(1, Flush)
+    assert flush.members == (peer_id(1),)
+    world.say(1, Report(flush.epoch, flush.ballot))
+    assert world.last(1, EpochCommit).epoch.peers == (peer_id(1),)
+    assert world.last(2, Evicted).reason == mm.KICKED
+    assert world.master.kick(peer_id(9), world.now) == []

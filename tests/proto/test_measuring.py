@@ -126,7 +126,7 @@ def relayed_pairs(world: int, *pairs: tuple[int, int]) -> measuring.Network:
     """Who is named first in a pair has told of the relay; all was measured, at 100."""
     told = {
         peer_id(n): Measured(
-            *(0, 0, 0), tuple(LinkMeasure(peer_id(m), 100, 0, 0, (n, m) in pairs) for m in range(world) if m != n)
+            *(0, 0, 0), tuple(LinkMeasure(peer_id(m), 100, 0, 0, 3 * ((n, m) in pairs)) for m in range(world) if m != n)
         )
         for n in range(world)
     }

@@ -145,6 +145,15 @@ def test_too_many_and_other_versions_are_rejected() -> None:
     assert len(world.last(1, Observers).observers) == limits.OBSERVERS_MAX
 
 
+def test_observers_of_all_groups_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "OBSERVERS_OF_ALL_MAX", 3)
+    world = group_of(1)
+    for n in range(4):
+        observe(world, n=60 + n, conn=60 + n, group=n)
+    assert [n for n in range(60, 64) if n in world.closed] == [63]
+    assert "at most 3 observers" in world.last(63, Rejected).reason
+
+
 def test_a_member_that_comes_back_is_told_anew_and_a_restarted_master_learns_of_it_from_itself() -> None:
     world = Journaled()
     world.hello(1)

@@ -95,6 +95,24 @@ def test_three_fast_hosts_and_a_home_line_beat_an_equal_ring_by_half() -> None:
     assert topology.is_better(choice, equal) and not topology.is_better(equal, choice)
 
 
+def test_what_differs_by_noise_alone_is_shared_equally() -> None:
+    """150 Mbit/s each, as losses let them be measured: without levels the second would own next to nothing."""
+    up = [140 * MBIT, 103 * MBIT, 141 * MBIT]
+    rate = [[min(up[i], up[j]) for j in range(3)] for i in range(3)]
+    noisy = network(up, rate=rate)
+    assert min(shares.best_shares(*parts(noisy), noisy.works(), MANY)) < 0.1
+    choice = topology.choose(noisy, MANY)
+    assert choice.shares == pytest.approx((1 / 3,) * 3)
+    assert choice.direct.pace == topology.default(noisy).direct.pace
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_of_rates_within_noise_has_equal_shares(seed: int) -> None:
+    rng = random.Random(seed)
+    up = [100 * MBIT * rng.uniform(0.72, 1.0) for _ in range(rng.randint(3, 6))]
+    assert topology.choose(network(up), MANY).shares == shares.equal_shares(len(up))
+
+
 def test_who_has_room_for_it_owns_as_much_as_each_other_who_has() -> None:
     """At the pace of the slowest the second has room for a twentieth, the others for more than they need."""
     of = network([100.0, 200.0, 90.0, 30.0, 34.5])

@@ -245,7 +245,8 @@ def hunt_all_canaries(args: argparse.Namespace) -> int:
     rows = []
     for canary in sim_canaries.CANARIES.values():
         command = [sys.executable, __file__, "--canary", canary.name, "--json"]
-        command += ["--first", str(args.first), "--seeds", str(args.seeds), "--jobs", str(args.jobs)]
+        first = canary.first if args.first is None else args.first
+        command += ["--first", str(first), "--seeds", str(args.seeds), "--jobs", str(args.jobs)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode not in (0, 1) or not done.stdout:
             raise SystemExit(f"canary {canary.name} did not run:\n{done.stderr}")
@@ -284,7 +285,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="tools/sim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, help=f"how many (default: 1000; with --canary {CANARY_SEEDS})")
-    parser.add_argument("--first", type=int, default=0, help="the first of them (default: %(default)s)")
+    parser.add_argument("--first", type=int, help="the first of them (default: 0; or where a canary is found soon)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="run this one only and print its trace")
     names = ", ".join(sim_canaries.CANARIES)
@@ -311,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         canary = sim_canaries.CANARIES[args.canary]
         sim_canaries.plant(canary)
         args.saved = canary.saved
+        args.first = canary.first if args.first is None else args.first
+    args.first = args.first or 0
     return hunt(args) if args.seed is None else replay(args)
 
 
