@@ -53,6 +53,15 @@ missing_packages() {
     command -v g++ >/dev/null || missing+=(g++)
     command -v cmake >/dev/null || missing+=(cmake)
     command -v make >/dev/null || missing+=(make)
+    # For tests in network namespaces, which only root can make; who cannot install them has these tests skipped.
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        command -v ip >/dev/null || missing+=(iproute2)
+        command -v nft >/dev/null || missing+=(nftables)
+        command -v miniupnpd >/dev/null || missing+=(miniupnpd-nftables)
+    fi
+    # Without gcc the headers cannot be looked for; then they are asked for with it.
+    printf '#include <openssl/opensslv.h>\n#if OPENSSL_VERSION_MAJOR < 3\n#error old\n#endif\n' |
+        gcc -E -x c - >/dev/null 2>&1 || missing+=(libssl-dev)
     packages="${missing[*]}"
 }
 
@@ -68,6 +77,35 @@ ensure_system() {
         die "apt-get could not install $packages"
     missing_packages
     [ -z "$packages" ] || die "still missing after apt-get: $packages (is this distribution's Python older than 3.11?)"
+}
+
+# The first clang that links libFuzzer; empty: there is none.
+find_clang() {
+    local candidate
+    for candidate in clang clang-{20..14}; do
+        command -v "$candidate" >/dev/null || continue
+        printf 'int LLVMFuzzerTestOneInput(const unsigned char *x, unsigned long n) { return x != 0 && n > 9 ? 0 : 0; }' |
+            "$candidate" -x c -fsanitize=fuzzer,address,undefined -o /dev/null - 2>/dev/null || continue
+        echo "$candidate"
+        return
+    done
+}
+
+# Sets $clang. Installed as root: 100 MB.
+ensure_clang() {
+    clang="$(find_clang)"
+    [ -n "$clang" ] && return
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        die "missing on this system: clang with libFuzzer. Install it (Debian: apt-get install clang libclang-rt-dev) and run this again."
+    fi
+    say "installing clang"
+    apt-get -q update >&2
+    local version
+    version="$(apt-cache depends clang | sed -n 's/.*Depends: clang-//p' | head -n 1)"
+    DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "clang-$version" "libclang-rt-$version-dev" >&2 ||
+        die "apt-get could not install clang-$version"
+    clang="$(find_clang)"
+    [ -n "$clang" ] || die "clang-$version does not link libFuzzer"
 }
 
 # The requirements of one extra in pyproject.toml.

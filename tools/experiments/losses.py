@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class Experiment:
         self._round_began, self._round_s, self._next_kill = time.monotonic(), 0.0, variant.kill_every
         self._kill_at: float | None = None
         self.kills: list[tuple[int, int]] = []  # (round, which host)
+        self.present: Counter[int] = Counter()  # round -> how many processes took part in it
         streams = range(variant.peers)
         self._homes = [[stream] for stream in streams] if variant.kill_every else [list(streams)]
         self.hosts = [self._started(home, 0) for home in self._homes]
@@ -117,6 +119,7 @@ class Experiment:
             host.cpu_s = value
         else:
             is_first = value > max(other.rounds for other in self.hosts)
+            self.present[value] += value > max(host.rounds, 0)  # one that was rolled back is told again
             host.rounds = value
             if is_first and value:
                 self._count_round(value)
@@ -125,9 +128,13 @@ class Experiment:
         now = time.monotonic()
         self._round_s, self._round_began = now - self._round_began, now
         are_all_in = all(host.rounds >= 0 for host in self.hosts)
-        if self._next_kill and are_all_in and self._next_kill <= rounds <= self._rounds - 2:
+        if self._next_kill and are_all_in and self._next_kill <= rounds and not self._ends_soon():
             self._next_kill = rounds + self._variant.kill_every
             self._kill_at = now + self._rng.uniform(0, self._round_s)  # at any moment of a round, the exchange too
+
+    def _ends_soon(self) -> bool:
+        """The run has as many tokens as one that nobody disturbs, not as many rounds."""
+        return sum(self.present.values()) > (self._rounds - 2) * self._variant.peers
 
     def _kill(self) -> None:
         """SIGKILL to a replica; another one comes up in its place at once."""
@@ -155,7 +162,8 @@ def measure(variant: Variant, settings: Settings, seed: int) -> dict[str, Any]:
     return {
         "loss": float(np.mean(losses)), "losses": losses, "merged": merged[0] if merged else None, "curve": curve,
         **{name: float(np.mean([getattr(one, name) for one in told])) for name in counted},
-        "kills": experiment.kills, "cpu_s": sum(host.cpu_s for host in experiment.hosts),
+        "kills": experiment.kills, "present": [experiment.present[n + 1] for n in range(max(experiment.present))],
+        "cpu_s": sum(host.cpu_s for host in experiment.hosts),
         "seconds": time.monotonic() - begun,
     }  # fmt: skip
 

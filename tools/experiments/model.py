@@ -21,7 +21,7 @@ from pyccl.demo.corpus import VOCABULARY_SIZE
 
 CONTEXT, EMBEDDING, WIDTH, BLOCKS = 16, 12, 96, 5
 CLIP: Final = 1.0
-WARM: Final = 20  # steps of a replica that came in late: fresh moments make large ones
+WARM: Final = 50  # steps, a round, of a replica that came in late: fresh moments make large ones
 
 # Rows are apart from one another in memory, which torch thinks slow; it is not, for so small ones.
 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")

@@ -15,7 +15,7 @@ from pyccl import optim
 
 H = 50  # inner steps of a round, where it is not about that
 P, DELAY, ALPHA = 5, 8, 0.5  # of streaming
-KILL_EVERY = 4  # rounds
+KILL_EVERY = 5  # rounds
 
 
 @dataclass(frozen=True, slots=True)
