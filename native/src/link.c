@@ -25,6 +25,7 @@
 #define REVIVE 2                     /* times slower than its share */
 #define REVIVE_NS INT64_C(2000000000)
 #define STARTUP_GAIN (2 << 8)        /* of BBR's pacing, at least, while it seeks its rate */
+#define LANES_LEAST 2                /* one alone stands still with each loss */
 #define LOOK_NS INT64_C(20000000)
 #define WANTED_AGAIN_NS INT64_C(10000000000)
 
@@ -81,18 +82,37 @@ void link_enter(pyccl_link *link, uint64_t number, const uint8_t id[16]) {
 
 /* ---- life of links and connections ---- */
 
+static bool is_long(const link_env *env, int64_t rtt_ns) { return env->long_rtt_ns > 0 && rtt_ns >= env->long_rtt_ns; }
+
+/* Long lines of a host are one line, near its end: the more links share it, the fewer connections each needs, and the more of them
+ * only get in each other's way. */
+static uint32_t lanes_first(const pyccl_link *link) {
+    const link_env *env = link->env;
+    if (env->lanes == 0) return PYCCL_CONNS_MAX;
+    if (!link->is_counted) return env->lanes;
+    const uint32_t share = (env->lanes + env->long_links - 1) / env->long_links;
+    return share > LANES_LEAST ? share : env->lanes < LANES_LEAST ? env->lanes : LANES_LEAST;
+}
+
+static void count_long(pyccl_link *link) {
+    const bool counts = link->conn_count > 0 && is_long(link->env, link->rtt_ns);
+    if (counts != link->is_counted) link->env->long_links += counts ? 1 : -1u;
+    link->is_counted = counts;
+}
+
 void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE], uint32_t slot) {
     memset(link, 0, sizeof *link);
     link->env = env;
     memcpy(link->id, id, PYCCL_ID_SIZE);
     link->slot = slot;
     link->heard_ns = env->now_ns;
-    lanes_init(&link->lanes, env->lanes > 0 ? env->lanes : PYCCL_CONNS_MAX, PYCCL_CONNS_MAX);
+    lanes_init(&link->lanes, &link->env->turn, lanes_first(link), PYCCL_CONNS_MAX);
     pace_init(&link->pace);
 }
 
 void link_fini(pyccl_link *link) {
     PYCCL_ASSERT(link->conn_count == 0);
+    lanes_fini(&link->lanes);
     free(link->control);
     link->control = NULL;
     link->control_cap = link->control_count = 0;
@@ -116,8 +136,6 @@ static int64_t round_trip_ns(int fd) {
     if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0 || info.tcpi_min_rtt == UINT32_MAX) return 0;
     return info.tcpi_min_rtt * INT64_C(1000);
 }
-
-static bool is_long(const link_env *env, int64_t rtt_ns) { return env->long_rtt_ns > 0 && rtt_ns >= env->long_rtt_ns; }
 
 /* A socket comes with CUBIC, set before its handshake: one that ever was BBR's paces for good, which costs a timer for
  * each segment and half the rate of a short line. On a long one BBR goes on at its rate through losses and pauses.
@@ -230,8 +248,8 @@ static void lanes_changed(pyccl_link *link) {
 
 void link_use(pyccl_link *link, uint32_t conns) {
     link->told_use = conns > 0;
-    if (conns > 0) lanes_init(&link->lanes, conns, conns);
-    else lanes_init(&link->lanes, link->env->lanes > 0 ? link->env->lanes : PYCCL_CONNS_MAX, PYCCL_CONNS_MAX);
+    if (conns > 0) lanes_init(&link->lanes, &link->env->turn, conns, conns);
+    else lanes_init(&link->lanes, &link->env->turn, lanes_first(link), PYCCL_CONNS_MAX);
     link->wanted_ns = 0;
     lanes_changed(link);
 }
@@ -272,6 +290,7 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, const pyccl_conn_keys *keys
     link->conn_count++;
     link->near = near;
     link->rtt_ns = rtt_ns;
+    count_long(link);
     unsent_limit(conn, UNSENT_MAX);
     lanes_changed(link);
     link->heard_ns = link->env->now_ns;
@@ -307,6 +326,7 @@ void link_conn_close(pyccl_conn *conn) {
     link_sink_drop(conn);
     link->conns[conn->index] = NULL;
     link->conn_count--;
+    count_long(link);
     lanes_changed(link);
     conn->grave_next = link->env->grave;
     link->env->grave = conn;
@@ -534,11 +554,13 @@ static bool line_learn(pyccl_link *link) {
     pace_counts counts;
     tcp_counts(link, &acked, &counts);
     link->looked_ns = now;
+    if (acked > link->acked) link->env->long_acked += acked - link->acked; /* less: some are closed */
+    link->acked = acked;
     if (pace_note(&link->pace, now, &counts, busy)) pace_apply(link);
     if (link->pace.spell_ns != spell_ns) conns_revive(link);
     if (link->env->lanes == 0) return false;
     const bool tells = busy && (link->lanes.before > 0 || link->lanes.proving > 0 || pace_is_found(&link->pace));
-    return lanes_note(&link->lanes, now, acked, tells, link->conn_count, link->rtt_ns);
+    return lanes_note(&link->lanes, now, acked, link->env->long_acked, tells, link->conn_count, link->rtt_ns);
 }
 
 /* How many connections a long line is worth is found out while it works. Those to begin with come unasked. */
@@ -546,7 +568,8 @@ static void lanes_look(pyccl_link *link) {
     const link_env *env = link->env;
     const bool learns = is_long(env, link->rtt_ns), searches = learns && env->lanes > 0;
     const double rate = link->lanes.rate;
-    const bool changed = learns && line_learn(link);
+    const bool shares = searches && !link->told_use && lanes_least(&link->lanes, lanes_first(link));
+    const bool changed = (learns && line_learn(link)) || shares;
     if (changed) link->wanted_ns = 0;
     if (changed || link->lanes.rate != rate) lanes_changed(link);
     if (!link->told_use && (!searches || link->lanes.use <= env->lanes)) return;

@@ -76,6 +76,9 @@ typedef struct link_env {            /* what all links of an engine share */
     int64_t user_timeout_ms;         /* TCP_USER_TIMEOUT */
     int64_t long_rtt_ns;             /* see pyccl_engine_options */
     uint32_t lanes;                  /* see pyccl_engine_options */
+    uint32_t long_links;             /* that have connections: they share the host's line */
+    lanes_turn turn;                 /* of the long ones to try another number of connections */
+    uint64_t long_acked;             /* bytes that arrived over them, as far as was looked */
     throttle tx, rx;                 /* of all bytes that leave and come */
     int64_t tx_due, rx_due;          /* some link is starved, some connection held, until then; else INT64_MAX */
     bool broken;                     /* some connection is broken: the engine takes it down when nothing iterates */
@@ -136,6 +139,8 @@ struct pyccl_link {
     uint32_t conn_count;
     uint32_t data_end;               /* connections below this index carry data: the first lanes.use of them */
     uint32_t carriers;               /* of them */
+    bool is_counted;                 /* in env->long_links */
+    uint64_t acked;                  /* by the connections that there are, when it was last looked */
     lanes lanes;
     pace pace;
     bool paced;                      /* it has given some connection a share */

@@ -16,19 +16,19 @@ static double two_are_worse(uint32_t conns) { return conns <= 8 ? 40e6 : 30e6; }
 
 typedef struct run {
     lanes l;
+    lanes_turn turn;
     int64_t at_ns;
     double sent;
     uint32_t standing, changes, highest;
 } run;
 
-static run run_new(uint32_t use) {
-    run r = {.at_ns = 77 * SECOND, .standing = use};
-    lanes_init(&r.l, use, 64);
-    return r;
+static void run_init(run *r, lanes_turn *turn, uint32_t use) {
+    *r = (run){.at_ns = 77 * SECOND, .standing = use};
+    lanes_init(&r->l, turn, use, 64);
 }
 
 static void note(run *r, bool busy) {
-    if (lanes_note(&r->l, r->at_ns, (uint64_t)r->sent, busy, r->standing, RTT)) r->changes++;
+    if (lanes_note(&r->l, r->at_ns, (uint64_t)r->sent, (uint64_t)r->sent, busy, r->standing, RTT)) r->changes++;
     if (r->l.use > r->highest) r->highest = r->l.use;
 }
 
@@ -53,7 +53,8 @@ static void rest(run *r, int64_t ns) {
 }
 
 TEST(lanes_fill_a_line_that_caps_each_flow_within_three_operations) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     for (int op = 0; op < 3; op++) {
         work(&r, capped_flows, 3 * SECOND);
         rest(&r, SECOND);
@@ -65,7 +66,8 @@ TEST(lanes_fill_a_line_that_caps_each_flow_within_three_operations) {
 }
 
 TEST(lanes_come_down_when_the_line_does_not_need_them_any_more) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     work(&r, capped_flows, 20 * SECOND);
     CHECK_EQ(r.l.use, 12);
     work(&r, one_is_enough, 200 * SECOND);
@@ -73,7 +75,8 @@ TEST(lanes_come_down_when_the_line_does_not_need_them_any_more) {
 }
 
 TEST(lanes_keep_what_the_line_needs) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     work(&r, capped_flows, 20 * SECOND);
     const double before = r.sent;
     work(&r, capped_flows, 120 * SECOND);
@@ -83,7 +86,8 @@ TEST(lanes_keep_what_the_line_needs) {
 }
 
 TEST(lanes_go_back_where_more_gives_nothing_and_try_again_later_and_later) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     work(&r, one_is_enough, 15 * SECOND);
     CHECK_EQ(r.l.use, 8);
     CHECK_EQ(r.highest, 12);
@@ -98,14 +102,16 @@ TEST(lanes_go_back_where_more_gives_nothing_and_try_again_later_and_later) {
 }
 
 TEST(lanes_leave_a_number_that_makes_it_worse) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     work(&r, two_are_worse, 10 * SECOND);
     CHECK_EQ(r.l.use, 8);
     CHECK_EQ(r.changes, 2);
 }
 
 TEST(lanes_give_a_trial_more_than_one_window) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     while (r.l.before == 0) work(&r, capped_flows, SECOND / 10);
     work(&r, capped_flows, SECOND);
     work(&r, one_of_eight, SECOND); /* a pause of the machine in the middle of the trial */
@@ -115,7 +121,8 @@ TEST(lanes_give_a_trial_more_than_one_window) {
 }
 
 TEST(lanes_believe_no_gain_that_is_there_without_them) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     while (r.l.before == 0) work(&r, one_of_eight, SECOND / 10);
     work(&r, one_is_enough, 12 * SECOND); /* the line became faster in the middle of the trial */
     CHECK_EQ(r.l.use, 8);
@@ -123,14 +130,16 @@ TEST(lanes_believe_no_gain_that_is_there_without_them) {
 }
 
 TEST(lanes_stop_at_the_most_there_may_be) {
-    run r = run_new(4);
+    run r;
+    run_init(&r, &r.turn, 4);
     work(&r, grows_for_ever, 60 * SECOND);
     CHECK_EQ(r.l.use, 64);
     CHECK_EQ(r.highest, 64);
 }
 
 TEST(lanes_take_no_rate_from_slow_start) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     for (int i = 0; i < 400; i++) { /* the line speeds up for 4 s: nothing is known of 8 connections before */
         note(&r, true);
         r.sent += 1e4 * (i + 1);
@@ -140,7 +149,8 @@ TEST(lanes_take_no_rate_from_slow_start) {
 }
 
 TEST(lanes_wait_for_the_connections_they_asked_for) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     while (r.changes == 0) {
         note(&r, true);
         r.sent += 1e6;
@@ -155,8 +165,85 @@ TEST(lanes_wait_for_the_connections_they_asked_for) {
     CHECK_EQ(r.l.use, 12);
 }
 
+/* Links of one host, each with as much of its line as it has of all connections, for so long. */
+static void share(run *links, uint32_t count, line rate, int64_t ns, uint32_t *trials) {
+    for (int64_t end = links->at_ns + ns; links->at_ns < end;) {
+        double all = 0;
+        uint32_t conns = 0, trying = 0;
+        for (uint32_t i = 0; i < count; i++) {
+            all += links[i].sent;
+            conns += links[i].l.use;
+            trying += links[i].l.before > 0 || links[i].l.proving > 0;
+        }
+        if (trying > *trials) *trials = trying;
+        for (uint32_t i = 0; i < count; i++) {
+            run *r = &links[i];
+            if (lanes_note(&r->l, r->at_ns, (uint64_t)r->sent, (uint64_t)all, true, r->l.use, RTT)) r->changes++;
+            if (r->l.use > r->highest) r->highest = r->l.use;
+        }
+        for (uint32_t i = 0; i < count; i++) {
+            links[i].sent += rate(conns) * links[i].l.use / conns * 0.01;
+            links[i].at_ns += 10 * MS;
+        }
+    }
+}
+
+TEST(lanes_that_take_from_the_host_s_other_links_do_not_pay) {
+    run links[3];
+    lanes_turn turn = {0};
+    uint32_t trials = 0;
+    for (int i = 0; i < 3; i++) run_init(&links[i], &turn, 3);
+    share(links, 3, one_is_enough, 180 * SECOND, &trials);
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(links[i].l.before > 0 ? links[i].l.before : links[i].l.use, 3);
+        CHECK(links[i].changes >= 2);
+    }
+    CHECK_EQ(trials, 1); /* at a time */
+}
+
+TEST(lanes_of_a_host_grow_together_to_what_its_line_takes) {
+    run links[3];
+    lanes_turn turn = {0};
+    uint32_t trials = 0, conns = 0;
+    for (int i = 0; i < 3; i++) run_init(&links[i], &turn, 2);
+    share(links, 3, capped_flows, 60 * SECOND, &trials);
+    for (int i = 0; i < 3; i++) conns += links[i].l.use;
+    CHECK(conns >= 9);
+    CHECK(conns <= 15);
+}
+
+TEST(lanes_leave_the_turn_to_others_when_their_link_has_nothing_to_send) {
+    run links[2];
+    lanes_turn turn = {0};
+    uint32_t trials = 0;
+    for (int i = 0; i < 2; i++) run_init(&links[i], &turn, 3);
+    while (links[0].l.before == 0) work(&links[0], one_is_enough, SECOND / 10);
+    links[1].at_ns = links[0].at_ns;
+    share(&links[1], 1, one_is_enough, 10 * SECOND, &trials);
+    CHECK_EQ(links[1].changes, 0);
+    share(&links[1], 1, one_is_enough, 40 * SECOND, &trials);
+    CHECK(links[1].changes > 0);
+}
+
+TEST(lanes_follow_how_many_links_share_the_line) {
+    run r;
+    run_init(&r, &r.turn, 8);
+    CHECK(!lanes_least(&r.l, 8));
+    CHECK(lanes_least(&r.l, 3));
+    CHECK_EQ(r.l.use, 3);
+    CHECK(lanes_least(&r.l, 8));
+    CHECK_EQ(r.l.use, 8);
+    work(&r, capped_flows, 20 * SECOND);
+    CHECK_EQ(r.l.use, 12);
+    CHECK(!lanes_least(&r.l, 3)); /* what has paid stays, until fewer do */
+    CHECK_EQ(r.l.use, 12);
+    work(&r, one_is_enough, 400 * SECOND);
+    CHECK_EQ(r.l.use, 3);
+}
+
 TEST(lanes_learn_nothing_from_small_operations) {
-    run r = run_new(8);
+    run r;
+    run_init(&r, &r.turn, 8);
     for (int op = 0; op < 500; op++) { /* what fits the sockets at once never makes the line busy */
         note(&r, false);
         r.sent += 1e6;

@@ -508,13 +508,15 @@ class Links:
         if not self._is_known(peer) or peer.shunned:
             stream.socket.close()
             return True
+        before = peer.path, peer.via
+        if self._is_cut_off(peer) or path <= peer.path:
+            peer.path, peer.via = path, via  # first: an operation may end over it, and its caller ask, before we go on
         try:
             self._engine.conn_add(peer.slot, stream.socket.detach(), keys)
         except (OSError, PycclError) as e:  # above all: the link has all the connections that it may have
+            peer.path, peer.via = before
             log.info("connection_not_taken peer=%s cause=%s", peer.member.peer.hex()[:8], e)
             return self._engine.conns(peer.slot) > 0
-        if self._engine.conns(peer.slot) <= 1 or path <= peer.path or peer.silent:
-            peer.path, peer.via = path, via
         peer.silent = False
         self._events.up(peer.member.peer)
         self._check_ready()
