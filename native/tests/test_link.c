@@ -1,4 +1,5 @@
 /* test_link.c: which connections of a long link are given what it has to send. */
+#include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -115,4 +116,49 @@ TEST(link_sends_no_more_at_once_than_may_wait_in_the_socket) {
     CHECK(w.conns[0]->data_sent > 0);
     CHECK(w.conns[0]->blocked || w.conns[0]->data_sent % 4096 == 0);
     world_close(&w);
+}
+
+/* With two connections each, of which one is closed, so that it is counted as a long link. */
+static void long_links_open(link_env *env, pyccl_link *links, pyccl_conn **conns, int *others, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        const uint8_t id[PYCCL_ID_SIZE] = {(uint8_t)(i + 1)};
+        link_init(&links[i], env, id, i);
+        for (uint32_t k = 2 * i; k < 2 * i + 2; k++) {
+            int pair[2];
+            REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+            REQUIRE(link_conn_add(&links[i], pair[0], NULL, &conns[k]) == PYCCL_OK);
+            others[k] = pair[1];
+        }
+        links[i].rtt_ns = 150 * MS;
+        link_conn_close(conns[2 * i]);
+    }
+}
+
+TEST(link_has_the_fewer_connections_in_use_the_more_long_links_share_the_line) {
+    static const uint32_t first[] = {8, 4, 3, 2, 2, 2};
+    enum { LINKS = sizeof first / sizeof *first };
+    world w = {.left = 0};
+    w.env = (link_env){.hooks = &HOOKS, .ctx = &w, .now_ns = 1000 * MS, .lanes = 8, .long_rtt_ns = 5 * MS};
+    w.env.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    throttle_init(&w.env.tx, 0, 0);
+    throttle_init(&w.env.rx, 0, 0);
+    pyccl_link *links = calloc(LINKS, sizeof *links);
+    pyccl_conn *conns[2 * LINKS];
+    int others[2 * LINKS];
+    REQUIRE(links != NULL);
+    long_links_open(&w.env, links, conns, others, LINKS);
+    for (uint32_t left = LINKS; left > 0; left--) {
+        CHECK_EQ(w.env.long_links, left);
+        for (uint32_t i = 0; i < left; i++) {
+            link_pump(&links[i]);
+            CHECK_EQ(links[i].lanes.use, first[left - 1]);
+        }
+        link_conn_close(conns[2 * left - 1]);
+    }
+    CHECK_EQ(w.env.long_links, 0);
+    link_bury(&w.env);
+    for (uint32_t i = 0; i < LINKS; i++) link_fini(&links[i]);
+    for (uint32_t k = 0; k < 2 * LINKS; k++) close(others[k]);
+    close(w.env.epoll_fd);
+    free(links);
 }

@@ -90,7 +90,7 @@ class _Peer:
 class LinkEvents:
     """What the owner wants to know."""
 
-    ready: Callable[[int], None]  # version: linked to all
+    ready: Callable[[int, bool], None]  # version: linked to all; whether all are far
     failed: Callable[[int, tuple[bytes, ...], str], None]
     refused: Callable[[bytes, str], None]  # nobody listens where the peer was
     up: Callable[[bytes], None]
@@ -373,7 +373,10 @@ class Links:
         if all(p in self._peers and self._engine.conns(self._peers[p].slot) > 0 for p in self._wanted):
             version, self._version = self._version, None
             self._timeout.cancel()
-            self._events.ready(version)
+            self._events.ready(version, self._are_far(self._wanted))
+
+    def _are_far(self, peers: Iterable[bytes]) -> bool:
+        return all(self._engine.round_trip_s(self._peers[peer].slot) >= limits.FAR_RTT_S for peer in peers)
 
     async def _expire(self, version: int, scope: trio.CancelScope) -> None:
         with scope:

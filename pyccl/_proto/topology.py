@@ -40,6 +40,7 @@ NOISE: Final = (
     1.4  # times: lines that losses or busy processors are in the way of differ by so much when they are measured
 )
 RING_GAIN_LEAST: Final = 0.25  # of a ring over direct: two lines of the model, each wrong by as much as this
+FAR_GAIN: Final = 0.1  # of a ring between far members: of several long links that share a line each finds its own pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,11 @@ class Network:
     @property
     def world(self) -> int:
         return len(self.up)
+
+    @property
+    def is_far(self) -> bool:
+        trips = (trip for i, row in enumerate(self.delay) for trip in (*row[:i], *row[i + 1 :]))
+        return all(2 * trip >= limits.FAR_RTT_S for trip in trips)
 
     def host(self, rank: int) -> float:
         """Direct moves as much one way as the other: the slower way counts."""
@@ -269,10 +275,12 @@ def judged(
     piece_bytes: int = PIECE_BYTES,
 ) -> Choice:
     """These shares and this ring on that network. ring_from_bytes None: from the size on from which the ring wins by
-    RING_GAIN_LEAST: one pair that was measured while a processor was busy slows direct, and hardly a ring."""
+    RING_GAIN_LEAST: one pair that was measured while a processor was busy slows direct, and hardly a ring. Between far
+    members it is the other way: there a ring that is as fast by the lines is the faster one."""
     direct, ring = direct_line(network, shares, piece_bytes), ring_line(network, order, piece_bytes)
     if ring_from_bytes is None:
-        ring_from_bytes = _ring_from(direct, ring, network.world)
+        gain = -FAR_GAIN if network.is_far else RING_GAIN_LEAST
+        ring_from_bytes = _ring_from(direct, ring, network.world, gain)
     coded = direct_line(network, shares, piece_bytes, CODED)
     return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes, coded)
 
@@ -292,12 +300,12 @@ def is_better(found: Choice, present: Choice) -> bool:
     return any(gains) and all(found.seconds(size) <= present.seconds(size) for size in sizes)
 
 
-def _ring_from(direct: Line, ring: Line, world: int) -> float:
+def _ring_from(direct: Line, ring: Line, world: int, gain_least: float) -> float:
     if world < 3 or ring.pace == math.inf:
         return NEVER  # two are a ring already
     if direct.pace == math.inf:
         return 0.0
-    left = 1 - RING_GAIN_LEAST
+    left = 1 - gain_least
     direct = Line(direct.delay_s * left, direct.pace * left, direct.lag_bytes, direct.lag_pace * left)
     if ring.pace >= direct.pace:
         return NEVER

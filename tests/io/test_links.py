@@ -46,6 +46,9 @@ class FakeEngine:
             raise UsageError("conn_add: too many")
         self.links[slot] += 1
 
+    def round_trip_s(self, slot: int) -> float:
+        return 0.0
+
     def conns(self, slot: int) -> int:
         return self.links.get(slot, 0)
 
@@ -58,7 +61,7 @@ class Heard:
 
     def events(self) -> links.LinkEvents:
         return links.LinkEvents(
-            ready=self.ready.append,
+            ready=lambda version, far: self.ready.append(version),
             failed=lambda version, who, why: self.failed.append(version),
             refused=lambda *_: None,
             up=lambda *_: None,
