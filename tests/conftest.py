@@ -2,10 +2,10 @@
 
 Those that need torch are in files named test_*_torch.py: collected where it is. tools/test runs both ways.
 
-Under pytest-xdist (``-n 3``, as in tools/test) there are three lanes. The tests of groups on loopback run one after the
-other in the first, those of the optimizers in the second, those of commands, emulated lines and faults in the third;
-each waits more than it computes, and passes on a machine with that much load. What only computes fills up whichever
-lane is shorter.
+Under pytest-xdist (``-n 4``, as in tools/test) there are four lanes. The tests of groups on loopback run one after the
+other in the first, those of the optimizers in the second, those of routers and attackers in the third, those of
+commands, benchmarks and faults in the fourth; each waits more than it computes, and passes on a machine with that much
+load. What only computes fills up whichever lane is shorter.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["*_torch.py"
 
 _GROUPS = ("tests/api/", "tests/arrays/")
 _OPTIMIZERS = ("tests/optim/",)
+_NETWORKS = ("tests/nat/", "tests/netlab/", "tests/secure/")
 _COMPUTES = (
     *(f"tests/{name}/" for name in ("native", "proto", "sim")),
     *(f"tests/demo/test_demo_{name}.py" for name in ("corpus", "model", "progress")),
@@ -49,7 +50,9 @@ class Lanes(LoadScopeScheduling):  # type: ignore[misc]
             return nodeid
         if nodeid.startswith(_GROUPS):
             return "groups"
-        return "optimizers" if nodeid.startswith(_OPTIMIZERS) else "lines"
+        if nodeid.startswith(_NETWORKS):
+            return "networks"
+        return "optimizers" if nodeid.startswith(_OPTIMIZERS) else "commands"
 
 
 def pytest_configure() -> None:
