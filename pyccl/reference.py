@@ -41,8 +41,8 @@ def reference_all_reduce(
         inputs: one array of each member, in rank order (bytewise order of peer ids); equal shapes and dtypes.
             bfloat16 as ``ml_dtypes.bfloat16``.
         op, quantize, quantize_block: as for ``Communicator.all_reduce``.
-        algorithm: "direct" folds in rank order, "ring" along the ring, but not with two members; "auto": as without a
-            plan, "direct".
+        algorithm: "direct" folds in rank order, "ring" along the ring, but not with two members; "auto" is "direct"
+            here. What an ``all_reduce`` with "auto" took its info tells.
         ring, shares: of the epoch's plan, for "ring": the ranks in the order of the ring (None: rank order) and the
             weights of their shares (None: equal ones).
         weights: for "avg", one per input; None stands for 1.0 each.

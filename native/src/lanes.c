@@ -131,23 +131,27 @@ static bool window_end(lanes *l, int64_t now_ns) {
     return l->windows >= (LANES_WINDOWS + 1) / 2 && decide(l, now_ns);
 }
 
+void lanes_rest(lanes *l) {
+    if (l->before > 0) back(l);
+    l->proving = 0;
+    lanes_fini(l);
+}
+
 bool lanes_least(lanes *l, uint32_t least) {
+    const uint32_t before = l->use;
     if (least > l->most) least = l->most;
     if (least == l->least) return false;
-    const bool idle = l->before == 0 && l->proving == 0;
-    const bool moves = (idle && l->use == l->least) || l->use < least;
+    lanes_rest(l);
+    if (l->use == l->least || l->use < least) change(l, least);
     l->least = least;
-    if (!moves) return false;
-    l->before = l->proving = 0;
-    lanes_fini(l);
-    change(l, least);
-    return true;
+    return l->use != before;
 }
 
 void lanes_pause(lanes *l) { l->busy = false; }
 
 bool lanes_note(lanes *l, int64_t now_ns, uint64_t acked, uint64_t all, bool busy, uint32_t standing, int64_t rtt_ns) {
     if (l->busy) {
+        if (l->turn->taken == l) l->turn->taken_ns = now_ns;
         l->busy_ns += now_ns - l->at_ns;
         l->busy_bytes += acked - l->acked;
         l->busy_all += all - l->acked_all;

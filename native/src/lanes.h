@@ -21,7 +21,7 @@
 
 typedef struct lanes_turn {          /* of the links that share a host's line: one trial at a time, and a pause after one in vain */
     const struct lanes *taken;       /* has a trial; NULL: none */
-    int64_t taken_ns, next_ns;
+    int64_t taken_ns, next_ns;       /* when it last had something to send; no trial before */
 } lanes_turn;
 
 typedef struct lanes {
@@ -47,8 +47,9 @@ void lanes_fini(lanes *l);
 /* `acked` bytes have arrived until now (what sockets only hold is no rate), and `all` over all links of the host, this one
  * among them; busy: every connection that carries data is full; standing: connections there are. Returns true when `use` has changed. */
 bool lanes_note(lanes *l, int64_t now_ns, uint64_t acked, uint64_t all, bool busy, uint32_t standing, int64_t rtt_ns);
-/* No fewer than so many from now on; where no more have paid, so many. Returns true when `use` has changed. */
+/* No fewer than so many from now on; where no more have paid, so many. A trial ends. Returns true when `use` has changed. */
 bool lanes_least(lanes *l, uint32_t least);
+void lanes_rest(lanes *l);           /* a trial ends, and the turn is another's */
 void lanes_pause(lanes *l);          /* other connections: what was acked until now is not comparable with what will be */
 
 #endif

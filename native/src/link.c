@@ -96,8 +96,12 @@ static uint32_t lanes_first(const pyccl_link *link) {
 
 static void count_long(pyccl_link *link) {
     const bool counts = link->conn_count > 0 && is_long(link->env, link->rtt_ns);
-    if (counts != link->is_counted) link->env->long_links += counts ? 1 : -1u;
+    if (counts == link->is_counted) return;
+    link->env->long_links += counts ? 1 : -1u;
     link->is_counted = counts;
+    if (counts) return;
+    lanes_rest(&link->lanes);
+    if (link->conn_count > 0 && !link->told_use) lanes_init(&link->lanes, &link->env->turn, lanes_first(link), PYCCL_CONNS_MAX);
 }
 
 void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE], uint32_t slot) {

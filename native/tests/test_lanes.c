@@ -225,6 +225,39 @@ TEST(lanes_leave_the_turn_to_others_when_their_link_has_nothing_to_send) {
     CHECK(links[1].changes > 0);
 }
 
+TEST(lanes_keep_the_turn_over_a_pause_between_operations) {
+    run links[2];
+    lanes_turn turn = {0};
+    uint32_t trials = 0;
+    for (int i = 0; i < 2; i++) run_init(&links[i], &turn, 3);
+    while (links[0].l.before == 0) work(&links[0], one_is_enough, SECOND / 10);
+    for (int op = 0; op < 3; op++) {
+        const int64_t at_ns = links[0].at_ns + 300 * SECOND;
+        for (int i = 0; i < 2; i++) {
+            note(&links[i], false);
+            links[i].at_ns = at_ns;
+        }
+        share(links, 2, one_is_enough, 2 * SECOND, &trials);
+    }
+    CHECK_EQ(trials, 1);
+}
+
+TEST(lanes_end_a_trial_that_another_least_number_makes_pointless) {
+    run r;
+    run_init(&r, &r.turn, 2);
+    while (r.l.before == 0) work(&r, one_is_enough, SECOND / 10);
+    CHECK_EQ(r.l.use, 3);
+    CHECK(!lanes_least(&r.l, 3));
+    CHECK_EQ(r.l.use, 3);
+    CHECK_EQ(r.l.before, 0);
+    CHECK(r.turn.taken == NULL);
+    work(&r, one_is_enough, 60 * SECOND);
+    CHECK_EQ(r.l.before > 0 ? r.l.before : r.l.use, 3);
+    while (r.l.before == 0) work(&r, one_is_enough, SECOND / 10);
+    CHECK(lanes_least(&r.l, 2));
+    CHECK_EQ(r.l.use, 2);
+}
+
 TEST(lanes_follow_how_many_links_share_the_line) {
     run r;
     run_init(&r, &r.turn, 8);

@@ -156,6 +156,17 @@ TEST(link_has_the_fewer_connections_in_use_the_more_long_links_share_the_line) {
         link_conn_close(conns[2 * left - 1]);
     }
     CHECK_EQ(w.env.long_links, 0);
+    links[0].is_counted = true; /* as if it had been long until a nearer connection came */
+    w.env.long_links = 1;
+    int pair[2];
+    pyccl_conn *nearer;
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    links[0].lanes.use = 2;
+    REQUIRE(link_conn_add(&links[0], pair[0], NULL, &nearer) == PYCCL_OK);
+    CHECK_EQ(w.env.long_links, 0);
+    CHECK_EQ(links[0].lanes.use, 8);
+    link_conn_close(nearer);
+    close(pair[1]);
     link_bury(&w.env);
     for (uint32_t i = 0; i < LINKS; i++) link_fini(&links[i]);
     for (uint32_t k = 0; k < 2 * LINKS; k++) close(others[k]);

@@ -132,6 +132,7 @@ class Choice:
     ring: Line
     piece_bytes: int = PIECE_BYTES
     coded: Line = Line(0.0, 0.0)  # direct, with a codec of 8 bits
+    far: bool = False  # all members are: see FAR_GAIN
 
     def algorithm(self, size_bytes: float) -> str:
         return "ring" if size_bytes >= self.ring_from_bytes else "direct"
@@ -139,6 +140,11 @@ class Choice:
     def seconds(self, size_bytes: float) -> float:
         line = self.ring if size_bytes >= self.ring_from_bytes else self.direct
         return line.seconds(size_bytes)
+
+    def weighed(self, size_bytes: float) -> float:
+        """To compare plans by."""
+        handicap = 1 + FAR_GAIN if self.far and self.algorithm(size_bytes) == "direct" else 1.0
+        return self.seconds(size_bytes) * handicap
 
 
 def few(rate: float, rtt_s: float) -> int:
@@ -282,7 +288,7 @@ def judged(
         gain = -FAR_GAIN if network.is_far else RING_GAIN_LEAST
         ring_from_bytes = _ring_from(direct, ring, network.world, gain)
     coded = direct_line(network, shares, piece_bytes, CODED)
-    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes, coded)
+    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes, coded, network.is_far)
 
 
 def default(network: Network) -> Choice:
@@ -294,10 +300,10 @@ def is_better(found: Choice, present: Choice) -> bool:
     """Of large and of small operations neither takes longer, and one gains what counts as a gain. With a codec, where
     processors count for more than lines, it is not so much slower either."""
     sizes = (SMALL_BYTES, REFERENCE_BYTES)
-    gains = [found.seconds(size) < present.seconds(size) * (1 - GAIN_LEAST) for size in sizes]
+    gains = [found.weighed(size) < present.weighed(size) * (1 - GAIN_LEAST) for size in sizes]
     if any(found.coded.seconds(size) > present.coded.seconds(size) * (1 + GAIN_LEAST) for size in sizes):
         return False
-    return any(gains) and all(found.seconds(size) <= present.seconds(size) for size in sizes)
+    return any(gains) and all(found.weighed(size) <= present.weighed(size) for size in sizes)
 
 
 def _ring_from(direct: Line, ring: Line, world: int, gain_least: float) -> float:
