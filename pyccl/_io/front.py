@@ -146,6 +146,12 @@ class Front:
         OSError: not at what the user wants.
         """
         self._faces_master = canonical(faces_master)
+        if self._master.credentials is None and not is_loopback(self._faces_master):
+            log.warning(
+                "insecure master=%s:%d: what this run sends is not encrypted; who is on its way can read and alter it",
+                self._master.host,
+                self._master.port,
+            )
         wanted = self._reach.listen
         if wanted is not None:
             await self._listen(wanted.host, wanted.port)

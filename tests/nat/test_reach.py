@@ -210,6 +210,8 @@ def test_two_of_one_lan_meet_inside(town: Callable[..., Any]) -> None:
         a, b = made.peer("a"), made.peer("b")
         admit(a, b)
         assert paths(a, b) == {"direct"}
+        for peer in (a, b):
+            assert peer.log.read_text().count("insecure master=") == 1
 
 
 def test_what_can_not_be_punched_goes_through_the_master(town: Callable[..., Any]) -> None:
