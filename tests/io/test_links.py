@@ -13,8 +13,8 @@ from listeners import listen
 from pyccl._io import dialing, envelope, links
 from pyccl._native.handles import Relay
 from pyccl._proto import limits
-from pyccl._proto.epoch import Address, Member
-from pyccl._proto.messages import PeerHello, PeerWelcome, StateHello
+from pyccl._proto.epoch import NO_ID, Address, Member
+from pyccl._proto.messages import Path, PeerHello, PeerWelcome, StateHello
 from pyccl.errors import UsageError
 
 RUN = b"R" * 16
@@ -38,6 +38,9 @@ class FakeEngine:
     def peer_remove(self, slot: int) -> None:
         del self.links[slot]
 
+    def on_conn_add(self) -> None:
+        """The engine has the connection, and an operation may end over it."""
+
     def conn_add(self, slot: int, fd: int, keys: object = None) -> None:
         with socket.socket(fileno=fd) as handed:
             name = handed.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
@@ -45,6 +48,7 @@ class FakeEngine:
         if self.links[slot] == self.most:
             raise UsageError("conn_add: too many")
         self.links[slot] += 1
+        self.on_conn_add()
 
     def round_trip_s(self, slot: int) -> float:
         return 0.0
@@ -104,6 +108,52 @@ def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
                     assert isinstance(await envelope.receive(stream), PeerWelcome)
             await trio.sleep(0.1)
             assert engine.conns(0) == 2
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_connection_s_path_is_known_before_an_operation_can_end_over_it() -> None:
+    async def main() -> None:
+        engine, seen = FakeEngine(most=3), []
+        listener, address = await listen("127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            made = make(engine, Heard(), nursery)
+            engine.on_conn_add = lambda: seen.append(made.paths()[OTHER])  # type: ignore[method-assign]
+            made.open(1, [Member(OTHER, b"b" * 16)])
+            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
+            ways = [(Path.RELAYED, b"r" * 16), (Path.RELAYED, b"s" * 16), (Path.DIRECT, NO_ID), (Path.DIRECT, NO_ID)]
+            for count, way in enumerate(ways, 1):
+                async with await trio.open_tcp_stream(address.host, address.port) as stream:
+                    them = RUN, OTHER, b"b" * 16
+                    hello = PeerHello(limits.PROTOCOL_VERSION, *them, ME.peer, ME.incarnation, *way)
+                    await stream.send_all(envelope.pack(hello))
+                    assert isinstance(await envelope.receive(stream), PeerWelcome)
+                    while len(engine.congestion_controls) < count:
+                        await trio.lowlevel.checkpoint()
+            assert [(link.path, link.via) for link in seen] == ways[:3]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_connection_that_is_not_taken_leaves_the_path_as_it_was() -> None:
+    async def main() -> None:
+        engine = FakeEngine(most=1)
+        listener, address = await listen("127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            made = make(engine, Heard(), nursery)
+            made.open(1, [Member(OTHER, b"b" * 16)])
+            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
+            for count, via in enumerate((b"r" * 16, b"s" * 16), 1):
+                async with await trio.open_tcp_stream(address.host, address.port) as stream:
+                    them = RUN, OTHER, b"b" * 16
+                    hello = PeerHello(limits.PROTOCOL_VERSION, *them, ME.peer, ME.incarnation, Path.RELAYED, via)
+                    await stream.send_all(envelope.pack(hello))
+                    assert isinstance(await envelope.receive(stream), PeerWelcome)
+                    while len(engine.congestion_controls) < count:
+                        await trio.lowlevel.checkpoint()
+            assert made.paths()[OTHER].via == b"r" * 16
             nursery.cancel_scope.cancel()
 
     trio.run(main)
