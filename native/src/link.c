@@ -94,6 +94,10 @@ static uint32_t lanes_first(const pyccl_link *link) {
     return share > LANES_LEAST ? share : env->lanes < LANES_LEAST ? env->lanes : LANES_LEAST;
 }
 
+static void lanes_begin(pyccl_link *link) {
+    lanes_init(&link->lanes, &link->env->turn, lanes_first(link), PYCCL_CONNS_MAX);
+}
+
 static void count_long(pyccl_link *link) {
     const bool counts = link->conn_count > 0 && is_long(link->env, link->rtt_ns);
     if (counts == link->is_counted) return;
@@ -101,7 +105,7 @@ static void count_long(pyccl_link *link) {
     link->is_counted = counts;
     if (counts) return;
     lanes_rest(&link->lanes);
-    if (link->conn_count > 0 && !link->told_use) lanes_init(&link->lanes, &link->env->turn, lanes_first(link), PYCCL_CONNS_MAX);
+    if (link->conn_count > 0 && !link->told_use) lanes_begin(link);
 }
 
 void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE], uint32_t slot) {
@@ -110,7 +114,7 @@ void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE],
     memcpy(link->id, id, PYCCL_ID_SIZE);
     link->slot = slot;
     link->heard_ns = env->now_ns;
-    lanes_init(&link->lanes, &link->env->turn, lanes_first(link), PYCCL_CONNS_MAX);
+    lanes_begin(link);
     pace_init(&link->pace);
 }
 
@@ -253,7 +257,7 @@ static void lanes_changed(pyccl_link *link) {
 void link_use(pyccl_link *link, uint32_t conns) {
     link->told_use = conns > 0;
     if (conns > 0) lanes_init(&link->lanes, &link->env->turn, conns, conns);
-    else lanes_init(&link->lanes, &link->env->turn, lanes_first(link), PYCCL_CONNS_MAX);
+    else lanes_begin(link);
     link->wanted_ns = 0;
     lanes_changed(link);
 }

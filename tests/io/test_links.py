@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import socket
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -81,6 +83,16 @@ def make(engine: FakeEngine, heard: Heard, nursery: trio.Nursery) -> links.Links
     return links.Links(RUN, ME, engine_, Relay(5.0), 1, nursery, heard.events())
 
 
+@contextlib.asynccontextmanager
+async def greeting(address: Address, path: int = Path.DIRECT, via: bytes = NO_ID) -> AsyncIterator[None]:
+    """A connection of the other, which was welcome."""
+    async with await trio.open_tcp_stream(address.host, address.port) as stream:
+        hello = PeerHello(limits.PROTOCOL_VERSION, RUN, OTHER, b"b" * 16, ME.peer, ME.incarnation, path, via)
+        await stream.send_all(envelope.pack(hello))
+        assert isinstance(await envelope.receive(stream), PeerWelcome)
+        yield
+
+
 @pytest.mark.parametrize("host", ["a" * 64, "a..b", ".", "\u0640"])
 def test_a_host_name_that_no_resolver_takes_is_a_failed_dial(host: str) -> None:
     async def main() -> None:
@@ -102,10 +114,8 @@ def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
             made.open(1, [Member(OTHER, b"b" * 16)])
             nursery.start_soon(trio.serve_listeners, made.accept, [listener])
             for _ in range(4):
-                async with await trio.open_tcp_stream(address.host, address.port) as stream:
-                    hello = PeerHello(limits.PROTOCOL_VERSION, RUN, OTHER, b"b" * 16, ME.peer, ME.incarnation)
-                    await stream.send_all(envelope.pack(hello))
-                    assert isinstance(await envelope.receive(stream), PeerWelcome)
+                async with greeting(address):
+                    pass
             await trio.sleep(0.1)
             assert engine.conns(0) == 2
             nursery.cancel_scope.cancel()
@@ -124,11 +134,7 @@ def test_a_connection_s_path_is_known_before_an_operation_can_end_over_it() -> N
             nursery.start_soon(trio.serve_listeners, made.accept, [listener])
             ways = [(Path.RELAYED, b"r" * 16), (Path.RELAYED, b"s" * 16), (Path.DIRECT, NO_ID), (Path.DIRECT, NO_ID)]
             for count, way in enumerate(ways, 1):
-                async with await trio.open_tcp_stream(address.host, address.port) as stream:
-                    them = RUN, OTHER, b"b" * 16
-                    hello = PeerHello(limits.PROTOCOL_VERSION, *them, ME.peer, ME.incarnation, *way)
-                    await stream.send_all(envelope.pack(hello))
-                    assert isinstance(await envelope.receive(stream), PeerWelcome)
+                async with greeting(address, *way):
                     while len(engine.congestion_controls) < count:
                         await trio.lowlevel.checkpoint()
             assert [(link.path, link.via) for link in seen] == ways[:3]
@@ -146,11 +152,7 @@ def test_a_connection_that_is_not_taken_leaves_the_path_as_it_was() -> None:
             made.open(1, [Member(OTHER, b"b" * 16)])
             nursery.start_soon(trio.serve_listeners, made.accept, [listener])
             for count, via in enumerate((b"r" * 16, b"s" * 16), 1):
-                async with await trio.open_tcp_stream(address.host, address.port) as stream:
-                    them = RUN, OTHER, b"b" * 16
-                    hello = PeerHello(limits.PROTOCOL_VERSION, *them, ME.peer, ME.incarnation, Path.RELAYED, via)
-                    await stream.send_all(envelope.pack(hello))
-                    assert isinstance(await envelope.receive(stream), PeerWelcome)
+                async with greeting(address, Path.RELAYED, via):
                     while len(engine.congestion_controls) < count:
                         await trio.lowlevel.checkpoint()
             assert made.paths()[OTHER].via == b"r" * 16
