@@ -20,13 +20,7 @@ import pyccl
 TIMEOUT_S = 60.0
 COUNT = 1_000_000  # of float32: more than buffers hold
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PYCCL_IDENTITY", str(tmp_path / "ours.pem"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("PYCCL_INVITE", raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def invite_to(master: str) -> str:

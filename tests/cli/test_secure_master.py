@@ -20,13 +20,7 @@ import pyccl
 MASTER = [sys.executable, "-P", "-m", "pyccl.cli.master"]
 EXIT_ARGUMENTS, EXIT_UNREACHABLE = 2, 3
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PYCCL_IDENTITY", str(tmp_path / "ours.pem"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("PYCCL_INVITE", raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 class Master:
