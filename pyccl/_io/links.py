@@ -8,7 +8,7 @@ In a secure run both sides prove who they are, and the engine seals with keys th
 
     dialed      at all addresses of the peer, each with a small head start; who greets as that peer is it (``_reach``)
     the other way round   _REVERSE_S later, or at once from behind a router: it may be the one that can't be dialed
-    punched     if the master can help (``punching.py``), a moment later, from both sides
+    punched     if the master can help (``punching.py``), a moment later, from both sides; a direct one is still sought
     relayed     _RELAY_AFTER_S later; replaced as soon as one of the others stands
 """
 
@@ -58,7 +58,7 @@ _REVERSE_S: Final = 0.5  # so long the one who dials has to make the first conne
 _PUNCH_AFTER_S: Final = 0.3  # so long a direct connection has
 _PUNCHED_MAX: Final = 16  # connections of one link
 _CALL_AFTER_S: Final = 0.7  # so long a member that relays has to dial the other before that is called there
-_DIRECT_AGAIN_S: Final = 30.0  # between attempts while there is a relayed connection
+_DIRECT_AGAIN_S: Final = 30.0  # between attempts while there is a relayed or a punched connection
 _TCP_ESTABLISHED: Final = 1
 
 Hello = PeerHello | StateHello | RelayHello
@@ -84,6 +84,7 @@ class _Peer:
     path: int = Path.DIRECT  # of its connections, the best one
     via: bytes = NO_ID  # who relays it, as far as we know
     punching: trio.CancelScope | None = None
+    seeks_direct: bool = False  # beside its punched connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,11 @@ class Links:
             record.relay_over.set()
         if left > 0 and record.path == Path.PUNCHED:
             self._punch_more(record)
-        elif self._dials(record):
+            return
+        if record.seeks_direct and left == 0:  # who waits to try a direct one again does it now
+            record.seeks_direct = False
+            self._cancel_dials(record)
+        if self._dials(record):
             self._dial(record, max(record.wanted, self._count_for(record.member)) - left)
         elif left == 0:
             self._dial(record, 1)
@@ -310,10 +315,8 @@ class Links:
             return
         peer.member, peer.reached_at = member, None
         count = len(peer.dialing)
-        for scope in peer.dialing:  # also those that wait for the next attempt beside a relay: all begin anew
-            scope.cancel()
-        peer.dialing.clear()
-        if count or self._is_cut_off(peer) or peer.path == Path.RELAYED:
+        self._cancel_dials(peer)  # also those that wait for the next attempt beside a lesser way: all begin anew
+        if count or self._is_cut_off(peer) or peer.path >= Path.PUNCHED:
             self._dial(peer, max(count, 1))
 
     def _dials(self, peer: _Peer) -> bool:
@@ -345,9 +348,13 @@ class Links:
             if other.relay == peer:  # who is out of the run carries nothing of it
                 other.relay_over.set()
 
-    def _stop_dialing(self, peer: _Peer) -> None:
+    def _cancel_dials(self, peer: _Peer) -> None:
         for scope in peer.dialing:
             scope.cancel()
+        peer.dialing.clear()
+
+    def _stop_dialing(self, peer: _Peer) -> None:
+        self._cancel_dials(peer)
         for other in (peer.relaying, peer.punching):
             if other is not None:
                 other.cancel()
@@ -376,7 +383,12 @@ class Links:
             self._events.ready(version, self._are_far(self._wanted))
 
     def _are_far(self, peers: Iterable[bytes]) -> bool:
-        return all(self._engine.round_trip_s(self._peers[peer].slot) >= limits.FAR_RTT_S for peer in peers)
+        """A link that a third carries counts as near: a ring would take more over it than its share."""
+        records = [self._peers[peer] for peer in peers]
+        return all(
+            self._path_of(record)[0] != Path.RELAYED and self._engine.round_trip_s(record.slot) >= limits.FAR_RTT_S
+            for record in records
+        )
 
     async def _expire(self, version: int, scope: trio.CancelScope) -> None:
         with scope:
@@ -419,8 +431,9 @@ class Links:
                         reached = await first_of(where, partial(self._reach, peer), _Reached.discard)
                     peer.dialing.discard(scope)
                     path = Path.MAPPED if reached.at.kind == AddressKind.MAPPED else Path.DIRECT
+                    first = not self._is_direct(peer)
                     if self._adopt(peer, reached.stream, reached.keys, path):
-                        self._has_reached(peer, reached.at)
+                        self._has_reached(peer, reached.at, first=first)
                         return
                     peer.dialing.add(scope)
                 except ConnectionRefusedError as e:
@@ -431,6 +444,8 @@ class Links:
                 if peer.relay is not None:
                     with trio.move_on_after(_DIRECT_AGAIN_S):
                         await peer.relay_over.wait()
+                elif peer.path == Path.PUNCHED and not self._is_cut_off(peer):
+                    await trio.sleep(_DIRECT_AGAIN_S)
                 await trio.sleep(pause * (0.5 + random.random()))
                 pause = min(pause * 2, _BACKOFF_S[1])
 
@@ -452,23 +467,24 @@ class Links:
         if self._is_known(peer) and self._engine.conns(peer.slot) == 0:
             self._events.refused(peer.member.peer, str(error))
 
-    def _has_reached(self, peer: _Peer, at: Address) -> None:
-        """By a direct connection of ours. If the other side should have made it, it could not."""
+    def _is_direct(self, peer: _Peer) -> bool:
+        return peer.path < Path.PUNCHED and self._engine.conns(peer.slot) > 0
+
+    def _has_reached(self, peer: _Peer, at: Address, *, first: bool) -> None:
+        """By a direct connection of ours. If the other side should have made the first, it could not."""
         peer.reached_at = at
         peer.relay_over.set()
-        if not self._dials(peer) and peer.dials is None and self._engine.conns(peer.slot) == 1:
+        if not self._dials(peer) and peer.dials is None and first:
             peer.dials = True
             peer.wanted = max(peer.wanted, self._count_for(peer.member))
             self._nursery.start_soon(self._grow_later, peer)
 
-    def _was_reached(self, peer: _Peer) -> None:
+    def _was_reached(self, peer: _Peer, *, first: bool) -> None:
         """By a direct connection of the other side, while all that we dial is in vain."""
         peer.relay_over.set()
-        if peer.dials is None and peer.reached_at is None and peer.dialing and self._engine.conns(peer.slot) == 1:
+        if peer.dials is None and peer.reached_at is None and peer.dialing and first:
             peer.dials = False
-            for scope in peer.dialing:
-                scope.cancel()
-            peer.dialing.clear()
+            self._cancel_dials(peer)
 
     def _hello_to(self, member: Member, path: int = Path.DIRECT, via: bytes = NO_ID) -> PeerHello:
         me, to = self._me, (member.peer, member.incarnation)
@@ -592,13 +608,22 @@ class Links:
                 return
             if greeted is not None and self._adopt(record, stream, greeted.keys, Path.PUNCHED):
                 log.info("link_punched peer=%s connections=%d", _short(record), self._engine.conns(record.slot))
-                record.relay_over.set()
+                self._seek_direct(record)
                 if record.path == Path.PUNCHED:
                     self._nursery.start_soon(self._punch_more_later, record)
 
+    def _seek_direct(self, peer: _Peer) -> None:
+        """Beside a punched connection: one side may reach the other all the same, be it the one that had not dialed yet
+        or one whose dials were lost so far."""
+        peer.relay_over.set()
+        if peer.path == Path.PUNCHED and not peer.seeks_direct:
+            peer.seeks_direct = True
+            self._cancel_dials(peer)
+            self._dial(peer, 1)
+
     async def _punch_more_later(self, peer: _Peer) -> None:
         await trio.sleep(_GROW_S)
-        if self._is_known(peer):
+        if self._is_known(peer) and peer.path == Path.PUNCHED:
             self._punch_more(peer)
 
     # -- through a third
@@ -858,8 +883,12 @@ class Links:
                 await trio.aclose_forcefully(stream)
         if matched is not None and isinstance(hello, PeerHello):
             peer, keys = matched
-            if self._adopt(peer, stream, keys, hello.path, hello.via) and hello.path < Path.RELAYED:
-                self._was_reached(peer)
+            first = not self._is_direct(peer)
+            if self._adopt(peer, stream, keys, hello.path, hello.via):
+                if hello.path == Path.PUNCHED:
+                    self._seek_direct(peer)
+                elif hello.path < Path.PUNCHED:
+                    self._was_reached(peer, first=first)
 
     async def _hear_out(self, stream: trio.SocketStream) -> Hello | None:
         """The greeting of an accepted connection, if it is for us."""

@@ -442,7 +442,7 @@ class MemberMachine:
     # ---- answers of the shell and the engine
 
     def links_ready(self, version: int, now: float, *, far: bool = False) -> list[Effect]:
-        """far: every round trip to the others takes limits.FAR_RTT_S at least."""
+        """far: every round trip to the others takes limits.FAR_RTT_S at least, and none is reached through a relay."""
         proposal = self._proposal_of(version)
         if proposal is None:
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -27,8 +28,8 @@ OTHER = b"\x02" * 16
 class FakeEngine:
     """Counts connections; more than `most` of a link are refused as the engine refuses them."""
 
-    def __init__(self, most: int = 64) -> None:
-        self.most = most
+    def __init__(self, most: int = 64, rtt_s: float = 0.0) -> None:
+        self.most, self.rtt_s = most, rtt_s
         self.links: dict[int, int] = {}
         self.congestion_controls: list[bytes] = []  # of the connections that were handed over
 
@@ -53,7 +54,7 @@ class FakeEngine:
         self.on_conn_add()
 
     def round_trip_s(self, slot: int) -> float:
-        return 0.0
+        return self.rtt_s
 
     def conns(self, slot: int) -> int:
         return self.links.get(slot, 0)
@@ -62,17 +63,22 @@ class FakeEngine:
 class Heard:
     def __init__(self) -> None:
         self.ready: list[int] = []
+        self.far: list[bool] = []
         self.failed: list[int] = []
         self.asked: list[StateHello] = []
 
     def events(self) -> links.LinkEvents:
         return links.LinkEvents(
-            ready=lambda version, far: self.ready.append(version),
+            ready=self.is_ready,
             failed=lambda version, who, why: self.failed.append(version),
             refused=lambda *_: None,
             up=lambda *_: None,
             state=self.state,
         )
+
+    def is_ready(self, version: int, far: bool) -> None:
+        self.ready.append(version)
+        self.far.append(far)
 
     async def state(self, stream: trio.SocketStream, hello: StateHello) -> None:
         self.asked.append(hello)
@@ -84,10 +90,12 @@ def make(engine: FakeEngine, heard: Heard, nursery: trio.Nursery) -> links.Links
 
 
 @contextlib.asynccontextmanager
-async def greeting(address: Address, path: int = Path.DIRECT, via: bytes = NO_ID) -> AsyncIterator[None]:
+async def greeting(
+    address: Address, path: int = Path.DIRECT, via: bytes = NO_ID, sender: bytes = OTHER
+) -> AsyncIterator[None]:
     """A connection of the other, which was welcome."""
     async with await trio.open_tcp_stream(address.host, address.port) as stream:
-        hello = PeerHello(limits.PROTOCOL_VERSION, RUN, OTHER, b"b" * 16, ME.peer, ME.incarnation, path, via)
+        hello = PeerHello(limits.PROTOCOL_VERSION, RUN, sender, b"b" * 16, ME.peer, ME.incarnation, path, via)
         await stream.send_all(envelope.pack(hello))
         assert isinstance(await envelope.receive(stream), PeerWelcome)
         yield
@@ -156,6 +164,62 @@ def test_a_connection_that_is_not_taken_leaves_the_path_as_it_was() -> None:
                     while len(engine.congestion_controls) < count:
                         await trio.lowlevel.checkpoint()
             assert made.paths()[OTHER].via == b"r" * 16
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("rtt_s", "path", "far"),
+    [(0.05, Path.DIRECT, True), (0.05, Path.PUNCHED, True), (0.05, Path.RELAYED, False), (0.005, Path.DIRECT, False)],
+)
+def test_who_is_linked_over_long_lines_without_a_relay_is_far(rtt_s: float, path: int, far: bool) -> None:
+    async def main() -> None:
+        heard = Heard()
+        listener, address = await listen("127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            made = make(FakeEngine(rtt_s=rtt_s), heard, nursery)
+            made.open(1, [Member(OTHER, b"b" * 16)])
+            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
+            async with greeting(address, path):
+                with trio.fail_after(20):
+                    while not heard.far:
+                        await trio.lowlevel.checkpoint()
+            assert heard.far == [far]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_direct_connection_takes_the_place_of_a_punched_one_though_only_we_can_make_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other is the one who dials, and behind a firewall: without the punched one we would try after a while."""
+    monkeypatch.setattr(links, "_REVERSE_S", math.inf)
+    monkeypatch.setattr(links, "_GROW_S", 0.01)
+    dialer = b"\x00" * 16
+
+    async def main() -> None:
+        engine, there = FakeEngine(), FakeEngine()
+        listener, address = await listen("127.0.0.1")
+        others, its = await listen("127.0.0.1")
+        other = Member(dialer, b"b" * 16, (its,))
+        async with trio.open_nursery() as nursery:
+            served: Any = there
+            serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
+            serving.open(1, [ME])
+            nursery.start_soon(trio.serve_listeners, serving.accept, [others])
+            made = make(engine, Heard(), nursery)
+            made.open(1, [other])
+            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
+            async with greeting(address, Path.PUNCHED, sender=dialer):
+                with trio.fail_after(20):
+                    while engine.conns(0) < 2:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
+                    assert made.paths()[dialer] == links.LinkPath(Path.DIRECT, NO_ID, 2)
+                    made.grow(0, 4)  # what it did once it does again
+                    while engine.conns(0) < 4:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
     trio.run(main)
