@@ -26,6 +26,8 @@ def do(comm: pyccl.Communicator, word: str) -> Any:
         return bool((x == comm.group_world_size * np.arange(COUNT)).all())
     elif word == "peers":
         return [[link.path, link.relay, link.connections] for link in comm.peers]
+    elif word == "paths":
+        return {link.peer: link.path for link in comm.peers}
     elif word == "world":
         return comm.group_world_size
     elif word == "id":

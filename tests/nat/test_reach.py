@@ -266,3 +266,24 @@ def test_a_peer_that_knows_the_master_at_loopback_is_reached_by_others(town: Cal
         remote = made.peer("a", f"{made.lab.own('master').ipv4}:48148")
         admit(local, remote)
         assert paths(local, remote) == {"direct"}
+
+
+def test_peers_of_either_protocol_and_of_both_are_in_one_run(town: Callable[..., Any]) -> None:
+    """Who shares none with another reaches it through a relay that has both."""
+    with town("master ipv6 = 'dual'", "both ipv6 = 'dual'", "six ipv6 = 'only'", "four") as made:
+        made.master(RELAYS, listen="[::]:48148")
+        own = made.lab.own("master")
+        of4, of6 = f"{own.ipv4}:48148", f"[{own.ipv6}]:48148"
+        peers = both, six, four = made.peer("both", of4), made.peer("six", of6), made.peer("four", of4)
+        admit(both, six)
+        four.say("connect")
+        together((both, six), lambda: both.ask("world") == 3, "admit")
+        assert json.loads(four.line()) is None
+        ids = [peer.ask("id") for peer in peers]
+        to = [peer.ask("paths") for peer in peers]
+        assert to == [
+            {ids[1]: "direct", ids[2]: "direct"},
+            {ids[0]: "direct", ids[2]: "relayed"},
+            {ids[0]: "direct", ids[1]: "relayed"},
+        ]
+        reduce(*peers)
