@@ -115,12 +115,13 @@ void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE],
     link->slot = slot;
     link->heard_ns = env->now_ns;
     lanes_begin(link);
-    pace_init(&link->pace);
+    pace_init(&link->pace, &env->crowd);
 }
 
 void link_fini(pyccl_link *link) {
     PYCCL_ASSERT(link->conn_count == 0);
     lanes_fini(&link->lanes);
+    pace_fini(&link->pace);
     free(link->control);
     link->control = NULL;
     link->control_cap = link->control_count = 0;
@@ -218,8 +219,8 @@ static void conn_learn(pyccl_conn *conn, const struct tcp_info *info) {
 /* Those that are far below their share seek their rate again; as long as nothing has been too much for the line and operations end
  * before BBR has found it, all do. */
 static void conns_revive(pyccl_link *link) {
-    const bool seeks = link->pace.rate == 0 && link->pace.lasted_ns < PATIENT_RTTS * link->rtt_ns;
-    const double share = (link->pace.rate > 0 ? link->pace.rate : link->flow) / (link->carriers > 0 ? link->carriers : 1);
+    const bool seeks = pace_limit(&link->pace) == 0 && link->pace.lasted_ns < PATIENT_RTTS * link->rtt_ns;
+    const double limit = pace_limit(&link->pace), share = (limit > 0 ? limit : link->flow) / (link->carriers > 0 ? link->carriers : 1);
     for (uint32_t i = 0; i < link->data_end; i++) {
         pyccl_conn *conn = link->conns[i];
         if (conn == NULL || (!seeks && conn->rate * REVIVE >= share) || link->env->now_ns < conn->revived_ns) continue;
@@ -232,8 +233,8 @@ static void conns_revive(pyccl_link *link) {
 /* The kernel keeps each connection's own pace below its share. A share and no common purse: what one does not use is little,
  * and nobody has to wake for it. */
 static void pace_apply(pyccl_link *link) {
-    const double share = link->pace.rate / (link->carriers > 0 ? link->carriers : 1);
-    const unsigned long most = link->pace.rate > 0 ? (unsigned long)share : ~0ul;
+    const double limit = pace_limit(&link->pace), share = limit / (link->carriers > 0 ? link->carriers : 1);
+    const unsigned long most = limit > 0 ? (unsigned long)share : ~0ul;
     link->paced = true;
     for (uint32_t i = 0; i < link->data_end; i++)
         if (link->conns[i] != NULL) (void)setsockopt(link->conns[i]->fd, SOL_SOCKET, SO_MAX_PACING_RATE, &most, sizeof most);
@@ -335,6 +336,7 @@ void link_conn_close(pyccl_conn *conn) {
     link->conns[conn->index] = NULL;
     link->conn_count--;
     count_long(link);
+    if (link->conn_count == 0) pace_pause(&link->pace);
     lanes_changed(link);
     conn->grave_next = link->env->grave;
     link->env->grave = conn;
@@ -527,7 +529,7 @@ static void round_trips(pace_counts *counts, const struct tcp_info *info) {
 static void tcp_counts(pyccl_link *link, uint64_t *acked, pace_counts *counts) {
     *acked = 0;
     link->flow = 0;
-    *counts = (pace_counts){.rtt_ns = link->rtt_ns, .queue_ns = INT64_MAX};
+    *counts = (pace_counts){.rtt_ns = link->rtt_ns, .queue_ns = INT64_MAX}; /* busy: some connection is not passed */
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
         struct tcp_info info = {0};
         if (!conn_info(link->conns[i], &info)) continue;
@@ -537,7 +539,7 @@ static void tcp_counts(pyccl_link *link, uint64_t *acked, pace_counts *counts) {
         counts->repeated += info.tcpi_total_retrans;
         conn_learn(link->conns[i], &info);
         if (i >= link->data_end) continue;
-        round_trips(counts, &info);
+        if (!link->conns[i]->passed) round_trips(counts, &info); /* of one that rests it is an old one */
         link->flow += link->conns[i]->rate;
     }
 }

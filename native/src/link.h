@@ -78,6 +78,7 @@ typedef struct link_env {            /* what all links of an engine share */
     uint32_t lanes;                  /* see pyccl_engine_options */
     uint32_t long_links;             /* that have connections: they share the host's line */
     lanes_turn turn;                 /* of the long ones to try another number of connections */
+    pace_crowd crowd;                /* of those that are busy */
     uint64_t long_acked;             /* bytes that arrived over them, as far as was looked */
     throttle tx, rx;                 /* of all bytes that leave and come */
     int64_t tx_due, rx_due;          /* some link is starved, some connection held, until then; else INT64_MAX */

@@ -6,8 +6,10 @@
 #define CURED 0.7                    /* of the share of repeats: a cut that leaves more has not helped */
 #define JUDGED 3
 #define INNOCENT_NS INT64_C(30000000000)
-#define PACKETS_MIN 50               /* in a window: fewer say nothing of a share */
+#define PACKETS_MIN 50               /* in a window: fewer say nothing of a share of repeats, and it goes on */
+#define PACKETS_FEW 10               /* where nothing was repeated: a rate too low must rise, however little is sent then */
 #define WINDOW_MIN_NS INT64_C(50000000)
+#define WINDOW_LONGER 32             /* at most; where something was repeated, a quarter of that */
 #define SETTLE_RTTS 2                /* what was lost before a change is repeated for so long */
 #define BOUND 0.85                   /* of the rate arrives: nothing else limits it */
 #define RAISE 0.05                   /* at first */
@@ -23,6 +25,7 @@
 #define OVER_WINDOWS 3
 #define DRAINS 3
 #define DRAIN_MOST 0.95              /* is left */
+#define CUT_MOST 0.5                 /* is left: what arrived may be little because others of this host fill the line */
 #define STANDS_NS INT64_C(10000000)  /* a queue of so long, and of this part of a round trip */
 #define STANDS_RTTS 16
 #define WAIT_MIN_NS INT64_C(1000000000)
@@ -30,16 +33,31 @@
 #define RATE_MIN 16384.0
 #define SPELL_RTTS 2                 /* of rest end a spell: what was lost in it has been repeated */
 #define SPELL_LOSS_ALLOWED 0.005     /* what its last packets lose costs a round trip and more */
-#define SPELL_PACKETS_MIN 500
+#define SPELL_PACKETS_MIN 100
+#define SPELL_PACKETS_MANY 500       /* of fewer a loss or two say nothing */
 #define SPELL_PARTS 1.5              /* what arrived took so many: the line was full, and what its best part had was the line's doing */
 #define PART_RTTS 2                  /* in a round trip */
 #define PART_MIN_NS INT64_C(40000000)
 
-void pace_init(pace *p) { *p = (pace){.wait_ns = WAIT_MIN_NS}; }
+void pace_init(pace *p, pace_crowd *crowd) { *p = (pace){.crowd = crowd, .wait_ns = WAIT_MIN_NS}; }
 
-bool pace_is_found(const pace *p) { return p->rate == 0 || (p->found && p->before == 0 && p->blamed == 0); }
+double pace_limit(const pace *p) { return p->crowded ? 0 : p->rate; }
 
-void pace_pause(pace *p) { p->busy = p->open = p->spell = false; }
+bool pace_is_found(const pace *p) { return pace_limit(p) == 0 || (p->found && p->before == 0 && p->blamed == 0); }
+
+static bool stands(const pace_counts *c) { return c->queue_ns > STANDS_NS + c->rtt_ns / STANDS_RTTS; }
+
+static void crowd_leave(pace *p) {
+    if (p->counted) p->crowd->busy--;
+    p->counted = false;
+}
+
+void pace_fini(pace *p) { crowd_leave(p); }
+
+void pace_pause(pace *p) {
+    crowd_leave(p);
+    p->busy = p->open = p->spell = false;
+}
 
 static void rate_set(pace *p, double rate, int64_t now_ns, int64_t rtt_ns) {
     p->rate = rate < RATE_MIN ? RATE_MIN : rate;
@@ -95,7 +113,8 @@ static bool cut(pace *p, double arrived, double repeats, int64_t now_ns, int64_t
     p->calm_ns = now_ns + CALM_NS;
     p->wait_ns = WAIT_MIN_NS;
     p->trial_ns = now_ns + p->wait_ns;
-    rate_set(p, UNDER * (p->rate > 0 && most < arrived ? most : arrived), now_ns, rtt_ns);
+    const double rate = UNDER * (p->rate > 0 && most < arrived ? most : arrived), least = CUT_MOST * (p->rate > 0 ? p->rate : p->peak);
+    rate_set(p, rate > least ? rate : least, now_ns, rtt_ns);
     return true;
 }
 
@@ -139,8 +158,6 @@ static bool drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
     return true;
 }
 
-static bool stands(const pace_counts *c) { return c->queue_ns > STANDS_NS + c->rtt_ns / STANDS_RTTS; }
-
 static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, double allowed, const pace_counts *c) {
     if (repeats < p->innocent) p->innocent = repeats;
     if (now_ns >= p->innocent_ns) p->innocent = 0;
@@ -176,14 +193,16 @@ static int64_t part_ns(const pace_counts *c) {
 
 static bool spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
     const pace_counts *was = &p->at_spell, whole = {.rtt_ns = c->rtt_ns, .queue_ns = p->spell_queue_ns};
+    const uint64_t sent = c->sent > was->sent ? c->sent - was->sent : 0;
     const double parts_s = SPELL_PARTS * (double)part_ns(c) / 1e9;
     p->spell = false;
     p->lasted_ns = p->last_ns - p->spell_ns;
-    if (p->judged_in || c->sent < was->sent + SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
+    if (p->judged_in || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
     if ((double)(c->delivered - was->delivered) < p->spell_best * parts_s) return false;
     p->over = 1; /* it is known when what was repeated was sent */
     p->best = 0;
-    return window_end(p, now_ns, p->spell_best, (double)(c->repeated - was->repeated) / (double)(c->sent - was->sent), SPELL_LOSS_ALLOWED, &whole);
+    const double allowed = sent < SPELL_PACKETS_MANY ? LOSS_ALLOWED : SPELL_LOSS_ALLOWED;
+    return window_end(p, now_ns, p->spell_best, (double)(c->repeated - was->repeated) / (double)sent, allowed, &whole);
 }
 
 static void spell_begin(pace *p, int64_t now_ns, const pace_counts *c) {
@@ -200,6 +219,7 @@ static void spell_part(pace *p, int64_t now_ns, const pace_counts *c) {
     if (now_ns - p->part_ns < part_ns(c) || c->delivered < p->at_part.delivered) return;
     const double arrived = (double)(c->delivered - p->at_part.delivered) / ((double)(now_ns - p->part_ns) / 1e9);
     if (arrived > p->spell_best) p->spell_best = arrived;
+    if (arrived > p->peak) p->peak = arrived;
     p->part_ns = now_ns;
     p->at_part = *c;
 }
@@ -222,20 +242,42 @@ static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy
     p->busy = busy;
     if (!busy || now_ns < p->from_ns) return false;
     const int64_t length = c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS;
-    if (p->open && now_ns - p->start_ns < length) return false;
+    const uint64_t packets = p->start.sent + (c->repeated == p->start.repeated ? PACKETS_FEW : PACKETS_MIN);
+    const int64_t longer = c->sent >= packets ? 1 : c->repeated == p->start.repeated ? WINDOW_LONGER : WINDOW_LONGER / 4;
+    if (p->open && now_ns - p->start_ns < longer * length) return false;
     const pace_counts was = p->start;
     const double seconds = (double)(now_ns - p->start_ns) / 1e9;
     const bool whole = p->open;
     p->open = true;
     p->start_ns = now_ns;
     p->start = *c;
-    if (!whole || c->sent < was.sent + PACKETS_MIN || c->delivered < was.delivered || c->repeated < was.repeated) return false;
+    if (!whole || c->sent < packets || c->delivered < was.delivered || c->repeated < was.repeated) return false;
     const double repeats = (double)(c->repeated - was.repeated) / (double)(c->sent - was.sent);
     p->judged_in = true;
     return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, LOSS_ALLOWED, c);
 }
 
+/* Beside other links that are busy: their loss and queue are not this one's doing. */
+static bool crowd_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+    const bool was = p->crowded;
+    crowd_leave(p);
+    if (busy) {
+        p->crowd->busy++;
+        p->counted = true;
+        p->crowded = p->crowd->busy > 1;
+    }
+    if (!p->crowded) {
+        if (was) p->from_ns = now_ns + SETTLE_RTTS * c->rtt_ns;
+        return was && p->rate > 0;
+    }
+    p->open = false;
+    p->judged_in = true;
+    p->busy = busy;
+    return !was && p->rate > 0;
+}
+
 bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
-    const bool changed = spell_note(p, now_ns, c, busy);
-    return window_note(p, now_ns, c, busy) || changed;
+    const bool changed = spell_note(p, now_ns, c, busy), turned = crowd_note(p, now_ns, c, busy);
+    if (p->crowded) return changed || turned;
+    return window_note(p, now_ns, c, busy) || changed || turned;
 }

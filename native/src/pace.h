@@ -13,7 +13,8 @@
  *       comes again at once after it paid, else later and later.
  * A spell of work that is too short for such a window is one as a whole: what was repeated of it is known when the next begins, and
  * what arrived in its best part counts, after the last of it was sent too.
- * Until something was too much there is no rate: the kernel's own search is the fastest start.
+ * Until something was too much there is no rate: the kernel's own search is the fastest start. Beside other links of this host that
+ * are busy, too, there is none either, and nothing is learned.
  * Threads: nothing shared, it belongs to its caller.               Spec: ARCHITECTURE.md, Decisions */
 #ifndef PYCCL_PACE_H
 #define PYCCL_PACE_H
@@ -27,8 +28,15 @@ typedef struct pace_counts {         /* of all connections, since they are there
     int64_t rtt_ns, queue_ns;        /* of now: the longest round trip; how much longer the shortest is than the line's own */
 } pace_counts;
 
+/* Links of one host whose lines are busy now. Several share its line, and none knows what the others send: paces of their own
+ * would only ever yield to who has none. Their connections find their shares by themselves, better than any of that. */
+typedef struct pace_crowd { uint32_t busy; } pace_crowd;
+
 typedef struct pace {
+    pace_crowd *crowd;
+    bool counted, crowded;           /* in it; not alone in it, when it was busy last: `rate` is not in force */
     double rate;                     /* bytes a second; 0: as fast as they like */
+    double peak;                     /* what arrived in the best part of a spell ever: of use until there is a rate */
     double best;                     /* what arrived in the best of the windows since the last change */
     uint32_t windows, over;          /* so many; the last of them in which too much was repeated: of one, what arrived may be older */
     double seen;                     /* what arrived before a trial or a cut */
@@ -55,10 +63,12 @@ typedef struct pace {
     pace_counts start;
 } pace;
 
-void pace_init(pace *p);
-/* busy: every connection that carries data is full. Returns true when `rate` has changed. */
+void pace_init(pace *p, pace_crowd *crowd);
+void pace_fini(pace *p);
+/* busy: every connection that carries data is full. Returns true when pace_limit has changed, or may have. */
 bool pace_note(pace *p, int64_t now_ns, const pace_counts *counts, bool busy);
 int64_t pace_lasts(const pace *p, int64_t now_ns, int64_t rtt_ns); /* so long has this spell lasted; 0: none, or it begins now */
+double pace_limit(const pace *p);    /* of now, bytes a second; 0: none */
 bool pace_is_found(const pace *p);   /* the line, or its connections, take no more */
 void pace_pause(pace *p);            /* other connections: counts until now are not comparable with what will be */
 /* So many times as many connections carry data: each keeps its share, to show what they bring. */

@@ -27,10 +27,13 @@ typedef struct line {
     uint64_t step;
 } line;
 
+static pace_crowd hosts[LINKS];       /* of the senders, each its own unless told */
+
 static line line_new(double rate, int links, double hunger) {
     line l = {.rate = rate, .queue_s = 0.05, .rtt_ns = 150 * MS, .at_ns = 5 * SECOND, .links = links};
     for (int i = 0; i < links; i++) {
-        pace_init(&l.of[i].p);
+        hosts[i] = (pace_crowd){0};
+        pace_init(&l.of[i].p, &hosts[i]);
         l.of[i].hunger = hunger;
     }
     return l;
@@ -152,6 +155,23 @@ TEST(pace_follows_a_line_that_becomes_faster) {
     CHECK(work(&l, 5 * SECOND).all > 0.9);
 }
 
+TEST(pace_of_a_narrow_line_is_found_too) {
+    line l = line_new(100e3, 1, 200e3); /* ten packets in a round trip */
+    work(&l, 20 * SECOND);
+    const share got = work(&l, 20 * SECOND);
+    CHECK(got.dropped < 0.03);
+    CHECK(got.all > 0.85);
+}
+
+TEST(pace_rises_again_from_a_few_packets_in_a_round_trip) {
+    line l = line_new(60e3, 1, 50e6);
+    work(&l, 30 * SECOND);
+    CHECK(l.of[0].p.rate > 0 && l.of[0].p.rate < 120e3);
+    l.rate = 5e6;
+    work(&l, 30 * SECOND);
+    CHECK(work(&l, 5 * SECOND).all > 0.8);
+}
+
 typedef struct hearing { pace p; pace_counts counts; double delivered, sent, repeated; int64_t at_ns; } hearing;
 
 static void hear(hearing *h, double rate, double repeats, int64_t queue_ns) {
@@ -166,12 +186,33 @@ static void hear(hearing *h, double rate, double repeats, int64_t queue_ns) {
 
 TEST(pace_does_not_fall_to_what_one_window_had) {
     hearing h = {.at_ns = 5 * SECOND};
-    pace_init(&h.p);
+    hosts[0] = (pace_crowd){0};
+    pace_init(&h.p, &hosts[0]);
     while (h.p.rate == 0) hear(&h, 50e6, 0.3, 50 * MS);
     while (h.p.rate < 60e6) hear(&h, h.p.rate, 0, 0);
     const double rate = h.p.rate;
     while (h.p.rate >= rate) hear(&h, 35e6, 0, 50 * MS);
     CHECK(h.p.rate > 50e6 && h.p.rate < 60e6);
+}
+
+TEST(pace_is_cut_by_half_at_a_time) {
+    hearing h = {.at_ns = 5 * SECOND};
+    hosts[0] = (pace_crowd){0};
+    pace_init(&h.p, &hosts[0]);
+    while (h.p.rate == 0) hear(&h, 50e6, 0.3, 50 * MS);
+    while (h.p.blamed > 0) hear(&h, h.p.rate, 0, 50 * MS);
+    const double rate = h.p.rate;
+    while (h.p.rate >= rate) hear(&h, 1e6, 0.3, 50 * MS); /* others of this host had the line */
+    CHECK(h.p.rate >= rate / 2);
+}
+
+TEST(pace_is_not_found_where_a_fast_line_carried_little) {
+    hearing h = {.at_ns = 5 * SECOND};
+    hosts[0] = (pace_crowd){0};
+    pace_init(&h.p, &hosts[0]);
+    for (int i = 0; i < 100; i++) hear(&h, 50e6, 0, 0);
+    while (h.p.rate == 0) hear(&h, 1e6, 0.05, 50 * MS); /* the other side reads slowly */
+    CHECK(h.p.rate > 24e6);
 }
 
 TEST(pace_blames_nobody_for_what_the_line_loses_by_itself) {
@@ -193,6 +234,26 @@ TEST(pace_of_links_that_share_a_line_starves_none) {
     CHECK(got.all > 0.93);
     CHECK(got.dropped < 0.02);
     for (int i = 0; i < LINKS; i++) CHECK(got.delivered[i] > 0.25);
+}
+
+TEST(pace_is_not_in_force_beside_other_links_of_its_host) {
+    line l = line_new(50e6, LINKS, 60e6);
+    work(&l, 5 * SECOND);
+    for (int i = 0; i < LINKS; i++) CHECK(pace_limit(&l.of[i].p) > 0); /* of hosts of their own */
+    const double rate = l.of[0].p.rate;
+    l.of[1].p.crowd = l.of[0].p.crowd;
+    rest(&l, SECOND);
+    hosts[0].busy = hosts[1].busy = 0;
+    for (int i = 0; i < LINKS; i++) l.of[i].p.counted = false;
+    work(&l, 5 * SECOND);
+    CHECK_EQ(hosts[0].busy, LINKS);
+    for (int i = 0; i < LINKS; i++) CHECK(pace_limit(&l.of[i].p) == 0 && pace_is_found(&l.of[i].p));
+    CHECK(l.of[0].p.rate == rate);
+    rest(&l, SECOND);
+    CHECK_EQ(hosts[0].busy, 0);
+    l.links = 1;
+    work(&l, 100 * MS);
+    CHECK(pace_limit(&l.of[0].p) == rate);
 }
 
 TEST(pace_learns_from_operations_shorter_than_a_window) {
