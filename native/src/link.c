@@ -240,6 +240,14 @@ static void pace_apply(pyccl_link *link) {
         if (link->conns[i] != NULL) (void)setsockopt(link->conns[i]->fd, SOL_SOCKET, SO_MAX_PACING_RATE, &most, sizeof most);
 }
 
+/* The line is short now. */
+static void pace_forget(pyccl_link *link) {
+    pace_fini(&link->pace);
+    pace_init(&link->pace, &link->env->crowd);
+    pace_apply(link);
+    link->paced = false;
+}
+
 /* Connections came or went, another number of them carries data, or the rate is known better. */
 static void lanes_changed(pyccl_link *link) {
     const uint32_t used = link->lanes.use < link->conn_count ? link->lanes.use : link->conn_count;
@@ -252,6 +260,9 @@ static void lanes_changed(pyccl_link *link) {
     link->wants_send = true;
     for (link->data_end = 0; left > 0; link->data_end++)
         if (link->conns[link->data_end] != NULL) left--;
+    link->flow = 0; /* what went took its part of it: none that is left may seem to be behind that */
+    for (uint32_t i = 0; i < link->data_end; i++)
+        if (link->conns[i] != NULL) link->flow += link->conns[i]->rate;
     if (link->paced) pace_apply(link);
 }
 
@@ -580,6 +591,7 @@ static void lanes_look(pyccl_link *link) {
     const double rate = link->lanes.rate;
     const bool shares = searches && !link->told_use && lanes_least(&link->lanes, lanes_first(link));
     const bool changed = (learns && line_learn(link)) || shares;
+    if (!learns && (link->paced || link->pace.counted)) pace_forget(link);
     if (changed) link->wanted_ns = 0;
     if (changed || link->lanes.rate != rate) lanes_changed(link);
     if (!link->told_use && (!searches || link->lanes.use <= env->lanes)) return;

@@ -93,7 +93,7 @@ static void trial_paid(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) 
 }
 
 void pace_widen(pace *p, double factor, int64_t now_ns, int64_t rtt_ns) {
-    if (p->rate == 0) return;
+    if (p->rate == 0 || p->crowded) return;
     const double rate = p->before > 0 ? p->before : p->rate;
     p->before = p->blamed = 0;
     p->raised = (1 + p->raised) * factor - 1;
@@ -197,7 +197,7 @@ static bool spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
     const double parts_s = SPELL_PARTS * (double)part_ns(c) / 1e9;
     p->spell = false;
     p->lasted_ns = p->last_ns - p->spell_ns;
-    if (p->judged_in || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
+    if (p->judged_in || p->crowd->met_ns >= p->spell_ns || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
     if ((double)(c->delivered - was->delivered) < p->spell_best * parts_s) return false;
     p->over = 1; /* it is known when what was repeated was sent */
     p->best = 0;
@@ -246,12 +246,13 @@ static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy
     const int64_t longer = c->sent >= packets ? 1 : c->repeated == p->start.repeated ? WINDOW_LONGER : WINDOW_LONGER / 4;
     if (p->open && now_ns - p->start_ns < longer * length) return false;
     const pace_counts was = p->start;
+    const int64_t was_ns = p->start_ns;
     const double seconds = (double)(now_ns - p->start_ns) / 1e9;
     const bool whole = p->open;
     p->open = true;
     p->start_ns = now_ns;
     p->start = *c;
-    if (!whole || c->sent < packets || c->delivered < was.delivered || c->repeated < was.repeated) return false;
+    if (!whole || p->crowd->met_ns >= was_ns || c->sent < packets || c->delivered < was.delivered || c->repeated < was.repeated) return false;
     const double repeats = (double)(c->repeated - was.repeated) / (double)(c->sent - was.sent);
     p->judged_in = true;
     return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, LOSS_ALLOWED, c);
@@ -265,6 +266,7 @@ static bool crowd_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy)
         p->crowd->busy++;
         p->counted = true;
         p->crowded = p->crowd->busy > 1;
+        if (p->crowded) p->crowd->met_ns = now_ns;
     }
     if (!p->crowded) {
         if (was) p->from_ns = now_ns + SETTLE_RTTS * c->rtt_ns;

@@ -30,7 +30,10 @@ typedef struct pace_counts {         /* of all connections, since they are there
 
 /* Links of one host whose lines are busy now. Several share its line, and none knows what the others send: paces of their own
  * would only ever yield to who has none. Their connections find their shares by themselves, better than any of that. */
-typedef struct pace_crowd { uint32_t busy; } pace_crowd;
+typedef struct pace_crowd {
+    uint32_t busy;
+    int64_t met_ns;                  /* when several were, the last time: what began before it is judged no more; 0: never */
+} pace_crowd;
 
 typedef struct pace {
     pace_crowd *crowd;

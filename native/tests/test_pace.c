@@ -243,7 +243,7 @@ TEST(pace_is_not_in_force_beside_other_links_of_its_host) {
     const double rate = l.of[0].p.rate;
     l.of[1].p.crowd = l.of[0].p.crowd;
     rest(&l, SECOND);
-    hosts[0].busy = hosts[1].busy = 0;
+    hosts[0] = hosts[1] = (pace_crowd){0};
     for (int i = 0; i < LINKS; i++) l.of[i].p.counted = false;
     work(&l, 5 * SECOND);
     CHECK_EQ(hosts[0].busy, LINKS);
@@ -254,6 +254,22 @@ TEST(pace_is_not_in_force_beside_other_links_of_its_host) {
     l.links = 1;
     work(&l, 100 * MS);
     CHECK(pace_limit(&l.of[0].p) == rate);
+}
+
+TEST(pace_is_not_learned_from_a_spell_that_others_of_the_host_took_part_in) {
+    line l = line_new(50e6, 1, 75e6);
+    for (int op = 0; op < 100; op++) {
+        CHECK(work(&l, 140 * MS).dropped > 0.02);
+        hosts[0].met_ns = l.at_ns; /* between two notes of this one */
+        rest(&l, SECOND);
+    }
+    CHECK(l.of[0].p.rate == 0);
+    work(&l, SECOND);
+    CHECK(l.of[0].p.rate > 0);
+    const double rate = l.of[0].p.rate;
+    l.of[0].p.crowded = true;
+    pace_widen(&l.of[0].p, 1.5, l.at_ns, l.rtt_ns);
+    CHECK(l.of[0].p.rate == rate);
 }
 
 TEST(pace_learns_from_operations_shorter_than_a_window) {

@@ -85,6 +85,7 @@ class _Peer:
     via: bytes = NO_ID  # who relays it, as far as we know
     punching: trio.CancelScope | None = None
     seeks_direct: bool = False  # beside its punched connections
+    direct: socket.socket | None = None  # the first that came beside them, a copy of the engine's
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +213,15 @@ class Links:
         record = self._peers[peer]
         if record.relayed is not None and not _is_established(record.relayed):
             record.relay_over.set()
+        if left > 0 and record.direct is not None and not _is_established(record.direct):
+            self._drop_direct(record)
+            record.path = Path.PUNCHED
+            self._seek_direct(record)
         if left > 0 and record.path == Path.PUNCHED:
             self._punch_more(record)
             return
         if record.seeks_direct and left == 0:  # who waits to try a direct one again does it now
+            self._drop_direct(record)
             record.seeks_direct = False
             self._cancel_dials(record)
         if self._dials(record):
@@ -341,12 +347,18 @@ class Links:
 
     def _forget(self, peer: bytes) -> None:
         record = self._peers.pop(peer)
+        self._drop_direct(record)
         self._stop_dialing(record)
         self._engine.peer_remove(record.slot)
         self._relay.forget(peer)
         for other in self._peers.values():
             if other.relay == peer:  # who is out of the run carries nothing of it
                 other.relay_over.set()
+
+    def _drop_direct(self, peer: _Peer) -> None:
+        if peer.direct is not None:
+            peer.direct.close()
+        peer.direct = None
 
     def _cancel_dials(self, peer: _Peer) -> None:
         for scope in peer.dialing:
@@ -474,8 +486,9 @@ class Links:
         """By a direct connection of ours. If the other side should have made the first, it could not."""
         peer.reached_at = at
         peer.relay_over.set()
-        if not self._dials(peer) and peer.dials is None and first:
-            peer.dials = True
+        if first:
+            if peer.dials is None and not self._dials(peer):
+                peer.dials = True
             peer.wanted = max(peer.wanted, self._count_for(peer.member))
             self._nursery.start_soon(self._grow_later, peer)
 
@@ -527,15 +540,22 @@ class Links:
         if not self._is_known(peer) or peer.shunned:
             stream.socket.close()
             return True
-        before = peer.path, peer.via
+        before, direct = (peer.path, peer.via), None
+        if path < Path.PUNCHED == peer.path and not self._is_cut_off(peer):
+            direct = socket.socket(fileno=os.dup(stream.socket.fileno()))
         if self._is_cut_off(peer) or path <= peer.path:
             peer.path, peer.via = path, via  # first: an operation may end over it, and its caller ask, before we go on
         try:
             self._engine.conn_add(peer.slot, stream.socket.detach(), keys)
         except (OSError, PycclError) as e:  # above all: the link has all the connections that it may have
             peer.path, peer.via = before
+            if direct is not None:
+                direct.close()
             log.info("connection_not_taken peer=%s cause=%s", peer.member.peer.hex()[:8], e)
             return self._engine.conns(peer.slot) > 0
+        if direct is not None:
+            self._drop_direct(peer)
+            peer.direct = direct
         peer.silent = False
         self._events.up(peer.member.peer)
         self._check_ready()
@@ -615,8 +635,10 @@ class Links:
     def _seek_direct(self, peer: _Peer) -> None:
         """Beside a punched connection: one side may reach the other all the same, be it the one that had not dialed yet
         or one whose dials were lost so far."""
+        if not self._is_known(peer):
+            return
         peer.relay_over.set()
-        if peer.path == Path.PUNCHED and not peer.seeks_direct:
+        if peer.path == Path.PUNCHED and not (peer.seeks_direct and peer.dialing):
             peer.seeks_direct = True
             self._cancel_dials(peer)
             self._dial(peer, 1)
@@ -861,6 +883,8 @@ class Links:
         """Nothing is relayed or punched any more. Breaks the cycle that would keep the engine's descriptors."""
         self._relay.stop()
         self._puncher = None
+        for record in self._peers.values():
+            self._drop_direct(record)
 
     async def accept(self, stream: trio.SocketStream) -> None:
         """A connection from anybody."""

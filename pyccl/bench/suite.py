@@ -84,9 +84,15 @@ PARTS: Final[Mapping[str, Part]] = {
             Run("wan --scenario home --mib 8 --iters 3 --algorithm direct"),
             Run("wan --scenario home --mib 8 --iters 3 --algorithm ring"),
             Run("wan --scenario home --mib 8 --iters 3 --algorithm auto"),
-            Run("topology --scenario home --mib 8 --iters 3"),
         ),
         (Run(f"{_TINY} --algorithm ring"),),
+    ),
+    "plans": Part(
+        tuple(Run(f"topology --scenario {scenario} --mib {mib} --iters 3") for scenario, mib in (
+            ("lan", 64), ("europe", 32), ("atlantic", 32), ("pacific", 32), ("flowcap", 32), ("home", 8),
+            ("neighbours", 8),
+        )),
+        (Run("topology --scenario lan --mib 0.1 --iters 1 --warmup 0"),),
     ),
     "connections": Part(
         tuple(Run(f"{_PACIFIC} --mib 64 --iters 3 --connections {number}")

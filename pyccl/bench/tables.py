@@ -12,6 +12,7 @@ from typing import Any, Final
 from pyccl.bench.figures import MIB
 from pyccl.bench.show import seconds
 from pyccl.bench.suite import PARTS, Report, Told
+from pyccl.bench.topology_peer import EQUAL_DIRECT, EQUAL_RING, PLANNED
 
 _PLACE: Final = re.compile(r"^\{\{(table|plot) ([a-z]+)\}\}$", re.MULTILINE)
 _NOTHING: Final = "Nothing was measured yet: `pyccl bench all --only {}`."
@@ -35,11 +36,6 @@ def _all_reduce(run: dict[str, Any]) -> list[Row]:
 
 
 def _wan(run: dict[str, Any]) -> list[Row]:
-    if "bound_s" in run:  # of bench topology
-        return [
-            [f"{name}: {system['algorithm']}", _time(system["seconds"]), "", "", "", ""]
-            for name, system in run["systems"].items()
-        ]
     rows = []
     for name, system in run["systems"].items():
         rate, lines = run["rates"][name], run["lines"]
@@ -51,6 +47,14 @@ def _wan(run: dict[str, Any]) -> list[Row]:
             what, _time(system["seconds"]), f"{rate['mbit_s']:.0f}", share, f"{system['cpu_s_per_gib']:.1f}", late
         ])  # fmt: skip
     return rows
+
+
+def _plans(run: dict[str, Any]) -> list[Row]:
+    systems, predicted_s, ratio = run["systems"], run["predicted_s"], run["predicted_to_planned"]
+    row = [_time(systems[name]["seconds"]) for name in (EQUAL_DIRECT, EQUAL_RING, PLANNED)]
+    row.insert(2, systems[PLANNED]["algorithm"])
+    row += ["", ""] if predicted_s is None else [seconds(predicted_s), f"{ratio:.2f}"]
+    return [[*row, seconds(run["bound_s"]), f"{run['planned_to_bound']:.2f}", seconds(run["optimize_s"])]]
 
 
 def _scale(run: dict[str, Any]) -> list[Row]:
@@ -124,6 +128,13 @@ TABLES: Final[Mapping[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], lis
     "pacific": (_OVER_LINES, _wan),
     "lines": (_OVER_LINES, _wan),
     "algorithms": (_OVER_LINES, _wan),
+    "plans": (
+        (
+            "direct, equal shares", "equal ring", "plan", "by the plan", "predicted", "predicted / measured",
+            "the lines allow", "measured / allowed", "to find it",
+        ),
+        _plans,
+    ),
     "connections": (_OVER_LINES, _wan),
     "rtt": (_OVER_LINES, _wan),
     "changes": (("", "median (least to most)"), _changes),

@@ -23,7 +23,7 @@ PLOTS_OF = {
     "connections": {"connections"}, "rtt": {"rtt"},
 }  # fmt: skip
 ON_LOOPBACK = ("loopback", "sizes", "scale", "kernels", "digest", "changes")
-IN_A_LAB = ("pacific", "lines", "algorithms", "connections", "rtt")
+IN_A_LAB = ("pacific", "lines", "algorithms", "plans", "connections", "rtt")
 
 
 def quick(out: Path, *names: str) -> Finished:

@@ -217,9 +217,18 @@ def test_a_direct_connection_takes_the_place_of_a_punched_one_though_only_we_can
                     while engine.conns(0) < 2:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                     assert made.paths()[dialer] == links.LinkPath(Path.DIRECT, NO_ID, 2)
+                    direct = made._peers[dialer].direct
+                    assert direct is not None
+                    direct.shutdown(socket.SHUT_RDWR)  # it goes, and the punched one stays: it is sought again
+                    engine.links[0] -= 1
+                    made.conn_down(0, 1)
+                    assert made.paths()[dialer].path == Path.PUNCHED
+                    while made.paths()[dialer].path != Path.DIRECT:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
                     made.grow(0, 4)  # what it did once it does again
                     while engine.conns(0) < 4:  # noqa: ASYNC110
                         await trio.sleep(0.01)
+            made.stop()
             nursery.cancel_scope.cancel()
 
     trio.run(main)
