@@ -105,7 +105,10 @@ static void count_long(pyccl_link *link) {
     link->is_counted = counts;
     if (counts) return;
     lanes_rest(&link->lanes);
-    if (link->conn_count > 0 && !link->told_use) lanes_begin(link);
+    if (link->conn_count == 0) return;
+    pace_fini(&link->pace); /* the line is short now, and has none: lanes_changed, which follows, lifts what is in force */
+    pace_init(&link->pace, &link->env->crowd);
+    if (!link->told_use) lanes_begin(link);
 }
 
 void link_init(pyccl_link *link, link_env *env, const uint8_t id[PYCCL_ID_SIZE], uint32_t slot) {
@@ -216,11 +219,19 @@ static void conn_learn(pyccl_conn *conn, const struct tcp_info *info) {
     unsent_limit(conn, conn->rate * UNSENT_S);
 }
 
+static double share_of(const pyccl_link *link, double rate) { return rate / (link->carriers > 0 ? link->carriers : 1); }
+
+static void flow_count(pyccl_link *link) {
+    link->flow = 0;
+    for (uint32_t i = 0; i < link->data_end; i++)
+        if (link->conns[i] != NULL) link->flow += link->conns[i]->rate;
+}
+
 /* Those that are far below their share seek their rate again; as long as nothing has been too much for the line and operations end
  * before BBR has found it, all do. */
 static void conns_revive(pyccl_link *link) {
-    const bool seeks = pace_limit(&link->pace) == 0 && link->pace.lasted_ns < PATIENT_RTTS * link->rtt_ns;
-    const double limit = pace_limit(&link->pace), share = (limit > 0 ? limit : link->flow) / (link->carriers > 0 ? link->carriers : 1);
+    const double limit = pace_limit(&link->pace), share = share_of(link, limit > 0 ? limit : link->flow);
+    const bool seeks = limit == 0 && link->pace.lasted_ns < PATIENT_RTTS * link->rtt_ns;
     for (uint32_t i = 0; i < link->data_end; i++) {
         pyccl_conn *conn = link->conns[i];
         if (conn == NULL || (!seeks && conn->rate * REVIVE >= share) || link->env->now_ns < conn->revived_ns) continue;
@@ -233,19 +244,11 @@ static void conns_revive(pyccl_link *link) {
 /* The kernel keeps each connection's own pace below its share. A share and no common purse: what one does not use is little,
  * and nobody has to wake for it. */
 static void pace_apply(pyccl_link *link) {
-    const double limit = pace_limit(&link->pace), share = limit / (link->carriers > 0 ? link->carriers : 1);
-    const unsigned long most = limit > 0 ? (unsigned long)share : ~0ul;
+    const double limit = pace_limit(&link->pace);
+    const unsigned long most = limit > 0 ? (unsigned long)share_of(link, limit) : ~0ul;
     link->paced = true;
     for (uint32_t i = 0; i < link->data_end; i++)
         if (link->conns[i] != NULL) (void)setsockopt(link->conns[i]->fd, SOL_SOCKET, SO_MAX_PACING_RATE, &most, sizeof most);
-}
-
-/* The line is short now. */
-static void pace_forget(pyccl_link *link) {
-    pace_fini(&link->pace);
-    pace_init(&link->pace, &link->env->crowd);
-    pace_apply(link);
-    link->paced = false;
 }
 
 /* Connections came or went, another number of them carries data, or the rate is known better. */
@@ -260,9 +263,7 @@ static void lanes_changed(pyccl_link *link) {
     link->wants_send = true;
     for (link->data_end = 0; left > 0; link->data_end++)
         if (link->conns[link->data_end] != NULL) left--;
-    link->flow = 0; /* what went took its part of it: none that is left may seem to be behind that */
-    for (uint32_t i = 0; i < link->data_end; i++)
-        if (link->conns[i] != NULL) link->flow += link->conns[i]->rate;
+    flow_count(link); /* what went took its part of it: none that is left may seem to be behind that */
     if (link->paced) pace_apply(link);
 }
 
@@ -347,7 +348,6 @@ void link_conn_close(pyccl_conn *conn) {
     link->conns[conn->index] = NULL;
     link->conn_count--;
     count_long(link);
-    if (link->conn_count == 0) pace_pause(&link->pace);
     lanes_changed(link);
     conn->grave_next = link->env->grave;
     link->env->grave = conn;
@@ -539,8 +539,7 @@ static void round_trips(pace_counts *counts, const struct tcp_info *info) {
 /* Of all connections; round trips of those that carry data. */
 static void tcp_counts(pyccl_link *link, uint64_t *acked, pace_counts *counts) {
     *acked = 0;
-    link->flow = 0;
-    *counts = (pace_counts){.rtt_ns = link->rtt_ns, .queue_ns = INT64_MAX}; /* busy: some connection is not passed */
+    *counts = (pace_counts){.rtt_ns = link->rtt_ns, .queue_ns = INT64_MAX};
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
         struct tcp_info info = {0};
         if (!conn_info(link->conns[i], &info)) continue;
@@ -549,10 +548,9 @@ static void tcp_counts(pyccl_link *link, uint64_t *acked, pace_counts *counts) {
         counts->sent += info.tcpi_data_segs_out;
         counts->repeated += info.tcpi_total_retrans;
         conn_learn(link->conns[i], &info);
-        if (i >= link->data_end) continue;
-        if (!link->conns[i]->passed) round_trips(counts, &info); /* of one that rests it is an old one */
-        link->flow += link->conns[i]->rate;
+        if (i < link->data_end && !link->conns[i]->passed) round_trips(counts, &info); /* of one that rests it is an old one */
     }
+    flow_count(link);
 }
 
 uint64_t link_delivered(const pyccl_link *link) {
@@ -591,7 +589,6 @@ static void lanes_look(pyccl_link *link) {
     const double rate = link->lanes.rate;
     const bool shares = searches && !link->told_use && lanes_least(&link->lanes, lanes_first(link));
     const bool changed = (learns && line_learn(link)) || shares;
-    if (!learns && (link->paced || link->pace.counted)) pace_forget(link);
     if (changed) link->wanted_ns = 0;
     if (changed || link->lanes.rate != rate) lanes_changed(link);
     if (!link->told_use && (!searches || link->lanes.use <= env->lanes)) return;

@@ -9,7 +9,8 @@
 #define PACKETS_MIN 50               /* in a window: fewer say nothing of a share of repeats, and it goes on */
 #define PACKETS_FEW 10               /* where nothing was repeated: a rate too low must rise, however little is sent then */
 #define WINDOW_MIN_NS INT64_C(50000000)
-#define WINDOW_LONGER 32             /* at most; where something was repeated, a quarter of that */
+#define WINDOW_LONGER 32             /* at most */
+#define WINDOW_LONGER_LOSSY 8        /* where something was repeated */
 #define SETTLE_RTTS 2                /* what was lost before a change is repeated for so long */
 #define BOUND 0.85                   /* of the rate arrives: nothing else limits it */
 #define RAISE 0.05                   /* at first */
@@ -242,23 +243,23 @@ static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy
     p->busy = busy;
     if (!busy || now_ns < p->from_ns) return false;
     const int64_t length = c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS;
-    const uint64_t packets = p->start.sent + (c->repeated == p->start.repeated ? PACKETS_FEW : PACKETS_MIN);
-    const int64_t longer = c->sent >= packets ? 1 : c->repeated == p->start.repeated ? WINDOW_LONGER : WINDOW_LONGER / 4;
-    if (p->open && now_ns - p->start_ns < longer * length) return false;
+    const bool lossless = c->repeated == p->start.repeated;
+    const uint64_t packets = p->start.sent + (lossless ? PACKETS_FEW : PACKETS_MIN);
+    const int64_t longest = (lossless ? WINDOW_LONGER : WINDOW_LONGER_LOSSY) * length;
+    if (p->open && now_ns - p->start_ns < (c->sent < packets ? longest : length)) return false;
     const pace_counts was = p->start;
-    const int64_t was_ns = p->start_ns;
     const double seconds = (double)(now_ns - p->start_ns) / 1e9;
-    const bool whole = p->open;
+    const bool whole = p->open && p->crowd->met_ns < p->start_ns;
     p->open = true;
     p->start_ns = now_ns;
     p->start = *c;
-    if (!whole || p->crowd->met_ns >= was_ns || c->sent < packets || c->delivered < was.delivered || c->repeated < was.repeated) return false;
+    if (!whole || c->sent < packets || c->delivered < was.delivered || c->repeated < was.repeated) return false;
     const double repeats = (double)(c->repeated - was.repeated) / (double)(c->sent - was.sent);
     p->judged_in = true;
     return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, LOSS_ALLOWED, c);
 }
 
-/* Beside other links that are busy: their loss and queue are not this one's doing. */
+/* Beside other links that are busy: their loss and queue are not this one's doing. Returns whether pace_limit has changed. */
 static bool crowd_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
     const bool was = p->crowded;
     crowd_leave(p);
@@ -268,18 +269,14 @@ static bool crowd_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy)
         p->crowded = p->crowd->busy > 1;
         if (p->crowded) p->crowd->met_ns = now_ns;
     }
-    if (!p->crowded) {
-        if (was) p->from_ns = now_ns + SETTLE_RTTS * c->rtt_ns;
-        return was && p->rate > 0;
-    }
-    p->open = false;
-    p->judged_in = true;
-    p->busy = busy;
-    return !was && p->rate > 0;
+    if (p->crowded) {
+        p->open = false;
+        p->busy = busy;
+    } else if (was) p->from_ns = now_ns + SETTLE_RTTS * c->rtt_ns;
+    return p->crowded != was && p->rate > 0;
 }
 
 bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
-    const bool changed = spell_note(p, now_ns, c, busy), turned = crowd_note(p, now_ns, c, busy);
-    if (p->crowded) return changed || turned;
-    return window_note(p, now_ns, c, busy) || changed || turned;
+    const bool judged = spell_note(p, now_ns, c, busy), turned = crowd_note(p, now_ns, c, busy);
+    return (!p->crowded && window_note(p, now_ns, c, busy)) || judged || turned;
 }

@@ -162,9 +162,14 @@ TEST(link_has_the_fewer_connections_in_use_the_more_long_links_share_the_line) {
     pyccl_conn *nearer;
     REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     links[0].lanes.use = 2;
+    links[0].pace.rate = 1e6;
+    links[0].pace.counted = true;
+    w.env.crowd.busy = 1;
     REQUIRE(link_conn_add(&links[0], pair[0], NULL, &nearer) == PYCCL_OK);
     CHECK_EQ(w.env.long_links, 0);
     CHECK_EQ(links[0].lanes.use, 8);
+    CHECK(links[0].pace.rate == 0);
+    CHECK_EQ(w.env.crowd.busy, 0);
     link_conn_close(nearer);
     close(pair[1]);
     link_bury(&w.env);

@@ -541,7 +541,7 @@ class Links:
             stream.socket.close()
             return True
         before, direct = (peer.path, peer.via), None
-        if path < Path.PUNCHED == peer.path and not self._is_cut_off(peer):
+        if path < Path.PUNCHED and peer.path == Path.PUNCHED and not self._is_cut_off(peer):
             direct = socket.socket(fileno=os.dup(stream.socket.fileno()))
         if self._is_cut_off(peer) or path <= peer.path:
             peer.path, peer.via = path, via  # first: an operation may end over it, and its caller ask, before we go on

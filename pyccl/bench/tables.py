@@ -50,11 +50,11 @@ def _wan(run: dict[str, Any]) -> list[Row]:
 
 
 def _plans(run: dict[str, Any]) -> list[Row]:
-    systems, predicted_s, ratio = run["systems"], run["predicted_s"], run["predicted_to_planned"]
-    row = [_time(systems[name]["seconds"]) for name in (EQUAL_DIRECT, EQUAL_RING, PLANNED)]
-    row.insert(2, systems[PLANNED]["algorithm"])
-    row += ["", ""] if predicted_s is None else [seconds(predicted_s), f"{ratio:.2f}"]
-    return [[*row, seconds(run["bound_s"]), f"{run['planned_to_bound']:.2f}", seconds(run["optimize_s"])]]
+    systems, predicted_s = run["systems"], run["predicted_s"]
+    direct, ring, planned = (_time(systems[name]["seconds"]) for name in (EQUAL_DIRECT, EQUAL_RING, PLANNED))
+    told = ["", ""] if predicted_s is None else [seconds(predicted_s), f"{run['predicted_to_planned']:.2f}"]
+    bound = [seconds(run["bound_s"]), f"{run['planned_to_bound']:.2f}"]
+    return [[direct, ring, systems[PLANNED]["algorithm"], planned, *told, *bound, seconds(run["optimize_s"])]]
 
 
 def _scale(run: dict[str, Any]) -> list[Row]:

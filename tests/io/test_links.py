@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -90,6 +90,32 @@ def make(engine: FakeEngine, heard: Heard, nursery: trio.Nursery) -> links.Links
 
 
 @contextlib.asynccontextmanager
+async def met(engine: FakeEngine, heard: Heard) -> AsyncIterator[tuple[links.Links, Address]]:
+    """Links that know of the other, and where they accept connections."""
+    listener, address = await listen("127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        made = make(engine, heard, nursery)
+        made.open(1, [Member(OTHER, b"b" * 16)])
+        nursery.start_soon(trio.serve_listeners, made.accept, [listener])
+        yield made, address
+        nursery.cancel_scope.cancel()
+
+
+def answer(other: Member, engine: FakeEngine, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+    """The other's links, which know of us."""
+    engine_: Any = engine
+    serving = links.Links(RUN, other, engine_, Relay(5.0), 1, nursery, Heard().events())
+    serving.open(1, [ME])
+    nursery.start_soon(trio.serve_listeners, serving.accept, [listener])
+
+
+async def until(done: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not done():
+            await trio.lowlevel.checkpoint()
+
+
+@contextlib.asynccontextmanager
 async def greeting(
     address: Address, path: int = Path.DIRECT, via: bytes = NO_ID, sender: bytes = OTHER
 ) -> AsyncIterator[None]:
@@ -116,17 +142,12 @@ def test_a_host_name_that_no_resolver_takes_is_a_failed_dial(host: str) -> None:
 def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
     async def main() -> None:
         engine = FakeEngine(most=2)
-        listener, address = await listen("127.0.0.1")
-        async with trio.open_nursery() as nursery:
-            made = make(engine, Heard(), nursery)
-            made.open(1, [Member(OTHER, b"b" * 16)])
-            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
+        async with met(engine, Heard()) as (_, address):
             for _ in range(4):
                 async with greeting(address):
                     pass
-            await trio.sleep(0.1)
+            await until(lambda: len(engine.congestion_controls) == 4)
             assert engine.conns(0) == 2
-            nursery.cancel_scope.cancel()
 
     trio.run(main)
 
@@ -134,19 +155,13 @@ def test_connections_beyond_the_limit_cost_nobody_but_themselves() -> None:
 def test_a_connection_s_path_is_known_before_an_operation_can_end_over_it() -> None:
     async def main() -> None:
         engine, seen = FakeEngine(most=3), []
-        listener, address = await listen("127.0.0.1")
-        async with trio.open_nursery() as nursery:
-            made = make(engine, Heard(), nursery)
+        async with met(engine, Heard()) as (made, address):
             engine.on_conn_add = lambda: seen.append(made.paths()[OTHER])  # type: ignore[method-assign]
-            made.open(1, [Member(OTHER, b"b" * 16)])
-            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
             ways = [(Path.RELAYED, b"r" * 16), (Path.RELAYED, b"s" * 16), (Path.DIRECT, NO_ID), (Path.DIRECT, NO_ID)]
             for count, way in enumerate(ways, 1):
                 async with greeting(address, *way):
-                    while len(engine.congestion_controls) < count:
-                        await trio.lowlevel.checkpoint()
+                    await until(lambda: len(engine.congestion_controls) >= count)  # noqa: B023  it is awaited here
             assert [(link.path, link.via) for link in seen] == ways[:3]
-            nursery.cancel_scope.cancel()
 
     trio.run(main)
 
@@ -154,17 +169,11 @@ def test_a_connection_s_path_is_known_before_an_operation_can_end_over_it() -> N
 def test_a_connection_that_is_not_taken_leaves_the_path_as_it_was() -> None:
     async def main() -> None:
         engine = FakeEngine(most=1)
-        listener, address = await listen("127.0.0.1")
-        async with trio.open_nursery() as nursery:
-            made = make(engine, Heard(), nursery)
-            made.open(1, [Member(OTHER, b"b" * 16)])
-            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
+        async with met(engine, Heard()) as (made, address):
             for count, via in enumerate((b"r" * 16, b"s" * 16), 1):
                 async with greeting(address, Path.RELAYED, via):
-                    while len(engine.congestion_controls) < count:
-                        await trio.lowlevel.checkpoint()
+                    await until(lambda: len(engine.congestion_controls) >= count)  # noqa: B023  it is awaited here
             assert made.paths()[OTHER].via == b"r" * 16
-            nursery.cancel_scope.cancel()
 
     trio.run(main)
 
@@ -176,17 +185,9 @@ def test_a_connection_that_is_not_taken_leaves_the_path_as_it_was() -> None:
 def test_who_is_linked_over_long_lines_without_a_relay_is_far(rtt_s: float, path: int, far: bool) -> None:
     async def main() -> None:
         heard = Heard()
-        listener, address = await listen("127.0.0.1")
-        async with trio.open_nursery() as nursery:
-            made = make(FakeEngine(rtt_s=rtt_s), heard, nursery)
-            made.open(1, [Member(OTHER, b"b" * 16)])
-            nursery.start_soon(trio.serve_listeners, made.accept, [listener])
-            async with greeting(address, path):
-                with trio.fail_after(20):
-                    while not heard.far:
-                        await trio.lowlevel.checkpoint()
+        async with met(FakeEngine(rtt_s=rtt_s), heard) as (_, address), greeting(address, path):
+            await until(lambda: bool(heard.far))
             assert heard.far == [far]
-            nursery.cancel_scope.cancel()
 
     trio.run(main)
 
@@ -205,29 +206,22 @@ def test_a_direct_connection_takes_the_place_of_a_punched_one_though_only_we_can
         others, its = await listen("127.0.0.1")
         other = Member(dialer, b"b" * 16, (its,))
         async with trio.open_nursery() as nursery:
-            served: Any = there
-            serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
-            serving.open(1, [ME])
-            nursery.start_soon(trio.serve_listeners, serving.accept, [others])
+            answer(other, there, others, nursery)
             made = make(engine, Heard(), nursery)
             made.open(1, [other])
             nursery.start_soon(trio.serve_listeners, made.accept, [listener])
             async with greeting(address, Path.PUNCHED, sender=dialer):
-                with trio.fail_after(20):
-                    while engine.conns(0) < 2:  # noqa: ASYNC110
-                        await trio.sleep(0.01)
-                    assert made.paths()[dialer] == links.LinkPath(Path.DIRECT, NO_ID, 2)
-                    direct = made._peers[dialer].direct
-                    assert direct is not None
-                    direct.shutdown(socket.SHUT_RDWR)  # it goes, and the punched one stays: it is sought again
-                    engine.links[0] -= 1
-                    made.conn_down(0, 1)
-                    assert made.paths()[dialer].path == Path.PUNCHED
-                    while made.paths()[dialer].path != Path.DIRECT:  # noqa: ASYNC110
-                        await trio.sleep(0.01)
-                    made.grow(0, 4)  # what it did once it does again
-                    while engine.conns(0) < 4:  # noqa: ASYNC110
-                        await trio.sleep(0.01)
+                await until(lambda: engine.conns(0) >= 2)
+                assert made.paths()[dialer] == links.LinkPath(Path.DIRECT, NO_ID, 2)
+                direct = made._peers[dialer].direct
+                assert direct is not None
+                direct.shutdown(socket.SHUT_RDWR)  # it goes, and the punched one stays: it is sought again
+                engine.links[0] -= 1
+                made.conn_down(0, 1)
+                assert made.paths()[dialer].path == Path.PUNCHED
+                await until(lambda: made.paths()[dialer].path == Path.DIRECT)
+                made.grow(0, 4)  # what it did once it does again
+                await until(lambda: engine.conns(0) >= 4)
             made.stop()
             nursery.cancel_scope.cancel()
 
@@ -241,14 +235,9 @@ def test_both_ends_of_a_loopback_connection_use_cubic(host: str) -> None:
         listener, address = await listen(host)
         other = Member(OTHER, b"b" * 16, (address,))
         async with trio.open_nursery() as nursery:
-            served: Any = there
-            serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
-            serving.open(1, [ME])
-            nursery.start_soon(trio.serve_listeners, serving.accept, [listener])
+            answer(other, there, listener, nursery)
             make(here, heard, nursery).open(1, [other])
-            with trio.fail_after(20):
-                while not (here.congestion_controls and there.congestion_controls):  # noqa: ASYNC110
-                    await trio.sleep(0.01)
+            await until(lambda: bool(here.congestion_controls and there.congestion_controls))
             nursery.cancel_scope.cancel()
         assert here.congestion_controls + there.congestion_controls == [b"cubic", b"cubic"]
 
@@ -264,18 +253,13 @@ def test_a_link_grows_to_what_the_engine_asks_for_and_no_further(dials: bool, mo
         listener, address = await listen("127.0.0.1")
         other = Member(OTHER if dials else b"\x00" * 16, b"b" * 16, (address,))
         async with trio.open_nursery() as nursery:
-            served: Any = there
-            serving = links.Links(RUN, other, served, Relay(5.0), 1, nursery, Heard().events())
-            serving.open(1, [ME])
-            nursery.start_soon(trio.serve_listeners, serving.accept, [listener])
+            answer(other, there, listener, nursery)
             made = make(engine, Heard(), nursery)
             made.open(1, [other])
             made.grow(0, 5)
             made.grow(0, 3)
             made.grow(7, 9)  # a link that is gone
-            with trio.fail_after(20):
-                while engine.conns(0) < 5:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
+            await until(lambda: engine.conns(0) >= 5)
             assert not made._peers[other.peer].dialing
             nursery.cancel_scope.cancel()
         assert engine.conns(0) == 5

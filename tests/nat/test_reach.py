@@ -137,26 +137,25 @@ def admit(*peers: Peer) -> None:
     join(*peers)
 
 
-def join(*peers: Peer) -> None:
-    """The first is a member alone; now all are."""
-    for joining in peers[1:]:
+def join(*peers: Peer, members: int = 1) -> None:
+    """The first so many are members; now all are."""
+    for joining in peers[members:]:
         joining.say("connect")
-    together(peers, lambda: peers[0].ask("world") == len(peers), "admit", only=peers[0])
-    for joining in peers[1:]:
+    together(peers[:members], lambda: peers[0].ask("world") == len(peers), "admit")
+    for joining in peers[members:]:
         assert json.loads(joining.line()) is None
     assert [peer.ask("world") for peer in peers] == [len(peers)] * len(peers)
     reduce(*peers)
 
 
-def together(peers: Sequence[Peer], done: Callable[[], bool], word: str, only: Peer | None = None) -> None:
+def together(peers: Sequence[Peer], done: Callable[[], bool], word: str) -> None:
     """All call it, again and again, until it is done."""
     for _ in range(TRIES):
         if done():
             return
-        asked = [only] if only is not None else peers
-        for peer in asked:
+        for peer in peers:
             peer.say(word)
-        answers = [json.loads(peer.line()) for peer in asked]
+        answers = [json.loads(peer.line()) for peer in peers]
         assert all(answer in (None, True) for answer in answers), answers
     raise AssertionError("it has not come about")
 
@@ -274,11 +273,9 @@ def test_peers_of_either_protocol_and_of_both_are_in_one_run(town: Callable[...,
         made.master(RELAYS, listen="[::]:48148")
         own = made.lab.own("master")
         of4, of6 = f"{own.ipv4}:48148", f"[{own.ipv6}]:48148"
-        peers = both, six, four = made.peer("both", of4), made.peer("six", of6), made.peer("four", of4)
-        admit(both, six)
-        four.say("connect")
-        together((both, six), lambda: both.ask("world") == 3, "admit")
-        assert json.loads(four.line()) is None
+        peers = [made.peer(*at) for at in (("both", of4), ("six", of6), ("four", of4))]
+        admit(*peers[:2])
+        join(*peers, members=2)
         ids = [peer.ask("id") for peer in peers]
         to = [peer.ask("paths") for peer in peers]
         assert to == [
@@ -286,4 +283,3 @@ def test_peers_of_either_protocol_and_of_both_are_in_one_run(town: Callable[...,
             {ids[0]: "direct", ids[2]: "relayed"},
             {ids[0]: "direct", ids[1]: "relayed"},
         ]
-        reduce(*peers)
