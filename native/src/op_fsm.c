@@ -39,7 +39,7 @@ typedef enum op_state { EARLY, RUNNING, PREPARED, COMMITTED, FAILED } op_state;
 typedef struct fsm_tag fsm_tag;
 
 typedef struct fsm_op {
-    struct fsm_op *tag_next;               /* operations of the tag, any order                      */
+    struct fsm_op *tag_prev, *tag_next;    /* operations of the tag, by number                      */
     struct fsm_op *live_prev, *live_next;  /* RUNNING and PREPARED ones in the order of submits     */
     fsm_tag *tag;
     uint64_t seq, cookie;                  /* cookie 0: not ours to report on (EARLY, records)      */
@@ -67,15 +67,18 @@ typedef struct fsm_op {
 
 struct fsm_tag {
     fsm_tag *next, *dirty_next;
-    fsm_op *ops;
+    fsm_op *ops, *ops_last;
+    pyccl_map by_seq;                      /* seq + 1 -> fsm_op                                     */
     uint64_t next_seq;                     /* submits so far                                        */
     uint64_t cut;                          /* while cutting: numbers below it run in this epoch     */
+    uint64_t low;                          /* every number below it is settled here                 */
     uint64_t told;                         /* watermark that all members were told                  */
     uint32_t tag;
     uint32_t partner;                      /* SPACE_PAIR: rank of the other one; world: it is gone  */
     uint8_t partner_id[PYCCL_ID_SIZE];
     uint8_t space, dirty;
     struct lane *lane;                     /* submits that wait for its next numbers; NULL: none    */
+    uint64_t settled_to[];                 /* (world) of ours, how far each rank has settled them   */
 };
 
 typedef struct deferred {                  /* submitted while frozen, above the cut or without room: no number yet */
@@ -237,7 +240,7 @@ static fsm_tag *tag_find(const pyccl_fsm *fsm, uint8_t space, uint32_t tag, uint
 static fsm_tag *tag_get(pyccl_fsm *fsm, uint8_t space, uint32_t tag, uint32_t partner) {
     fsm_tag *found = tag_find(fsm, space, tag, partner);
     if (found != NULL) return found;
-    found = calloc(1, sizeof *found);
+    found = calloc(1, sizeof *found + fsm->world * sizeof found->settled_to[0]);
     PYCCL_ASSERT(found != NULL);
     found->space = space;
     found->tag = tag;
@@ -260,14 +263,6 @@ static fsm_tag *tag_of_channel(pyccl_fsm *fsm, uint8_t space, uint64_t channel) 
     return tag_get(fsm, space, (uint32_t)channel, low == fsm->rank ? high : low);
 }
 
-/* Every number below it is settled here. */
-static uint64_t tag_watermark(const fsm_tag *tag) {
-    uint64_t lowest = tag->next_seq;
-    for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next)
-        if ((op->state == RUNNING || op->state == PREPARED) && op->seq < lowest) lowest = op->seq;
-    return lowest;
-}
-
 static void tag_mark_dirty(pyccl_fsm *fsm, fsm_tag *tag, int64_t now_ns) {
     if (!tag->dirty) {
         tag->dirty = 1;
@@ -280,9 +275,25 @@ static void tag_mark_dirty(pyccl_fsm *fsm, fsm_tag *tag, int64_t now_ns) {
 /* ---- operations ---- */
 
 static fsm_op *op_find(const fsm_tag *tag, uint64_t seq) {
-    fsm_op *op = tag != NULL ? tag->ops : NULL;
-    while (op != NULL && op->seq != seq) op = op->tag_next;
-    return op;
+    return tag != NULL && seq < UINT64_MAX ? pyccl_map_get(&tag->by_seq, seq + 1) : NULL;
+}
+
+/* A new one is nearly always the last: only what peers have opened already has higher numbers. */
+static void op_link(fsm_tag *tag, fsm_op *op) {
+    fsm_op *before = tag->ops_last;
+    while (before != NULL && before->seq > op->seq) before = before->tag_prev;
+    op->tag_prev = before;
+    op->tag_next = before != NULL ? before->tag_next : tag->ops;
+    *(before != NULL ? &before->tag_next : &tag->ops) = op;
+    *(op->tag_next != NULL ? &op->tag_next->tag_prev : &tag->ops_last) = op;
+    pyccl_map_put(&tag->by_seq, op->seq + 1, op);
+}
+
+static void op_unlink(fsm_op *op) {
+    fsm_tag *tag = op->tag;
+    *(op->tag_prev != NULL ? &op->tag_prev->tag_next : &tag->ops) = op->tag_next;
+    *(op->tag_next != NULL ? &op->tag_next->tag_prev : &tag->ops_last) = op->tag_prev;
+    pyccl_map_remove(&tag->by_seq, op->seq + 1);
 }
 
 static fsm_op *op_new(pyccl_fsm *fsm, fsm_tag *tag, uint64_t seq, op_state state) {
@@ -292,9 +303,17 @@ static fsm_op *op_new(pyccl_fsm *fsm, fsm_tag *tag, uint64_t seq, op_state state
     op->tag = tag;
     op->seq = seq;
     op->state = state;
-    op->tag_next = tag->ops;
-    tag->ops = op;
+    op_link(tag, op);
     return op;
+}
+
+/* Every number below it is settled here, and stays so: what has ended never runs again under its number. */
+static uint64_t tag_watermark(fsm_tag *tag) {
+    for (; tag->low < tag->next_seq; tag->low++) {
+        const fsm_op *op = op_find(tag, tag->low);
+        if (op != NULL && (op->state == RUNNING || op->state == PREPARED)) break;
+    }
+    return tag->low;
 }
 
 /* ---- how far ahead of others we are ---- */
@@ -339,9 +358,7 @@ static int has_room(const pyccl_fsm *fsm, const fsm_tag *tag, int given_up) {
 static void op_drop(pyccl_fsm *fsm, fsm_op *op) {
     ahead_remove(fsm, op);
     fsm->room = 1;
-    fsm_op **at = &op->tag->ops;
-    while (*at != op) at = &(*at)->tag_next;
-    *at = op->tag_next;
+    op_unlink(op);
     if (op->state == EARLY) fsm->early[op->owner_rank]--;
     free(op);
 }
@@ -746,12 +763,17 @@ pyccl_status pyccl_fsm_new(const pyccl_fsm_options *options, pyccl_fsm **out) {
     return PYCCL_OK;
 }
 
+static void tag_free(pyccl_fsm *fsm, fsm_tag *tag) {
+    while (tag->ops != NULL) op_drop(fsm, tag->ops);
+    pyccl_map_fini(&tag->by_seq);
+    free(tag);
+}
+
 static void free_tags(pyccl_fsm *fsm) {
     while (fsm->tags != NULL) {
         fsm_tag *tag = fsm->tags;
         fsm->tags = tag->next;
-        while (tag->ops != NULL) op_drop(fsm, tag->ops);
-        free(tag);
+        tag_free(fsm, tag);
     }
     fsm->dirty = NULL;
     fsm->tell_ns_at = 0;
@@ -930,14 +952,18 @@ static fsm_op *op_for_peer(pyccl_fsm *fsm, const pyccl_message *message, pyccl_s
 
 static void settled_below(pyccl_fsm *fsm, uint8_t space, uint32_t tag_number, uint32_t rank, uint64_t below) {
     fsm_tag *tag = tag_find(fsm, space, tag_number, rank);
+    if (tag == NULL) return;
+    const uint64_t to = below < tag->next_seq ? below : tag->next_seq;  /* what is EARLY has not been ours to note */
     fsm_op *next = NULL;
-    for (fsm_op *op = tag != NULL ? tag->ops : NULL; op != NULL; op = next) {
+    if (to <= tag->settled_to[rank]) return;
+    fsm_op *op = op_find(tag, tag->settled_to[rank]);  /* unless the epoch is new: the rank has kept it from being dropped */
+    for (op = op != NULL ? op : tag->ops; op != NULL && op->seq < to; op = next) {
         next = op->tag_next;
-        if (op->seq >= below || op->state == EARLY) continue;
         set_add(&op->settled, rank);
         op_submitted_by(fsm, op, rank);
         if (op->state == COMMITTED && set_is_full(fsm, tag, &op->settled)) op_drop(fsm, op);
     }
+    tag->settled_to[rank] = to;
 }
 
 /* What a tombstone answers. One that failed by comparing hashes in this epoch gives its DONE instead of an ABORT: the
@@ -1114,7 +1140,7 @@ void pyccl_fsm_link_reset(pyccl_fsm *fsm, uint32_t rank, int64_t now_ns) {
     (void)now_ns;
     if (!fsm->entered || fsm->frozen) return;  /* frozen: the next epoch repeats what it retries */
     PYCCL_ASSERT(rank < fsm->world && rank != fsm->rank);
-    for (const fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
+    for (fsm_tag *tag = fsm->tags; tag != NULL; tag = tag->next) {
         if (!takes_part(fsm, tag, rank)) continue;
         if (tag->told > 0) send_one(fsm, tag, tag->told, PYCCL_FRAME_SETTLED, rank, 0, NULL);  /* or its records stay */
         for (const fsm_op *op = tag->ops; op != NULL; op = op->tag_next) {
@@ -1310,6 +1336,7 @@ static void forget_old(pyccl_fsm *fsm) {
         }
         tag->cut = 0;
         tag->told = 0;
+        memset(tag->settled_to, 0, fsm->world * sizeof tag->settled_to[0]);
     }
 }
 
@@ -1373,8 +1400,7 @@ static void pairs_follow(pyccl_fsm *fsm, int64_t now_ns) {
             continue;
         }
         *at = tag->next;
-        while (tag->ops != NULL) op_drop(fsm, tag->ops);
-        free(tag);
+        tag_free(fsm, tag);
         fsm->tag_count--;
     }
 }

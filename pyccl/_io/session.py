@@ -582,16 +582,23 @@ class Session:
         nursery.start_soon(self._hang_up_on_silence, machine, nursery.cancel_scope)
 
     async def _hang_up_on_silence(self, machine: member.MemberMachine, connection: trio.CancelScope) -> None:
-        """Hang up when every heartbeat of a peer_timeout went without an answer.
+        """Hang up when some heartbeats in a row went without an answer.
 
         TCP repeats into a line that was cut at intervals that double, and so is silent for as long again after it is
-        whole; a new connection gets through at once. A master that is stopped finds it when it goes on.
+        whole; a new connection gets through at once, and where an address changed nothing else ever does. A master that
+        is stopped finds it when it goes on. It is sooner than the master gives a peer up: there must be time to be back.
         """
+        most_s = machine.peer_timeout * limits.HANG_UP_TIMEOUTS
+        awake_at = trio.current_time()
         while True:
-            silent_s = machine.master_silent_s(trio.current_time())
-            if silent_s >= machine.peer_timeout:
+            now = trio.current_time()
+            silent_s = min(machine.master_silent_s(now), now - awake_at)
+            if silent_s >= most_s:
                 break
-            await trio.sleep(machine.peer_timeout - silent_s)
+            wake_at = now + most_s - silent_s
+            await trio.sleep_until(wake_at)
+            if trio.current_time() > wake_at + limits.PAUSE_S:  # this process was stopped: nothing was asked, or read
+                awake_at = trio.current_time()
         self._ended_by = f"silent for {silent_s:.1f} s"
         connection.cancel()
 

@@ -71,6 +71,7 @@ RECONNECT_S: Final = 5.0  # in which every member has tried again to reach a mas
 MISSED_S: Final = 0.5  # of these for whom other members miss as well: its silence costs peer_timeout + 1 s
 PAUSE_S: Final = 1.0  # a longer gap between ticks means that we ourselves were stopped
 HEARTBEATS_PER_TIMEOUT: Final = 5
+HANG_UP_TIMEOUTS: Final = 0.6  # of peer_timeout without a word of the master: a peer dials it anew
 FAR_RTT_S: Final = 0.02  # between members that a long line joins
 LONE_SAFE_POINT_S: Final = 0.1  # a lone member's safe point that changes nothing takes this long
 PUNCH_S: Final = 10.0  # so long an offer to punch waits for the other's
