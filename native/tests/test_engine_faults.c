@@ -63,7 +63,7 @@ static void wait_for_bytes(const run *r) {
 
 /* One has not: any moment is as good as another. */
 static void linger(run *r) {
-    for (uint32_t looks = below(r, 20000); looks > 0; looks--) (void)all_link_bytes(&r->c, 0);
+    for (uint32_t looks = below(r, 1000); looks > 0; looks--) (void)all_link_bytes(&r->c, 0);
 }
 
 /* One connection of some pairs; the other one stays. */

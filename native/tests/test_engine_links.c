@@ -248,7 +248,7 @@ TEST(engine_reports_silence_again_in_a_new_epoch_and_then_that_it_hears) {
     cluster_close(&c);
 }
 
-TEST(engine_reports_silence_again_on_a_new_connection) {
+TEST(engine_closes_silent_connections_for_a_new_one_and_reports_silence_of_that_too) {
     cluster c;
     cluster_open_with(&c, 2, 1, OVER_TCP, SECOND / 50, SECOND / 5);
     int pair[2], other[2];
@@ -257,6 +257,13 @@ TEST(engine_reports_silence_again_on_a_new_connection) {
     REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, other) == 0);
     CHECK_EQ(pyccl_engine_conn_add(c.engine[0], c.slot[0][1], other[0]), PYCCL_OK);
     CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_HEARD, NULL));
+    pyccl_event down = {0};
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, &down));
+    CHECK(down.slot == c.slot[0][1] && down.count == 1);
+    uint8_t beats[4096];
+    ssize_t n = 1;
+    while (n > 0) n = recv(pair[1], beats, sizeof beats, 0); /* what was sent before the end */
+    CHECK_EQ(n, 0);
     CHECK(await_event(c.engine[0], PYCCL_EVENT_LINK_SILENT, NULL));
     close(pair[1]);
     close(other[1]);

@@ -230,16 +230,21 @@ class Links:
             self._dial(record, 1)
 
     def silent(self, slot: int) -> None:
-        """Nothing comes over its connections, though they stand: there may be a way around."""
+        """Nothing comes over its connections, though they stand. A new one may get through where an address changed or a
+        router forgot the old ones, which the engine closes for it then; or there is a way around."""
         peer = self.peer_of(slot)
         if peer is not None:
             self._peers[peer].silent = True
-            self._seek_ways(self._peers[peer])
+            self._dial(self._peers[peer], 1)
 
     def heard(self, slot: int) -> None:
+        """Something comes over them again."""
         peer = self.peer_of(slot)
-        if peer is not None:
-            self._peers[peer].silent = False
+        if peer is not None and self._peers[peer].silent:
+            record = self._peers[peer]
+            record.silent = False
+            if self._engine.conns(slot) >= max(record.wanted, self._count_for(record.member)):
+                self._cancel_dials(record)
 
     def grow(self, slot: int, count: int) -> None:
         """The engine would use so many connections. Where both sides would, the one who dials makes them."""
@@ -795,7 +800,7 @@ class Links:
                     with trio.move_on_after(_DIRECT_AGAIN_S):
                         await peer.relay_over.wait()
                         break
-                    self._dial(peer, 1)  # of a link that fell silent nobody dials: its connections stand
+                    self._dial(peer, 1)
                     self._punch_soon(peer, 0.0, lambda: 1)
             finally:
                 peer.relay = peer.relayed = None

@@ -320,6 +320,7 @@ def test_a_silent_connection_is_gone_around() -> None:
                 node.links.open(1, [other.member for other in made if other is not node])
             await until(lambda: all(node.ready == [1] for node in made))
             slot = a.engine.slots[B]
+            a.links.moved(walled(b.member, free_port()))
             a.links.silent(slot)
             await until(lambda: a.links.relayed() == {B: R})
             await until(lambda: b.engine.conns(b.engine.slots[A]) == 2)
@@ -338,7 +339,10 @@ def test_a_relay_around_a_silence_is_given_up_for_a_new_direct_connection(monkey
                 node.links.open(1, [other.member for other in made if other is not node])
             await until(lambda: all(node.ready == [1] for node in made))
             ends = [(node.engine, node.engine.slots[other]) for node, other in ((a, B), (b, A))]
-            a.links.silent(a.engine.slots[B])  # the first, the relayed and the new one: nobody takes them away here
+            a.links.moved(walled(b.member, free_port()))
+            a.links.silent(a.engine.slots[B])
+            await until(lambda: a.links.relayed() == {B: R})
+            a.links.moved(b.member)  # the first, the relayed and the new one: nobody takes them away here
             await until(lambda: all(engine.conns(slot) == 3 for engine, slot in ends) and not a.links.relayed())
 
     trio.run(main)
