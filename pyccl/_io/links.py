@@ -230,8 +230,8 @@ class Links:
             self._dial(record, 1)
 
     def silent(self, slot: int) -> None:
-        """Nothing comes over its connections, though they stand. A new one may get through where an address changed or a
-        router forgot the old ones, which the engine closes for it then; or there is a way around."""
+        """Nothing comes over its connections, though they stand. A new one may get through where an address changed or
+        a router forgot the old ones, which the engine closes for it then; or there is a way around."""
         peer = self.peer_of(slot)
         if peer is not None:
             self._peers[peer].silent = True

@@ -586,7 +586,7 @@ class Session:
 
         TCP repeats into a line that was cut at intervals that double, and so is silent for as long again after it is
         whole; a new connection gets through at once, and where an address changed nothing else ever does. A master that
-        is stopped finds it when it goes on. It is sooner than the master gives a peer up: there must be time to be back.
+        is stopped finds it when it goes on. The peer must be back before the master gives it up.
         """
         most_s = machine.peer_timeout * limits.HANG_UP_TIMEOUTS
         awake_at = trio.current_time()
