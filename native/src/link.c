@@ -24,6 +24,8 @@
 #define PATIENT_RTTS 4               /* of an operation: then there is time for it */
 #define REVIVE 2                     /* times slower than its share */
 #define REVIVE_NS INT64_C(2000000000)
+#define FRESH_NS INT64_C(5000000000) /* of a connection with which work begins; BBR probes after 10 s */
+#define STALE_NS INT64_C(8500000000) /* of one that works */
 #define STARTUP_GAIN (2 << 8)        /* of BBR's pacing, at least, while it seeks its rate */
 #define LANES_LEAST 2                /* one alone stands still with each loss */
 #define LOOK_NS INT64_C(20000000)
@@ -227,16 +229,25 @@ static void flow_count(pyccl_link *link) {
         if (link->conns[i] != NULL) link->flow += link->conns[i]->rate;
 }
 
-/* Those that are far below their share seek their rate again; as long as nothing has been too much for the line and operations end
- * before BBR has found it, all do. */
-static void conns_revive(pyccl_link *link) {
+/* Ten seconds after its search began, or after a round trip shorter than all before, BBR lets a connection all but stop for
+ * 0.2 s, to see the line without a queue, and what waits in that one comes late. A search that begins anew puts that off; where our
+ * own pace is in force it sends no more than before. */
+static bool will_probe(const pyccl_conn *conn, bool begins) {
+    const int64_t age_ns = conn->link->env->now_ns - conn->revived_ns;
+    return pace_limit(&conn->link->pace) > 0 && age_ns >= (begins ? FRESH_NS : STALE_NS);
+}
+
+/* When work begins, those that are far below their share seek their rate again; as long as nothing has been too much for the line
+ * and operations end before BBR has found it, all do. At any time, those that would probe soon. */
+static void conns_revive(pyccl_link *link, bool begins) {
     const double limit = pace_limit(&link->pace), share = share_of(link, limit > 0 ? limit : link->flow);
     const bool seeks = limit == 0 && link->pace.lasted_ns < PATIENT_RTTS * link->rtt_ns;
     for (uint32_t i = 0; i < link->data_end; i++) {
         pyccl_conn *conn = link->conns[i];
-        if (conn == NULL || (!seeks && conn->rate * REVIVE >= share) || link->env->now_ns < conn->revived_ns) continue;
-        if (!socket_is_settled(conn->fd)) continue;
-        conn->revived_ns = link->env->now_ns + REVIVE_NS;
+        if (conn == NULL || link->env->now_ns < conn->revived_ns + REVIVE_NS) continue;
+        const bool behind = begins && (seeks || conn->rate * REVIVE < share);
+        if (!(behind || will_probe(conn, begins)) || !socket_is_settled(conn->fd)) continue;
+        conn->revived_ns = link->env->now_ns;
         socket_revive(conn->fd);
     }
 }
@@ -576,7 +587,7 @@ static bool line_learn(pyccl_link *link) {
     if (acked > link->acked) link->env->long_acked += acked - link->acked; /* less: some are closed */
     link->acked = acked;
     if (pace_note(&link->pace, now, &counts, busy)) pace_apply(link);
-    if (link->pace.spell_ns != spell_ns) conns_revive(link);
+    conns_revive(link, link->pace.spell_ns != spell_ns);
     if (link->env->lanes == 0) return false;
     const bool tells = busy && (link->lanes.before > 0 || link->lanes.proving > 0 || pace_is_found(&link->pace));
     return lanes_note(&link->lanes, now, acked, link->env->long_acked, tells, link->conn_count, link->rtt_ns);

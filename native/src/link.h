@@ -104,7 +104,7 @@ struct pyccl_conn {
     bool passed;                     /* it was given no data, since it is far slower than the others */
     double rate;                     /* bytes a second that its congestion control lets go; 0: not known */
     int unsent_max;                  /* bytes that may wait in its socket, and leave in one send */
-    int64_t revived_ns;              /* it does not seek its rate anew before */
+    int64_t revived_ns;              /* when it was made to seek its rate anew; 0: never */
     bool held;                       /* no room in env->rx, EPOLLIN is off */
     bool paused;                     /* `frame` waits for a later epoch, EPOLLIN is off */
     int64_t sent_ns;

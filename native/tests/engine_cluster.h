@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "pyccl.h"
+#include "tcp_pair.h"
 #include "test.h"
 
 #define ENGINES_MAX 8
@@ -51,19 +52,6 @@ static inline int64_t now_ns(void) {
 }
 
 /* ---- cluster ---- */
-
-static inline void tcp_pair(int pair[2]) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof address;
-    const int listener = socket(AF_INET, SOCK_STREAM, 0);
-    REQUIRE(listener >= 0 && bind(listener, (struct sockaddr *)&address, sizeof address) == 0 && listen(listener, 1) == 0);
-    REQUIRE(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
-    pair[0] = socket(AF_INET, SOCK_STREAM, 0);
-    REQUIRE(connect(pair[0], (struct sockaddr *)&address, sizeof address) == 0);
-    pair[1] = accept(listener, NULL, NULL);
-    REQUIRE(pair[1] >= 0);
-    close(listener);
-}
 
 static inline void cluster_link(cluster *c, uint32_t a, uint32_t b, uint32_t conn, wire how) {
     int pair[2];

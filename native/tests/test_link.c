@@ -1,10 +1,13 @@
 /* test_link.c: which connections of a long link are given what it has to send. */
+#include <linux/inet_diag.h>
+#include <linux/tcp.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "link.h"
+#include "tcp_pair.h"
 #include "test.h"
 
 #define CONNS 3
@@ -116,6 +119,61 @@ TEST(link_sends_no_more_at_once_than_may_wait_in_the_socket) {
     CHECK(w.conns[0]->data_sent > 0);
     CHECK(w.conns[0]->blocked || w.conns[0]->data_sent % 4096 == 0);
     world_close(&w);
+}
+
+static uint32_t bbr_gain(int fd) {
+    union tcp_cc_info info = {{0}};
+    socklen_t size = sizeof info;
+    REQUIRE(getsockopt(fd, IPPROTO_TCP, TCP_CC_INFO, &info, &size) == 0 && size == sizeof info.bbr);
+    return info.bbr.bbr_pacing_gain;
+}
+
+/* Work goes on until BBR has sought the line's rate, and stopped to. */
+static void settle(world *w, int other) {
+    static uint8_t sink[1 << 20];
+    const double until = test_clock_s() + 30;
+    for (bool sought = false, seeks = false; !sought || seeks; sought |= seeks) {
+        REQUIRE(test_clock_s() < until);
+        w->left = 100;
+        link_conn_writable(w->conns[0]);
+        link_pump(&w->link);
+        while (recv(other, sink, sizeof sink, MSG_DONTWAIT) > 0) {}
+        seeks = bbr_gain(w->conns[0]->fd) >= 2 << 8;
+    }
+}
+
+TEST(link_renews_the_search_of_a_paced_connection_before_bbr_would_probe) {
+    world w = {.env = {.hooks = &HOOKS, .ctx = &w, .now_ns = 1000 * MS, .lanes = 1, .long_rtt_ns = 1, .user_timeout_ms = 60000}};
+    int pair[2];
+    w.env.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    throttle_init(&w.env.tx, 0, 0);
+    throttle_init(&w.env.rx, 0, 0);
+    const uint8_t id[PYCCL_ID_SIZE] = {1};
+    link_init(&w.link, &w.env, id, 0);
+    tcp_pair(pair);
+    REQUIRE(link_conn_add(&w.link, pair[0], NULL, &w.conns[0]) == PYCCL_OK);
+    char name[16] = "";
+    socklen_t size = sizeof name;
+    REQUIRE(getsockopt(pair[0], IPPROTO_TCP, TCP_CONGESTION, name, &size) == 0);
+    if (strcmp(name, "bbr") == 0) {
+        pyccl_conn *conn = w.conns[0];
+        const int64_t second = 1000 * MS, begun = conn->revived_ns = w.env.now_ns;
+        settle(&w, pair[1]);
+        w.left = 100;
+        w.link.pace.last_ns = w.env.now_ns += 9 * second; /* it has worked all the time */
+        link_pump(&w.link);
+        CHECK_EQ(conn->revived_ns, begun); /* no pace of ours would keep a search from sending too much */
+        w.link.pace.rate = 1e9;
+        w.link.pace.last_ns = w.env.now_ns += second;
+        link_pump(&w.link);
+        CHECK_EQ(conn->revived_ns, w.env.now_ns);
+        settle(&w, pair[1]); /* it does seek again */
+    }
+    link_conn_close(w.conns[0]);
+    link_bury(&w.env);
+    link_fini(&w.link);
+    close(pair[1]);
+    close(w.env.epoll_fd);
 }
 
 /* With two connections each, of which one is closed, so that it is counted as a long link. */
