@@ -61,21 +61,21 @@ PARTS: Final[Mapping[str, Part]] = {
     "digest": Part((Run("digest"),), (Run("digest --mib 0.1"),)),
     "pacific": Part(
         (
-            Run(f"{_PACIFIC} --mib 64 --iters 3", gloo=True),
-            Run(f"{_PACIFIC} --mib 256 --iters 3"),
+            Run(f"{_PACIFIC} --mib 64 --iters 5", gloo=True),
+            Run(f"{_PACIFIC} --mib 256 --iters 5"),
             Run(f"{_PACIFIC} --mib 1 --iters 10"),
-            Run(f"{_PACIFIC} --mib 64 --iters 3 --quantize uint8"),
-            Run(f"{_PACIFIC} --mib 64 --iters 3 --quantize fp4_e3m0"),
+            Run(f"{_PACIFIC} --mib 64 --iters 5 --quantize uint8"),
+            Run(f"{_PACIFIC} --mib 64 --iters 5 --quantize fp4_e3m0"),
         ),
         (Run(_TINY), Run(f"{_TINY} --quantize uint8")),
     ),
     "lines": Part(
         (
-            Run("wan --scenario lan --mib 64 --iters 3"),
-            Run("wan --scenario europe --mib 64 --iters 3"),
-            Run("wan --scenario atlantic --mib 64 --iters 3"),
-            Run("wan --scenario flowcap --mib 64 --iters 3 --warmup 3"),
-            Run(f"{_PACIFIC} --world 4 --rate 200mbit --mib 64 --iters 3"),
+            Run("wan --scenario lan --mib 64 --iters 5"),
+            Run("wan --scenario europe --mib 64 --iters 5"),
+            Run("wan --scenario atlantic --mib 64 --iters 5"),
+            Run("wan --scenario flowcap --mib 64 --iters 5 --warmup 3"),
+            Run(f"{_PACIFIC} --world 4 --rate 200mbit --mib 64 --iters 5"),
         ),
         (Run(f"{_TINY} --seed 2"),),
     ),
@@ -88,7 +88,7 @@ PARTS: Final[Mapping[str, Part]] = {
         (Run(f"{_TINY} --algorithm ring"),),
     ),
     "plans": Part(
-        tuple(Run(f"topology --scenario {scenario} --mib {mib} --iters 3") for scenario, mib in (
+        tuple(Run(f"topology --scenario {scenario} --mib {mib} --iters 5") for scenario, mib in (
             ("lan", 64), ("europe", 32), ("atlantic", 32), ("pacific", 32), ("flowcap", 32), ("home", 8),
             ("neighbours", 8),
         )),
