@@ -225,29 +225,43 @@ void engine_refuse(pyccl_engine *engine, peer *p) {
     early_clear_peer(engine, p); /* it repeats what it sent, and what it never should have may fill its window */
 }
 
-/* A connection ended by itself. */
+/* A connection ended by itself, or stands no longer for anything. */
 static void conn_down(pyccl_engine *engine, pyccl_conn *conn) {
     peer *p = (peer *)conn->link;
     const int code = conn->broken > 0 ? conn->broken : 0;
     conn_take_down(engine, conn);
     const pyccl_event event = {.type = PYCCL_EVENT_CONN_DOWN, .slot = p->link.slot, .code = code, .count = p->link.conn_count};
     engine_event(engine, &event);
-    if (p->link.conn_count > 0 && p->rank >= 0) pyccl_fsm_link_reset(engine->fsm, (uint32_t)p->rank, engine->env.now_ns);
-    state_conn_lost(engine, p);
-    engine_act(engine);
+}
+
+static bool peer_take_down(pyccl_engine *engine, peer *p) {
+    bool lost = false;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = p->link.conns[i];
+        if (conn == NULL || conn->broken == 0) continue;
+        if (!conn->paused) link_conn_drain(conn); /* what came before the end still counts */
+        if (conn->fd < 0) continue;
+        conn_down(engine, conn);
+        lost = true;
+    }
+    return lost;
 }
 
 static void broken_take_down(pyccl_engine *engine) {
     while (engine->env.broken) {
         engine->env.broken = false;
-        for (peer *p = engine->peers; p != NULL; p = p->next)
-            for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
-                pyccl_conn *conn = p->link.conns[i];
-                if (conn == NULL || conn->broken == 0) continue;
-                if (!conn->paused) link_conn_drain(conn); /* what came before the end still counts */
-                if (conn->fd >= 0) conn_down(engine, conn);
-            }
+        for (peer *p = engine->peers; p != NULL; p = p->next) {
+            if (!peer_take_down(engine, p)) continue;
+            if (p->link.conn_count > 0 && p->rank >= 0) pyccl_fsm_link_reset(engine->fsm, (uint32_t)p->rank, engine->env.now_ns);
+            state_conn_lost(engine, p);
+            engine_act(engine);
+        }
     }
+}
+
+void engine_hang_up(pyccl_engine *engine, pyccl_conn *conn) {
+    if (conn->broken == 0) conn->broken = -1;
+    engine->env.broken = true;
 }
 
 static void pump_all(pyccl_engine *engine) {
@@ -377,6 +391,15 @@ void engine_breathe(pyccl_engine *engine) {
     engine->env.now_ns = turn_ns;
 }
 
+/* The line of some connections is gone, by their TCP, where others of the link are heard: who changed its address has new ones to
+ * us, and missed us first. */
+static void hang_up_dead(pyccl_engine *engine, peer *p) {
+    const int64_t silence_ns = engine->options.silence_ns;
+    if (p->link.conn_count < 2 || engine->env.now_ns - p->link.heard_ns >= silence_ns) return;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
+        if (p->link.conns[i] != NULL && link_conn_is_dead(p->link.conns[i], silence_ns)) engine_hang_up(engine, p->link.conns[i]);
+}
+
 /* Each idle connection says something now and then: also so that a side notices that the other has given it up. */
 static void links_check(pyccl_engine *engine) {
     const int64_t now = engine->env.now_ns, beat = engine->options.heartbeat_ns;
@@ -391,6 +414,7 @@ static void links_check(pyccl_engine *engine) {
             else sooner(&engine->check_ns, conn->sent_ns + beat);
         }
         silence_check(engine, p);
+        hang_up_dead(engine, p);
         sooner(&engine->check_ns, state_check(engine, p));
     }
 }
@@ -481,6 +505,7 @@ static void turn(pyccl_engine *engine) {
     if (engine->gap) after_gap(engine);
     engine->gap = false;
     links_check(engine);
+    broken_take_down(engine);
     tick(engine);
     pump_all(engine);
     link_bury(&engine->env);

@@ -283,6 +283,7 @@ void engine_refuse(pyccl_engine *engine, peer *p);
 /* Complaints of silence outlive an epoch: whatever engine_silent has told, the first byte takes back with LINK_HEARD. */
 void engine_silent(pyccl_engine *engine, peer *p);
 void engine_heard(pyccl_engine *engine, peer *p);                        /* if it was silent, it is not any more */
+void engine_hang_up(pyccl_engine *engine, pyccl_conn *conn);             /* as if it had ended, when nothing iterates */
 void engine_close_links(pyccl_engine *engine, peer *p);
 peer *engine_peer(const pyccl_engine *engine, uint32_t slot);            /* NULL: no such slot */
 peer *engine_peer_get(pyccl_engine *engine, const uint8_t id[PYCCL_ID_SIZE]); /* made if it is not there; NULL: no memory */

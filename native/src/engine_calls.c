@@ -84,12 +84,8 @@ static void check_within(pyccl_engine *engine, int64_t ns) {
 
 /* Nothing comes over them, but a new one shook hands: their line is gone, and what stands in them would wait for minutes. */
 static void hang_up_silent(pyccl_engine *engine, peer *p, const pyccl_conn *fresh) {
-    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
-        pyccl_conn *conn = p->link.conns[i];
-        if (conn == NULL || conn == fresh || conn->broken != 0) continue;
-        conn->broken = -1;
-        engine->env.broken = true;
-    }
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
+        if (p->link.conns[i] != NULL && p->link.conns[i] != fresh) engine_hang_up(engine, p->link.conns[i]);
 }
 
 static void run_conn_add(pyccl_engine *engine, command *c) {
@@ -98,7 +94,8 @@ static void run_conn_add(pyccl_engine *engine, command *c) {
     pyccl_conn *conn = NULL;
     c->status = p != NULL ? link_conn_add(&p->link, wanted->fd, wanted->keys, &conn) : PYCCL_ERR_ARGUMENT;
     wanted->error = errno;
-    if (p != NULL && p->silent) hang_up_silent(engine, p, conn); /* also for want of room: the next one finds some */
+    if (p != NULL && p->silent && (c->status == PYCCL_OK || c->status == PYCCL_ERR_LIMIT))
+        hang_up_silent(engine, p, conn); /* for want of room, too: the next one finds some */
     if (c->status != PYCCL_OK) return;
     if (engine->in_epoch) link_conn_enter(conn, engine->epoch_number, engine->epoch_id);
     ops_requeue(engine, p); /* a link that is not near any more holds nothing back */

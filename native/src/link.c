@@ -26,6 +26,10 @@
 #define REVIVE_NS INT64_C(2000000000)
 #define FRESH_NS INT64_C(5000000000) /* of a connection with which work begins; BBR probes after 10 s */
 #define STALE_NS INT64_C(8500000000) /* of one that works */
+#define PROBE_STRETCH 2              /* so many times the least round trip, and more: BBR had better look whether that is still right */
+#define PROBE_STRETCH_US 10000
+#define PROBE_CWND 4                 /* of a connection that probes */
+#define DEAD_RETRANSMITS 2           /* in a row */
 #define STARTUP_GAIN (2 << 8)        /* of BBR's pacing, at least, while it seeks its rate */
 #define LANES_LEAST 2                /* one alone stands still with each loss */
 #define LOOK_NS INT64_C(20000000)
@@ -214,10 +218,18 @@ static bool conn_info(const pyccl_conn *conn, struct tcp_info *info) {
     return conn != NULL && getsockopt(conn->fd, IPPROTO_TCP, TCP_INFO, info, &size) == 0;
 }
 
+bool link_conn_is_dead(const pyccl_conn *conn, int64_t silence_ns) {
+    struct tcp_info info = {0};
+    return conn_info(conn, &info) && info.tcpi_unacked > 0 && info.tcpi_retransmits >= DEAD_RETRANSMITS &&
+           info.tcpi_last_ack_recv * INT64_C(1000000) >= silence_ns;
+}
+
 static void conn_learn(pyccl_conn *conn, const struct tcp_info *info) {
     const double paced = (double)info->tcpi_pacing_rate, rtt_us = info->tcpi_rtt > 0 ? info->tcpi_rtt : 1;
     const double window = (double)info->tcpi_snd_cwnd * info->tcpi_snd_mss * 1e6 / rtt_us;
     conn->rate = paced < window ? paced : window;
+    conn->seeks_freely = info->tcpi_ca_state == TCP_CA_Open && info->tcpi_snd_cwnd > PROBE_CWND &&
+                         info->tcpi_rtt < PROBE_STRETCH * (uint64_t)info->tcpi_min_rtt + PROBE_STRETCH_US;
     unsent_limit(conn, conn->rate * UNSENT_S);
 }
 
@@ -234,7 +246,7 @@ static void flow_count(pyccl_link *link) {
  * own pace is in force it sends no more than before. */
 static bool will_probe(const pyccl_conn *conn, bool begins) {
     const int64_t age_ns = conn->link->env->now_ns - conn->revived_ns;
-    return pace_limit(&conn->link->pace) > 0 && age_ns >= (begins ? FRESH_NS : STALE_NS);
+    return conn->seeks_freely && pace_limit(&conn->link->pace) > 0 && age_ns >= (begins ? FRESH_NS : STALE_NS);
 }
 
 /* When work begins, those that are far below their share seek their rate again; as long as nothing has been too much for the line
@@ -296,6 +308,7 @@ static pyccl_status conn_new(pyccl_link *link, int fd, const pyccl_conn_keys *ke
     conn->fd = fd;
     conn->interest = EPOLLIN;
     conn->sent_ns = link->env->now_ns;
+    conn->revived_ns = conn->sent_ns - REVIVE_NS;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
     if (keys != NULL && conn->seal == NULL) {
         free(conn);

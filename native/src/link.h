@@ -104,7 +104,8 @@ struct pyccl_conn {
     bool passed;                     /* it was given no data, since it is far slower than the others */
     double rate;                     /* bytes a second that its congestion control lets go; 0: not known */
     int unsent_max;                  /* bytes that may wait in its socket, and leave in one send */
-    int64_t revived_ns;              /* when it was made to seek its rate anew; 0: never */
+    int64_t revived_ns;              /* when it began to seek its rate, or was made to anew */
+    bool seeks_freely;               /* nothing is lost, and it would lose nothing that it should keep */
     bool held;                       /* no room in env->rx, EPOLLIN is off */
     bool paused;                     /* `frame` waits for a later epoch, EPOLLIN is off */
     int64_t sent_ns;
@@ -190,6 +191,7 @@ void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uin
 bool link_reads(const pyccl_link *link, const uint8_t *from, uint64_t bytes);   /* some frame is half sent from there */
 /* Bytes that the other end's TCP has, on the connections that stand: acknowledged, or behind a hole, where they count when
  * they arrive and not when it is filled. */
+bool link_conn_is_dead(const pyccl_conn *conn, int64_t silence_ns); /* TCP repeats, and nothing was acknowledged for so long */
 uint64_t link_delivered(const pyccl_link *link);
 bool link_is_unread(const pyccl_link *link);     /* some connection is paused or held: what came is not all heard */
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import random
 import socket
@@ -28,7 +29,7 @@ from typing import Final
 
 import trio
 
-from pyccl._io import agreement, envelope
+from pyccl._io import agreement, envelope, tcpinfo
 from pyccl._io.dialing import FAILURES, NotTakenError, connect, connect_to, first_of
 from pyccl._io.front import MasterAt, Name
 from pyccl._io.meeting import Meetings
@@ -59,7 +60,7 @@ _PUNCH_AFTER_S: Final = 0.3  # so long a direct connection has
 _PUNCHED_MAX: Final = 16  # connections of one link
 _CALL_AFTER_S: Final = 0.7  # so long a member that relays has to dial the other before that is called there
 _DIRECT_AGAIN_S: Final = 30.0  # between attempts while there is a relayed or a punched connection
-_TCP_ESTABLISHED: Final = 1
+_SILENT_AGAIN_S: Final = 30.0  # since a new connection was sought last: then the line is not better for one
 
 Hello = PeerHello | StateHello | RelayHello
 
@@ -75,6 +76,7 @@ class _Peer:
     shunned: bool = False
     wanted: int = 0  # connections that the engine has asked for
     silent: bool = False  # its connections stand, and nothing comes over them
+    silenced_at: float = -math.inf
     relaying: trio.CancelScope | None = None  # of the task that sees to a relayed connection
     relay: bytes | None = None  # the member that carries our connection
     relayed: socket.socket | None = None  # that connection, a copy of the engine's
@@ -211,9 +213,9 @@ class Links:
         if peer is None:
             return
         record = self._peers[peer]
-        if record.relayed is not None and not _is_established(record.relayed):
+        if record.relayed is not None and not tcpinfo.is_established(record.relayed):
             record.relay_over.set()
-        if left > 0 and record.direct is not None and not _is_established(record.direct):
+        if left > 0 and record.direct is not None and not tcpinfo.is_established(record.direct):
             self._drop_direct(record)
             record.path = Path.PUNCHED
             self._seek_direct(record)
@@ -233,9 +235,18 @@ class Links:
         """Nothing comes over its connections, though they stand. A new one may get through where an address changed or
         a router forgot the old ones, which the engine closes for it then; or there is a way around."""
         peer = self.peer_of(slot)
-        if peer is not None:
-            self._peers[peer].silent = True
-            self._dial(self._peers[peer], 1)
+        if peer is None:
+            return
+        record, now = self._peers[peer], trio.current_time()
+        again = now < record.silenced_at + _SILENT_AGAIN_S
+        record.silent, record.silenced_at = True, now
+        if record.relay is not None:
+            record.relay_over.set()
+        if again:
+            self._seek_ways(record)
+        else:
+            self._cancel_dials(record)  # also those that wait for the next attempt beside a lesser way
+            self._dial(record, 1)
 
     def heard(self, slot: int) -> None:
         """Something comes over them again."""
@@ -243,7 +254,8 @@ class Links:
         if peer is not None and self._peers[peer].silent:
             record = self._peers[peer]
             record.silent = False
-            if self._engine.conns(slot) >= max(record.wanted, self._count_for(record.member)):
+            wanted = max(record.wanted, self._count_for(record.member))
+            if not record.seeks_direct and self._engine.conns(slot) >= wanted:
                 self._cancel_dials(record)
 
     def grow(self, slot: int, count: int) -> None:
@@ -485,7 +497,7 @@ class Links:
             self._events.refused(peer.member.peer, str(error))
 
     def _is_direct(self, peer: _Peer) -> bool:
-        return peer.path < Path.PUNCHED and self._engine.conns(peer.slot) > 0
+        return peer.path < Path.PUNCHED and not self._is_cut_off(peer)
 
     def _has_reached(self, peer: _Peer, at: Address, *, first: bool) -> None:
         """By a direct connection of ours. If the other side should have made the first, it could not."""
@@ -548,6 +560,9 @@ class Links:
         before, direct = (peer.path, peer.via), None
         if path < Path.PUNCHED and peer.path == Path.PUNCHED and not self._is_cut_off(peer):
             direct = socket.socket(fileno=os.dup(stream.socket.fileno()))
+        if self._is_cut_off(peer) and path < Path.PUNCHED:
+            self._drop_direct(peer)  # it took the place of a punched one that is gone as well
+            peer.seeks_direct = False
         if self._is_cut_off(peer) or path <= peer.path:
             peer.path, peer.via = path, via  # first: an operation may end over it, and its caller ask, before we go on
         try:
@@ -963,10 +978,6 @@ async def _welcomed(stream: trio.abc.Stream) -> str:
     if isinstance(answer, PeerWelcome):
         return ""
     return (isinstance(answer, PeerRefused) and answer.reason) or "no answer"
-
-
-def _is_established(sock: socket.socket) -> bool:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_ESTABLISHED
 
 
 def _short(peer: _Peer) -> str:

@@ -18,6 +18,7 @@ from typing import Final
 
 import trio
 
+from pyccl._io import tcpinfo
 from pyccl._io.dialing import FAILURES, new_socket, share_port
 from pyccl._io.front import MasterAt, Name, forget, reflected
 from pyccl._io.tls import Line, socket_of
@@ -79,7 +80,8 @@ class Puncher:
                         nursery.start_soon(self._open_port, offer)
             if not offer.ports:
                 return
-            self._told(peer, tuple(port.seen_as for port in offer.ports), _round_trip_s(offer.ports[0].line))
+            round_trip_s = tcpinfo.round_trip_s(socket_of(offer.ports[0].line).socket)
+            self._told(peer, tuple(port.seen_as for port in offer.ports), round_trip_s)
             with trio.move_on_after(_IDLE_S):
                 await offer.over.wait()
         finally:
@@ -148,9 +150,3 @@ class Puncher:
                 else:
                     break
             self._nursery.start_soon(self._connected, peer, trio.SocketStream(sock))
-
-
-def _round_trip_s(line: Line) -> float:
-    """As TCP has measured it."""
-    info = socket_of(line).getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    return int.from_bytes(bytes(info)[68:72], "little") / 1e6 if isinstance(info, bytes) else 0.0

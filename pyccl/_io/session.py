@@ -26,7 +26,7 @@ from typing import Any, Final
 import trio
 
 from pyccl import errors
-from pyccl._io import envelope, tls
+from pyccl._io import envelope, tcpinfo, tls
 from pyccl._io.absence import Absence
 from pyccl._io.backoff import Backoff
 from pyccl._io.causes import reason_of
@@ -579,27 +579,25 @@ class Session:
         assert self._links is not None
         self._links.master_is_back()
         nursery.start_soon(self._pulse)
-        nursery.start_soon(self._hang_up_on_silence, machine, nursery.cancel_scope)
+        nursery.start_soon(self._hang_up_on_silence, machine, sock.socket, nursery.cancel_scope)
 
-    async def _hang_up_on_silence(self, machine: member.MemberMachine, connection: trio.CancelScope) -> None:
-        """Hang up when some heartbeats in a row went without an answer.
+    async def _hang_up_on_silence(
+        self, machine: member.MemberMachine, sock: trio.socket.SocketType, connection: trio.CancelScope
+    ) -> None:
+        """Hang up when every heartbeat of a peer_timeout went without an answer, or, sooner, when nothing was even
+        acknowledged.
 
         TCP repeats into a line that was cut at intervals that double, and so is silent for as long again after it is
-        whole; a new connection gets through at once, and where an address changed nothing else ever does. A master that
-        is stopped finds it when it goes on. The peer must be back before the master gives it up.
+        whole; a new connection gets through at once, and where an address changed nothing else ever does. Then the peer
+        must be back before the master gives it up. A master that is stopped finds it when it goes on.
         """
-        most_s = machine.peer_timeout * limits.HANG_UP_TIMEOUTS
-        awake_at = trio.current_time()
-        while True:
-            now = trio.current_time()
-            silent_s = min(machine.master_silent_s(now), now - awake_at)
-            if silent_s >= most_s:
-                break
-            wake_at = now + most_s - silent_s
-            await trio.sleep_until(wake_at)
-            if trio.current_time() > wake_at + limits.PAUSE_S:  # this process was stopped: nothing was asked, or read
-                awake_at = trio.current_time()
-        self._ended_by = f"silent for {silent_s:.1f} s"
+        timeout, looks = machine.peer_timeout, 0
+        while looks < 2:  # between two, what came while this process was stopped is read
+            await trio.sleep(timeout / limits.HEARTBEATS_PER_TIMEOUT / 2)
+            silent_s, unanswered_s = machine.master_silent_s(trio.current_time()), tcpinfo.unanswered_s(sock)
+            silent = silent_s >= timeout or unanswered_s >= timeout * limits.HANG_UP_TIMEOUTS
+            looks = looks + 1 if silent else 0
+        self._ended_by = f"silent for {max(silent_s, unanswered_s):.1f} s"
         connection.cancel()
 
     async def _pulse(self) -> None:
