@@ -27,6 +27,9 @@
 #define DRAINS 3
 #define DRAIN_MOST 0.95              /* is left */
 #define CUT_MOST 0.5                 /* is left: what arrived may be little because others of this host fill the line */
+#define PROVEN 0.97                  /* of the rate arrives, and no queue stands: the line takes it */
+#define PROVEN_LEFT 0.95             /* of it leaves no queue behind */
+#define PROVEN_NS INT64_C(30000000000)
 #define STANDS_NS INT64_C(10000000)  /* a queue of so long, and of this part of a round trip */
 #define STANDS_RTTS 16
 #define WAIT_MIN_NS INT64_C(1000000000)
@@ -110,7 +113,7 @@ static bool cut(pace *p, double arrived, double repeats, int64_t now_ns, int64_t
     p->blamed = repeats;
     p->seen = arrived;
     p->judged = 0;
-    p->raised = 0;
+    p->raised = p->proven = 0;
     p->calm_ns = now_ns + CALM_NS;
     p->wait_ns = WAIT_MIN_NS;
     p->trial_ns = now_ns + p->wait_ns;
@@ -133,6 +136,16 @@ static bool judge(pace *p, double arrived, double repeats, int64_t now_ns, int64
 }
 
 /* ---- windows ---- */
+
+/* A queue that stands though a higher rate made none a moment ago is not of our doing: it may be what the other end sends,
+ * which our acknowledgements wait behind. */
+static bool is_proven(const pace *p, int64_t now_ns) { return p->rate <= PROVEN_LEFT * p->proven && now_ns < p->proven_ns; }
+
+static void prove(pace *p, double arrived, int64_t now_ns) {
+    if (arrived < PROVEN * p->rate || (now_ns < p->proven_ns && p->rate < p->proven)) return;
+    p->proven = p->rate;
+    p->proven_ns = now_ns + PROVEN_NS;
+}
 
 /* Without a queue the line is not full. */
 static bool rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
@@ -177,9 +190,12 @@ static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, 
         else trial_fail(p, now_ns, c->rtt_ns);
         return true;
     }
-    if (!stands(c)) return rise(p, arrived, now_ns, c->rtt_ns);
+    if (!stands(c)) {
+        prove(p, arrived, now_ns);
+        return rise(p, arrived, now_ns, c->rtt_ns);
+    }
     p->found = true;
-    if (p->raised > 0 || (p->windows >= OVER_WINDOWS && (p->drained < DRAINS || p->rate > OVER * p->best))) return drain(p, now_ns, c->rtt_ns);
+    if (p->raised > 0 || (p->windows >= OVER_WINDOWS && !is_proven(p, now_ns) && (p->drained < DRAINS || p->rate > OVER * p->best))) return drain(p, now_ns, c->rtt_ns);
     if (now_ns < p->trial_ns || arrived < BOUND * p->rate) return false;
     trial_begin(p, arrived, STEP, now_ns, c->rtt_ns);
     return true;

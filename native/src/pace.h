@@ -9,6 +9,7 @@
  *       while;
  *   no queue stands and the rate is what keeps us: it rises;
  *   a queue stands, by the last rise or because the rate is more than what arrives: less, until it is gone;
+ *       Not below what lately left none: then the queue is not ours, our acknowledgements may wait behind what the other end sends;
  *   else a queue stands that may be others': a trial of a little more, kept if so much more arrives and little is lost. It
  *       comes again at once after it paid, else later and later.
  * A spell of work that is too short for such a window is one as a whole: what was repeated of it is known when the next begins, and
@@ -46,6 +47,8 @@ typedef struct pace {
     double before, step;             /* while a trial runs: the rate to go back to, what it adds; before 0: none */
     double raised;                   /* by so much the last time; 0: it has not risen since a queue stood */
     uint32_t drained;                /* times that it was lowered for a queue since there was none */
+    double proven;                   /* the highest rate that lately left no queue */
+    int64_t proven_ns;               /* until then */
     bool found;                      /* a queue stood since it rose */
     double blamed, restore;          /* after a cut: the share of repeats that it is to cure, the rate that it cut; blamed 0: none */
     uint32_t judged;                 /* windows that it did not cure */

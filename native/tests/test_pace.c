@@ -24,6 +24,7 @@ typedef struct line {
     double rate, queue_s, loss;      /* bytes a second; what waits at most; share that is lost whatever is sent */
     int64_t rtt_ns, at_ns;
     double waiting;                  /* bytes in the queue */
+    double behind_s;                 /* so long acknowledgements wait behind what the other end sends */
     uint64_t step;
 } line;
 
@@ -57,7 +58,7 @@ static void step_line(line *l, bool busy) {
     const double room = l->rate * (seconds + l->queue_s) - l->waiting, dropped = all > room ? (all - room) / all : 0;
     l->waiting += all * (1 - dropped) - l->rate * seconds;
     if (l->waiting < 0) l->waiting = 0;
-    const uint64_t later = (uint64_t)((l->rtt_ns + (int64_t)(l->waiting / l->rate * 1e9)) / STEP_NS);
+    const uint64_t later = (uint64_t)((l->rtt_ns + (int64_t)((l->waiting / l->rate + l->behind_s) * 1e9)) / STEP_NS);
     for (int i = 0; i < l->links; i++) {
         sender *s = &l->of[i];
         s->losses[l->step % LATER] += offered[i] * dropped;
@@ -117,6 +118,18 @@ TEST(pace_leaves_no_queue_behind) {
         stood += l.waiting / l.rate / 800;
     }
     CHECK(stood < 0.025);
+}
+
+TEST(pace_does_not_yield_to_what_the_other_end_sends) {
+    line l = line_new(50e6, 1, 75e6);
+    work(&l, 10 * SECOND);
+    for (int i = 0; i < 30; i++) { /* an operation a second; the other end's queue grows in each */
+        l.behind_s = 0;
+        work(&l, 400 * MS);
+        l.behind_s = 0.03;
+        work(&l, 600 * MS);
+    }
+    CHECK(work(&l, SECOND).all > 0.9);
 }
 
 TEST(pace_limits_nothing_where_nothing_is_too_much) {
