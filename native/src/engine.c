@@ -239,7 +239,7 @@ static bool peer_take_down(pyccl_engine *engine, peer *p) {
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
         pyccl_conn *conn = p->link.conns[i];
         if (conn == NULL || conn->broken == 0) continue;
-        if (!conn->paused) link_conn_drain(conn); /* what came before the end still counts */
+        if (!conn->paused && conn->broken != LINK_HUNG_UP) link_conn_drain(conn); /* what came before the end still counts */
         if (conn->fd < 0) continue;
         conn_down(engine, conn);
         lost = true;
@@ -260,7 +260,7 @@ static void broken_take_down(pyccl_engine *engine) {
 }
 
 void engine_hang_up(pyccl_engine *engine, pyccl_conn *conn) {
-    if (conn->broken == 0) conn->broken = -1;
+    if (conn->broken == 0) conn->broken = LINK_HUNG_UP;
     engine->env.broken = true;
 }
 
@@ -394,10 +394,16 @@ void engine_breathe(pyccl_engine *engine) {
 /* The line of some connections is gone, by their TCP, where others of the link are heard: who changed its address has new ones to
  * us, and missed us first. */
 static void hang_up_dead(pyccl_engine *engine, peer *p) {
-    const int64_t silence_ns = engine->options.silence_ns;
-    if (p->link.conn_count < 2 || engine->env.now_ns - p->link.heard_ns >= silence_ns) return;
-    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
-        if (p->link.conns[i] != NULL && link_conn_is_dead(p->link.conns[i], silence_ns)) engine_hang_up(engine, p->link.conns[i]);
+    const int64_t now = engine->env.now_ns, silence_ns = engine->options.silence_ns;
+    pyccl_conn *dead[PYCCL_CONNS_MAX];
+    uint32_t count = 0;
+    if (p->link.conn_count < 2 || now - p->link.received_ns >= silence_ns || now < p->dead_ns) return;
+    p->dead_ns = now + engine->options.heartbeat_ns;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = p->link.conns[i];
+        if (conn != NULL && link_conn_is_dead(conn, silence_ns)) dead[count++] = conn;
+    }
+    for (uint32_t i = 0; i < count && count < p->link.conn_count; i++) engine_hang_up(engine, dead[i]);
 }
 
 /* Each idle connection says something now and then: also so that a side notices that the other has given it up. */

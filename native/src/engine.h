@@ -193,6 +193,7 @@ struct peer {
     peer *next;                      /* engine->peers */
     int32_t rank;                    /* in the current epoch; -1: not a member */
     bool silent, reset_owed;
+    int64_t dead_ns;                 /* when its connections are looked at for dead ones */
     peer_tx *tx_first, *tx_last;     /* attempts that can send something to it now, oldest first */
     uint32_t tx_waiting;             /* attempts whose peer_tx waits for its eager window */
     uint64_t eager_used;             /* bytes it holds for operations it has not opened, as far as we know; those of

@@ -82,8 +82,11 @@ static void check_within(pyccl_engine *engine, int64_t ns) {
     if (engine->check_ns > engine->env.now_ns + ns) engine->check_ns = engine->env.now_ns + ns;
 }
 
-/* Nothing comes over them, but a new one shook hands: their line is gone, and what stands in them would wait for minutes. */
+/* Nothing comes over them, but a new one shook hands: their line is gone, and what stands in them would wait for minutes. Unless the
+ * line, or the peer, has just come back. */
 static void hang_up_silent(pyccl_engine *engine, peer *p, const pyccl_conn *fresh) {
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
+        if (p->link.conns[i] != NULL && p->link.conns[i] != fresh && link_conn_has_unread(p->link.conns[i])) return;
     for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
         if (p->link.conns[i] != NULL && p->link.conns[i] != fresh) engine_hang_up(engine, p->link.conns[i]);
 }

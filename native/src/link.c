@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -216,6 +217,11 @@ static void unsent_limit(pyccl_conn *conn, double share) {
 static bool conn_info(const pyccl_conn *conn, struct tcp_info *info) {
     socklen_t size = sizeof *info;
     return conn != NULL && getsockopt(conn->fd, IPPROTO_TCP, TCP_INFO, info, &size) == 0;
+}
+
+bool link_conn_has_unread(const pyccl_conn *conn) {
+    int count = 0;
+    return ioctl(conn->fd, FIONREAD, &count) == 0 && count > 0;
 }
 
 bool link_conn_is_dead(const pyccl_conn *conn, int64_t silence_ns) {
@@ -750,7 +756,7 @@ static size_t conn_recv(pyccl_conn *conn) {
     if (n <= 0) return 0;
     link->rx_bytes += (size_t)n;
     throttle_take(&link->env->rx, (size_t)n);
-    link->heard_ns = link->env->now_ns;
+    link->heard_ns = link->received_ns = link->env->now_ns;
     const size_t in_place = (size_t)n < direct ? (size_t)n : direct;
     conn->stage_have = (uint32_t)((size_t)n - in_place);
     if (in_place > 0) payload_arrived(conn, (uint32_t)in_place);

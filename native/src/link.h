@@ -92,6 +92,8 @@ typedef struct link_transport {      /* as sendmsg and recvmsg: bytes moved, or 
     ssize_t (*recv)(pyccl_conn *conn, const struct iovec *iov, int count);
 } link_transport;
 
+#define LINK_HUNG_UP (-2)                /* given up by us: what stands in it is not worth reading */
+
 struct pyccl_conn {
     pyccl_link *link;
     const link_transport *transport;
@@ -99,7 +101,7 @@ struct pyccl_conn {
     int fd;                          /* -1: down */
     uint32_t index;                  /* in link->conns */
     uint32_t interest;               /* epoll events armed */
-    int broken;                      /* errno of a failed send, or -1 for EOF; 0: fine */
+    int broken;                      /* errno of a failed send, -1 for EOF, LINK_HUNG_UP; 0: fine */
     bool blocked;                    /* the last send came back short */
     bool passed;                     /* it was given no data, since it is far slower than the others */
     double rate;                     /* bytes a second that its congestion control lets go; 0: not known */
@@ -158,7 +160,8 @@ struct pyccl_link {
     bool wants_send;                 /* something may be there to send and some connection has room */
     link_control *control;           /* ring */
     size_t control_head, control_count, control_cap;
-    int64_t heard_ns;
+    int64_t heard_ns;                /* since then it is silent; also when we did not listen */
+    int64_t received_ns;             /* when something came */
     uint64_t tx_bytes, rx_bytes;
 };
 
@@ -191,6 +194,7 @@ void link_redirect(pyccl_link *link, const void *owner, const uint8_t *from, uin
 bool link_reads(const pyccl_link *link, const uint8_t *from, uint64_t bytes);   /* some frame is half sent from there */
 /* Bytes that the other end's TCP has, on the connections that stand: acknowledged, or behind a hole, where they count when
  * they arrive and not when it is filled. */
+bool link_conn_has_unread(const pyccl_conn *conn);                 /* bytes came that nobody has looked at */
 bool link_conn_is_dead(const pyccl_conn *conn, int64_t silence_ns); /* TCP repeats, and nothing was acknowledged for so long */
 uint64_t link_delivered(const pyccl_link *link);
 bool link_is_unread(const pyccl_link *link);     /* some connection is paused or held: what came is not all heard */

@@ -60,7 +60,8 @@ _PUNCH_AFTER_S: Final = 0.3  # so long a direct connection has
 _PUNCHED_MAX: Final = 16  # connections of one link
 _CALL_AFTER_S: Final = 0.7  # so long a member that relays has to dial the other before that is called there
 _DIRECT_AGAIN_S: Final = 30.0  # between attempts while there is a relayed or a punched connection
-_SILENT_AGAIN_S: Final = 30.0  # since a new connection was sought last: then the line is not better for one
+_SILENT_AGAIN_S: Final = 30.0  # after a silence: a line may greet and carry nothing, and a way around goes first
+_AROUND_S: Final = 3.0  # so long it has
 
 Hello = PeerHello | StateHello | RelayHello
 
@@ -215,7 +216,12 @@ class Links:
         record = self._peers[peer]
         if record.relayed is not None and not tcpinfo.is_established(record.relayed):
             record.relay_over.set()
-        if left > 0 and record.direct is not None and not tcpinfo.is_established(record.direct):
+        if (
+            left > 0
+            and record.direct is not None
+            and record.path < Path.PUNCHED
+            and not tcpinfo.is_established(record.direct)
+        ):
             self._drop_direct(record)
             record.path = Path.PUNCHED
             self._seek_direct(record)
@@ -238,15 +244,22 @@ class Links:
         if peer is None:
             return
         record, now = self._peers[peer], trio.current_time()
-        again = now < record.silenced_at + _SILENT_AGAIN_S
-        record.silent, record.silenced_at = True, now
+        record.silent = True
+        if self._engine.conns(slot) == 0:
+            self._dial(record, 1)
+            return
         if record.relay is not None:
             record.relay_over.set()
-        if again:
-            self._seek_ways(record)
-        else:
-            self._cancel_dials(record)  # also those that wait for the next attempt beside a lesser way
-            self._dial(record, 1)
+        again = now < record.silenced_at + _SILENT_AGAIN_S
+        record.silenced_at = now
+        self._cancel_dials(record)  # also those that wait for the next attempt beside a lesser way
+        self._seek_ways(record)
+        self._nursery.start_soon(self._dial_if_silent, record, _AROUND_S if again else 0.0)
+
+    async def _dial_if_silent(self, peer: _Peer, after_s: float) -> None:
+        await trio.sleep(after_s)
+        if self._is_known(peer) and peer.silent:
+            self._dial(peer, 1)
 
     def heard(self, slot: int) -> None:
         """Something comes over them again."""
@@ -560,10 +573,8 @@ class Links:
         before, direct = (peer.path, peer.via), None
         if path < Path.PUNCHED and peer.path == Path.PUNCHED and not self._is_cut_off(peer):
             direct = socket.socket(fileno=os.dup(stream.socket.fileno()))
-        if self._is_cut_off(peer) and path < Path.PUNCHED:
-            self._drop_direct(peer)  # it took the place of a punched one that is gone as well
-            peer.seeks_direct = False
-        if self._is_cut_off(peer) or path <= peer.path:
+        cut_off = self._is_cut_off(peer)
+        if cut_off or path <= peer.path:
             peer.path, peer.via = path, via  # first: an operation may end over it, and its caller ask, before we go on
         try:
             self._engine.conn_add(peer.slot, stream.socket.detach(), keys)
@@ -573,9 +584,11 @@ class Links:
                 direct.close()
             log.info("connection_not_taken peer=%s cause=%s", peer.member.peer.hex()[:8], e)
             return self._engine.conns(peer.slot) > 0
-        if direct is not None:
+        if direct is not None or cut_off:  # what stood is gone, or goes now
             self._drop_direct(peer)
-            peer.direct = direct
+        if cut_off:
+            peer.seeks_direct = False
+        peer.direct = direct or peer.direct
         peer.silent = False
         self._events.up(peer.member.peer)
         self._check_ready()
