@@ -476,7 +476,8 @@ pyccl_status pyccl_engine_end(pyccl_engine *engine, pyccl_status why);
 
 pyccl_status pyccl_engine_peer_add(pyccl_engine *engine, const uint8_t id[16], uint32_t *slot);  /* idempotent */
 pyccl_status pyccl_engine_peer_remove(pyccl_engine *engine, uint32_t slot);                      /* closes its connections */
-/* Takes fd, always: closed on error. Of a link that was told to be silent it closes all others: what stood in them is sent anew. */
+/* Takes fd, always: closed on error. Of a link that was told to be silent it closes all others, unless something has
+ * just come over them: what stood in them is sent anew. */
 pyccl_status pyccl_engine_conn_add(pyccl_engine *engine, uint32_t slot, int fd);
 /* As conn_add, sealed: what the other side sends is opened with `rx`, which is its `tx`. */
 pyccl_status pyccl_engine_conn_add_sealed(pyccl_engine *engine, uint32_t slot, int fd, const pyccl_conn_keys *keys);

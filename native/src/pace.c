@@ -195,8 +195,10 @@ static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, 
         return rise(p, arrived, now_ns, c->rtt_ns);
     }
     p->found = true;
-    if (p->windows >= OVER_WINDOWS && p->best < BOUND * p->rate) p->proven = 0; /* the line has become slower */
-    if (p->raised > 0 || (p->windows >= OVER_WINDOWS && !is_proven(p, now_ns) && (p->drained < DRAINS || p->rate > OVER * p->best))) return drain(p, now_ns, c->rtt_ns);
+    const bool lasts = p->windows >= OVER_WINDOWS;
+    if (lasts && p->best < BOUND * p->rate) p->proven = 0; /* the line has become slower */
+    const bool ours = lasts && !is_proven(p, now_ns) && (p->drained < DRAINS || p->rate > OVER * p->best);
+    if (p->raised > 0 || ours) return drain(p, now_ns, c->rtt_ns);
     if (now_ns < p->trial_ns || arrived < BOUND * p->rate) return false;
     trial_begin(p, arrived, STEP, now_ns, c->rtt_ns);
     return true;
