@@ -223,9 +223,7 @@ class Communicator(Core):
                 becomes NaN; bfloat16 passes them on. Equal on all members. Errors: docs/codecs.md.
             algorithm: "direct": everybody sends to the owner of each share; "ring": each to the next member alone,
                 for groups that are large or whose lines differ (two members swap, whatever is said); "auto": what the
-                epoch's plan says; without one "ring" for large ``x`` (16 MiB for each member above two, not quantized,
-                no shorter floats than float32) where all members are 20 ms from each other or more, else "direct".
-                Equal on all members. `algorithm` of the info tells what ran.
+                epoch's plan says, "direct" without one. Equal on all members. `algorithm` of the info tells what ran.
             weight: of this member's ``x`` in an "avg": finite, >= 0; the sum of the weighted inputs is divided by the
                 sum of the weights. UsageError on all members when that is 0.
             retry: run it again among the survivors when a member is lost; False raises PeerLostError instead.

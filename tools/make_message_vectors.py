@@ -62,7 +62,7 @@ GOOD: dict[str, Body] = {
     "arrive_nothing_submitted": [5, U64, []],
     "arrive_pairs": [5, 1, [[2, PAIR_0_1, 3], [2, PAIR_LAST, U64]]],
     "withdraw": [6, 1],
-    "ready": [7, 2, 1, True],
+    "ready": [7, 2, 1],
     "behind": [8, 2, 1, [[0, 5, 9]]],
     "unreachable": [9, 2, 1, [PEER_B], "connection refused"],
     "suspect_silent": [10, PEER_B, "silent", "5.0 s"],

@@ -579,6 +579,7 @@ static void engine_init(pyccl_engine *engine, const pyccl_engine_options *option
     engine->env.long_rtt_ns = options->long_rtt_ns;
     engine->env.now_ns = engine->moved_ns = engine_clock();
     engine->env.lanes = options->lanes;
+    pace_crowd_init(&engine->env.crowd);
     throttle_init(&engine->env.tx, options->max_tx_bytes_s, engine->env.now_ns);
     throttle_init(&engine->env.rx, options->max_rx_bytes_s, engine->env.now_ns);
     engine->tick_ns = engine->env.tx_due = engine->env.rx_due = INT64_MAX;

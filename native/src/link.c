@@ -264,7 +264,7 @@ static void conns_revive(pyccl_link *link, bool begins) {
         pyccl_conn *conn = link->conns[i];
         if (conn == NULL || link->env->now_ns < conn->revived_ns + REVIVE_NS) continue;
         const bool behind = begins && (seeks || conn->rate * REVIVE < share);
-        if (!(behind || will_probe(conn, begins)) || !socket_is_settled(conn->fd)) continue;
+        if (!will_probe(conn, begins) && !(behind && socket_is_settled(conn->fd))) continue;
         conn->revived_ns = link->env->now_ns;
         socket_revive(conn->fd);
     }

@@ -1,6 +1,8 @@
 /* pace.c: see pace.h.                                              Spec: ARCHITECTURE.md, Decisions */
 #include "pace.h"
 
+#include <stddef.h>
+
 #define LOSS_ALLOWED 0.02
 #define MUCH 0.15                    /* the line has become slower: what arrived before says nothing */
 #define CURED 0.7                    /* of the share of repeats: a cut that leaves more has not helped */
@@ -15,6 +17,7 @@
 #define BOUND 0.85                   /* of the rate arrives: nothing else limits it */
 #define RAISE 0.05                   /* at first */
 #define RAISE_GROWS 1.25
+#define RAISE_GROWS_SPELL 2.0        /* by one in an operation it would take a dozen of them to double */
 #define CALM_NS INT64_C(1000000000)  /* after the queue of a rise */
 #define STEP 0.1
 #define STEP_MAX 0.4
@@ -26,6 +29,7 @@
 #define OVER_WINDOWS 3
 #define DRAINS 3
 #define DRAIN_MOST 0.95              /* is left */
+#define PEAK_MOST 0.8                /* is left of what once arrived, when there was no rate: the line has carried that */
 #define CUT_MOST 0.5                 /* is left: what arrived may be little because others of this host fill the line */
 #define PROVEN 0.97                  /* of the rate arrives, and no queue stands: the line takes it */
 #define PROVEN_LEFT 0.95             /* of it leaves no queue behind */
@@ -45,22 +49,44 @@
 
 void pace_init(pace *p, pace_crowd *crowd) { *p = (pace){.crowd = crowd, .wait_ns = WAIT_MIN_NS}; }
 
-double pace_limit(const pace *p) { return p->crowded ? 0 : p->rate; }
+void pace_crowd_init(pace_crowd *crowd) {
+    *crowd = (pace_crowd){0};
+    pace_init(&crowd->whole, NULL);
+}
 
-bool pace_is_found(const pace *p) { return pace_limit(p) == 0 || (p->found && p->before == 0 && p->blamed == 0); }
+double pace_limit(const pace *p) {
+    if (!p->crowded) return p->rate;
+    return p->crowd->whole.rate / p->among;
+}
+
+bool pace_is_found(const pace *p) {
+    const pace *judged = p->crowded ? &p->crowd->whole : p;
+    return judged->rate == 0 || (judged->found && judged->before == 0 && judged->blamed == 0);
+}
 
 static bool stands(const pace_counts *c) { return c->queue_ns > STANDS_NS + c->rtt_ns / STANDS_RTTS; }
 
 static void crowd_leave(pace *p) {
-    if (p->counted) p->crowd->busy--;
+    if (!p->counted) return;
+    pace **at = &p->crowd->first;
+    while (*at != p) at = &(*at)->next;
+    *at = p->next;
+    p->crowd->busy--;
     p->counted = false;
+}
+
+static void crowd_enter(pace *p) {
+    p->next = p->crowd->first;
+    p->crowd->first = p;
+    p->crowd->busy++;
+    p->counted = true;
 }
 
 void pace_fini(pace *p) { crowd_leave(p); }
 
 void pace_pause(pace *p) {
     crowd_leave(p);
-    p->busy = p->open = p->spell = false;
+    p->busy = p->open = p->spell = p->known = false;
 }
 
 static void rate_set(pace *p, double rate, int64_t now_ns, int64_t rtt_ns) {
@@ -117,7 +143,7 @@ static bool cut(pace *p, double arrived, double repeats, int64_t now_ns, int64_t
     p->calm_ns = now_ns + CALM_NS;
     p->wait_ns = WAIT_MIN_NS;
     p->trial_ns = now_ns + p->wait_ns;
-    const double rate = UNDER * (p->rate > 0 && most < arrived ? most : arrived), least = CUT_MOST * (p->rate > 0 ? p->rate : p->peak);
+    const double rate = UNDER * (p->rate > 0 && most < arrived ? most : arrived), least = p->rate > 0 ? CUT_MOST * p->rate : PEAK_MOST * p->peak;
     rate_set(p, rate > least ? rate : least, now_ns, rtt_ns);
     return true;
 }
@@ -152,7 +178,7 @@ static bool rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
     p->found = false;
     p->drained = 0;
     if (arrived < BOUND * p->rate || now_ns < p->calm_ns) return false;
-    const double more = p->raised * RAISE_GROWS;
+    const double more = p->raised * (p->judged_in ? RAISE_GROWS : RAISE_GROWS_SPELL);
     p->raised = more < RAISE ? RAISE : more < STEP_MAX ? more : STEP_MAX;
     rate_set(p, p->rate * (1 + p->raised), now_ns, rtt_ns);
     return true;
@@ -211,13 +237,16 @@ static int64_t part_ns(const pace_counts *c) {
     return part > PART_MIN_NS ? part : PART_MIN_NS;
 }
 
+/* Several links were busy then: what is lost and waits is not of this one alone. */
+static bool was_met(const pace *p, int64_t from_ns) { return p->crowd != NULL && p->crowd->met_ns >= from_ns; }
+
 static bool spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
     const pace_counts *was = &p->at_spell, whole = {.rtt_ns = c->rtt_ns, .queue_ns = p->spell_queue_ns};
     const uint64_t sent = c->sent > was->sent ? c->sent - was->sent : 0;
     const double parts_s = SPELL_PARTS * (double)part_ns(c) / 1e9;
     p->spell = false;
     p->lasted_ns = p->last_ns - p->spell_ns;
-    if (p->judged_in || p->crowd->met_ns >= p->spell_ns || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
+    if (p->judged_in || was_met(p, p->spell_ns) || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
     if ((double)(c->delivered - was->delivered) < p->spell_best * parts_s) return false;
     p->over = 1; /* it is known when what was repeated was sent */
     p->best = 0;
@@ -268,7 +297,7 @@ static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy
     if (p->open && now_ns - p->start_ns < (c->sent < packets ? longest : length)) return false;
     const pace_counts was = p->start;
     const double seconds = (double)(now_ns - p->start_ns) / 1e9;
-    const bool whole = p->open && p->crowd->met_ns < p->start_ns;
+    const bool whole = p->open && !was_met(p, p->start_ns);
     p->open = true;
     p->start_ns = now_ns;
     p->start = *c;
@@ -278,24 +307,55 @@ static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy
     return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, LOSS_ALLOWED, c);
 }
 
-/* Beside other links that are busy: their loss and queue are not this one's doing. Returns whether pace_limit has changed. */
-static bool crowd_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+/* Beside other links that are busy: their loss and queue are not this one's doing. Those that were busy at the same time will be
+ * again: who begins alone waits for them for a round trip. */
+static void crowd_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
     const bool was = p->crowded;
     crowd_leave(p);
     if (busy) {
-        p->crowd->busy++;
-        p->counted = true;
-        p->crowded = p->crowd->busy > 1;
-        if (p->crowded) p->crowd->met_ns = now_ns;
+        crowd_enter(p);
+        if (p->crowd->busy > 1) {
+            p->crowded = true;
+            p->among = p->crowd->busy;
+            p->crowd->met_ns = now_ns;
+        } else if (now_ns >= p->spell_ns + c->rtt_ns) p->crowded = false;
     }
     if (p->crowded) {
         p->open = false;
         p->busy = busy;
     } else if (was) p->from_ns = now_ns + SETTLE_RTTS * c->rtt_ns;
-    return p->crowded != was && p->rate > 0;
+}
+
+/* What this link has done since its last note is done by all of them together. A queue stands in the line that they share if
+ * it does for each. */
+static void crowd_sum(pace *p, const pace_counts *c) {
+    pace_counts *sum = &p->crowd->sum;
+    if (p->known && c->delivered >= p->last.delivered && c->sent >= p->last.sent && c->repeated >= p->last.repeated) {
+        sum->delivered += c->delivered - p->last.delivered;
+        sum->sent += c->sent - p->last.sent;
+        sum->repeated += c->repeated - p->last.repeated;
+    }
+    p->known = true;
+    p->last = *c;
+    if (p->crowd->first == NULL) return;
+    sum->rtt_ns = 0;
+    sum->queue_ns = INT64_MAX;
+    for (const pace *of = p->crowd->first; of != NULL; of = of->next) {
+        if (of->last.rtt_ns > sum->rtt_ns) sum->rtt_ns = of->last.rtt_ns;
+        if (of->last.queue_ns < sum->queue_ns) sum->queue_ns = of->last.queue_ns;
+    }
 }
 
 bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
-    const bool judged = spell_note(p, now_ns, c, busy), turned = crowd_note(p, now_ns, c, busy);
-    return (!p->crowded && window_note(p, now_ns, c, busy)) || judged || turned;
+    pace *whole = &p->crowd->whole;
+    spell_note(p, now_ns, c, busy);
+    crowd_note(p, now_ns, c, busy);
+    if (!p->crowded) window_note(p, now_ns, c, busy);
+    crowd_sum(p, c);
+    const bool several = p->crowd->busy > 1;
+    spell_note(whole, now_ns, &p->crowd->sum, several);
+    window_note(whole, now_ns, &p->crowd->sum, several);
+    const double told = p->told;
+    p->told = pace_limit(p);
+    return p->told != told;
 }

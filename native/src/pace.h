@@ -14,8 +14,8 @@
  *       comes again at once after it paid, else later and later.
  * A spell of work that is too short for such a window is one as a whole: what was repeated of it is known when the next begins, and
  * what arrived in its best part counts, after the last of it was sent too.
- * Until something was too much there is no rate: the kernel's own search is the fastest start. Beside other links of this host that
- * are busy, too, there is none either, and nothing is learned.
+ * Until something was too much there is no rate: the kernel's own search is the fastest start. While several links of this host are
+ * busy nothing is learned of one of them, but of all together, in the same way, and each has an equal share of that rate.
  * Threads: nothing shared, it belongs to its caller.               Spec: ARCHITECTURE.md, Decisions */
 #ifndef PYCCL_PACE_H
 #define PYCCL_PACE_H
@@ -29,16 +29,14 @@ typedef struct pace_counts {         /* of all connections, since they are there
     int64_t rtt_ns, queue_ns;        /* of now: the longest round trip; how much longer the shortest is than the line's own */
 } pace_counts;
 
-/* Links of one host whose lines are busy now. Several share its line, and none knows what the others send: paces of their own
- * would only ever yield to who has none. Their connections find their shares by themselves, better than any of that. */
-typedef struct pace_crowd {
-    uint32_t busy;
-    int64_t met_ns;                  /* when several were, the last time: what began before it is judged no more; 0: never */
-} pace_crowd;
-
 typedef struct pace {
-    pace_crowd *crowd;
-    bool counted, crowded;           /* in it; not alone in it, when it was busy last: `rate` is not in force */
+    struct pace_crowd *crowd;        /* NULL: this is the whole of one */
+    struct pace *next;               /* of those in it */
+    bool counted, crowded;           /* in it; not alone in it, when it was busy last: a share of `crowd->whole` is in force */
+    uint32_t among;                  /* of so many */
+    bool known;                      /* `last` is of these connections */
+    pace_counts last;
+    double told;                     /* what pace_limit was after the last note */
     double rate;                     /* bytes a second; 0: as fast as they like */
     double peak;                     /* what arrived in the best part of a spell ever: of use until there is a rate */
     double best;                     /* what arrived in the best of the windows since the last change */
@@ -69,6 +67,17 @@ typedef struct pace {
     pace_counts start;
 } pace;
 
+/* Links of one host whose lines are busy now. Several share its line, and none knows what the others send: paces of their own
+ * would only ever yield to who has none. All of them together have one, and each an equal share of it. */
+typedef struct pace_crowd {
+    pace whole;                      /* of all that are busy, while several are */
+    pace_counts sum;                 /* of all links of the host, since they are there */
+    pace *first;                     /* of those that are busy */
+    uint32_t busy;
+    int64_t met_ns;                  /* when several were, the last time: what began before it is judged of none alone; 0: never */
+} pace_crowd;
+
+void pace_crowd_init(pace_crowd *crowd);
 void pace_init(pace *p, pace_crowd *crowd);
 void pace_fini(pace *p);
 /* busy: every connection that carries data is full. Returns true when pace_limit has changed, or may have. */

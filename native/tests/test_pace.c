@@ -33,7 +33,7 @@ static pace_crowd hosts[LINKS];       /* of the senders, each its own unless tol
 static line line_new(double rate, int links, double hunger) {
     line l = {.rate = rate, .queue_s = 0.05, .rtt_ns = 150 * MS, .at_ns = 5 * SECOND, .links = links};
     for (int i = 0; i < links; i++) {
-        hosts[i] = (pace_crowd){0};
+        pace_crowd_init(&hosts[i]);
         pace_init(&l.of[i].p, &hosts[i]);
         l.of[i].hunger = hunger;
     }
@@ -41,7 +41,8 @@ static line line_new(double rate, int links, double hunger) {
 }
 
 static double wants(const sender *s) {
-    return s->p.rate > 0 && s->p.rate < s->hunger ? s->p.rate : s->hunger;
+    const double limit = pace_limit(&s->p);
+    return limit > 0 && limit < s->hunger ? limit : s->hunger;
 }
 
 static void step_line(line *l, bool busy) {
@@ -199,7 +200,7 @@ static void hear(hearing *h, double rate, double repeats, int64_t queue_ns) {
 
 TEST(pace_does_not_fall_to_what_one_window_had) {
     hearing h = {.at_ns = 5 * SECOND};
-    hosts[0] = (pace_crowd){0};
+    pace_crowd_init(&hosts[0]);
     pace_init(&h.p, &hosts[0]);
     while (h.p.rate == 0) hear(&h, 50e6, 0.3, 50 * MS);
     while (h.p.rate < 60e6) hear(&h, h.p.rate, 0, 0);
@@ -210,7 +211,7 @@ TEST(pace_does_not_fall_to_what_one_window_had) {
 
 TEST(pace_is_cut_by_half_at_a_time) {
     hearing h = {.at_ns = 5 * SECOND};
-    hosts[0] = (pace_crowd){0};
+    pace_crowd_init(&hosts[0]);
     pace_init(&h.p, &hosts[0]);
     while (h.p.rate == 0) hear(&h, 50e6, 0.3, 50 * MS);
     while (h.p.blamed > 0) hear(&h, h.p.rate, 0, 50 * MS);
@@ -221,7 +222,7 @@ TEST(pace_is_cut_by_half_at_a_time) {
 
 TEST(pace_is_not_found_where_a_fast_line_carried_little) {
     hearing h = {.at_ns = 5 * SECOND};
-    hosts[0] = (pace_crowd){0};
+    pace_crowd_init(&hosts[0]);
     pace_init(&h.p, &hosts[0]);
     for (int i = 0; i < 100; i++) hear(&h, 50e6, 0, 0);
     while (h.p.rate == 0) hear(&h, 1e6, 0.05, 50 * MS); /* the other side reads slowly */
@@ -249,24 +250,51 @@ TEST(pace_of_links_that_share_a_line_starves_none) {
     for (int i = 0; i < LINKS; i++) CHECK(got.delivered[i] > 0.25);
 }
 
-TEST(pace_is_not_in_force_beside_other_links_of_its_host) {
-    line l = line_new(50e6, LINKS, 60e6);
-    work(&l, 5 * SECOND);
-    for (int i = 0; i < LINKS; i++) CHECK(pace_limit(&l.of[i].p) > 0); /* of hosts of their own */
-    const double rate = l.of[0].p.rate;
-    l.of[1].p.crowd = l.of[0].p.crowd;
-    rest(&l, SECOND);
-    hosts[0] = hosts[1] = (pace_crowd){0};
-    for (int i = 0; i < LINKS; i++) l.of[i].p.counted = false;
-    work(&l, 5 * SECOND);
+static line line_of_one_host(double rate, double hunger) {
+    line l = line_new(rate, LINKS, hunger);
+    for (int i = 0; i < LINKS; i++) l.of[i].p.crowd = &hosts[0];
+    return l;
+}
+
+TEST(pace_of_one_host_is_shared_by_its_links) {
+    line l = line_of_one_host(50e6, 60e6);
+    work(&l, 10 * SECOND);
+    const share got = work(&l, 20 * SECOND);
     CHECK_EQ(hosts[0].busy, LINKS);
-    for (int i = 0; i < LINKS; i++) CHECK(pace_limit(&l.of[i].p) == 0 && pace_is_found(&l.of[i].p));
-    CHECK(l.of[0].p.rate == rate);
+    CHECK(got.all > 0.93);
+    CHECK(got.dropped < 0.01);
+    for (int i = 0; i < LINKS; i++) {
+        CHECK(got.delivered[i] > 0.93 * got.all / LINKS);
+        CHECK(pace_limit(&l.of[i].p) == hosts[0].whole.rate / LINKS);
+        CHECK(l.of[i].p.rate == 0); /* nothing is learned of one alone */
+    }
     rest(&l, SECOND);
     CHECK_EQ(hosts[0].busy, 0);
+    for (int i = 0; i < LINKS; i++) CHECK(pace_limit(&l.of[i].p) == hosts[0].whole.rate / LINKS); /* the next begins with it */
+}
+
+TEST(pace_of_one_host_is_not_for_a_link_alone) {
+    line l = line_of_one_host(50e6, 60e6);
+    work(&l, 10 * SECOND);
+    rest(&l, SECOND);
     l.links = 1;
     work(&l, 100 * MS);
-    CHECK(pace_limit(&l.of[0].p) == rate);
+    CHECK(pace_limit(&l.of[0].p) == hosts[0].whole.rate / LINKS); /* the other may be about to begin */
+    work(&l, 5 * SECOND);
+    CHECK(l.of[0].p.rate > 0);
+    CHECK(pace_limit(&l.of[0].p) == l.of[0].p.rate); /* its own: the path behind the host's line may be narrower */
+}
+
+TEST(pace_of_one_host_is_learned_from_short_operations) {
+    line l = line_of_one_host(50e6, 40e6);
+    for (int op = 0; op < 10; op++) {
+        work(&l, 140 * MS);
+        rest(&l, SECOND);
+    }
+    CHECK(hosts[0].whole.rate > 0);
+    const share got = work(&l, 140 * MS);
+    CHECK(got.dropped < 0.01);
+    for (int i = 0; i < LINKS; i++) CHECK(l.of[i].p.rate == 0);
 }
 
 TEST(pace_is_not_learned_from_a_spell_that_others_of_the_host_took_part_in) {

@@ -95,7 +95,7 @@ class _Peer:
 class LinkEvents:
     """What the owner wants to know."""
 
-    ready: Callable[[int, bool], None]  # version: linked to all; whether all are far
+    ready: Callable[[int], None]  # version: linked to all
     failed: Callable[[int, tuple[bytes, ...], str], None]
     refused: Callable[[bytes, str], None]  # nobody listens where the peer was
     up: Callable[[bytes], None]
@@ -422,15 +422,7 @@ class Links:
         if all(p in self._peers and self._engine.conns(self._peers[p].slot) > 0 for p in self._wanted):
             version, self._version = self._version, None
             self._timeout.cancel()
-            self._events.ready(version, self._are_far(self._wanted))
-
-    def _are_far(self, peers: Iterable[bytes]) -> bool:
-        """A link that a third carries counts as near: a ring would take more over it than its share."""
-        records = [self._peers[peer] for peer in peers]
-        return all(
-            self._path_of(record)[0] != Path.RELAYED and self._engine.round_trip_s(record.slot) >= limits.FAR_RTT_S
-            for record in records
-        )
+            self._events.ready(version)
 
     async def _expire(self, version: int, scope: trio.CancelScope) -> None:
         with scope:

@@ -561,7 +561,7 @@ class Session:
             )  # fmt: skip
             me = Member(self.peer, self.incarnation, machine.addresses)
             events = LinkEvents(
-                ready=lambda version, far: self._feed(machine.links_ready(version, trio.current_time(), far=far)),
+                ready=lambda version: self._feed(machine.links_ready(version, trio.current_time())),
                 failed=lambda version, who, why: self._feed(
                     machine.links_failed(version, who, why, trio.current_time())
                 ),

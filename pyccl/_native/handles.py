@@ -308,11 +308,6 @@ class Engine:
         stats = self._link_stats(slot)
         return (0, True) if stats is None else (int(stats.delivered_bytes), bool(stats.full))
 
-    def round_trip_s(self, slot: int) -> float:
-        """Of the newest connection's handshake; 0 without one."""
-        stats = self._link_stats(slot)
-        return 0.0 if stats is None or stats.conns == 0 else int(stats.rtt_ns) / NS
-
     def work(self, slot: int) -> tuple[int, float]:
         """Bytes sent and received on all links, and the processor time in seconds of the thread that does it; zeros for
         a slot that was removed."""

@@ -72,7 +72,6 @@ MISSED_S: Final = 0.5  # of these for whom other members miss as well: its silen
 PAUSE_S: Final = 1.0  # a longer gap between ticks means that we ourselves were stopped
 HEARTBEATS_PER_TIMEOUT: Final = 5
 HANG_UP_TIMEOUTS: Final = 0.6  # of peer_timeout without an acknowledgement of the master's host: a peer dials it anew
-FAR_RTT_S: Final = 0.02  # between members that a long line joins
 LONE_SAFE_POINT_S: Final = 0.1  # a lone member's safe point that changes nothing takes this long
 PUNCH_S: Final = 10.0  # so long an offer to punch waits for the other's
 PUNCH_MARGIN_S: Final = 0.02  # in which both have surely heard when to begin

@@ -783,7 +783,7 @@ class MasterMachine:
 
     def _on_ready(self, group: Group, record: Peer, message: Ready) -> None:
         if self._answered(group, record, message.number, message.version) is not None:
-            record.said.ready, record.said.far = message.version, message.far
+            record.said.ready = message.version
             for peer, complaint in list(record.complaints.items()):
                 if complaint.cause == CAUSE_UNREACHABLE:
                     del record.complaints[peer]
@@ -1082,14 +1082,10 @@ class MasterMachine:
         proposal = group.proposal
         if proposal is None or proposal.stale:  # it waits for a plan, and may name who is gone
             return False
-        epoch = proposal.epoch
-        said = [self._peers[member.peer, member.incarnation].said for member in epoch.members]
+        said = [self._peers[member.peer, member.incarnation].said for member in proposal.epoch.members]
         if not all(one.ready == proposal.version for one in said):
             return False
-        plan = plans.default_bytes(epoch.plan, len(said), far=all(one.far for one in said))
-        if plan != epoch.plan:  # which nobody has entered yet
-            epoch = make_epoch(epoch.number, epoch.previous, epoch.term, epoch.members, plan)
-        self._decide(group, epoch, KIND_JOIN)
+        self._decide(group, proposal.epoch, KIND_JOIN)
         return True
 
     # ---- safe points

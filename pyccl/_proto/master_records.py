@@ -28,7 +28,6 @@ class Said:
     arrived: dict[tuple[int, int], int] | None = None  # (space, tag) -> submitted
     arrived_at: float = 0.0
     ready: int = 0  # version of the proposal it is ready for
-    far: bool = False  # from all others in it
     report: Report | None = None
     blocked: Blocked | None = None
 

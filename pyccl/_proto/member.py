@@ -309,7 +309,6 @@ class _Proposal:
     version: int
     epoch: Epoch
     linked: bool = False
-    far: bool = False
     drained: bool = False
     answer: Message | None = None  # the last one given, for a master that may have missed it
 
@@ -441,12 +440,11 @@ class MemberMachine:
 
     # ---- answers of the shell and the engine
 
-    def links_ready(self, version: int, now: float, *, far: bool = False) -> list[Effect]:
-        """far: every round trip to the others takes limits.FAR_RTT_S at least, and none is reached through a relay."""
+    def links_ready(self, version: int, now: float) -> list[Effect]:
         proposal = self._proposal_of(version)
         if proposal is None:
             return []
-        proposal.linked, proposal.far = True, far
+        proposal.linked = True
         return self._ready_if_complete(proposal, now)
 
     def links_failed(self, version: int, peers: tuple[bytes, ...], reason: str, now: float) -> list[Effect]:
@@ -795,7 +793,7 @@ class MemberMachine:
     def _ready_if_complete(self, proposal: _Proposal, now: float) -> list[Effect]:
         if not proposal.linked or (self.state is State.MEMBER and not proposal.drained):
             return []
-        return self._answer(proposal, Ready(proposal.epoch.number, proposal.version, proposal.far), now)
+        return self._answer(proposal, Ready(proposal.epoch.number, proposal.version), now)
 
     def _answer(self, proposal: _Proposal, answer: Message, now: float) -> list[Effect]:
         if proposal.answer == answer:

@@ -354,10 +354,9 @@ class Withdraw(Message):
 @dataclass(frozen=True, slots=True)
 class Ready(Message):
     TYPE = 7
-    KINDS = (_U64, _U64, _BOOL)
+    KINDS = (_U64, _U64)
     number: int  # of the proposed epoch
     version: int
-    far: bool = False  # all other members are, see limits.FAR_RTT_S
 
 
 @dataclass(frozen=True, slots=True)

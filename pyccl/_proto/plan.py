@@ -15,7 +15,7 @@ from typing import Final
 from pyccl._proto import limits
 from pyccl.errors import RemoteProtocolError
 
-NO_PLAN: Final = b""  # equal shares, the ring in rank order, and only where it is asked for; see default_bytes
+NO_PLAN: Final = b""  # equal shares, the ring in rank order, and only where it is asked for
 NEVER: Final = limits.U64_MAX
 PACE_DIRECT: Final = 1_000_000
 _VERSION: Final = 1
@@ -23,8 +23,6 @@ _HEAD: Final = struct.Struct("<BBHQI")  # version, flags, members, ring_from_byt
 _HAS_SHARES: Final = 1
 _HAS_RING: Final = 2
 _HAS_PIECE: Final = 4
-_FAR_FROM_BYTES: Final = 16 << 20  # for each member more than two: so many more trips the ring takes
-_FAR_PACE: Final = PACE_DIRECT * 9 // 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +100,6 @@ def carry(plan: Plan, before: Sequence[bytes], after: Sequence[bytes]) -> Plan:
 def carry_bytes(data: bytes, before: Sequence[bytes], after: Sequence[bytes]) -> bytes:
     """As ``carry``, of a plan that was judged."""
     return carry(decode_untrusted(data, len(before)), before, after).encode(len(after))
-
-
-def default_bytes(data: bytes, members: int, *, far: bool) -> bytes:
-    """This plan; if nobody has made it, what is done by default.
-
-    far: between every two of them. Then large reductions take the ring: who sends to one at a time has its line alone,
-    and neither the congestion control of several links nor small packets of many connections in each other's way.
-    """
-    plan = decode_untrusted(data, members)
-    if plan.shares or plan.ring or plan.piece_bytes:
-        return data
-    if not far or members < 3:
-        return NO_PLAN
-    return Plan(ring_from_bytes=_FAR_FROM_BYTES * (members - 2), ring_pace=_FAR_PACE).encode(members)
 
 
 def is_piece(size_bytes: int) -> bool:

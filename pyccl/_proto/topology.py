@@ -40,7 +40,6 @@ NOISE: Final = (
     1.4  # times: lines that losses or busy processors are in the way of differ by so much when they are measured
 )
 RING_GAIN_LEAST: Final = 0.25  # of a ring over direct: two lines of the model, each wrong by as much as this
-FAR_GAIN: Final = 0.1  # of a ring between far members: of several long links that share a line each finds its own pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +77,6 @@ class Network:
     @property
     def world(self) -> int:
         return len(self.up)
-
-    @property
-    def is_far(self) -> bool:
-        trips = (trip for i, row in enumerate(self.delay) for trip in (*row[:i], *row[i + 1 :]))
-        return all(2 * trip >= limits.FAR_RTT_S for trip in trips)
 
     def host(self, rank: int) -> float:
         """Direct moves as much one way as the other: the slower way counts."""
@@ -132,7 +126,6 @@ class Choice:
     ring: Line
     piece_bytes: int = PIECE_BYTES
     coded: Line = Line(0.0, 0.0)  # direct, with a codec of 8 bits
-    far: bool = False  # all members are: see FAR_GAIN
 
     def algorithm(self, size_bytes: float) -> str:
         return "ring" if size_bytes >= self.ring_from_bytes else "direct"
@@ -140,11 +133,6 @@ class Choice:
     def seconds(self, size_bytes: float) -> float:
         line = self.ring if size_bytes >= self.ring_from_bytes else self.direct
         return line.seconds(size_bytes)
-
-    def weighed(self, size_bytes: float) -> float:
-        """To compare plans by."""
-        handicap = 1 + FAR_GAIN if self.far and self.algorithm(size_bytes) == "direct" else 1.0
-        return self.seconds(size_bytes) * handicap
 
 
 def few(rate: float, rtt_s: float) -> int:
@@ -281,14 +269,12 @@ def judged(
     piece_bytes: int = PIECE_BYTES,
 ) -> Choice:
     """These shares and this ring on that network. ring_from_bytes None: from the size on from which the ring wins by
-    RING_GAIN_LEAST: one pair that was measured while a processor was busy slows direct, and hardly a ring. Between far
-    members it is the other way: there a ring that is as fast by the lines is the faster one."""
+    RING_GAIN_LEAST: one pair that was measured while a processor was busy slows direct, and hardly a ring."""
     direct, ring = direct_line(network, shares, piece_bytes), ring_line(network, order, piece_bytes)
     if ring_from_bytes is None:
-        gain = -FAR_GAIN if network.is_far else RING_GAIN_LEAST
-        ring_from_bytes = _ring_from(direct, ring, network.world, gain)
+        ring_from_bytes = _ring_from(direct, ring, network.world)
     coded = direct_line(network, shares, piece_bytes, CODED)
-    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes, coded, network.is_far)
+    return Choice(tuple(shares), tuple(order), ring_from_bytes, direct, ring, piece_bytes, coded)
 
 
 def default(network: Network) -> Choice:
@@ -300,18 +286,18 @@ def is_better(found: Choice, present: Choice) -> bool:
     """Of large and of small operations neither takes longer, and one gains what counts as a gain. With a codec, where
     processors count for more than lines, it is not so much slower either."""
     sizes = (SMALL_BYTES, REFERENCE_BYTES)
-    gains = [found.weighed(size) < present.weighed(size) * (1 - GAIN_LEAST) for size in sizes]
+    gains = [found.seconds(size) < present.seconds(size) * (1 - GAIN_LEAST) for size in sizes]
     if any(found.coded.seconds(size) > present.coded.seconds(size) * (1 + GAIN_LEAST) for size in sizes):
         return False
-    return any(gains) and all(found.weighed(size) <= present.weighed(size) for size in sizes)
+    return any(gains) and all(found.seconds(size) <= present.seconds(size) for size in sizes)
 
 
-def _ring_from(direct: Line, ring: Line, world: int, gain_least: float) -> float:
+def _ring_from(direct: Line, ring: Line, world: int) -> float:
     if world < 3 or ring.pace == math.inf:
         return NEVER  # two are a ring already
     if direct.pace == math.inf:
         return 0.0
-    left = 1 - gain_least
+    left = 1 - RING_GAIN_LEAST
     direct = Line(direct.delay_s * left, direct.pace * left, direct.lag_bytes, direct.lag_pace * left)
     if ring.pace >= direct.pace:
         return NEVER

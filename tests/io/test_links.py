@@ -28,8 +28,8 @@ OTHER = b"\x02" * 16
 class FakeEngine:
     """Counts connections; more than `most` of a link are refused as the engine refuses them."""
 
-    def __init__(self, most: int = 64, rtt_s: float = 0.0) -> None:
-        self.most, self.rtt_s = most, rtt_s
+    def __init__(self, most: int = 64) -> None:
+        self.most = most
         self.links: dict[int, int] = {}
         self.congestion_controls: list[bytes] = []  # of the connections that were handed over
 
@@ -53,9 +53,6 @@ class FakeEngine:
         self.links[slot] += 1
         self.on_conn_add()
 
-    def round_trip_s(self, slot: int) -> float:
-        return self.rtt_s
-
     def conns(self, slot: int) -> int:
         return self.links.get(slot, 0)
 
@@ -63,22 +60,17 @@ class FakeEngine:
 class Heard:
     def __init__(self) -> None:
         self.ready: list[int] = []
-        self.far: list[bool] = []
         self.failed: list[int] = []
         self.asked: list[StateHello] = []
 
     def events(self) -> links.LinkEvents:
         return links.LinkEvents(
-            ready=self.is_ready,
+            ready=self.ready.append,
             failed=lambda version, who, why: self.failed.append(version),
             refused=lambda *_: None,
             up=lambda *_: None,
             state=self.state,
         )
-
-    def is_ready(self, version: int, far: bool) -> None:
-        self.ready.append(version)
-        self.far.append(far)
 
     async def state(self, stream: trio.SocketStream, hello: StateHello) -> None:
         self.asked.append(hello)
@@ -174,20 +166,6 @@ def test_a_connection_that_is_not_taken_leaves_the_path_as_it_was() -> None:
                 async with greeting(address, Path.RELAYED, via):
                     await until(lambda: len(engine.congestion_controls) >= count)  # noqa: B023  it is awaited here
             assert made.paths()[OTHER].via == b"r" * 16
-
-    trio.run(main)
-
-
-@pytest.mark.parametrize(
-    ("rtt_s", "path", "far"),
-    [(0.05, Path.DIRECT, True), (0.05, Path.PUNCHED, True), (0.05, Path.RELAYED, False), (0.005, Path.DIRECT, False)],
-)
-def test_who_is_linked_over_long_lines_without_a_relay_is_far(rtt_s: float, path: int, far: bool) -> None:
-    async def main() -> None:
-        heard = Heard()
-        async with met(FakeEngine(rtt_s=rtt_s), heard) as (_, address), greeting(address, path):
-            await until(lambda: bool(heard.far))
-            assert heard.far == [far]
 
     trio.run(main)
 

@@ -31,9 +31,6 @@ class Unlinked:
     def peer_remove(self, slot: int) -> None:
         return
 
-    def round_trip_s(self, slot: int) -> float:
-        return 0.0
-
     def conns(self, slot: int) -> int:
         return 0
 
@@ -71,7 +68,7 @@ def run(main: Callable[[links.Links, Offered], Awaitable[None]], may: Callable[[
         )  # fmt: skip
         no_state: Any = None  # nobody asks for it
         events = links.LinkEvents(
-            ready=lambda *_: None, failed=lambda *_: None, refused=lambda *_: None, up=lambda _: None, state=no_state
+            ready=lambda _: None, failed=lambda *_: None, refused=lambda *_: None, up=lambda _: None, state=no_state
         )
         engine: Any = Unlinked()
         me, other = (Member(peer, NO_ID, (BRICKS,)) for peer in (A, B))

@@ -46,9 +46,6 @@ class HoldingEngine:
     def conn_add(self, slot: int, fd: int, keys: object = None) -> None:
         self.held[slot].append(socket.socket(fileno=fd))
 
-    def round_trip_s(self, slot: int) -> float:
-        return 0.0
-
     def conns(self, slot: int) -> int:
         return len(self.held.get(slot, []))
 
@@ -86,7 +83,7 @@ class Node:
         listener, address = await listen("127.0.0.1")
         self.member = Member(self.peer, incarnation(self.peer), (address,))
         events = links.LinkEvents(
-            ready=lambda version, far: self.ready.append(version),
+            ready=self.ready.append,
             failed=lambda version, who, why: self.failed.append(version),
             refused=lambda *_: None,
             up=lambda _: None,

@@ -58,9 +58,6 @@ class Engine:
     def conn_add(self, slot: int, fd: int, keys: Keys | None = None) -> None:
         self.held[slot].append((socket.socket(fileno=fd), keys))
 
-    def round_trip_s(self, slot: int) -> float:
-        return 0.0
-
     def conns(self, slot: int) -> int:
         return len(self.held.get(slot, []))
 
@@ -76,7 +73,7 @@ class Node:
         listener, self.address = await listen("127.0.0.1")
         self.member = Member(self.who.peer, incarnation(self.who.peer), (self.address,))
         events = links.LinkEvents(
-            ready=lambda *_: None, failed=lambda *_: None, refused=lambda *_: None, up=lambda _: None, state=_no_state
+            ready=lambda _: None, failed=lambda *_: None, refused=lambda *_: None, up=lambda _: None, state=_no_state
         )
         engine: Any = self.engine
         self.links = links.Links(

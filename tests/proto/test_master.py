@@ -123,10 +123,10 @@ class World:
     def epoch(self, conn: int = 1) -> Epoch:
         return self.last(conn, EpochCommit).epoch
 
-    def ready(self, *conns: int, far: bool = False) -> None:
+    def ready(self, *conns: int) -> None:
         for conn in conns:
             proposal = self.last(conn, EpochPropose)
-            self.say(conn, Ready(proposal.epoch.number, proposal.version, far))
+            self.say(conn, Ready(proposal.epoch.number, proposal.version))
 
 
 def group_of(n: int) -> World:

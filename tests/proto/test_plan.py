@@ -12,7 +12,7 @@ from test_master import World, group_of, peer_id
 from pyccl._proto import limits
 from pyccl._proto.epoch import Epoch, Member, epoch_id, make_epoch
 from pyccl._proto.messages import Arrive, EpochCommit, EpochPropose, Flush, Leave, Ready, Report
-from pyccl._proto.plan import NEVER, NO_PLAN, Plan, carry, carry_bytes, decode_untrusted, default_bytes
+from pyccl._proto.plan import NEVER, NO_PLAN, Plan, carry, carry_bytes, decode_untrusted
 from pyccl.errors import RemoteProtocolError
 
 A, B, C, D, E = (peer_id(n) for n in range(1, 6))
@@ -137,45 +137,6 @@ def test_a_plan_that_comes_while_a_proposal_is_open_makes_it_anew() -> None:
     world.say(2, Ready(first.epoch.number, first.version))
     assert world.epoch().number == first.epoch.number - 1
     world.ready(1, 2)
-    assert plan_of(world) == plan
-
-
-FAR = decode_untrusted(default_bytes(NO_PLAN, 4, far=True), 4)
-
-
-def safe_point(world: World, members: tuple[int, ...], far: tuple[int, ...]) -> None:
-    for n in members:
-        world.say(n, Arrive(world.epoch().number))
-    for n in members:
-        world.ready(n, far=n in far)
-
-
-def test_far_members_take_the_ring_by_default_from_a_size_on_that_grows_with_their_number() -> None:
-    assert (FAR.shares, FAR.ring, FAR.piece_bytes) == ((), (), 0)
-    assert decode_untrusted(default_bytes(NO_PLAN, 3, far=True), 3).ring_from_bytes == 16 << 20
-    assert FAR.ring_from_bytes == 32 << 20
-    assert default_bytes(NO_PLAN, 2, far=True) == NO_PLAN
-    assert default_bytes(FAR.encode(4), 4, far=False) == NO_PLAN
-    for made in (Plan((1, 2, 3, 4), (), NEVER), Plan((), (3, 2, 1, 0), 7), Plan(piece_bytes=1 << 16)):
-        assert default_bytes(made.encode(4), 4, far=True) == made.encode(4)
-
-
-def test_the_master_gives_far_members_their_plan_only_if_all_are_and_takes_it_back() -> None:
-    world, all_ = group_of(4), (1, 2, 3, 4)
-    safe_point(world, all_, far=(1, 2, 4))
-    assert world.epoch().plan == NO_PLAN
-    safe_point(world, all_, far=all_)
-    epoch = world.epoch()
-    assert plan_of(world) == FAR
-    again = make_epoch(epoch.number, epoch.previous, epoch.term, epoch.members, epoch.plan)
-    assert [world.epoch(n) for n in all_] == [again] * 4
-    safe_point(world, all_, far=all_)
-    assert plan_of(world) == FAR
-    safe_point(world, all_, far=())
-    assert world.epoch().plan == NO_PLAN
-    plan = Plan((1, 2, 3, 4), (), 5)
-    world.do(world.master.plan_next(0, (A, B, C, D), plan, world.now))
-    safe_point(world, all_, far=all_)
     assert plan_of(world) == plan
 
 

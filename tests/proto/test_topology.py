@@ -198,21 +198,10 @@ def test_plan_that_only_has_shorter_pieces_is_better_where_lines_are_slow() -> N
 
 
 def test_equal_hosts_get_equal_shares_and_no_ring() -> None:
-    choice = topology.choose(network([100.0] * 5, delay=0.009), MANY)
+    choice = topology.choose(network([100.0] * 5), MANY)
     assert choice.shares == pytest.approx((0.2,) * 5)
     assert choice.direct.pace == pytest.approx(1.6 / 100)
     assert choice.ring_from_bytes == NEVER
-
-
-def test_equal_far_hosts_take_the_ring_for_what_is_large() -> None:
-    """By the lines it is as fast but for its trips; direct's links share each line."""
-    choice = topology.choose(network([25e6] * 4, delay=0.075), MANY)
-    assert choice.ring.pace == pytest.approx(choice.direct.pace)
-    assert 1 << 20 < choice.ring_from_bytes < 64 << 20
-    at = choice.ring_from_bytes
-    assert choice.ring.seconds(at) == pytest.approx(choice.direct.seconds(at) * (1 + topology.FAR_GAIN), rel=1e-3)
-    one_near = [[0.005 if {i, j} == {0, 1} else 0.075 for j in range(4)] for i in range(4)]
-    assert topology.choose(network([25e6] * 4, delay=one_near), MANY).ring_from_bytes == NEVER
 
 
 def test_for_a_host_that_is_too_slow_for_any_share_the_fastest_owns_all() -> None:
@@ -311,7 +300,7 @@ def test_ring_wins_from_the_size_on_where_slow_pairs_can_be_left_out() -> None:
     fast, slow = 1000.0, 10.0
     rate = [[fast if (i < 3) == (j < 3) else slow for j in range(6)] for i in range(6)]
     rate[0][3] = rate[3][0] = rate[2][5] = rate[5][2] = fast
-    choice = topology.choose(network([fast] * 6, rate=rate, delay=0.005), MANY)
+    choice = topology.choose(network([fast] * 6, rate=rate, delay=0.05), MANY)
     assert choice.ring.pace == pytest.approx(2 * 5 / 6 / fast)
     assert 0 < choice.ring_from_bytes < NEVER
     at, left = choice.ring_from_bytes, 1 - topology.RING_GAIN_LEAST
@@ -325,7 +314,7 @@ def test_ring_must_gain_more_than_one_pair_that_was_measured_badly_makes_of_it(s
     """All alike, but one pair seemed slow one way: direct needs it, a ring goes round the other way."""
     rate = [[125.0] * 3 for _ in range(3)]
     rate[0][1] = seen
-    choice = topology.choose(network([125.0] * 3, rate=rate, delay=0.005), MANY)
+    choice = topology.choose(network([125.0] * 3, rate=rate), MANY)
     assert choice.ring.pace < choice.direct.pace
     assert (choice.ring_from_bytes < NEVER) is rings
 
