@@ -3,9 +3,10 @@
     python tools/experiments/blocked.py [--out docs/optimizers-blocked.json] [--parameters 8000000] [VARIANT...]
 
 Four replicas (or eight), each on a host of a lab of its own (`pyccl netlab`): 400 Mbit/s both ways, 90 ms round trip.
-Inner steps are idle waits of 0.1 s: two cores cannot host four replicas that compute. Tells for each variant what a
-replica sent, the share of the time in which it waited for others, and in which it did not train; beside that what the
-line needs for the bytes. What is in the file already is kept, but for the variants that are measured.
+Inner steps are idle waits of 0.1 s: two cores cannot host four replicas that compute. A round to begin with, in which
+the lines get to be known, does not count. Tells for each variant what a replica sent, the share of the time in which it
+waited for others, and in which it did not train; beside that what the line needs for the bytes. What is in the file
+already is kept, but for the variants that are measured.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pyccl.netlab import Lab, load
 SCENARIO: Final = "atlantic"
 STEP_S: Final = 0.1
 TENSORS: Final = 20  # of equal size
-STEPS: Final = 100
+STEPS: Final = 100  # after those of a first round
 STEPS_OF_EVERY: Final = 6  # of what exchanges at every step
 PORT: Final = 48148
 
@@ -39,11 +40,15 @@ def replica(comm: pyccl.Communicator, variant: Variant, parameters: int) -> dict
     params = {f"w{i:02}": rng.standard_normal(parameters // TENSORS, np.float32) for i in range(TENSORS)}
     opt = variant.make(comm, params)
     grads = np.ones(parameters, np.float32)
-    steps, sent = STEPS_OF_EVERY if variant.sync_every == 1 else STEPS, 0
-    before = (0.0, 0) if opt is None else (opt.stats.seconds_blocked, opt.stats.tx_bytes)
+    first = variant.sync_every
+    steps, sent = STEPS_OF_EVERY if first == 1 else STEPS, 0
+    before, begun, blocked = (0.0, 0.0, 0), 0.0, 0.0
     comm.barrier()
-    begun, blocked = time.monotonic(), 0.0
-    for _ in range(steps):
+    for step in range(first + steps):
+        if step == first:
+            begun, blocked, sent = time.monotonic(), 0.0, 0
+            if opt is not None:
+                before = (opt.stats.seconds_blocked, opt.stats.seconds_hidden, opt.stats.tx_bytes)
         time.sleep(STEP_S)  # the inner step
         if opt is None:
             info = comm.all_reduce(grads, op="avg")
@@ -57,8 +62,8 @@ def replica(comm: pyccl.Communicator, variant: Variant, parameters: int) -> dict
     if opt is not None:
         stats = opt.stats
         told |= {
-            "blocked": stats.seconds_blocked - before[0], "hidden": stats.seconds_hidden,
-            "tx_bytes": stats.tx_bytes - before[1],
+            "blocked": stats.seconds_blocked - before[0], "hidden": stats.seconds_hidden - before[1],
+            "tx_bytes": stats.tx_bytes - before[2],
         }  # fmt: skip
     comm.barrier()  # what one still has in flight ends before another leaves
     return told

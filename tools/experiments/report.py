@@ -49,12 +49,19 @@ class Losses:
         return statistics.stdev(self.each) if len(self.each) > 1 else 0.0
 
 
+def _whole(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With kills a replica tells of its own life: what one that was there all the time would tell."""
+    rounds = len(run["present"])
+    return {**run, "rounds": rounds, "tx_bytes": run["tx_bytes"] * rounds / run["rounds"]}
+
+
 def losses_of(name: str, runs: Mapping[str, Any]) -> Losses | None:
     """None: there is no run of it."""
     keys = sorted(key for key in runs if key.rpartition("/")[0] == name)
     mine = [runs[key] for key in keys]
     if not mine:
         return None
+    mine = [_whole(run) if run["kills"] else run for run in mine]
     steps = sorted({step for run in mine for step, _ in run["curve"]})
     points = {step: [loss for run in mine for at, loss in run["curve"] if at == step] for step in steps}
 
