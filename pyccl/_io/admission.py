@@ -36,6 +36,7 @@ from pyccl._proto.messages import (
     Rejected,
     RelayHello,
     Revoke,
+    Sample,
     Status,
     StatusAsk,
 )
@@ -87,7 +88,7 @@ class Admission:
         if isinstance(first, OPERATOR_ONLY):
             if not self._is_operator(guest):
                 raise RefusedError("that is the operator's: it takes the master's own identity")
-        elif isinstance(first, StatusAsk | Probe) or (
+        elif isinstance(first, StatusAsk | Probe | Sample) or (
             isinstance(first, Reflect) and not self._run.knows(first.peer, first.incarnation)
         ):
             if not self._is_operator(guest):

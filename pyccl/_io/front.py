@@ -27,7 +27,7 @@ import trio
 from pyccl._io import envelope, tls
 from pyccl._io.dialing import FAILURES, connect_to, new_socket, share_port
 from pyccl._io.interfaces import addresses_of_interfaces, canonical
-from pyccl._io.tls import Credentials, Line, socket_of
+from pyccl._io.tls import Credentials, Line, forget, socket_of
 from pyccl._proto import limits
 from pyccl._proto.candidates import is_loopback, is_private
 from pyccl._proto.epoch import Address, AddressKind
@@ -91,14 +91,6 @@ async def reflected(line: Line, me: Name) -> Address:
     if not isinstance(answer, Reflected):
         raise RemoteProtocolError("no Reflected")
     return Address(canonical(answer.host), answer.port, AddressKind.OBSERVED)
-
-
-def forget(line: Line) -> None:
-    """Close it at once and for good: what lingers would keep the port from that host."""
-    sock = socket_of(line).socket
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    sock.close()
 
 
 class Front:

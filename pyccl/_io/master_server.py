@@ -26,6 +26,7 @@ from pyccl._io.interfaces import canonical
 from pyccl._io.journal import Journal
 from pyccl._io.meeting import Meetings
 from pyccl._io.probe import Prober
+from pyccl._io.sampling import Sampler
 from pyccl._io.sealed import SealedStream
 from pyccl._io.strangers import Notes, Places
 from pyccl._io.tls import Guest, Line
@@ -34,6 +35,7 @@ from pyccl._proto import limits, master, planning
 from pyccl._proto.invites import RefusedError
 from pyccl._proto.messages import (
     Alive,
+    DialTold,
     Hello,
     Message,
     Observe,
@@ -46,6 +48,7 @@ from pyccl._proto.messages import (
     Reflected,
     Rejected,
     RelayHello,
+    Sample,
     clip,
 )
 from pyccl._proto.past import Past, Record
@@ -123,7 +126,9 @@ class MasterServer:
         self._conn_last = 0
         self._packed: tuple[Message | None, bytes] = None, b""
         self._open = 0
-        self._prober = Prober()
+        self._prober, self._sampler = Prober(self._dialed_by_members), Sampler()
+        self._dial_backs: dict[int, trio.MemorySendChannel[tuple[DialTold, ...]]] = {}  # by ticket: who waits for them
+        self._dial_back_last = 0
         self._admission: Admission | None = None
         if identity is not None:
             run = Run(lambda: self._machine.run, self._knows, self._kick, self._durable)
@@ -224,6 +229,8 @@ class MasterServer:
                     await self._operate(line, first)
                 elif isinstance(first, Probe):
                     await line.send_all(envelope.pack(await self._prober.answer(stream, first)))
+                elif isinstance(first, Sample):
+                    await self._sampler.serve(line, first)
                 elif first is not None:
                     await self._control(line, first, guest)
         except _SENDERS_LOSS as e:
@@ -333,6 +340,18 @@ class MasterServer:
         if self._machine.knows(*me) or self._machine.observes(*me):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             await line.receive_some(1)
+
+    async def _dialed_by_members(self, host: str, port: int) -> tuple[DialTold, ...]:
+        """What members say that were asked to connect there."""
+        self._dial_back_last += 1
+        ticket = self._dial_back_last
+        send, receive = trio.open_memory_channel[tuple[DialTold, ...]](1)
+        self._dial_backs[ticket] = send
+        try:
+            self._perform(self._machine.dial_back(ticket, host, port, trio.current_time()))
+            return await receive.receive()
+        finally:
+            del self._dial_backs[ticket]
 
     async def _carry(self, line: Line, hello: RelayHello) -> None:
         """One end of a connection between two peers; to us it is bytes from behind the greeting on."""
@@ -464,6 +483,11 @@ class MasterServer:
         self._searches[effect.group] = effect
         self._search_wanted.set()
 
+    def _do_dials_told(self, effect: master.DialsTold) -> None:
+        waits = self._dial_backs.get(effect.ticket)
+        if waits is not None:  # who asked may have hung up
+            waits.send_nowait(effect.told)
+
     def _do_log(self, effect: master.Log) -> None:
         log.info("%s %s", effect.event, " ".join(f"{key}={value}" for key, value in effect.fields.items()))
 
@@ -480,6 +504,7 @@ _PERFORM: Final[dict[type[master.Effect], Callable[[MasterServer, Any], None]]] 
     master.Close: MasterServer._do_close,
     master.Persist: MasterServer._do_persist,
     master.Search: MasterServer._do_search,
+    master.DialsTold: MasterServer._do_dials_told,
     master.Log: MasterServer._do_log,
     master.StrangerRefused: MasterServer._do_stranger_refused,
 }

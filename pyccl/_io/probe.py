@@ -1,28 +1,30 @@
 """How a master sees who asks: from where they come, whether they are reached there. Both sides.
 
 A master dials nobody but who asks, at the address from which they ask, a few at a time, and sends nothing there: it is
-no way to make it scan or flood others. Spec: proto/wire.md 4, Probe.
+no way to make it scan or flood others. It may ask members to do the same. Spec: proto/wire.md 12.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
 from pyccl._io import envelope, tls
 from pyccl._io.causes import reason_of
+from pyccl._io.interfaces import canonical
 from pyccl._io.tls import Credentials, Line
 from pyccl._proto import limits
-from pyccl._proto.messages import Message, Probe, Probed, Rejected, clip
+from pyccl._proto.messages import DialTold, Message, Probe, Probed, Rejected, clip
 from pyccl.errors import MasterUnavailableError, RejectedError, RemoteProtocolError
 
-DIAL_S: Final = 3.0
 DIALS_MAX: Final = 8  # at a time, of one master; who comes beyond is told so
+
+AskMembers = Callable[[str, int], Awaitable[tuple[DialTold, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Seen:
     """An answer of a master.
 
     local: our end of the connection. connect_s: of TCP, one round trip. offset_s: its clock minus ours, within error_s.
+    peers: of members that tried, too: by id why they did not reach us; "": they did.
     """
 
     local: tuple[str, int]
@@ -39,38 +42,53 @@ class Seen:
     error_s: float
     reached: bool
     reason: str
+    peers: dict[str, str] = field(default_factory=dict)
 
 
 class Prober:
-    """Of a master. clock: the time of day, seconds."""
+    """Of a master. ask_members: has members dial, within limits.DIAL_TOLD_S. clock: the time of day, seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock, self._dials = clock, 0
+    def __init__(self, ask_members: AskMembers, clock: Callable[[], float] = time.time) -> None:
+        self._ask_members, self._clock, self._dials = ask_members, clock, 0
 
     async def answer(self, stream: trio.SocketStream, probe: Probe) -> Message:
-        """Within DIAL_S. OSError: the connection that asks is gone."""
+        """Within limits.DIAL_TOLD_S. OSError: the connection that asks is gone."""
         if probe.version != limits.PROTOCOL_VERSION:
             return Rejected(f"protocol version {probe.version}; this master speaks {limits.PROTOCOL_VERSION}")
         host, port = stream.socket.getpeername()[:2]
         reason = "no port was named"
+        peers: tuple[DialTold, ...] = ()
         if probe.port and self._dials >= DIALS_MAX:
             reason = f"{self._dials} others are being tried: ask again"
         elif probe.port:
             self._dials += 1
             try:
-                reason = await dial(host, probe.port)
+                reason, peers = await self._tried(host, probe.port)
             finally:
                 self._dials -= 1
-        return Probed(host, port, int(self._clock() * 1000), not reason, clip(reason))
+        return Probed(host, port, int(self._clock() * 1000), not reason, clip(reason), peers)
+
+    async def _tried(self, host: str, port: int) -> tuple[str, tuple[DialTold, ...]]:
+        """By us, and by members meanwhile."""
+        peers: tuple[DialTold, ...] = ()
+
+        async def by_members() -> None:
+            nonlocal peers
+            peers = await self._ask_members(canonical(host), port)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(by_members)
+            reason = await dial(host, port)
+        return reason, peers
 
 
 async def dial(host: str, port: int) -> str:
     """Why it can't be connected to; "": it can."""
     try:
-        with trio.fail_after(DIAL_S):
+        with trio.fail_after(limits.DIAL_BACK_S):
             await trio.aclose_forcefully(await trio.open_tcp_stream(host, port))
     except trio.TooSlowError:
-        return f"no answer within {DIAL_S:g} s"
+        return f"no answer within {limits.DIAL_BACK_S:g} s"
     except (OSError, UnicodeError) as e:
         return reason_of(e)
     return ""
@@ -86,14 +104,14 @@ async def probe(
     where = f"{host}:{port}"
     try:
         started_s = trio.current_time()
-        with trio.fail_after(DIAL_S):  # for the round trip alone; a handshake and its work come after it
+        with trio.fail_after(limits.DIAL_BACK_S):  # for the round trip alone; a handshake and its work come after it
             await trio.aclose_forcefully(await trio.open_tcp_stream(host, port))
         connect_s = trio.current_time() - started_s
         line = await tls.reach(host, port, credentials)
         async with tls.socket_of(line):
             return await _asked(line, back, connect_s, clock)
     except trio.TooSlowError as e:
-        raise MasterUnavailableError(f"no master answers at {where}: no answer within {DIAL_S:g} s") from e
+        raise MasterUnavailableError(f"no master answers at {where}: no answer within {limits.DIAL_BACK_S:g} s") from e
     except (OSError, UnicodeError, trio.BrokenResourceError) as e:
         raise MasterUnavailableError(f"no master answers at {where}: {reason_of(e)}") from e
 
@@ -111,7 +129,9 @@ async def _asked(line: Line, back: int, connect_s: float, clock: Callable[[], fl
     # Its clock was read when the answer left, half a round trip ago.
     offset_s = answer.time_ms / 1000 - (sent_at_s + took_s - connect_s / 2)
     observed = _canonical(answer.host), answer.port
-    return Seen((_canonical(host), port), observed, connect_s, offset_s, connect_s / 2, answer.reached, answer.reason)
+    peers = {told.peer.hex(): told.reason for told in answer.peers}
+    local = _canonical(host), port
+    return Seen(local, observed, connect_s, offset_s, connect_s / 2, answer.reached, answer.reason, peers)
 
 
 def _canonical(host: str) -> str:

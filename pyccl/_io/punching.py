@@ -20,8 +20,8 @@ import trio
 
 from pyccl._io import tcpinfo
 from pyccl._io.dialing import FAILURES, new_socket, share_port
-from pyccl._io.front import MasterAt, Name, forget, reflected
-from pyccl._io.tls import Line, socket_of
+from pyccl._io.front import MasterAt, Name, reflected
+from pyccl._io.tls import Line, forget, socket_of
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address
 

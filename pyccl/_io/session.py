@@ -36,6 +36,7 @@ from pyccl._io.linktable import LinkTable
 from pyccl._io.observed import Observed
 from pyccl._io.packer import Bytes, Packer
 from pyccl._io.portmap import open_mapping
+from pyccl._io.probe import dial
 from pyccl._io.resolver import Resolver
 from pyccl._io.tls import Credentials, Line, socket_of
 from pyccl._native import status
@@ -732,6 +733,15 @@ class Session:
         assert self._links is not None
         self._links.called(effect.peer, effect.relay)
 
+    def _do_dial_back(self, effect: member.DialBack) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._dial_back, effect)
+
+    async def _dial_back(self, effect: member.DialBack) -> None:
+        reason = await dial(effect.host, effect.port)
+        assert self._machine is not None
+        self._feed(self._machine.dialed(effect.ticket, reason, trio.current_time()))
+
     def _do_relays(self, effect: member.RelaysChanged) -> None:
         assert self._links is not None
         self._links.offered(effect.relays)
@@ -957,6 +967,7 @@ _PERFORM: Final[dict[type[member.Effect], Callable[[Session, Any], None]]] = {
     member.OfferPunch: Session._do_offer_punch,
     member.BeginPunch: Session._do_begin_punch,
     member.MeetAtRelay: Session._do_meet,
+    member.DialBack: Session._do_dial_back,
     member.RelaysChanged: Session._do_relays,
     member.MismatchNotice: Session._do_mismatch,
     member.Ended: Session._do_ended,

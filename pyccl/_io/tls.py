@@ -12,8 +12,10 @@ mix-up is told to both sides. Spec: proto/wire.md 9.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import socket
 import ssl
 from dataclasses import dataclass, field
 from typing import Final
@@ -68,6 +70,14 @@ class Guest:
 
 def socket_of(line: Line) -> trio.SocketStream:
     return line if isinstance(line, trio.SocketStream) else line.transport_stream
+
+
+def forget(line: Line) -> None:
+    """Close it at once and for good: what lingers would keep the port from that host, and what waits would be sent."""
+    sock = socket_of(line).socket
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    sock.close()
 
 
 # ---- who comes

@@ -1,4 +1,4 @@
-"""In which order the addresses of a peer are tried. Pure; the attempts overlap, so it is a matter of time alone.
+"""Which addresses of others are tried, and in which order. Pure; the attempts overlap, so it is a matter of time alone.
 
 An address that is no good costs a moment: whoever else answers there is not the peer, and says so (proto/wire.md 3.1).
 """
@@ -31,6 +31,25 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def may_dial(host: str, seen_as: str) -> bool:
+    """Whether `host`, as the master sees it, is that machine also to a member that the master sees at `seen_as`.
+
+    Another host's 127.0.0.1, or 192.168.1.2 of another site, is a machine that has nothing to do with it.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+        ipaddress.ip_address(seen_as)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return False  # a master names IPv4 addresses as such
+    if address.is_loopback:
+        return is_loopback(seen_as)
+    if is_private(host):
+        return is_private(seen_as) or is_loopback(seen_as)
+    return not (address.is_unspecified or address.is_multicast or address.is_link_local)
 
 
 def ordered(theirs: Iterable[Address], mine: Iterable[Address]) -> list[Address]:

@@ -42,6 +42,11 @@ PLAN_PIECE_MAX: Final = 1 << 17
 RATE_MAX: Final = 10**13  # bytes per second that a member tells of
 RTT_US_MAX: Final = 60_000_000
 STATE_BYTES_MAX: Final = (1 << 63) - 1  # of a state file; a revision has the same limit
+DIALERS_MAX: Final = 3  # members that dial back for one Probe
+DIAL_REASON_CHARS_MAX: Final = 100  # so that a Probed with all of them fits a greeting
+SAMPLE_BYTES: Final = 4 << 20  # of one direction
+SAMPLE_CHUNK_BYTES: Final = 16 << 10
+SAMPLE_BYTES_PER_S: Final = 8 << 20  # a master does not go faster
 
 KEY_BYTES: Final = 32  # of an Ed25519 public key; also of a challenge
 SIGNATURE_BYTES: Final = 64
@@ -64,6 +69,11 @@ EVENTS_MAX: Final = 50
 OBSERVERS_MAX: Final = 8  # of one group
 OBSERVERS_OF_ALL_MAX: Final = 256
 
+# ---- what is done for those who only ask
+DIAL_BACKS_BURST: Final = 4  # of all Probes together, then one every so often
+SAMPLES_BURST: Final = 6
+SAMPLES_WAITING_MAX: Final = 8  # while one is taken
+
 # ---- times, seconds
 GREETING_S: Final = 10.0  # from a connection to its Hello
 LINE_GAP_TIMEOUTS: Final = 0.5  # nobody at all heard for so many peer_timeouts: it may be the master's own line
@@ -77,3 +87,9 @@ PUNCH_S: Final = 10.0  # so long an offer to punch waits for the other's
 PUNCH_MARGIN_S: Final = 0.02  # in which both have surely heard when to begin
 STUCK_S: Final = 60.0  # heard (its C threads live) but no answer to a flush, or to a proposal as a newcomer
 TOTAL_LOSS_S: Final = 30.0  # no member heard or connected while a newcomer waits: the group starts anew
+DIAL_BACK_S: Final = 3.0  # of one attempt
+DIAL_TOLD_S: Final = DIAL_BACK_S + 1.0  # until members have said how it went
+DIAL_BACK_EVERY_S: Final = 10.0
+SAMPLE_S: Final = 2.0  # that who asks takes
+SAMPLE_HELD_S: Final = SAMPLE_S + 1.0  # that a master takes part at most
+SAMPLE_EVERY_S: Final = 30.0

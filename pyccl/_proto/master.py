@@ -33,6 +33,7 @@ from pyccl._proto import ballot as ballots
 from pyccl._proto import limits, measuring
 from pyccl._proto import plan as plans
 from pyccl._proto.channel import check_told_untrusted, pair_of, participants
+from pyccl._proto.dialback import DialBacks
 from pyccl._proto.epoch import NO_ID, Epoch, Member, make_epoch
 from pyccl._proto.master_records import (
     Ballot,
@@ -60,6 +61,9 @@ from pyccl._proto.messages import (
     Blocked,
     Cancelled,
     Count,
+    DialAsk,
+    Dialed,
+    DialTold,
     Differs,
     Entered,
     EpochCommit,
@@ -177,6 +181,14 @@ class Search(Effect):
     job: Job
 
 
+@dataclass(frozen=True, slots=True)
+class DialsTold(Effect):
+    """The answer to ``dial_back(ticket)``: what members say that tried it, perhaps none."""
+
+    ticket: int
+    told: tuple[DialTold, ...]
+
+
 # ---- who may send what ---------------------------------------------------------------------------------------------
 
 _ALL: Final = frozenset(Standing)
@@ -203,12 +215,13 @@ LEGAL: Final[Mapping[type[Message], frozenset[Standing]]] = {
     Differs: _MEMBER,
     Entered: _MEMBER,
     Measured: _MEMBER,
+    Dialed: _MEMBER,
 }
 
 
 class MasterMachine:
-    """Inputs: connected, receive, disconnected, heard, persisted, not_persisted, planned, tick. Each takes `now` and
-    returns effects; none raises.
+    """Inputs: connected, receive, disconnected, heard, persisted, not_persisted, planned, dial_back, tick. Each takes
+    `now` and returns effects; none raises.
 
     past: what an earlier master of this run left behind. Silence then counts from `now`, when its members have had
     their time to come back.
@@ -248,6 +261,7 @@ class MasterMachine:
         self._conns: dict[int, Conn] = {}
         self._observers: Final = Observers()
         self._offers: Final = Offers()
+        self._dial_backs: Final = DialBacks()
         self._remote: Final = remote
         self._relays: Final = relays
         self._gone: OrderedDict[PeerKey, str] = OrderedDict()
@@ -399,6 +413,16 @@ class MasterMachine:
             self._advance(self._groups[record.group])
         return self._taken()
 
+    def dial_back(self, ticket: int, host: str, port: int, now: float) -> list[Effect]:
+        """Have members try whether that address, from which somebody asks, is reached: ``DialsTold`` in time."""
+        self._now = now
+        members = [record for group in self._groups.values() for record in self._members(group) if not record.lost]
+        seen = [(r.key, self._conns[r.conn].host) for r in members if r.conn is not None]
+        for key in self._dial_backs.begin(ticket, host, seen, now):
+            self._tell(self._peers[key], DialAsk(ticket, host, port))
+        self._end_dial_backs()
+        return self._taken()
+
     def has(self, peer: bytes) -> bool:
         """Some incarnation of it is in the run, or waits to be."""
         return any(key[0] == peer for key in self._peers)
@@ -431,6 +455,7 @@ class MasterMachine:
                 self._refuse(conn, f"no Hello within {limits.GREETING_S:.0f} s")
         for conn in self._observers.silent(now, self.peer_timeout):
             self._close(conn, "silent")
+        self._end_dial_backs()
         for number in sorted(self._inhabited()):
             group = self._groups[number]
             self._drop_silent_newcomers(group)
@@ -770,6 +795,13 @@ class MasterMachine:
         if conn is not None:
             self._send(conn, RelayFor(record.member, other.member))
         self._tell(other, RelayCall(record.peer, message.relay))
+
+    def _on_dialed(self, group: Group, record: Peer, message: Dialed) -> None:
+        self._dial_backs.told(message.ticket, record.key, message.reason)
+        self._end_dial_backs()
+
+    def _end_dial_backs(self) -> None:
+        self._out += [DialsTold(ticket, told) for ticket, told in self._dial_backs.over(self._now)]
 
     def _counterpart(self, group: Group, record: Peer, peer: bytes) -> Peer | None:
         """Who is, or may soon be, in an epoch with it, and can be told something now."""
@@ -1599,10 +1631,11 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MasterMachine, Group, Peer, An
     Differs: MasterMachine._on_differs,
     Entered: MasterMachine._on_entered,
     Measured: MasterMachine._on_measured,
+    Dialed: MasterMachine._on_dialed,
 }
 
 # Of the records that steps are taken by.
-_CHANGES_NOTHING: Final = frozenset({Heartbeat, Entered, Addresses, Punch, RelayAsk})
+_CHANGES_NOTHING: Final = frozenset({Heartbeat, Entered, Addresses, Punch, RelayAsk, Dialed})
 
 # What may follow, first things first. Each says whether it did something; after that all are asked again.
 _STEPS: Final[tuple[Callable[[MasterMachine, Group], bool], ...]] = (

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pyccl._proto import limits
+from pyccl._proto.budget import Budget
+from pyccl._proto.candidates import may_dial
 from pyccl._proto.epoch import Address, Epoch, Member
 from pyccl._proto.messages import (
     KIND_FOUND,
@@ -35,6 +37,8 @@ from pyccl._proto.messages import (
     Blocked,
     Cancelled,
     Count,
+    DialAsk,
+    Dialed,
     Differs,
     Entered,
     EpochCommit,
@@ -214,6 +218,15 @@ class MeetAtRelay(Effect):
 
 
 @dataclass(frozen=True, slots=True)
+class DialBack(Effect):
+    """Connect there once within limits.DIAL_BACK_S, send nothing, then ``dialed(ticket, why not)``."""
+
+    ticket: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class RelaysChanged(Effect):
     """These offer to relay and are no members; see messages.Relays."""
 
@@ -292,6 +305,7 @@ MOVES: Final[Mapping[tuple[State, type[Message]], State]] = {
     (State.MEMBER, Cancelled): State.MEMBER,
     (State.MEMBER, Flush): State.MEMBER,
     (State.MEMBER, Undecided): State.MEMBER,
+    (State.MEMBER, DialAsk): State.MEMBER,
     (State.MEMBER, Unknown): State.MEMBER,  # a master that lost its journal, or another run's
     (State.MEMBER, Rejected): State.ENDED,  # a resume that the master refuses
     (State.MEMBER, Evicted): State.ENDED,
@@ -372,6 +386,7 @@ class MemberMachine:
         self._beat_at = 0.0
         self._heard_at = 0.0
         self._trusted_at = float("-inf")
+        self._dials, self._dialing = Budget(limits.DIAL_BACKS_BURST, limits.DIAL_BACK_EVERY_S), False
 
     @property
     def epoch(self) -> Epoch | None:
@@ -503,6 +518,13 @@ class MemberMachine:
         if self.state is State.ENDED:
             return []
         return self._send(RelayAsk(to, relay), now)
+
+    def dialed(self, ticket: int, reason: str, now: float) -> list[Effect]:
+        """``DialBack`` was tried. reason: why it was in vain; "": it was not."""
+        self._dialing = False
+        if self.state is not State.MEMBER:
+            return []
+        return self._send(Dialed(ticket, clip(reason, limits.DIAL_REASON_CHARS_MAX)), now)
 
     # ---- what the engine sees of the others
 
@@ -644,6 +666,13 @@ class MemberMachine:
 
     def _on_relay_call(self, message: RelayCall, now: float) -> list[Effect]:
         return [MeetAtRelay(message.peer, message.relay)]
+
+    def _on_dial_ask(self, message: DialAsk, now: float) -> list[Effect]:
+        """One at a time and so often, whatever the master asks for: it makes nobody flood or scan others."""
+        if self._dialing or not may_dial(message.host, self.observed) or not self._dials.take(now):
+            return []
+        self._dialing = True
+        return [DialBack(message.ticket, message.host, message.port)]
 
     def _on_relays(self, message: Relays, now: float) -> list[Effect]:
         self.relays = message.relays
@@ -856,4 +885,5 @@ _HANDLERS: Final[Mapping[type[Message], Callable[[MemberMachine, Any, float], li
     PunchGo: MemberMachine._on_punch_go,
     RelayCall: MemberMachine._on_relay_call,
     Relays: MemberMachine._on_relays,
+    DialAsk: MemberMachine._on_dial_ask,
 }

@@ -87,6 +87,13 @@ class LinkMeasure(NamedTuple):
         return self.path == Path.RELAYED
 
 
+class DialTold(NamedTuple):
+    """What a member says of its attempt to connect to who asks. reason: why it could not; "": it could."""
+
+    peer: bytes
+    reason: str
+
+
 class Path:
     """How a data link came about."""
 
@@ -279,6 +286,7 @@ _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
 _RATE: Final = _UInt(limits.RATE_MAX)
 _RTT: Final = _UInt(limits.RTT_US_MAX)
 _PATH: Final = _UInt(Path.RELAYED)
+_DIAL_REASON: Final = _Str(limits.DIAL_REASON_CHARS_MAX)
 _LINKS: Final = _Array(_Record(LinkMeasure, _ID, _RATE, _RATE, _RTT, _PATH, _ID), limits.MEMBERS_MAX)
 _EPOCH: Final = _EpochRecord(
     Epoch, _U64, _ID, _ID, _U64, _MEMBERS, _Bytes(limits.PLAN_BYTES_MAX), check=Epoch.check_untrusted
@@ -597,6 +605,26 @@ class RelayAsk(Message):
     relay: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Sample(Message):
+    """A first message, of who takes no part: how fast does a connection go? upwards: from the sender to the master."""
+
+    TYPE = 80
+    KINDS = (_U32, _BOOL)
+    version: int
+    upwards: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dialed(Message):
+    """The answer to DialAsk. reason: why it could not be connected to; "": it could."""
+
+    TYPE = 81
+    KINDS = (_U64, _DIAL_REASON)
+    ticket: int
+    reason: str
+
+
 # -- master to peer
 
 
@@ -675,15 +703,37 @@ class Status(Message):
 
 @dataclass(frozen=True, slots=True)
 class Probed(Message):
-    """What the master sees of who asks. time_ms: since 1970, by its clock. reason: why it was not reached."""
+    """What the master sees of who asks. time_ms: since 1970, by its clock. reason: why it was not reached. peers: what
+    members say that tried, too."""
 
     TYPE = 57
-    KINDS = (_Str(limits.HOST_CHARS_MAX), _UInt(limits.PORT_MAX, low=1), _U64, _BOOL, _REASON)
+    KINDS = (_HOST, _PORT, _U64, _BOOL, _REASON, _Array(_Record(DialTold, _ID, _DIAL_REASON), limits.DIALERS_MAX))
     host: str
     port: int
     time_ms: int
     reached: bool
     reason: str
+    peers: tuple[DialTold, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Message):
+    """The answer to Sample: it begins, with 0. Upwards again and again: so many bytes have come."""
+
+    TYPE = 58
+    KINDS = (_UInt(limits.SAMPLE_BYTES),)
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DialAsk(Message):
+    """To a member: connect there once, send nothing, and answer with Dialed. Who is there has asked for it."""
+
+    TYPE = 59
+    KINDS = (_U64, _HOST, _PORT)
+    ticket: int
+    host: str  # an IP address
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -964,9 +1014,10 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
     for cls in (
         *(Hello, Pulse, Heartbeat, Leave, Arrive, Withdraw, Ready, Behind, Unreachable, Suspect, Trust, Report),
         *(Settle, Blocked, Unblocked, Differs, Entered, StatusAsk, Recall, Observe, Measured),
-        *(Join, InviteAsk, Revoke, PeersAsk, Kick, Probe, Reflect, Addresses, Punch, RelayAsk),
+        *(Join, InviteAsk, Revoke, PeersAsk, Kick, Probe, Reflect, Addresses, Punch, RelayAsk, Sample, Dialed),
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
         *(Unknown, Undecided, Members, Observers, Term, Challenge, Invited, Done, Probed, PulseKeys),
+        *(Sampled, DialAsk),
         *(Reflected, Moved, PunchAsk, PunchGo, RelayCall, Relays, RelayFor),
         *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone, RelayHello),
         *(PeerOffer, PeerProof),

@@ -1,4 +1,4 @@
-"""The way to the master and back: who is reached, as whom we are seen, and whether others reach us."""
+"""The way to the master and back: who is reached, as whom we are seen, whether others reach us, how fast bytes go."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from pyccl._io.address import Master, credentials_for
 from pyccl._io.ask import ask_status
 from pyccl._io.portmap import Mapping, NoMappingError, open_mapping
 from pyccl._io.probe import Seen, dial, probe
+from pyccl._io.sampling import Rate, measure
+from pyccl._io.tls import Credentials
 from pyccl._proto import limits
 from pyccl._proto.invites import read_unproven
 from pyccl.doctor.finding import Finding, Level
@@ -27,7 +29,10 @@ PROBES: Final = 3  # of different ports of ours: whether a router keeps their nu
 CLOCK_S: Final = 30.0  # a clock that is further off is told
 SOON_S: Final = 86_400.0  # an invite that ends before is told
 PEERS_MAX: Final = 8  # that are tried
+_MASTERS_PACE: Final = 0.9  # from this part of it on it may be the master that goes no faster
+SLOW_BITS_PER_S: Final = 5e6  # up; less is a warning
 _TIMEOUT_S: Final = 15.0
+_SAMPLES_S: Final = 2 * (limits.SAMPLE_HELD_S + limits.SAMPLE_S) + 5.0  # both, each after it was another's turn
 
 OpenMapping = Callable[[int], AbstractAsyncContextManager[Mapping]]
 
@@ -127,6 +132,49 @@ def judge_reachability(seen: Seen, port: int) -> Finding:
     return Finding("reachability", Level.WARNING, f"the master does not reach {where}: {seen.reason}", advice, data)
 
 
+def judge_reached_by_peers(seen: Seen, port: int) -> Finding:
+    """By members that the master had connect back, as it does itself."""
+    data = {"port": port, "tried": seen.peers}
+    name, where = "reached by peers", f"{seen.observed[0]} port {port}"
+    missed = {peer: reason for peer, reason in seen.peers.items() if reason}
+    reached, tried = len(seen.peers) - len(missed), len(seen.peers)
+    if not tried:
+        text = "no member has tried: there are none elsewhere, or they were asked to often"
+        return Finding(name, Level.NOTE, text, data=data)
+    if not missed:
+        return Finding(name, Level.OK, f"{tried} of {tried} members that tried have connected to {where}", data=data)
+    words = "; ".join(f"{peer[:8]}: {reason}" for peer, reason in missed.items())
+    text = f"{reached} of {tried} members that tried have connected to {where} ({words})"
+    advice = "let incoming TCP through the firewall and forward it in the router; else such pairs punch or use a relay"
+    if reached:
+        advice = "a firewall lets only some in, or does not let those out: such pairs punch or use a relay"
+    return Finding(name, Level.WARNING, text, advice, data)
+
+
+def judge_bandwidth(up: Rate | None, down: Rate | None, reason: str) -> Finding:
+    """Of one connection to the master. None: not measured; reason: why not."""
+    ways = {"up": up, "down": down}
+    data: dict[str, Any] = {
+        way: None if rate is None else {"bits_per_s": round(8 * rate.bytes_per_s), "size_bytes": rate.size_bytes}
+        for way, rate in ways.items()
+    }
+    data["reason"] = reason
+    told = ", ".join(f"{way} {_rate_text(rate)}" for way, rate in ways.items() if rate is not None)
+    missing = f"{' and '.join(way for way, rate in ways.items() if rate is None)} not measured: {reason}"
+    if not told:
+        return Finding("bandwidth", Level.NOTE, missing, data=data)
+    text = f"{told}, by one connection to the master: several to peers carry that or more"
+    if reason:
+        text += f"; {missing}"
+    if up is not None and 8 * up.bytes_per_s < SLOW_BITS_PER_S:
+        advice = (
+            "is the line busy, or is it Wi-Fi, or the master's line? Else exchange seldom and few bits: pyccl.optim, "
+            'quantize="uint8"'
+        )
+        return Finding("bandwidth", Level.WARNING, text, advice, data)
+    return Finding("bandwidth", Level.NOTE if reason else Level.OK, text, data=data)
+
+
 def judge_invite(master: Master, now_s: float) -> Finding:
     """What it says itself; whether the master takes it is told by `master`."""
     assert master.ticket is not None
@@ -179,7 +227,7 @@ def judge_peers(tried: dict[str, str]) -> Finding:
         return Finding("peers", Level.OK, f"all of {len(tried)} members that were tried are reached", data=data)
     words = "; ".join(f"{peer[:8]}: {reason}" for peer, reason in missed.items())
     text = f"{len(tried) - len(missed)} of {len(tried)} members are reached ({words})"
-    advice = "they reach us, if `reachability` is ok; else such pairs are linked through a third member"
+    advice = "they reach us, if `reached by peers` is ok; else such pairs are linked through a third member"
     return Finding("peers", Level.WARNING, text, advice, data)
 
 
@@ -219,6 +267,7 @@ async def look(master: Master | None, library: str, open_mapping_: OpenMapping |
                     findings += judge_seen(master, seen, outer)
                     findings.append(judge_library(library, str(status.get("library", "?"))))
                     findings.append(judge_peers(tried))
+                    findings.append(judge_bandwidth(*await _sampled(master, credentials)))
             is_behind_nat = bool(seen) and seen[0].local[0] != seen[0].observed[0]
             if forwarded is not None:
                 findings.append(judge_mapping(forwarded, is_behind_nat))
@@ -235,6 +284,7 @@ def judge_seen(master: Master, seen: list[Seen], port: int) -> list[Finding]:
         judge_nat(seen),
         judge_address(seen[0]),
         judge_reachability(seen[0], port),
+        judge_reached_by_peers(seen[0], port),
     ]
 
 
@@ -264,6 +314,28 @@ async def _tried(members: dict[str, list[tuple[str, int]]]) -> dict[str, str]:
             for host, port in addresses:
                 nursery.start_soon(one, peer, host, port)
     return tried
+
+
+async def _sampled(master: Master, credentials: Credentials | None) -> tuple[Rate | None, Rate | None, str]:
+    """Up, down, and why one of them was not measured."""
+    up = down = None
+    reason = f"no answer within {_SAMPLES_S:g} s"
+    with trio.move_on_after(_SAMPLES_S):
+        try:
+            up = await measure(master.host, master.port, credentials, upwards=True)
+            down = await measure(master.host, master.port, credentials, upwards=False)
+            reason = ""
+        except errors.PycclError as e:
+            reason = str(e)
+    return up, down, reason
+
+
+def _rate_text(rate: Rate) -> str:
+    mbit = 8 * rate.bytes_per_s / 1e6
+    if not rate.size_bytes:
+        return f"less than {limits.SAMPLE_CHUNK_BYTES >> 10} KiB in {limits.SAMPLE_S:g} s"
+    at_least = "at least " if rate.bytes_per_s > _MASTERS_PACE * limits.SAMPLE_BYTES_PER_S else ""
+    return f"{at_least}{mbit:.{1 if mbit < 10 else 0}f} Mbit/s"
 
 
 def _listener() -> socket.socket:

@@ -16,16 +16,19 @@ import pytest
 import trio
 import trio.testing
 
+import pyccl
+from pyccl._io import envelope
 from pyccl._io.address import Master, invite_text
 from pyccl._io.identity import Identity
 from pyccl._io.master_server import MasterServer
 from pyccl._io.portmap import Mapping, NoMappingError
 from pyccl._io.probe import DIALS_MAX, Prober, Seen, probe
 from pyccl._io.routers import Lease
-from pyccl._io.tls import Credentials, Ticket
+from pyccl._io.sampling import Rate, Sampler
+from pyccl._io.tls import Credentials, Line, Ticket
 from pyccl._proto import limits
 from pyccl._proto.invites import Invite, seal
-from pyccl._proto.messages import Probe, Probed, Rejected
+from pyccl._proto.messages import DialTold, Probe, Probed, Rejected, Sample
 from pyccl._proto.past import Past
 from pyccl.doctor import network
 from pyccl.doctor.finding import Finding, Level
@@ -64,6 +67,18 @@ async def served(identity: Identity | None = None) -> AsyncIterator[int]:
         nursery.start_soon(server.serve, listener)
         yield listener.socket.getsockname()[1]
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def member_of(port: int) -> AsyncIterator[str]:
+    """The id of one that is there meanwhile. Its calls block, and the master is in this thread."""
+    comm = pyccl.Communicator(f"{HOST}:{port}")
+    try:
+        await trio.to_thread.run_sync(comm.connect)
+        yield comm.peer_id
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(comm.close)
 
 
 @asynccontextmanager
@@ -168,6 +183,33 @@ def test_members_that_are_not_reached_are_named() -> None:
     assert some.level is Level.WARNING and "1 of 2" in some.text and "bbbbbbbb: Connection refused" in some.text
 
 
+def test_members_that_do_not_reach_us_are_named() -> None:
+    finding = network.judge_reached_by_peers(HERE, 7)
+    assert finding.level is Level.NOTE and finding.data == {"port": 7, "tried": {}}
+    both = {"a" * 32: "", "b" * 32: ""}
+    assert network.judge_reached_by_peers(replace(HERE, peers=both), 7).level is Level.OK
+    some = network.judge_reached_by_peers(replace(HERE, peers={**both, "c" * 32: "no answer"}), 7)
+    assert some.level is Level.WARNING and "2 of 3" in some.text and "cccccccc: no answer" in some.text
+    none = network.judge_reached_by_peers(replace(HERE, peers={"c" * 32: "no answer"}), 7)
+    assert none.level is Level.WARNING and "0 of 1" in none.text and "forward it" in none.advice
+    assert none.advice != some.advice and f"{HOST} port 7" in none.text
+
+
+def test_a_slow_line_up_is_a_warning_and_one_that_was_not_measured_a_note() -> None:
+    fast, slow = Rate(4e6, 1 << 22), Rate(5e5, 1 << 20)
+    good = network.judge_bandwidth(fast, slow, "")
+    assert good.level is Level.OK and "up 32 Mbit/s, down 4.0 Mbit/s" in good.text and "several" in good.text
+    assert good.data["up"] == {"bits_per_s": 32_000_000, "size_bytes": 1 << 22}
+    bad = network.judge_bandwidth(slow, fast, "")
+    assert bad.level is Level.WARNING and "quantize" in bad.advice
+    assert "up at least 67 Mbit/s" in network.judge_bandwidth(Rate(8 << 20, 1 << 22), fast, "").text
+    assert "up less than 16 KiB in 2 s" in network.judge_bandwidth(Rate(0.0, 0), fast, "").text
+    half = network.judge_bandwidth(fast, None, "ask again in 7 s")
+    assert half.level is Level.NOTE and "up 32" in half.text and "down not measured: ask again" in half.text
+    unmeasured = network.judge_bandwidth(None, None, "ask again in 7 s")
+    assert unmeasured.level is Level.NOTE and unmeasured.text == "up and down not measured: ask again in 7 s"
+
+
 def test_another_version_at_the_master_is_a_note() -> None:
     assert network.judge_library("1", "1").level is Level.OK
     assert network.judge_library("1", "2").level is Level.NOTE
@@ -191,8 +233,37 @@ def test_a_plain_master_here_is_reached_and_reaches_us() -> None:
     assert found["public address"].level is Level.NOTE
     assert found["library"].text == "0.1.0 here, 0.0.9 at the master"
     assert found["peers"].data == {"tried": {}}
+    assert found["reached by peers"].level is Level.NOTE
+    rates = found["bandwidth"].data
+    assert all(rates[way]["bits_per_s"] > 0 and rates[way]["size_bytes"] > 0 for way in ("up", "down"))
     assert found["port mapping"].data["method"] == "pcp"
     assert "invite" not in found
+
+
+def test_members_dial_us_as_the_master_does_and_say_so() -> None:
+    async def main() -> None:
+        async with served() as port, member_of(port) as peer:
+            findings = await network.look(Master(HOST, port), "0.1.0", no_router)
+            found = {finding.name: finding for finding in findings}
+            assert found["reached by peers"].data["tried"] == {peer: ""}
+            assert found["reached by peers"].level is Level.OK
+            with socket.create_server((HOST, 0)) as closed:
+                back = closed.getsockname()[1]
+            seen = await probe(HOST, port, None, back)
+            assert list(seen.peers) == [peer] and "refused" in seen.peers[peer]
+            assert (await probe(HOST, port, None)).peers == {}  # nobody dials unasked
+
+    trio.run(main)
+
+
+def test_a_master_that_measures_nothing_for_now_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(self: Sampler, line: Line, sample: Sample) -> None:
+        await line.send_all(envelope.pack(Rejected("ask again in 7 s")))
+
+    monkeypatch.setattr(Sampler, "serve", refuse)
+    found = looked()
+    assert found["bandwidth"].level is Level.NOTE and "ask again in 7 s" in found["bandwidth"].text
+    assert found["library"].level is Level.NOTE and found["master"].level is Level.OK
 
 
 def test_an_invite_is_looked_at_without_spending_a_use(home: Path) -> None:
@@ -267,7 +338,7 @@ def test_a_secure_master_dials_nobody_without_an_invite() -> None:
 
 def test_a_master_dials_a_few_at_a_time() -> None:
     async def main() -> None:
-        prober = Prober(lambda: 12.5)
+        prober = Prober(nobody, lambda: 12.5)
         answers: list[object] = []
         with contextlib.ExitStack() as stack:
             # A queue that is full answers no SYN: who is dialled there waits.
@@ -293,6 +364,10 @@ def test_a_master_dials_a_few_at_a_time() -> None:
         assert answers == []
 
     trio.run(main)
+
+
+async def nobody(host: str, port: int) -> tuple[DialTold, ...]:
+    return ()
 
 
 async def _pair() -> tuple[trio.SocketStream, trio.SocketStream]:

@@ -113,6 +113,11 @@ class Town:
         started: Peer = self.start(host, str(PEER), address or self.address, json.dumps(keywords), kind=Peer)
         return started
 
+    def doctor(self, host: str) -> dict[str, Any]:
+        """Its findings by name."""
+        told = json.loads(self.start(host, "-m", "pyccl", "doctor", self.address, "--json", "--no-port-mapping").line())
+        return {finding["name"]: finding for finding in told["findings"]}
+
 
 @pytest.fixture
 def town(tmp_path: Path) -> Iterator[Callable[..., Any]]:
@@ -283,3 +288,20 @@ def test_peers_of_either_protocol_and_of_both_are_in_one_run(town: Callable[...,
             {ids[0]: "direct", ids[2]: "relayed"},
             {ids[0]: "direct", ids[1]: "relayed"},
         ]
+
+
+def test_the_doctor_is_told_by_master_and_members_whether_it_is_reached(town: Callable[..., Any]) -> None:
+    with town("master", "member", "open", nat("closed", "port_restricted")) as made:
+        made.master()
+        member = made.peer("member")
+        assert member.ask("connect") is None
+        peer = member.ask("id")
+        told = {host: made.doctor(host) for host in ("open", "closed")}
+        assert told["open"]["reachability"]["data"]["reached"]
+        assert told["open"]["reached by peers"]["data"]["tried"] == {peer: ""}
+        assert told["open"]["reached by peers"]["level"] == "ok"
+        assert not told["closed"]["reachability"]["data"]["reached"]
+        tried = told["closed"]["reached by peers"]["data"]["tried"]
+        assert list(tried) == [peer] and tried[peer]
+        assert told["closed"]["reached by peers"]["level"] == told["closed"]["reachability"]["level"] == "warning"
+        assert all(found["bandwidth"]["data"]["up"]["bits_per_s"] > 0 for found in told.values())
