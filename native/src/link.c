@@ -173,11 +173,13 @@ static void socket_revive(int fd) {
     if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4) == 0) (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
 }
 
-/* BBR has stopped to seek. */
-static bool socket_is_settled(int fd) {
+typedef enum bbr_state { NO_BBR, BBR_SEEKS, BBR_SETTLED } bbr_state; /* settled: it has stopped to seek */
+
+static bbr_state socket_bbr(int fd) {
     union tcp_cc_info info = {{0}};
     socklen_t size = sizeof info;
-    return getsockopt(fd, IPPROTO_TCP, TCP_CC_INFO, &info, &size) == 0 && size == sizeof info.bbr && info.bbr.bbr_pacing_gain < STARTUP_GAIN;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_CC_INFO, &info, &size) != 0 || size != sizeof info.bbr) return NO_BBR;
+    return info.bbr.bbr_pacing_gain < STARTUP_GAIN ? BBR_SETTLED : BBR_SEEKS;
 }
 
 static pyccl_status socket_prepare(const link_env *env, int fd, int64_t rtt_ns) {
@@ -255,7 +257,7 @@ static bool will_probe(const pyccl_conn *conn, bool begins) {
     return conn->seeks_freely && pace_limit(&conn->link->pace) > 0 && age_ns >= (begins ? FRESH_NS : STALE_NS);
 }
 
-/* When work begins, those that are far below their share seek their rate again; as long as nothing has been too much for the line
+/* When work begins, or all may send twice as much as before, those that are far below their share seek their rate again; as long as nothing has been too much for the line
  * and operations end before BBR has found it, all do. At any time, those that would probe soon. */
 static void conns_revive(pyccl_link *link, bool begins) {
     const double limit = pace_limit(&link->pace), share = share_of(link, limit > 0 ? limit : link->flow);
@@ -264,7 +266,10 @@ static void conns_revive(pyccl_link *link, bool begins) {
         pyccl_conn *conn = link->conns[i];
         if (conn == NULL || link->env->now_ns < conn->revived_ns + REVIVE_NS) continue;
         const bool behind = begins && (seeks || conn->rate * REVIVE < share);
-        if (!will_probe(conn, begins) && !(behind && socket_is_settled(conn->fd))) continue;
+        const bool probes = will_probe(conn, begins);
+        if (!probes && !behind) continue;
+        const bbr_state state = socket_bbr(conn->fd);
+        if (state != BBR_SETTLED && !(probes && state == BBR_SEEKS)) continue;
         conn->revived_ns = link->env->now_ns;
         socket_revive(conn->fd);
     }
@@ -597,6 +602,7 @@ uint64_t link_delivered(const pyccl_link *link) {
 static bool line_learn(pyccl_link *link) {
     const int64_t now = link->env->now_ns;
     const int64_t spell_ns = link->pace.spell_ns;
+    const double limit = pace_limit(&link->pace);
     const bool busy = is_busy(link);
     if (busy == link->pace.busy && (!link->pace.spell || now - link->looked_ns < LOOK_NS)) return false;
     uint64_t acked;
@@ -606,7 +612,8 @@ static bool line_learn(pyccl_link *link) {
     if (acked > link->acked) link->env->long_acked += acked - link->acked; /* less: some are closed */
     link->acked = acked;
     if (pace_note(&link->pace, now, &counts, busy)) pace_apply(link);
-    conns_revive(link, link->pace.spell_ns != spell_ns);
+    const bool freed = limit > 0 && (pace_limit(&link->pace) == 0 || pace_limit(&link->pace) >= REVIVE * limit);
+    conns_revive(link, freed || link->pace.spell_ns != spell_ns);
     if (link->env->lanes == 0) return false;
     const bool tells = busy && (link->lanes.before > 0 || link->lanes.proving > 0 || pace_is_found(&link->pace));
     return lanes_note(&link->lanes, now, acked, link->env->long_acked, tells, link->conn_count, link->rtt_ns);

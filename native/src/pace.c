@@ -39,6 +39,10 @@
 #define WAIT_MIN_NS INT64_C(1000000000)
 #define WAIT_MAX_NS INT64_C(16000000000)
 #define RATE_MIN 16384.0
+#define NARROW_RTTS 3                /* of a spell: before it connections begin */
+#define NARROW_ROOM 1.25             /* of what arrives: it may become more */
+#define STALE_RTTS 4
+#define STALE_NS INT64_C(100000000)
 #define SPELL_RTTS 2                 /* of rest end a spell: what was lost in it has been repeated */
 #define SPELL_LOSS_ALLOWED 0.005     /* what its last packets lose costs a round trip and more */
 #define SPELL_PACKETS_MIN 100
@@ -54,9 +58,24 @@ void pace_crowd_init(pace_crowd *crowd) {
     pace_init(&crowd->whole, NULL);
 }
 
+/* Nothing has moved there, or nobody had a look. */
+static bool is_stale(const pace *p) { return p->crowd->at_ns - p->noted_ns > STALE_RTTS * p->last.rtt_ns + STALE_NS; }
+
+/* Its own path, or who receives, takes less than an equal share. */
+static bool is_narrow(const pace *p, double equal) { return is_stale(p) || (p->arrives > 0 && p->arrives < BOUND * equal); }
+
 double pace_limit(const pace *p) {
     if (!p->crowded) return p->rate;
-    return p->crowd->whole.rate / p->among;
+    const double rate = p->crowd->whole.rate, equal = rate / p->among;
+    if (!p->counted || is_narrow(p, equal)) return equal;
+    double left = rate;
+    uint32_t others = p->among > p->crowd->busy ? p->among - p->crowd->busy : 0; /* may be about to begin */
+    for (const pace *of = p->crowd->first; of != NULL; of = of->next) {
+        const double used = is_stale(of) ? 0 : NARROW_ROOM * of->arrives;
+        if (!is_narrow(of, equal)) others++;
+        else left -= used < equal ? used : equal;
+    }
+    return left / others;
 }
 
 bool pace_is_found(const pace *p) {
@@ -123,7 +142,11 @@ static void trial_paid(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) 
 }
 
 void pace_widen(pace *p, double factor, int64_t now_ns, int64_t rtt_ns) {
-    if (p->rate == 0 || p->crowded) return;
+    if (p->crowded) { /* its part of what all have */
+        pace_widen(&p->crowd->whole, 1 + (factor - 1) / p->among, now_ns, rtt_ns);
+        return;
+    }
+    if (p->rate == 0) return;
     const double rate = p->before > 0 ? p->before : p->rate;
     p->before = p->blamed = 0;
     p->raised = (1 + p->raised) * factor - 1;
@@ -245,8 +268,12 @@ static bool spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
     const uint64_t sent = c->sent > was->sent ? c->sent - was->sent : 0;
     const double parts_s = SPELL_PARTS * (double)part_ns(c) / 1e9;
     p->spell = false;
+    p->mark_ns = 0;
+    p->arrives = 0;
     p->lasted_ns = p->last_ns - p->spell_ns;
-    if (p->judged_in || was_met(p, p->spell_ns) || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
+    const bool shared = p->crowded; /* what arrived is what its share let through */
+    if (!was_met(p, p->spell_ns)) p->crowded = false; /* nobody came */
+    if (shared || p->judged_in || was_met(p, p->spell_ns) || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
     if ((double)(c->delivered - was->delivered) < p->spell_best * parts_s) return false;
     p->over = 1; /* it is known when what was repeated was sent */
     p->best = 0;
@@ -268,7 +295,7 @@ static void spell_part(pace *p, int64_t now_ns, const pace_counts *c) {
     if (now_ns - p->part_ns < part_ns(c) || c->delivered < p->at_part.delivered) return;
     const double arrived = (double)(c->delivered - p->at_part.delivered) / ((double)(now_ns - p->part_ns) / 1e9);
     if (arrived > p->spell_best) p->spell_best = arrived;
-    if (arrived > p->peak) p->peak = arrived;
+    if (arrived > p->peak && !p->crowded) p->peak = arrived;
     p->part_ns = now_ns;
     p->at_part = *c;
 }
@@ -326,21 +353,43 @@ static void crowd_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy)
     } else if (was) p->from_ns = now_ns + SETTLE_RTTS * c->rtt_ns;
 }
 
+/* Whether what it loses says nothing of the line that all share: its own path is full, which others' are not. */
+static bool is_apart(const pace *p) {
+    const double equal = p->crowd->whole.rate / p->among;
+    if (!p->counted || !is_narrow(p, equal)) return false;
+    for (const pace *of = p->crowd->first; of != NULL; of = of->next)
+        if (!is_narrow(of, equal)) return true;
+    return false;
+}
+
+static void arrives_note(pace *p, int64_t now_ns, const pace_counts *c) {
+    const int64_t least = c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS;
+    if (now_ns < p->spell_ns + NARROW_RTTS * c->rtt_ns || (p->mark_ns > 0 && now_ns - p->mark_ns < least)) return;
+    if (p->mark_ns > 0 && c->delivered >= p->marked && p->busy) p->arrives = (double)(c->delivered - p->marked) / ((double)(now_ns - p->mark_ns) / 1e9);
+    p->mark_ns = now_ns;
+    p->marked = c->delivered;
+}
+
 /* What this link has done since its last note is done by all of them together. A queue stands in the line that they share if
- * it does for each. */
-static void crowd_sum(pace *p, const pace_counts *c) {
+ * it does for each. What arrived before it began to work came at other times than theirs. */
+static void crowd_sum(pace *p, int64_t now_ns, const pace_counts *c) {
     pace_counts *sum = &p->crowd->sum;
-    if (p->known && c->delivered >= p->last.delivered && c->sent >= p->last.sent && c->repeated >= p->last.repeated) {
-        sum->delivered += c->delivered - p->last.delivered;
-        sum->sent += c->sent - p->last.sent;
-        sum->repeated += c->repeated - p->last.repeated;
+    if (p->crowded && p->known && c->delivered >= p->last.delivered && c->sent >= p->last.sent && c->repeated >= p->last.repeated) {
+        if (p->spell_ns < now_ns) sum->delivered += c->delivered - p->last.delivered;
+        if (!is_apart(p)) {
+            sum->sent += c->sent - p->last.sent;
+            sum->repeated += c->repeated - p->last.repeated;
+        }
     }
     p->known = true;
     p->last = *c;
+    p->noted_ns = p->crowd->at_ns = now_ns;
+    if (p->spell) arrives_note(p, now_ns, c);
     if (p->crowd->first == NULL) return;
-    sum->rtt_ns = 0;
+    sum->rtt_ns = c->rtt_ns;
     sum->queue_ns = INT64_MAX;
     for (const pace *of = p->crowd->first; of != NULL; of = of->next) {
+        if (is_stale(of)) continue;
         if (of->last.rtt_ns > sum->rtt_ns) sum->rtt_ns = of->last.rtt_ns;
         if (of->last.queue_ns < sum->queue_ns) sum->queue_ns = of->last.queue_ns;
     }
@@ -351,7 +400,7 @@ bool pace_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
     spell_note(p, now_ns, c, busy);
     crowd_note(p, now_ns, c, busy);
     if (!p->crowded) window_note(p, now_ns, c, busy);
-    crowd_sum(p, c);
+    crowd_sum(p, now_ns, c);
     const bool several = p->crowd->busy > 1;
     spell_note(whole, now_ns, &p->crowd->sum, several);
     window_note(whole, now_ns, &p->crowd->sum, several);

@@ -36,6 +36,9 @@ typedef struct pace {
     uint32_t among;                  /* of so many */
     bool known;                      /* `last` is of these connections */
     pace_counts last;
+    int64_t noted_ns, mark_ns;       /* when it was noted last; when what arrives is counted from; 0: not yet in this spell */
+    uint64_t marked;                 /* had arrived then */
+    double arrives;                  /* bytes a second, lately; 0: not known yet */
     double told;                     /* what pace_limit was after the last note */
     double rate;                     /* bytes a second; 0: as fast as they like */
     double peak;                     /* what arrived in the best part of a spell ever: of use until there is a rate */
@@ -68,10 +71,12 @@ typedef struct pace {
 } pace;
 
 /* Links of one host whose lines are busy now. Several share its line, and none knows what the others send: paces of their own
- * would only ever yield to who has none. All of them together have one, and each an equal share of it. */
+ * would only ever yield to who has none. All of them together have one, and each an equal share of it, and of what those leave
+ * whose own path is narrower than that. */
 typedef struct pace_crowd {
     pace whole;                      /* of all that are busy, while several are */
-    pace_counts sum;                 /* of all links of the host, since they are there */
+    pace_counts sum;                 /* of links while they are in company */
+    int64_t at_ns;                   /* of the last note */
     pace *first;                     /* of those that are busy */
     uint32_t busy;
     int64_t met_ns;                  /* when several were, the last time: what began before it is judged of none alone; 0: never */

@@ -12,6 +12,7 @@
 
 typedef struct sender {
     pace p;
+    bool told;                       /* of a change of its limit */
     double hunger;                   /* bytes a second that its connections send as long as nobody says otherwise */
     double cap;                      /* of all its flows, each on its own; 0: none */
     double delivered, sent, repeated, dropped;
@@ -70,7 +71,7 @@ static void step_line(line *l, bool busy) {
         s->repeated += s->losses[(l->step + LATER - (uint64_t)(l->rtt_ns / STEP_NS)) % LATER] / PACKET;
         const pace_counts counts = {(uint64_t)s->delivered, (uint64_t)s->sent, (uint64_t)s->repeated,
                                     (int64_t)later * STEP_NS, (int64_t)later * STEP_NS - l->rtt_ns};
-        (void)pace_note(&s->p, l->at_ns, &counts, busy);
+        s->told |= pace_note(&s->p, l->at_ns, &counts, busy);
     }
     l->at_ns += STEP_NS;
     l->step++;
@@ -226,7 +227,7 @@ TEST(pace_is_not_found_where_a_fast_line_carried_little) {
     pace_init(&h.p, &hosts[0]);
     for (int i = 0; i < 100; i++) hear(&h, 50e6, 0, 0);
     while (h.p.rate == 0) hear(&h, 1e6, 0.05, 50 * MS); /* the other side reads slowly */
-    CHECK(h.p.rate > 24e6);
+    CHECK(h.p.rate > 39e6);
 }
 
 TEST(pace_blames_nobody_for_what_the_line_loses_by_itself) {
@@ -283,6 +284,53 @@ TEST(pace_of_one_host_is_not_for_a_link_alone) {
     work(&l, 5 * SECOND);
     CHECK(l.of[0].p.rate > 0);
     CHECK(pace_limit(&l.of[0].p) == l.of[0].p.rate); /* its own: the path behind the host's line may be narrower */
+}
+
+TEST(pace_of_one_host_leaves_to_others_what_a_narrow_path_does_not_take) {
+    line l = line_of_one_host(50e6, 60e6);
+    work(&l, 10 * SECOND);
+    l.of[1].cap = 5e6; /* what is more is lost there, which is not the line's doing */
+    work(&l, 5 * SECOND);
+    const share got = work(&l, 10 * SECOND);
+    CHECK(got.delivered[0] > 0.75);
+    CHECK(hosts[0].whole.rate > 45e6);
+    CHECK(pace_limit(&l.of[0].p) > 1.4 * pace_limit(&l.of[1].p));
+}
+
+TEST(pace_of_one_host_counts_nobody_with_whom_nothing_moves) {
+    line l = line_of_one_host(50e6, 60e6);
+    work(&l, 10 * SECOND);
+    l.links = 1; /* the other one is not looked at any more: nothing comes from there */
+    work(&l, 5 * SECOND);
+    CHECK_EQ(hosts[0].busy, LINKS);
+    CHECK(work(&l, 5 * SECOND).all > 0.9);
+}
+
+TEST(pace_tells_when_what_is_in_force_has_changed) {
+    line l = line_of_one_host(50e6, 60e6);
+    double limits[LINKS] = {0};
+    for (int n = 0; n < 3000; n++) {
+        step_line(&l, n % 1000 < 900);
+        for (int i = 0; i < LINKS; i++) {
+            if (pace_limit(&l.of[i].p) != limits[i] && l.of[i].told) limits[i] = pace_limit(&l.of[i].p);
+            l.of[i].told = false;
+        }
+    }
+    for (int i = 0; i < LINKS; i++) CHECK(limits[i] > 0 && limits[i] == l.of[i].p.told);
+}
+
+TEST(pace_of_one_host_does_not_keep_back_who_works_alone_from_then_on) {
+    line l = line_of_one_host(50e6, 60e6);
+    work(&l, 10 * SECOND);
+    rest(&l, SECOND);
+    l.links = 1;
+    for (int op = 0; op < 2; op++) {
+        work(&l, 50 * MS);
+        CHECK(op > 0 || pace_limit(&l.of[0].p) == hosts[0].whole.rate / LINKS);
+        rest(&l, SECOND);
+    }
+    CHECK(l.of[0].p.rate == 0); /* nor has what it was held to been taken for what its path carries */
+    CHECK(!l.of[0].p.crowded && pace_limit(&l.of[0].p) == l.of[0].p.rate);
 }
 
 TEST(pace_of_one_host_is_learned_from_short_operations) {
