@@ -9,6 +9,7 @@ rate, in chunks between which everybody else has their turn. Spec: proto/wire.md
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from pyccl.errors import MasterUnavailableError, RejectedError, RemoteProtocolEr
 
 _FILLER: Final = os.urandom(limits.SAMPLE_CHUNK_BYTES)  # nothing on the way makes it shorter
 _LATE_S: Final = 0.01  # of lateness that is made up for
-# What a connection may end with; before its end is what was heard until then.
+_ENDED: Final = "it ended in the middle"
+# What a connection may end with.
 _ENDS: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 Marks = list[tuple[float, int]]  # seconds since the beginning, and how many bytes had arrived then
@@ -61,7 +63,8 @@ class Sampler:
             await line.send_all(envelope.pack(Rejected(reason)))
             return
         try:
-            with trio.move_on_after(limits.SAMPLE_HELD_S):
+            # Who asks hangs up when it has heard enough: that is no news.
+            with contextlib.suppress(*_ENDS), trio.move_on_after(limits.SAMPLE_HELD_S):
                 await line.send_all(envelope.pack(Sampled(0)))
                 await (_take(line) if sample.upwards else _give(line))
                 await line.receive_some(1)  # until who asks has heard it all
@@ -159,7 +162,10 @@ async def _begun(line: Line) -> None:
 
 async def _receive(line: Line, marks: Marks, started_s: float) -> None:
     received = 0
-    while received < limits.SAMPLE_BYTES and (part := await line.receive_some(limits.SAMPLE_CHUNK_BYTES)):
+    while received < limits.SAMPLE_BYTES:
+        part = await line.receive_some(limits.SAMPLE_CHUNK_BYTES)
+        if not part:
+            raise RemoteProtocolError(_ENDED)
         received += len(part)
         marks.append((trio.current_time() - started_s, received))
 
@@ -180,6 +186,8 @@ async def _send(line: Line, marks: Marks, started_s: float) -> None:
         try:
             while not marks or marks[-1][1] < limits.SAMPLE_BYTES:
                 answer = await envelope.receive(line, limits.BODY_GREETING_MAX_BYTES)
+                if answer is None:
+                    raise RemoteProtocolError(_ENDED)
                 if not isinstance(answer, Sampled) or answer.size_bytes <= (marks[-1][1] if marks else 0):
                     raise RemoteProtocolError("no Sampled that goes on")
                 marks.append((trio.current_time() - started_s, answer.size_bytes))

@@ -14,6 +14,15 @@ from pyccl._proto.epoch import Address, AddressKind
 _PRIVATE: Final = tuple(  # what is_private holds is more: all that is not global
     map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
 )
+_NOT_PUBLIC: Final = tuple(  # of IPv4; from 224.0.0.0 on multicast and reserved
+    ipaddress.IPv4Network(network)
+    for network in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3"),
+    )
+)
+_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all else is local, multicast, reserved, or an IPv4 address
+_TUNNELS: Final = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))  # to an IPv4 address
 
 
 def is_private(host: str) -> bool:
@@ -33,23 +42,38 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def may_dial(host: str, seen_as: str) -> bool:
-    """Whether `host`, as the master sees it, is that machine also to a member that the master sees at `seen_as`.
-
-    Another host's 127.0.0.1, or 192.168.1.2 of another site, is a machine that has nothing to do with it.
-    """
+def is_public(host: str) -> bool:
+    """Whether it is one machine's address, or router's, wherever one asks. Names, zones, tunnels are none."""
     try:
         address = ipaddress.ip_address(host)
-        ipaddress.ip_address(seen_as)
     except ValueError:
         return False
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return False  # a master names IPv4 addresses as such
-    if address.is_loopback:
-        return is_loopback(seen_as)
-    if is_private(host):
-        return is_private(seen_as) or is_loopback(seen_as)
-    return not (address.is_unspecified or address.is_multicast or address.is_link_local)
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None or address not in _UNICAST:
+            return False
+        return not any(address in network for network in _TUNNELS)
+    return not any(address in network for network in _NOT_PUBLIC)
+
+
+def place(host: str) -> str:
+    """Who shares it is near: an IPv4 address is one by itself, an IPv6 address its /64. A name has none: ""."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return f"{int(address) >> 64:x}/64"
+
+
+def may_dial(host: str, own: str) -> bool:
+    """Whether a member that the master sees at `own` may be made to dial `host`: public, and elsewhere.
+
+    All else would be its own machine or LAN, whoever names it. Masters judge so, too (dialback.py).
+    """
+    return is_public(host) and place(own) not in ("", place(host))
 
 
 def ordered(theirs: Iterable[Address], mine: Iterable[Address]) -> list[Address]:

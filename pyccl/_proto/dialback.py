@@ -1,7 +1,7 @@
 """Members that a master asks to dial who has asked it (Probe): whom it asks, how often, and what they tell. Pure.
 
-A member is asked for no more than one connection, to the address that the master itself saw, and only where that means
-the same machine to both (`may_dial`). So often and no more. Spec: proto/wire.md 12.
+A member is asked for no more than one connection, to the address that the master itself saw, if that is a public one
+and not where the member is. So often and no more. Spec: proto/wire.md 12.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pyccl._proto import limits
 from pyccl._proto.budget import Budget
-from pyccl._proto.candidates import is_loopback, may_dial
+from pyccl._proto.candidates import is_public, place
 from pyccl._proto.master_records import PeerKey
 from pyccl._proto.messages import DialTold
 
@@ -35,11 +35,14 @@ class DialBacks:
         self._turn = 0
 
     def begin(self, ticket: int, host: str, members: Iterable[tuple[PeerKey, str]], now_s: float) -> list[PeerKey]:
-        """Who is to dial, in what order does not matter. members: that can be asked, and where each is seen."""
-        chosen = self._chosen(host, members)
-        if not chosen or not self._budget.take(now_s):
-            chosen = []
-        self._turn += 1
+        """Who is to dial, in what order does not matter.
+
+        members: that can be asked, and where each is seen. It is not looked at before it is known that some may be.
+        """
+        chosen: list[PeerKey] = []
+        if is_public(host) and self._budget.take(now_s):
+            chosen = self._chosen(host, members)
+            self._turn += 1
         self._open[ticket] = _Open(now_s + limits.DIAL_TOLD_S, dict.fromkeys(chosen))
         return chosen
 
@@ -56,10 +59,11 @@ class DialBacks:
 
     def _chosen(self, host: str, members: Iterable[tuple[PeerKey, str]]) -> list[PeerKey]:
         """From as many places as there are, others each time. A neighbour says nothing of how others fare."""
-        able = [(key, seen) for key, seen in members if may_dial(host, seen) and (seen != host or is_loopback(host))]
+        not_from = "", place(host)
+        able = [(key, at) for key, seen in members if (at := place(seen)) not in not_from]  # see candidates.may_dial
         first = self._turn % len(able) if able else 0
         places: dict[str, list[PeerKey]] = {}
-        for key, seen in able[first:] + able[:first]:
-            places.setdefault(seen, []).append(key)
+        for key, at in able[first:] + able[:first]:
+            places.setdefault(at, []).append(key)
         by_turns = itertools.chain.from_iterable(itertools.zip_longest(*places.values()))
         return [key for key in by_turns if key is not None][: limits.DIALERS_MAX]

@@ -71,6 +71,7 @@ OBSERVERS_OF_ALL_MAX: Final = 256
 
 # ---- what is done for those who only ask
 DIAL_BACKS_BURST: Final = 4  # of all Probes together, then one every so often
+DIALS_BURST: Final = 2 * DIAL_BACKS_BURST  # of a member: more than a master asks for, also one that starts anew
 SAMPLES_BURST: Final = 6
 SAMPLES_WAITING_MAX: Final = 8  # while one is taken
 
@@ -90,6 +91,7 @@ TOTAL_LOSS_S: Final = 30.0  # no member heard or connected while a newcomer wait
 DIAL_BACK_S: Final = 3.0  # of one attempt
 DIAL_TOLD_S: Final = DIAL_BACK_S + 1.0  # until members have said how it went
 DIAL_BACK_EVERY_S: Final = 10.0
+DIAL_EVERY_S: Final = DIAL_BACK_EVERY_S / 2  # of a member
 SAMPLE_S: Final = 2.0  # that who asks takes
 SAMPLE_HELD_S: Final = SAMPLE_S + 1.0  # that a master takes part at most
 SAMPLE_EVERY_S: Final = 30.0

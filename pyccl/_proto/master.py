@@ -416,8 +416,8 @@ class MasterMachine:
     def dial_back(self, ticket: int, host: str, port: int, now: float) -> list[Effect]:
         """Have members try whether that address, from which somebody asks, is reached: ``DialsTold`` in time."""
         self._now = now
-        members = [record for group in self._groups.values() for record in self._members(group) if not record.lost]
-        seen = [(r.key, self._conns[r.conn].host) for r in members if r.conn is not None]
+        members = (record for group in self._groups.values() for record in self._members(group) if not record.lost)
+        seen = ((r.key, self._conns[r.conn].host) for r in members if r.conn is not None)
         for key in self._dial_backs.begin(ticket, host, seen, now):
             self._tell(self._peers[key], DialAsk(ticket, host, port))
         self._end_dial_backs()

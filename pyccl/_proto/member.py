@@ -386,7 +386,8 @@ class MemberMachine:
         self._beat_at = 0.0
         self._heard_at = 0.0
         self._trusted_at = float("-inf")
-        self._dials, self._dialing = Budget(limits.DIAL_BACKS_BURST, limits.DIAL_BACK_EVERY_S), False
+        self._dials, self._dialing = Budget(limits.DIALS_BURST, limits.DIAL_EVERY_S), False
+        self._dial_ticket: int | None = None  # of what is being dialed, if the master that asked is there
 
     @property
     def epoch(self) -> Epoch | None:
@@ -409,6 +410,7 @@ class MemberMachine:
 
     def disconnected(self, now: float) -> list[Effect]:
         self.link = Link.DOWN
+        self._dial_ticket = None
         if self.state in (State.PENDING, State.LINKING):
             self.state = State.GREETING
             self._standing = _Standing()
@@ -521,8 +523,8 @@ class MemberMachine:
 
     def dialed(self, ticket: int, reason: str, now: float) -> list[Effect]:
         """``DialBack`` was tried. reason: why it was in vain; "": it was not."""
-        self._dialing = False
-        if self.state is not State.MEMBER:
+        asked, self._dial_ticket, self._dialing = self._dial_ticket, None, False
+        if self.state is not State.MEMBER or asked != ticket:  # the next master may use the same numbers for others
             return []
         return self._send(Dialed(ticket, clip(reason, limits.DIAL_REASON_CHARS_MAX)), now)
 
@@ -671,7 +673,7 @@ class MemberMachine:
         """One at a time and so often, whatever the master asks for: it makes nobody flood or scan others."""
         if self._dialing or not may_dial(message.host, self.observed) or not self._dials.take(now):
             return []
-        self._dialing = True
+        self._dialing, self._dial_ticket = True, message.ticket
         return [DialBack(message.ticket, message.host, message.port)]
 
     def _on_relays(self, message: Relays, now: float) -> list[Effect]:

@@ -22,6 +22,7 @@ from pyccl._io.probe import Seen, dial, probe
 from pyccl._io.sampling import Rate, measure
 from pyccl._io.tls import Credentials
 from pyccl._proto import limits
+from pyccl._proto.candidates import is_public
 from pyccl._proto.invites import read_unproven
 from pyccl.doctor.finding import Finding, Level
 
@@ -139,7 +140,9 @@ def judge_reached_by_peers(seen: Seen, port: int) -> Finding:
     missed = {peer: reason for peer, reason in seen.peers.items() if reason}
     reached, tried = len(seen.peers) - len(missed), len(seen.peers)
     if not tried:
-        text = "no member has tried: there are none elsewhere, or they were asked to often"
+        text = "no member has tried: there are none elsewhere, or they were asked too often"
+        if not is_public(seen.observed[0]):
+            text = f"members are not asked to connect to {seen.observed[0]}, which is not public"
         return Finding(name, Level.NOTE, text, data=data)
     if not missed:
         return Finding(name, Level.OK, f"{tried} of {tried} members that tried have connected to {where}", data=data)

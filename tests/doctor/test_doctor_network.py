@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from pyccl._io.probe import DIALS_MAX, Prober, Seen, probe
 from pyccl._io.routers import Lease
 from pyccl._io.sampling import Rate, Sampler
 from pyccl._io.tls import Credentials, Line, Ticket
-from pyccl._proto import limits
+from pyccl._proto import dialback, limits, member
 from pyccl._proto.invites import Invite, seal
 from pyccl._proto.messages import DialTold, Probe, Probed, Rejected, Sample
 from pyccl._proto.past import Past
@@ -186,6 +187,10 @@ def test_members_that_are_not_reached_are_named() -> None:
 def test_members_that_do_not_reach_us_are_named() -> None:
     finding = network.judge_reached_by_peers(HERE, 7)
     assert finding.level is Level.NOTE and finding.data == {"port": 7, "tried": {}}
+    for host in (HOST, "192.168.1.2", "100.64.3.4"):
+        text = network.judge_reached_by_peers(replace(HERE, observed=(host, 1)), 7).text
+        assert text == f"members are not asked to connect to {host}, which is not public"
+    assert "none elsewhere" in network.judge_reached_by_peers(BEHIND, 7).text
     both = {"a" * 32: "", "b" * 32: ""}
     assert network.judge_reached_by_peers(replace(HERE, peers=both), 7).level is Level.OK
     some = network.judge_reached_by_peers(replace(HERE, peers={**both, "c" * 32: "no answer"}), 7)
@@ -240,7 +245,24 @@ def test_a_plain_master_here_is_reached_and_reaches_us() -> None:
     assert "invite" not in found
 
 
-def test_members_dial_us_as_the_master_does_and_say_so() -> None:
+def test_members_are_not_asked_to_dial_what_is_not_public() -> None:
+    async def main() -> None:
+        async with served() as port, member_of(port):
+            findings = await network.look(Master(HOST, port), "0.1.0", no_router)
+            found = {finding.name: finding for finding in findings}["reached by peers"]
+            assert found.level is Level.NOTE and found.data["tried"] == {}
+            assert "127.0.0.1, which is not public" in found.text
+
+    trio.run(main)
+
+
+def test_members_dial_us_as_the_master_does_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this machine's loopback were public, and another place at each look."""
+    places = itertools.count(1)
+    monkeypatch.setattr(dialback, "is_public", lambda host: True)
+    monkeypatch.setattr(dialback, "place", lambda host: str(next(places)))
+    monkeypatch.setattr(member, "may_dial", lambda host, own: True)
+
     async def main() -> None:
         async with served() as port, member_of(port) as peer:
             findings = await network.look(Master(HOST, port), "0.1.0", no_router)

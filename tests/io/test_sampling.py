@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -208,6 +210,31 @@ def test_a_rate_is_measured_each_way(upwards: bool, secure: bool) -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("upwards", [False, True])
+def test_the_end_of_a_sample_is_nothing_to_log(upwards: bool, secure: bool, caplog: pytest.LogCaptureFixture) -> None:
+    identity = Identity.new()
+    caplog.set_level(logging.INFO, "pyccl.master")
+
+    async def main() -> None:
+        async with served(identity if secure else None) as port:
+            credentials = Credentials(identity, b"s" * 16, Ticket(identity.public, b"")) if secure else None
+            for _ in range(2):  # when the second is served the first is over
+                await measure(HOST, port, credentials, upwards=upwards)
+            await trio.sleep(0.2)
+            ends = [record.getMessage() for record in caplog.records if record.name == "pyccl.master"]
+            assert [text for text in ends if text.startswith("connection_")] == []
+            stream = await trio.open_tcp_stream(HOST, port)
+            await stream.send_all(b"\xff" * 64)
+            async with stream:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await stream.receive_some(1)
+            await trio.sleep(0.05)
+            assert "connection_ended" in caplog.text  # of others it is
+
+    trio.run(main)
+
+
 def test_a_secure_master_measures_nothing_for_who_has_no_invite() -> None:
     async def main() -> None:
         master = Identity.new()
@@ -243,6 +270,27 @@ def test_a_master_answers_its_peers_meanwhile(upwards: bool) -> None:
                 await measure(HOST, port, None, upwards=upwards)
                 nursery.cancel_scope.cancel()
             assert answered > 20
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("upwards", [False, True])
+def test_a_sample_that_ends_in_the_middle_is_no_rate(upwards: bool) -> None:
+    async def main() -> None:
+        async def stop(stream: trio.SocketStream) -> None:
+            async with stream:
+                await envelope.receive(stream)
+                begun = envelope.pack(Sampled(0))
+                await stream.send_all(begun + (envelope.pack(Sampled(16_384)) if upwards else bytes(100_000)))
+                await stream.send_eof()
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            (listener,) = await trio.open_tcp_listeners(0, host=HOST)
+            nursery.start_soon(trio.serve_listeners, stop, [listener])
+            with pytest.raises(RemoteProtocolError, match="it ended in the middle"):
+                await measure(HOST, listener.socket.getsockname()[1], None, upwards=upwards)
+            nursery.cancel_scope.cancel()
 
     trio.run(main)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from test_master import World, incarnation, peer_id
 from test_member import RUN, first_epoch, fresh, pending, sent
@@ -11,6 +13,8 @@ from pyccl._proto import master as mm
 from pyccl._proto import member as mb
 from pyccl._proto.budget import Budget
 from pyccl._proto.candidates import may_dial
+from pyccl._proto.dialback import DialBacks
+from pyccl._proto.master_records import PeerKey
 from pyccl._proto.member import MemberMachine
 from pyccl._proto.messages import DialAsk, Dialed, DialTold, EpochCommit, EpochPropose, Hello, Welcome, to_wire
 from pyccl.errors import RemoteProtocolError
@@ -50,30 +54,37 @@ def test_a_budget_is_a_burst_and_then_one_every_so_often() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "seen_as", "may"),
+    ("host", "own", "may"),
     [
         ("203.0.113.5", "198.51.100.1", True),
+        ("203.0.113.5", "203.0.113.6", True),
         ("2001:db8::5", "198.51.100.1", True),
+        ("2001:db8::5", "2001:db8:0:1::5", True),
         ("203.0.113.5", "192.168.1.2", True),  # it is on the master's LAN, and goes out
-        ("127.0.0.1", "127.0.0.1", True),
-        ("127.0.0.1", "192.168.1.2", False),
-        ("::1", "198.51.100.1", False),
-        ("192.168.1.7", "192.168.1.2", True),
-        ("192.168.1.7", "127.0.0.1", True),  # it is on the master's machine
-        ("192.168.1.7", "198.51.100.1", False),
-        ("fc00::7", "2001:db8::1", False),
-        ("::ffff:127.0.0.1", "198.51.100.1", False),
-        ("::ffff:203.0.113.5", "198.51.100.1", False),
-        ("169.254.169.254", "198.51.100.1", False),
-        ("fe80::1%eth0", "198.51.100.1", False),
-        ("224.0.0.1", "198.51.100.1", False),
-        ("0.0.0.0", "127.0.0.1", False),
-        ("localhost", "127.0.0.1", False),
+        ("203.0.113.5", "127.0.0.1", True),  # it is on the master's machine, or comes through a tunnel
+        ("203.0.113.5", "203.0.113.5", False),
+        ("203.0.113.5", "::ffff:203.0.113.5", False),
+        ("2001:db8::5", "2001:db8::6", False),
         ("203.0.113.5", "", False),
+        *((host, "198.51.100.1", True) for host in ("11.0.0.1", "172.32.0.1", "100.128.0.1", "2a0e:78::1")),
+        *((host, "127.0.0.1", False) for host in ("127.0.0.1", "::1", "192.168.1.7", "10.0.0.1", "localhost")),
+        *((host, "192.168.1.2", False) for host in ("192.168.1.7", "127.0.0.1", "fc00::7")),
+        *((host, "198.51.100.1", False) for host in ("10.1.2.3", "172.16.0.1", "172.31.255.255", "100.64.0.1")),
+        *((host, "198.51.100.1", False) for host in ("0.0.0.0", "0.1.2.3", "127.1.2.3", "169.254.169.254")),
+        *((host, "198.51.100.1", False) for host in ("224.0.0.1", "240.0.0.1", "255.255.255.255", "198.18.0.1")),
+        *((host, "198.51.100.1", False) for host in ("::", "::1", "fd00::1", "fe80::1", "fec0::1", "ff02::1")),
+        *((host, "198.51.100.1", False) for host in ("fe80::1%eth0", "2001:db8::5%eth0", "64:ff9b::a00:1")),
+        *((host, "198.51.100.1", False) for host in ("2002:a00:1::1", "2001:0:a00:1::1", "::10.0.0.1")),
+        *((host, "198.51.100.1", False) for host in ("::ffff:127.0.0.1", "::ffff:203.0.113.5", "example.org", "")),
+        *((host, "198.51.100.1", False) for host in ("203.0.113.05", "0x7f000001", "2130706433")),
     ],
 )
-def test_a_member_dials_only_what_is_the_same_machine_to_it(host: str, seen_as: str, may: bool) -> None:
-    assert may_dial(host, seen_as) is may
+def test_a_member_dials_public_addresses_elsewhere_and_a_master_asks_for_no_other(
+    host: str, own: str, may: bool
+) -> None:
+    key = peer_id(1), incarnation(1)
+    assert may_dial(host, own) is may
+    assert DialBacks().begin(1, host, [(key, own)], 0.0) == [key] * may
 
 
 def test_three_members_of_several_hosts_are_asked_others_each_time_and_none_where_it_is_asked_from() -> None:
@@ -83,8 +94,31 @@ def test_three_members_of_several_hosts_are_asked_others_each_time_and_none_wher
     places = [{1: 1, 2: 1, 3: 1}.get(conn, conn) for conn in asked[0]]
     assert len(set(places)) == limits.DIALERS_MAX
     assert len({tuple(conns) for conns in asked}) > 1
-    assert Run("127.0.0.1").ask("127.0.0.1") == [1]
-    assert Run("192.168.1.7").ask("192.168.1.7") == []
+    for host in ("127.0.0.1", "192.168.1.7"):
+        assert Run("127.0.0.1", "192.168.1.7", "192.168.1.8", "198.51.100.1").ask(host) == []
+
+
+def test_hosts_of_one_64_are_one_place() -> None:
+    run = Run("2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:1::3", "2001:db8:0:2::1", "198.51.100.1")
+    for _ in range(limits.DIAL_BACKS_BURST):
+        asked = run.ask()
+        assert {4, 5} < set(asked) and len(asked) == limits.DIALERS_MAX
+    assert Run("2001:db8:0:1::1", "2001:db8:0:2::1").ask("2001:db8:0:1::2") == [2]
+
+
+def test_members_are_not_even_looked_at_when_none_may_be_asked() -> None:
+    looked = 0
+
+    def members() -> Iterator[tuple[PeerKey, str]]:
+        nonlocal looked
+        looked += 1
+        yield (peer_id(1), incarnation(1)), "198.51.100.1"
+
+    dial_backs = DialBacks()
+    for ticket, host in enumerate(("127.0.0.1", "10.0.0.1", "fe80::1%eth0", "a name")):
+        assert dial_backs.begin(ticket, host, members(), 0.0) == [] and looked == 0
+    asked = [dial_backs.begin(ticket, HOST, members(), 0.0) for ticket in range(10, 50)]
+    assert looked == len([keys for keys in asked if keys]) == limits.DIAL_BACKS_BURST
 
 
 def test_what_members_say_is_told_when_all_have_said_it() -> None:
@@ -161,19 +195,46 @@ def test_a_member_dials_one_at_a_time_and_tells_how_it_went() -> None:
     assert machine.dialed(3, "", 3.0) == []  # the master that asked is gone
 
 
+def test_the_next_master_is_not_told_what_the_one_before_has_asked() -> None:
+    machine = member()
+    assert machine.receive(DialAsk(1, HOST, PORT), 0.0) != []
+    machine.disconnected(0.5)
+    machine.connected(1.0)
+    machine.receive(Welcome(1, "test", RUN, 1, 5000, True, "198.51.100.1", True), 1.0)
+    assert machine.receive(DialAsk(1, "203.0.113.6", PORT), 1.0) == []  # one at a time, also then
+    assert machine.dialed(1, "", 2.0) == []
+    assert machine.receive(DialAsk(2, HOST, PORT), 2.0) == [mb.DialBack(2, HOST, PORT)]
+    assert machine.dialed(1, "", 2.0) == []
+    assert machine.receive(DialAsk(3, HOST, PORT), 2.0) != []
+    assert sent(machine.dialed(3, "", 3.0)) == [Dialed(3, "")]
+
+
+def test_a_member_dials_more_often_than_a_master_asks_also_one_that_starts_anew() -> None:
+    machine, masters, answered, asked = member(), Budget(0, 1.0), 0, 0
+    for n in range(1000):
+        if n % 500 == 0:
+            masters = Budget(limits.DIAL_BACKS_BURST, limits.DIAL_BACK_EVERY_S)
+        if masters.take(100.0 + n / 5):
+            asked += 1
+            answered += len(machine.receive(DialAsk(n, HOST, PORT), 100.0 + n / 5 - n % 3))  # the line jitters
+            machine.dialed(n, "", 100.0 + n / 5)
+    assert answered == asked > 2 * limits.DIAL_BACKS_BURST
+
+
 def test_a_master_makes_a_member_dial_no_more_than_so_often() -> None:
     machine, dialed = member(), 0
     for n in range(100):
         dialed += len(machine.receive(DialAsk(n, HOST, PORT), 50.0))
         machine.dialed(n, "", 50.0)
-    assert dialed == limits.DIAL_BACKS_BURST
+    assert dialed == limits.DIALS_BURST
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.168.1.1", "169.254.169.254", "metadata.example", "0.0.0.0"])
 def test_a_master_makes_a_member_dial_nothing_that_is_near_to_the_member_alone(host: str) -> None:
-    machine = member()
-    assert machine.receive(DialAsk(1, host, PORT), 0.0) == []
-    assert machine.receive(DialAsk(2, HOST, PORT), 0.0) != []  # and that has cost nothing
+    for observed in ("198.51.100.1", "127.0.0.1", "192.168.1.1"):  # whatever the master says that it sees
+        machine = member(observed)
+        assert machine.receive(DialAsk(1, host, PORT), 0.0) == []
+        assert machine.receive(DialAsk(2, HOST, PORT), 0.0) != []  # and that has cost nothing
 
 
 def test_a_newcomer_is_not_asked() -> None:
