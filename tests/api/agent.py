@@ -169,6 +169,7 @@ class Agent:
         peer: str,
         group: int = 0,
         connections: int | str = "auto",
+        max_upload: str | None = None,
         mismatch_grace: float | None = None,
         stall_timeout: float | None = None,
         master_timeout: float | None = None,
@@ -176,7 +177,7 @@ class Agent:
     ) -> str:
         """A communicator with a given peer id; times that would make tests long are shortened here."""
         self.baseline = self.resources()
-        self.comm = pyccl.Communicator(address, group=group, connections=connections)
+        self.comm = pyccl.Communicator(address, group=group, connections=connections, max_upload=max_upload)
         self.comm._id = bytes.fromhex(peer)
         self.index, self.address = index, address
         given = {
