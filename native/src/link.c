@@ -257,8 +257,9 @@ static bool will_probe(const pyccl_conn *conn, bool begins) {
     return conn->seeks_freely && pace_limit(&conn->link->pace) > 0 && age_ns >= (begins ? FRESH_NS : STALE_NS);
 }
 
-/* When work begins, or all may send twice as much as before, those that are far below their share seek their rate again; as long as nothing has been too much for the line
- * and operations end before BBR has found it, all do. At any time, those that would probe soon. */
+/* When work begins, or all may send twice as much as before, those that are far below their share seek their rate again; as long
+ * as nothing has been too much for the line and operations end before BBR has found it, all do. At any time, those that would
+ * probe soon, also if they still seek. */
 static void conns_revive(pyccl_link *link, bool begins) {
     const double limit = pace_limit(&link->pace), share = share_of(link, limit > 0 ? limit : link->flow);
     const bool seeks = limit == 0 && link->pace.lasted_ns < PATIENT_RTTS * link->rtt_ns;
@@ -267,9 +268,7 @@ static void conns_revive(pyccl_link *link, bool begins) {
         if (conn == NULL || link->env->now_ns < conn->revived_ns + REVIVE_NS) continue;
         const bool behind = begins && (seeks || conn->rate * REVIVE < share);
         const bool probes = will_probe(conn, begins);
-        if (!probes && !behind) continue;
-        const bbr_state state = socket_bbr(conn->fd);
-        if (state != BBR_SETTLED && !(probes && state == BBR_SEEKS)) continue;
+        if ((!behind && !probes) || socket_bbr(conn->fd) < (probes ? BBR_SEEKS : BBR_SETTLED)) continue;
         conn->revived_ns = link->env->now_ns;
         socket_revive(conn->fd);
     }
@@ -612,7 +611,8 @@ static bool line_learn(pyccl_link *link) {
     if (acked > link->acked) link->env->long_acked += acked - link->acked; /* less: some are closed */
     link->acked = acked;
     if (pace_note(&link->pace, now, &counts, busy)) pace_apply(link);
-    const bool freed = limit > 0 && (pace_limit(&link->pace) == 0 || pace_limit(&link->pace) >= REVIVE * limit);
+    const double now_limit = pace_limit(&link->pace);
+    const bool freed = limit > 0 && (now_limit == 0 || now_limit >= REVIVE * limit);
     conns_revive(link, freed || link->pace.spell_ns != spell_ns);
     if (link->env->lanes == 0) return false;
     const bool tells = busy && (link->lanes.before > 0 || link->lanes.proving > 0 || pace_is_found(&link->pace));

@@ -71,9 +71,8 @@ double pace_limit(const pace *p) {
     double left = rate;
     uint32_t others = p->among > p->crowd->busy ? p->among - p->crowd->busy : 0; /* may be about to begin */
     for (const pace *of = p->crowd->first; of != NULL; of = of->next) {
-        const double used = is_stale(of) ? 0 : NARROW_ROOM * of->arrives;
         if (!is_narrow(of, equal)) others++;
-        else left -= used < equal ? used : equal;
+        else if (!is_stale(of)) left -= NARROW_ROOM * of->arrives < equal ? NARROW_ROOM * of->arrives : equal;
     }
     return left / others;
 }
@@ -126,13 +125,12 @@ static void trial_begin(pace *p, double arrived, double step, int64_t now_ns, in
     rate_set(p, p->rate * (1 + step), now_ns, rtt_ns);
 }
 
-static bool trial_fail(pace *p, int64_t now_ns, int64_t rtt_ns) {
+static void trial_fail(pace *p, int64_t now_ns, int64_t rtt_ns) {
     const double before = p->before;
     p->before = 0;
     p->trial_ns = now_ns + p->wait_ns;
     p->wait_ns = 2 * p->wait_ns < WAIT_MAX_NS ? 2 * p->wait_ns : WAIT_MAX_NS;
     rate_set(p, before, now_ns, rtt_ns);
-    return true;
 }
 
 static void trial_paid(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
@@ -156,7 +154,7 @@ void pace_widen(pace *p, double factor, int64_t now_ns, int64_t rtt_ns) {
 
 /* ---- cuts ---- */
 
-static bool cut(pace *p, double arrived, double repeats, int64_t now_ns, int64_t rtt_ns) {
+static void cut(pace *p, double arrived, double repeats, int64_t now_ns, int64_t rtt_ns) {
     const double most = p->rate * (1 - (repeats - p->innocent) / 2);
     if (p->blamed == 0) p->restore = p->rate;
     p->blamed = repeats;
@@ -168,23 +166,29 @@ static bool cut(pace *p, double arrived, double repeats, int64_t now_ns, int64_t
     p->trial_ns = now_ns + p->wait_ns;
     const double rate = UNDER * (p->rate > 0 && most < arrived ? most : arrived), least = p->rate > 0 ? CUT_MOST * p->rate : PEAK_MOST * p->peak;
     rate_set(p, rate > least ? rate : least, now_ns, rtt_ns);
-    return true;
 }
 
 /* Repeats go on after a cut. What is too much for a line is lost there, and as much arrives as before. */
-static bool judge(pace *p, double arrived, double repeats, int64_t now_ns, int64_t rtt_ns) {
-    if (repeats < CURED * p->blamed) return cut(p, arrived, repeats, now_ns, rtt_ns);
-    if (++p->judged < JUDGED) return false;
-    if (p->best > p->seen * (1 - p->blamed / 2)) return cut(p, p->best, repeats, now_ns, rtt_ns);
+static void judge(pace *p, double arrived, double repeats, int64_t now_ns, int64_t rtt_ns) {
+    if (repeats < CURED * p->blamed) {
+        cut(p, arrived, repeats, now_ns, rtt_ns);
+        return;
+    }
+    if (++p->judged < JUDGED) return;
+    if (p->best > p->seen * (1 - p->blamed / 2)) {
+        cut(p, p->best, repeats, now_ns, rtt_ns);
+        return;
+    }
     p->innocent = repeats;
     p->innocent_ns = now_ns + INNOCENT_NS;
     p->blamed = 0;
     p->rate = p->restore;
     p->best = 0;
-    return true;
 }
 
 /* ---- windows ---- */
+
+static int64_t window_ns(const pace_counts *c) { return c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS; }
 
 /* A queue that stands though a higher rate made none a moment ago is not of our doing: it may be what the other end sends,
  * which our acknowledgements wait behind. */
@@ -197,19 +201,18 @@ static void prove(pace *p, double arrived, int64_t now_ns) {
 }
 
 /* Without a queue the line is not full. */
-static bool rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
+static void rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
     p->found = false;
     p->drained = 0;
-    if (arrived < BOUND * p->rate || now_ns < p->calm_ns) return false;
+    if (arrived < BOUND * p->rate || now_ns < p->calm_ns) return;
     const double more = p->raised * (p->judged_in ? RAISE_GROWS : RAISE_GROWS_SPELL);
     p->raised = more < RAISE ? RAISE : more < STEP_MAX ? more : STEP_MAX;
     rate_set(p, p->rate * (1 + p->raised), now_ns, rtt_ns);
-    return true;
 }
 
 /* To what was before the first step up, or below what arrives; as nothing is lost, not far below what was before the step: one
  * window may have little for other reasons. The queue may be others': it is waited for DRAINS times. */
-static bool drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
+static void drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
     const double before = p->rate / (1 + p->raised), arrives = UNDER * (p->best < p->rate ? p->best : p->rate);
     const double below = arrives > DRAIN_MOST * before ? arrives : DRAIN_MOST * before;
     const double rate = p->raised > 0 && p->raised <= RAISE ? before : below;
@@ -218,39 +221,38 @@ static bool drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
     p->calm_ns = now_ns + CALM_NS;
     p->trial_ns = now_ns + p->wait_ns;
     rate_set(p, rate, now_ns, rtt_ns);
-    return true;
 }
 
-static bool window_end(pace *p, int64_t now_ns, double arrived, double repeats, double allowed, const pace_counts *c) {
+static void window_end(pace *p, int64_t now_ns, double arrived, double repeats, double allowed, const pace_counts *c) {
     if (repeats < p->innocent) p->innocent = repeats;
     if (now_ns >= p->innocent_ns) p->innocent = 0;
     p->best = arrived > p->best ? arrived : p->best;
     p->windows++;
     if (repeats > p->innocent + allowed) {
-        if (p->before > 0) return trial_fail(p, now_ns, c->rtt_ns);
-        if (p->blamed > 0) return judge(p, arrived, repeats, now_ns, c->rtt_ns);
-        return ++p->over > 1 && cut(p, repeats > MUCH && p->rate > 0 ? arrived : p->best, repeats, now_ns, c->rtt_ns);
+        if (p->before > 0) trial_fail(p, now_ns, c->rtt_ns);
+        else if (p->blamed > 0) judge(p, arrived, repeats, now_ns, c->rtt_ns);
+        else if (++p->over > 1) cut(p, repeats > MUCH && p->rate > 0 ? arrived : p->best, repeats, now_ns, c->rtt_ns);
+        return;
     }
     p->over = 0;
     p->blamed = 0;
-    if (p->rate == 0) return false;
+    if (p->rate == 0) return;
     if (p->before > 0) {
         if (arrived >= p->seen * (1 + PAID * p->step)) trial_paid(p, arrived, now_ns, c->rtt_ns);
         else trial_fail(p, now_ns, c->rtt_ns);
-        return true;
+        return;
     }
     if (!stands(c)) {
         prove(p, arrived, now_ns);
-        return rise(p, arrived, now_ns, c->rtt_ns);
+        rise(p, arrived, now_ns, c->rtt_ns);
+        return;
     }
     p->found = true;
     const bool lasts = p->windows >= OVER_WINDOWS;
     if (lasts && p->best < BOUND * p->rate) p->proven = 0; /* the line has become slower */
     const bool ours = lasts && !is_proven(p, now_ns) && (p->drained < DRAINS || p->rate > OVER * p->best);
-    if (p->raised > 0 || ours) return drain(p, now_ns, c->rtt_ns);
-    if (now_ns < p->trial_ns || arrived < BOUND * p->rate) return false;
-    trial_begin(p, arrived, STEP, now_ns, c->rtt_ns);
-    return true;
+    if (p->raised > 0 || ours) drain(p, now_ns, c->rtt_ns);
+    else if (now_ns >= p->trial_ns && arrived >= BOUND * p->rate) trial_begin(p, arrived, STEP, now_ns, c->rtt_ns);
 }
 
 /* ---- spells ---- */
@@ -263,7 +265,7 @@ static int64_t part_ns(const pace_counts *c) {
 /* Several links were busy then: what is lost and waits is not of this one alone. */
 static bool was_met(const pace *p, int64_t from_ns) { return p->crowd != NULL && p->crowd->met_ns >= from_ns; }
 
-static bool spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
+static void spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
     const pace_counts *was = &p->at_spell, whole = {.rtt_ns = c->rtt_ns, .queue_ns = p->spell_queue_ns};
     const uint64_t sent = c->sent > was->sent ? c->sent - was->sent : 0;
     const double parts_s = SPELL_PARTS * (double)part_ns(c) / 1e9;
@@ -273,12 +275,12 @@ static bool spell_end(pace *p, int64_t now_ns, const pace_counts *c) {
     p->lasted_ns = p->last_ns - p->spell_ns;
     const bool shared = p->crowded; /* what arrived is what its share let through */
     if (!was_met(p, p->spell_ns)) p->crowded = false; /* nobody came */
-    if (shared || p->judged_in || was_met(p, p->spell_ns) || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return false;
-    if ((double)(c->delivered - was->delivered) < p->spell_best * parts_s) return false;
+    if (shared || p->judged_in || was_met(p, p->spell_ns) || sent < SPELL_PACKETS_MIN || c->delivered < was->delivered || c->repeated < was->repeated) return;
+    if ((double)(c->delivered - was->delivered) < p->spell_best * parts_s) return;
     p->over = 1; /* it is known when what was repeated was sent */
     p->best = 0;
     const double allowed = sent < SPELL_PACKETS_MANY ? LOSS_ALLOWED : SPELL_LOSS_ALLOWED;
-    return window_end(p, now_ns, p->spell_best, (double)(c->repeated - was->repeated) / (double)sent, allowed, &whole);
+    window_end(p, now_ns, p->spell_best, (double)(c->repeated - was->repeated) / (double)sent, allowed, &whole);
 }
 
 static void spell_begin(pace *p, int64_t now_ns, const pace_counts *c) {
@@ -304,34 +306,33 @@ int64_t pace_lasts(const pace *p, int64_t now_ns, int64_t rtt_ns) {
     return p->spell && now_ns < p->last_ns + SPELL_RTTS * rtt_ns ? now_ns - p->spell_ns : 0;
 }
 
-static bool spell_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
-    const bool changed = p->spell && now_ns >= p->last_ns + SPELL_RTTS * c->rtt_ns && spell_end(p, now_ns, c);
+static void spell_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+    if (p->spell && now_ns >= p->last_ns + SPELL_RTTS * c->rtt_ns) spell_end(p, now_ns, c);
     if (!p->spell && busy) spell_begin(p, now_ns, c);
     if (p->spell) spell_part(p, now_ns, c);
     if (busy) p->last_ns = now_ns;
-    return changed;
 }
 
-static bool window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
+static void window_note(pace *p, int64_t now_ns, const pace_counts *c, bool busy) {
     if (busy && !p->busy && p->from_ns < now_ns + c->rtt_ns) p->from_ns = now_ns + c->rtt_ns; /* nothing of this spell arrives before */
     if (busy != p->busy) p->open = false;
     p->busy = busy;
-    if (!busy || now_ns < p->from_ns) return false;
-    const int64_t length = c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS;
+    if (!busy || now_ns < p->from_ns) return;
+    const int64_t length = window_ns(c);
     const bool lossless = c->repeated == p->start.repeated;
     const uint64_t packets = p->start.sent + (lossless ? PACKETS_FEW : PACKETS_MIN);
     const int64_t longest = (lossless ? WINDOW_LONGER : WINDOW_LONGER_LOSSY) * length;
-    if (p->open && now_ns - p->start_ns < (c->sent < packets ? longest : length)) return false;
+    if (p->open && now_ns - p->start_ns < (c->sent < packets ? longest : length)) return;
     const pace_counts was = p->start;
     const double seconds = (double)(now_ns - p->start_ns) / 1e9;
     const bool whole = p->open && !was_met(p, p->start_ns);
     p->open = true;
     p->start_ns = now_ns;
     p->start = *c;
-    if (!whole || c->sent < packets || c->delivered < was.delivered || c->repeated < was.repeated) return false;
+    if (!whole || c->sent < packets || c->delivered < was.delivered || c->repeated < was.repeated) return;
     const double repeats = (double)(c->repeated - was.repeated) / (double)(c->sent - was.sent);
     p->judged_in = true;
-    return window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, LOSS_ALLOWED, c);
+    window_end(p, now_ns, (double)(c->delivered - was.delivered) / seconds, repeats, LOSS_ALLOWED, c);
 }
 
 /* Beside other links that are busy: their loss and queue are not this one's doing. Those that were busy at the same time will be
@@ -363,9 +364,9 @@ static bool is_apart(const pace *p) {
 }
 
 static void arrives_note(pace *p, int64_t now_ns, const pace_counts *c) {
-    const int64_t least = c->rtt_ns > WINDOW_MIN_NS ? c->rtt_ns : WINDOW_MIN_NS;
-    if (now_ns < p->spell_ns + NARROW_RTTS * c->rtt_ns || (p->mark_ns > 0 && now_ns - p->mark_ns < least)) return;
-    if (p->mark_ns > 0 && c->delivered >= p->marked && p->busy) p->arrives = (double)(c->delivered - p->marked) / ((double)(now_ns - p->mark_ns) / 1e9);
+    if (now_ns < p->spell_ns + NARROW_RTTS * c->rtt_ns || (p->mark_ns > 0 && now_ns - p->mark_ns < window_ns(c))) return;
+    if (p->mark_ns > 0 && c->delivered >= p->marked && p->busy)
+        p->arrives = (double)(c->delivered - p->marked) / ((double)(now_ns - p->mark_ns) / 1e9);
     p->mark_ns = now_ns;
     p->marked = c->delivered;
 }

@@ -13,8 +13,10 @@ from typing import Final
 
 import trio
 
-_LINES_BURST: Final = 20.0
-_LINES_PER_S: Final = 1.0
+from pyccl._proto.budget import Budget
+
+_LINES_BURST: Final = 20
+_LINE_EVERY_S: Final = 1.0
 
 
 class Places:
@@ -45,16 +47,12 @@ class Notes:
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
-        self._credit, self._at = _LINES_BURST, 0.0
+        self._budget = Budget(_LINES_BURST, _LINE_EVERY_S)
         self._left_out = 0
 
     def tell(self, event: str, cause: object) -> None:
-        now = trio.current_time()
-        self._credit = min(_LINES_BURST, self._credit + (now - self._at) * _LINES_PER_S)
-        self._at = now
-        if self._credit < 1:
+        if not self._budget.take(trio.current_time()):
             self._left_out += 1
             return
-        self._credit -= 1
         more, self._left_out = self._left_out, 0
         self._log.info("%s cause=%s%s", event, cause, f" left_out={more}" if more else "")

@@ -1,4 +1,4 @@
-"""How often something may be done for others who ask for it. Pure: time is an argument."""
+"""How often something may be done that others cause. Pure: time is an argument."""
 
 from __future__ import annotations
 

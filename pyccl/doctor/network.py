@@ -146,8 +146,7 @@ def judge_reached_by_peers(seen: Seen, port: int) -> Finding:
         return Finding(name, Level.NOTE, text, data=data)
     if not missed:
         return Finding(name, Level.OK, f"{tried} of {tried} members that tried have connected to {where}", data=data)
-    words = "; ".join(f"{peer[:8]}: {reason}" for peer, reason in missed.items())
-    text = f"{reached} of {tried} members that tried have connected to {where} ({words})"
+    text = f"{reached} of {tried} members that tried have connected to {where} ({_words(missed)})"
     advice = "let incoming TCP through the firewall and forward it in the router; else such pairs punch or use a relay"
     if reached:
         advice = "a firewall lets only some in, or does not let those out: such pairs punch or use a relay"
@@ -228,8 +227,7 @@ def judge_peers(tried: dict[str, str]) -> Finding:
         return Finding("peers", Level.NOTE, "there are no members to try", data=data)
     if not missed:
         return Finding("peers", Level.OK, f"all of {len(tried)} members that were tried are reached", data=data)
-    words = "; ".join(f"{peer[:8]}: {reason}" for peer, reason in missed.items())
-    text = f"{len(tried) - len(missed)} of {len(tried)} members are reached ({words})"
+    text = f"{len(tried) - len(missed)} of {len(tried)} members are reached ({_words(missed)})"
     advice = "they reach us, if `reached by peers` is ok; else such pairs are linked through a third member"
     return Finding("peers", Level.WARNING, text, advice, data)
 
@@ -331,6 +329,10 @@ async def _sampled(master: Master, credentials: Credentials | None) -> tuple[Rat
         except errors.PycclError as e:
             reason = str(e)
     return up, down, reason
+
+
+def _words(missed: dict[str, str]) -> str:
+    return "; ".join(f"{peer[:8]}: {reason}" for peer, reason in missed.items())
 
 
 def _rate_text(rate: Rate) -> str:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from test_links import until
 from trio.testing import MockClock
 
 from pyccl._io import envelope, sampling
@@ -221,16 +222,14 @@ def test_the_end_of_a_sample_is_nothing_to_log(upwards: bool, secure: bool, capl
             credentials = Credentials(identity, b"s" * 16, Ticket(identity.public, b"")) if secure else None
             for _ in range(2):  # when the second is served the first is over
                 await measure(HOST, port, credentials, upwards=upwards)
-            await trio.sleep(0.2)
-            ends = [record.getMessage() for record in caplog.records if record.name == "pyccl.master"]
-            assert [text for text in ends if text.startswith("connection_")] == []
             stream = await trio.open_tcp_stream(HOST, port)
             await stream.send_all(b"\xff" * 64)
             async with stream:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await stream.receive_some(1)
-            await trio.sleep(0.05)
-            assert "connection_ended" in caplog.text  # of others it is
+            await until(lambda: "connection_ended" in caplog.text)  # of others it is
+            ends = [record.getMessage() for record in caplog.records if record.name == "pyccl.master"]
+            assert len([text for text in ends if text.startswith("connection_")]) == 1
 
     trio.run(main)
 
