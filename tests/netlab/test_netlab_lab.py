@@ -233,7 +233,8 @@ from pyccl.netlab import Lab, parse
 with Lab(parse(sys.argv[1], "owned")) as lab:
     # One that leaves its parent, session and process group behind.
     lab.start(0, ["setsid", "sh", "-c", "sleep 1000 & echo started; exec sleep 1000"])
-    print("emulator", lab.emulator_pid, flush=True)
+    sys.stdout.write("emulator\\n")  # one write, also when unbuffered: the other writes to this pipe, too
+    sys.stdout.flush()
     sys.stdin.readline()
 """
 MARK = "PYCCL_NETLAB_TEST"
@@ -270,8 +271,8 @@ def test_nothing_remains_of_a_lab_whatever_ends_its_owner(more: str, processes: 
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, MARK: mark},
     ) as owner:  # fmt: skip
         assert owner.stdout is not None and owner.stdin is not None
-        lines = {owner.stdout.readline().split()[0] for _ in range(2)}
-        assert lines == {"emulator", "started"}
+        lines = {owner.stdout.readline() for _ in range(2)}
+        assert lines == {"emulator\n", "started\n"}
         wait_until(lambda: len(carriers(mark)) >= processes)  # it, the emulator, both on host 0
         if end == "kill":
             owner.send_signal(signal.SIGKILL)
