@@ -372,7 +372,7 @@ static void sooner(int64_t *due, int64_t at_ns) {
 static void silence_check(pyccl_engine *engine, peer *p) {
     const int64_t now = engine->env.now_ns;
     if (p->link.conn_count == 0 && p->rank < 0) return;
-    if (link_is_unread(&p->link)) p->link.heard_ns = now;
+    link_excuse(&p->link, false);
     if (p->silent) return;
     if (now - p->link.heard_ns >= engine->options.silence_ns) engine_silent(engine, p);
     else sooner(&engine->check_ns, p->link.heard_ns + engine->options.silence_ns);
@@ -391,8 +391,8 @@ void engine_breathe(pyccl_engine *engine) {
     engine->env.now_ns = turn_ns;
 }
 
-/* The line of some connections is gone, by their TCP, where others of the link are heard: who changed its address has new ones to
- * us, and missed us first. */
+/* The line of some connections is gone where others of the link are heard: who changed its address has new ones to us, and missed us
+ * first; or something in between swallows what they carry, and acknowledges it. */
 static void hang_up_dead(pyccl_engine *engine, peer *p) {
     const int64_t now = engine->env.now_ns, silence_ns = engine->options.silence_ns;
     pyccl_conn *dead[PYCCL_CONNS_MAX];
@@ -467,7 +467,7 @@ static int wait_ms(const pyccl_engine *engine) {
 
 /* We did not look for a while (stopped, or a long copy): nobody may be called silent before the sockets are drained. */
 static void after_gap(pyccl_engine *engine) {
-    for (peer *p = engine->peers; p != NULL; p = p->next) p->link.heard_ns = engine->env.now_ns;
+    for (peer *p = engine->peers; p != NULL; p = p->next) link_excuse(&p->link, true);
 }
 
 /* ---- the thread ---- */

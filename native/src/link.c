@@ -228,6 +228,7 @@ bool link_conn_has_unread(const pyccl_conn *conn) {
 
 bool link_conn_is_dead(const pyccl_conn *conn, int64_t silence_ns) {
     struct tcp_info info = {0};
+    if (conn->link->env->now_ns - conn->heard_ns >= silence_ns) return !link_conn_has_unread(conn);
     return conn_info(conn, &info) && info.tcpi_unacked > 0 && info.tcpi_retransmits >= DEAD_RETRANSMITS &&
            info.tcpi_last_ack_recv * INT64_C(1000000) >= silence_ns;
 }
@@ -348,7 +349,7 @@ pyccl_status link_conn_add(pyccl_link *link, int fd, const pyccl_conn_keys *keys
     count_long(link);
     unsent_limit(conn, UNSENT_MAX);
     lanes_changed(link);
-    link->heard_ns = link->env->now_ns;
+    conn->heard_ns = link->heard_ns = link->env->now_ns;
     link->wants_send = true;
     *out = conn;
     return PYCCL_OK;
@@ -395,10 +396,14 @@ void link_bury(link_env *env) {
     }
 }
 
-bool link_is_unread(const pyccl_link *link) {
-    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++)
-        if (link->conns[i] != NULL && (link->conns[i]->paused || link->conns[i]->held)) return true;
-    return false;
+void link_excuse(pyccl_link *link, bool all) {
+    const int64_t now = link->env->now_ns;
+    if (all) link->heard_ns = now;
+    for (uint32_t i = 0; i < PYCCL_CONNS_MAX; i++) {
+        pyccl_conn *conn = link->conns[i];
+        if (conn == NULL || !(all || conn->paused || conn->held)) continue;
+        conn->heard_ns = link->heard_ns = now;
+    }
 }
 
 /* ---- control frames ---- */
@@ -763,7 +768,7 @@ static size_t conn_recv(pyccl_conn *conn) {
     if (n <= 0) return 0;
     link->rx_bytes += (size_t)n;
     throttle_take(&link->env->rx, (size_t)n);
-    link->heard_ns = link->received_ns = link->env->now_ns;
+    conn->heard_ns = link->heard_ns = link->received_ns = link->env->now_ns;
     const size_t in_place = (size_t)n < direct ? (size_t)n : direct;
     conn->stage_have = (uint32_t)((size_t)n - in_place);
     if (in_place > 0) payload_arrived(conn, (uint32_t)in_place);

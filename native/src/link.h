@@ -111,6 +111,7 @@ struct pyccl_conn {
     bool held;                       /* no room in env->rx, EPOLLIN is off */
     bool paused;                     /* `frame` waits for a later epoch, EPOLLIN is off */
     int64_t sent_ns;
+    int64_t heard_ns;                /* as of the link */
     pyccl_conn *grave_next;
     /* receiving */
     pyccl_frame frame;
@@ -195,8 +196,9 @@ bool link_reads(const pyccl_link *link, const uint8_t *from, uint64_t bytes);   
 /* Bytes that the other end's TCP has, on the connections that stand: acknowledged, or behind a hole, where they count when
  * they arrive and not when it is filled. */
 bool link_conn_has_unread(const pyccl_conn *conn);                 /* bytes came that nobody has looked at */
-bool link_conn_is_dead(const pyccl_conn *conn, int64_t silence_ns); /* TCP repeats, and nothing was acknowledged for so long */
+/* Nothing came over it for so long, not even heartbeats; or TCP repeats, and nothing was acknowledged. */
+bool link_conn_is_dead(const pyccl_conn *conn, int64_t silence_ns);
 uint64_t link_delivered(const pyccl_link *link);
-bool link_is_unread(const pyccl_link *link);     /* some connection is paused or held: what came is not all heard */
+void link_excuse(pyccl_link *link, bool all);    /* connections that we did not listen to, or all of them, count as heard now */
 
 #endif

@@ -270,6 +270,35 @@ TEST(engine_closes_silent_connections_for_a_new_one_and_reports_silence_of_that_
     cluster_close(&c);
 }
 
+/* What stands between may swallow one connection alone, and acknowledge it. */
+TEST(engine_closes_a_connection_that_swallows_where_others_are_heard) {
+    cluster c;
+    cluster_open_with(&c, 2, 3, OVER_TCP, SECOND / 50, SECOND / 5);
+    int hole[2];
+    tcp_pair(hole);
+    CHECK_EQ(pyccl_engine_conn_add(c.engine[0], c.slot[0][1], hole[0]), PYCCL_OK);
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, LONG(4000001), 2, 5);
+    pyccl_op *ops[2];
+    for (uint32_t i = 0; i < 2; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, LONG(4000001), 0), v.in[i], v.out[i], 0);
+    static uint8_t swallowed[65536];
+    ssize_t n = 1;
+    uint64_t bytes = 0;
+    while ((n = recv(hole[1], swallowed, sizeof swallowed, 0)) > 0) bytes += (uint64_t)n;
+    CHECK(bytes > sizeof swallowed); /* and not just heartbeats */
+    pyccl_event down = {0};
+    CHECK(await_event(c.engine[0], PYCCL_EVENT_CONN_DOWN, &down));
+    CHECK(down.slot == c.slot[0][1] && down.count == 3);
+    for (uint32_t i = 0; i < 2; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.out[i], v.want, v.bytes) == 0);
+    }
+    pyccl_event event;
+    while (pyccl_engine_events(c.engine[0], &event, 1) == 1) CHECK(event.type != PYCCL_EVENT_LINK_SILENT);
+    vectors_free(&v);
+    close(hole[1]);
+    cluster_close(&c);
+}
+
 TEST(engine_refuses_a_peer_that_asks_without_end_and_reads_no_answer) {
     cluster c;
     cluster_open(&c, 2, 1, OVER_TCP);
