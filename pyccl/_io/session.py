@@ -65,6 +65,7 @@ _TRAFFIC_S: Final = 1.0  # over which traffic is counted: what comes in a burst 
 _SLICE_S: Final = 0.1  # longest wait of a user thread without a look at Python's signal handlers
 _ATTEMPT_LEAST_S: Final = 1.0  # to connect to the master of a run we are in
 _ATTEMPT_MOST_S: Final = 10.0
+_REFUSED: Final = (errors.RejectedError, errors.RemoteProtocolError)
 _LEAVE_S: Final = 2.0
 _ENDING_S: Final = 10.0  # more than it ever takes from the engine's end to the thread's
 _EPOCHS_KEPT: Final = 64  # member lists of past epochs, for the info of operations that ended in them
@@ -420,7 +421,7 @@ class Session:
                 cause = reason_of(e)
             except trio.TooSlowError:
                 pass  # what was said before says more
-            except (errors.RejectedError, errors.RemoteProtocolError) as e:
+            except _REFUSED as e:
                 if not welcome:
                     self._finish(type(e)(f"{address}: {e}"))
                     return
@@ -607,15 +608,19 @@ class Session:
         while True:
             self._pulse_wanted = trio.Event()
             try:
-                stream = await tls.reach(self.config.host, self.config.port, self.config.credentials)
-                async with socket_of(stream) as sock:
-                    await stream.send_all(envelope.pack(Pulse(limits.PROTOCOL_VERSION, self.peer, self.incarnation)))
-                    keys = None if self.config.credentials is None else await tls.leave(stream)
-                    self.engine.pulse(sock.socket.detach(), keys)
+                with trio.fail_after(self._attempt_s()):
+                    await self._pulse_over(self.engine)
                 await self._pulse_wanted.wait()
-            except (OSError, trio.BrokenResourceError, errors.RejectedError, errors.RemoteProtocolError) as e:
-                log.debug("pulse_failed cause=%s", e)
+            except (OSError, trio.BrokenResourceError, trio.TooSlowError, *_REFUSED) as e:
+                log.debug("pulse_failed cause=%s", reason_of(e))
             await trio.sleep(1.0)
+
+    async def _pulse_over(self, engine: Engine) -> None:
+        stream = await tls.reach(self.config.host, self.config.port, self.config.credentials)
+        async with socket_of(stream) as sock:
+            await stream.send_all(envelope.pack(Pulse(limits.PROTOCOL_VERSION, self.peer, self.incarnation)))
+            keys = None if self.config.credentials is None else await tls.leave(stream)
+            engine.pulse(sock.socket.detach(), keys)
 
     # -- effects
 

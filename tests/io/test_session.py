@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from pyccl import errors
+from pyccl._io import tls
 from pyccl._io.links import LinkEvents, Links
 from pyccl._io.session import Session, SessionConfig
 from pyccl._native._pyccl import lib
@@ -85,3 +87,32 @@ def test_message_that_overtakes_the_engines_leave_finds_the_session_out_of_the_r
             ]
 
     trio.run(go)
+
+
+def test_a_pulse_whose_handshake_is_swallowed_is_begun_anew(
+    engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def go() -> None:
+        session = Session(SessionConfig("127.0.0.1", 1, 0, None, "test"), IDS[0], MEMBERS[0].incarnation)
+        machine = session._machine = MemberMachine(IDS[0], MEMBERS[0].incarnation, 0, (), "test")
+        machine.connected(0.0)
+        machine.receive(Welcome(limits.PROTOCOL_VERSION, "", b"r" * 16, 1, 50, False), 0.0)
+        session.engine = engines[0]
+        again, begun = trio.Event(), 0
+
+        async def swallowed(host: str, port: int, credentials: object) -> trio.SocketStream:
+            nonlocal begun
+            begun += 1
+            if begun == 2:
+                again.set()
+            await trio.sleep_forever()
+            raise AssertionError
+
+        monkeypatch.setattr(tls, "reach", swallowed)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session._pulse)
+            with trio.fail_after(PATIENCE_S):
+                await again.wait()
+            nursery.cancel_scope.cancel()
+
+    trio.run(go, clock=trio.testing.MockClock(autojump_threshold=0))
