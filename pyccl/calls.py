@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from pyccl import errors, units
+from pyccl._io.address import shown
 from pyccl._native._pyccl import lib
 from pyccl._native.handles import TIMEOUT_S_MAX, Kind, Spec
 from pyccl._proto import limits
@@ -217,7 +218,7 @@ def check_range(name: str, value: object, low: int, high: int) -> None:
     if type(value) is int and low <= value <= high:
         return
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= int(value) <= high:
-        raise errors.UsageError(f"{name}={value!r}: a whole number of {low}..{high} is needed")
+        raise errors.UsageError(f"{name}={shown(value)}: a whole number of {low}..{high} is needed")
 
 
 def rate(name: str, value: object) -> int:

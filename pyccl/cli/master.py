@@ -23,6 +23,7 @@ import click
 import trio
 
 from pyccl import errors
+from pyccl._io.address import shown
 from pyccl._io.identity import Identity, short
 from pyccl._io.journal import Journal, JournalError
 from pyccl._io.master_server import CONNECTIONS_MAX, TRIES_PER_LINE, WRITE_AGAIN_S, MasterServer
@@ -83,7 +84,7 @@ def _parse_listen(text: str) -> tuple[str, int]:
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not separator or not host or not port.isdigit() or int(port) > limits.PORT_MAX:
-        raise click.BadParameter(f"{text!r} is not HOST:PORT with a port of 0..65535")
+        raise click.BadParameter(f"{shown(text)} is not HOST:PORT with a port of 0..65535")
     return host, int(port)
 
 

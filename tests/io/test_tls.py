@@ -7,16 +7,20 @@ import contextlib
 import logging
 import socket
 import ssl
+import string
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from pyccl._io import envelope, tls
-from pyccl._io.address import Master, invite_text, parse_master
+from pyccl import Communicator
+from pyccl._io import envelope, probe, sampling, tls
+from pyccl._io.address import SCHEME, Master, invite_text, parse_master
+from pyccl._io.admission import PLAIN_REFUSED
 from pyccl._io.ask import ask, ask_status
 from pyccl._io.identity import Identity
 from pyccl._io.journal import Journal
@@ -42,11 +46,15 @@ from pyccl._proto.messages import (
     Kick,
     Message,
     Observe,
+    Probe,
     Pulse,
     PulseKeys,
     Ready,
+    Reflect,
     Rejected,
+    RelayHello,
     Revoke,
+    Sample,
     StatusAsk,
     Welcome,
 )
@@ -288,6 +296,61 @@ def test_plain_and_encrypted_are_told_apart_and_never_mixed() -> None:
     run(main)
 
 
+ANNS = of(ANN).peer
+IN_CLEAR = (
+    hello(of(ANN)),
+    Observe(VERSION, "test", 0, ANNS, INCARNATION),
+    Pulse(VERSION, ANNS, INCARNATION),
+    Reflect(VERSION, ANNS, INCARNATION),
+    RelayHello(VERSION, RUN, ANNS, INCARNATION, bytes(16), bytes(16)),
+    StatusAsk(VERSION),
+    Probe(VERSION, 1),
+    Sample(VERSION, True),
+    InviteAsk(60, 1, None, ""),
+    Kick(ANNS),
+    Challenge(VERSION, bytes(32)),
+)
+
+
+@pytest.mark.parametrize("first", IN_CLEAR, ids=lambda first: type(first).__name__)
+def test_whatever_comes_in_clear_to_a_secure_master_is_told_to_bring_an_invite_and_no_more(first: Message) -> None:
+    async def main() -> None:
+        async with served() as port, tls.socket_of(await member(port, of(ANN))):  # whom it would know
+            async with await trio.open_tcp_stream(HOST, port) as stream:
+                await stream.send_all(envelope.pack(first))
+                come = b""
+                while part := await stream.receive_some():
+                    come += part
+            assert come == envelope.pack(Rejected(PLAIN_REFUSED))
+            assert "an invite (pyccl-master invite)" in PLAIN_REFUSED
+
+    run(main)
+
+
+@pytest.mark.parametrize("question", ["reach", "status", "probe", "sample"])
+def test_who_has_an_invite_tells_a_plain_master_nothing_of_it(question: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    me = of(ANN)
+    ways: dict[str, Callable[[int], Awaitable[object]]] = {
+        "reach": lambda port: tls.reach(HOST, port, me),
+        "status": lambda port: ask_status(HOST, port, me),
+        "probe": lambda port: probe.probe(HOST, port, me),
+        "sample": lambda port: sampling.measure(HOST, port, me, upwards=True),
+    }
+
+    async def main() -> None:
+        async with served(None) as plain, tapped(plain) as (port, seen, to_master):
+            with pytest.raises(RejectedError, match=r"not encrypted .*--insecure"):
+                await ways[question](port)
+            captured = b"".join(seen)
+            assert sum(to_master) > 0 and captured.endswith(tls.PLAIN_HERE)
+            for secret in (token(), token()[-32:], ANN.public, me.peer, me.salt, MASTER.public, RUN):
+                assert secret not in captured
+
+    run(main)
+    assert "it begins encrypted, and this master is plain" in caplog.text
+
+
 def test_what_answers_with_another_key_or_without_tls_is_not_spoken_to() -> None:
     async def main() -> None:
         got: list[bytes] = []
@@ -478,9 +541,30 @@ def test_invites_are_read_as_they_are_written_and_errors_never_repeat_them(monke
         with pytest.raises(UsageError) as caught:
             parse_master(None)
         assert secret[:20] not in str(caught.value)
+    for last in {*string.ascii_letters, *string.digits, *"-_+/=", secret[-1] + "="} - {secret[-1]}:
+        with contextlib.suppress(UsageError):  # else another token: also where it differs in bits that mean nothing
+            assert parse_master(text[:-1] + last).ticket != ticket
     monkeypatch.setenv("PYCCL_INVITE", "127.0.0.1:1")
     with pytest.raises(UsageError, match="holds no invite"):
         parse_master(None)
     monkeypatch.delenv("PYCCL_INVITE")
     with pytest.raises(UsageError, match="which master"):
         parse_master(None)
+
+
+FORMS: dict[str, Callable[[str], object]] = {
+    "as it is": str,
+    "as bytes": str.encode,
+    "in a list": lambda text: [text],
+    "without its scheme": lambda text: text.removeprefix(SCHEME),
+}
+ARGUMENTS = ("address", "listen", "advertise", "relay", "group")
+MISPLACED = [(a, form) for a in ARGUMENTS for form in FORMS if (a, form) != ("address", "as it is")]
+
+
+@pytest.mark.parametrize(("argument", "form"), MISPLACED)
+def test_an_invite_in_the_wrong_place_is_not_repeated(argument: str, form: str) -> None:
+    wrong: Any = FORMS[form](invite_text("h:1", Ticket(MASTER.public, token())))
+    with pytest.raises(UsageError) as caught:
+        Communicator(**{"address": "127.0.0.1:1", argument: wrong})
+    assert base64.urlsafe_b64encode(MASTER.public)[:20].decode() not in str(caught.value)
