@@ -107,10 +107,10 @@ def add(cluster: Cluster, comm: aio.Communicator) -> Local:
 
 
 @asynccontextmanager
-async def mixed(cluster: Cluster, agents: int = 1) -> AsyncIterator[tuple[Local, list[Peer]]]:
-    """One member here, which founds the group, and so many agents."""
+async def mixed(cluster: Cluster, agents: int = 1, **settings: Any) -> AsyncIterator[tuple[Local, list[Peer]]]:
+    """One member here, which founds the group, and so many agents with these settings."""
     others = cluster.spawn(agents)
-    cluster.make(others)
+    cluster.make(others, **settings)
     comm = aio.Communicator(cluster.master.address)
     comm._config = dataclasses.replace(comm._config, **cluster.settings)
     async with comm:

@@ -119,7 +119,7 @@ async def test_an_exchange_cancelled_on_one_side_fails_on_the_other_and_holds_up
 ) -> None:
     """first: it waits for the partner. second: the partner is stopped half-way through its data."""
     cluster = make_cluster(peer_timeout=NEVER_SILENT_S)
-    async with mixed(cluster, agents=2) as (local, [other, beside]):
+    async with mixed(cluster, agents=2, max_upload="200mbit") as (local, [other, beside]):  # it is not done by then
         count = 1000 if canceller == "first" else LARGE
         x = local.draw(1, count)
         before = x.copy()
