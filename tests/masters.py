@@ -13,10 +13,10 @@ _END_S: Final = 60.0
 
 
 @contextmanager
-def started_master(*options: str) -> Iterator[str]:
+def started_master(*options: str, listen: str = "127.0.0.1:0") -> Iterator[str]:
     """Its address."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pyccl.cli.master", "--listen", "127.0.0.1:0", *options],
+        [sys.executable, "-P", "-m", "pyccl.cli.master", "--listen", listen, *options],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -132,4 +132,4 @@ def _as_os_error(error: BaseException, address: Address) -> OSError:
         return ConnectionRefusedError(str(error)) if refused else error
     if isinstance(error, UnicodeError):  # a name that IDNA refuses: foreign text, and no OSError
         return OSError(f"{address.host!r} is no name of a host: {error}")
-    return OSError(f"{address.host}:{address.port}: {error or type(error).__name__}")
+    return OSError(f"{address.host}:{address.port}: {str(error) or type(error).__name__}")

@@ -22,8 +22,8 @@ Ready = Callable[[], Awaitable[trio.SocketStream]]
 
 
 class _Waiter:
-    def __init__(self, ready: Ready) -> None:
-        self.ready, self.taken, self.over = ready, trio.Event(), trio.Event()
+    def __init__(self, ready: Ready, taken: trio.Event) -> None:
+        self.ready, self.taken, self.over = ready, taken, trio.Event()
 
 
 class Meetings:
@@ -50,19 +50,17 @@ class Meetings:
             return True
         if len(self._waiting) >= _WAITING_MAX or self._relay.pairs() >= Relay.PAIRS_MAX:
             raise UsageError("this relay carries all that it can")
-        waiter = self._waiting[mine] = _Waiter(ready)
+        waiter = self._waiting[mine] = _Waiter(ready, trio.Event() if met is None else met)
         try:
             with trio.move_on_after(MEET_S):
                 await waiter.taken.wait()
         finally:
             if self._waiting.get(mine) is waiter:
                 del self._waiting[mine]
-        if waiter.taken.is_set():
-            if met is not None:
-                met.set()
-            await waiter.over.wait()  # its stream is the other task's until then
-            return True
-        return False
+            if waiter.taken.is_set():  # its stream is the other task's until it is over, also if we are cancelled now
+                with trio.CancelScope(shield=True):
+                    await waiter.over.wait()
+        return waiter.taken.is_set()
 
     async def _join(self, hello: RelayHello, ready: Ready, other: _Waiter) -> None:
         with trio.fail_after(MEET_S):

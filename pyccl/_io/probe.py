@@ -84,6 +84,8 @@ class Prober:
 
 async def dial(host: str, port: int) -> str:
     """Why it can't be connected to; "": it can."""
+    if not 1 <= port <= limits.PORT_MAX:  # the system would take it modulo 65,536, or not at all
+        return "there is no such port"
     try:
         with trio.fail_after(limits.DIAL_BACK_S):
             await trio.aclose_forcefully(await trio.open_tcp_stream(host, port))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from at_once import both
+from masters import started_master
 
 import pyccl
 
@@ -150,6 +152,48 @@ def test_a_kicked_member_learns_it(master: Master) -> None:
 def test_a_plain_peer_is_told_to_bring_an_invite(master: Master) -> None:
     with pytest.raises(pyccl.RejectedError, match="come with an invite"):
         pyccl.connect(master.address)
+
+
+def test_an_invite_opens_no_plain_master(master: Master, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started_master("--insecure") as plain:
+        invite = master.invite()[0].replace(master.address, plain)
+        with pytest.raises(pyccl.RejectedError, match="not encrypted"):
+            pyccl.connect(invite)
+        monkeypatch.setenv("PYCCL_INVITE", invite)
+        command = [sys.executable, "-P", "-m", "pyccl.cli.main", "status"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == EXIT_UNREACHABLE and "not encrypted" in done.stderr
+        with pyccl.connect(plain) as comm:  # who knows that it is plain comes in
+            assert comm.world_size == 1
+
+
+class Warned(logging.Handler):
+    """Set when a line with this text is logged."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text, self.event = text, threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._text in record.getMessage():
+            self.event.set()
+
+
+def test_a_member_does_not_follow_a_master_that_came_back_plain(home: Path) -> None:
+    first = Master(home / "journal")
+    comm = joined(first.invite()[0])
+    warned = Warned("that master is not encrypted")
+    logging.getLogger("pyccl").addHandler(warned)
+    try:
+        first.end()
+        with started_master("--insecure", "--no-journal", listen=first.address) as plain:
+            assert warned.event.wait(60)
+            command = [sys.executable, "-P", "-m", "pyccl.cli.main", "status", plain]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert done.returncode == 0 and "no peer has joined yet" in done.stdout
+    finally:
+        logging.getLogger("pyccl").removeHandler(warned)
+        comm.close()
 
 
 def test_status_takes_the_invite_of_the_environment_and_no_stranger(master: Master) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,26 @@ from pyccl._io.tls import Credentials, Ticket
 from pyccl._native.handles import Keys, Relay
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
-from pyccl._proto.messages import PeerHello, PeerOffer, PeerProof, PeerRefused, PeerWelcome, StateHello
+from pyccl._proto.messages import (
+    Message,
+    PeerHello,
+    PeerOffer,
+    PeerProof,
+    PeerRefused,
+    PeerWelcome,
+    RelayHello,
+    StateHello,
+)
 from pyccl.errors import RemoteProtocolError
 
 RUN = b"R" * 16
 HANG_S = 60.0
+VECTORS = Path(__file__).resolve().parents[2] / "proto" / "vectors" / "frames.txt"
+FRAMES = [
+    bytes.fromhex(line.split()[2])
+    for line in VECTORS.read_text(encoding="utf-8").splitlines()
+    if line and line[0] != "#" and line.split()[1] == "ok"
+]
 
 
 def credentials() -> Credentials:
@@ -66,8 +82,8 @@ class Engine:
 
 
 class Node:
-    def __init__(self, who: Credentials, nursery: trio.Nursery) -> None:
-        self.who, self.engine, self.nursery = who, Engine(), nursery
+    def __init__(self, who: Credentials, nursery: trio.Nursery, *, plain: bool = False) -> None:
+        self.who, self.engine, self.nursery, self._plain = who, Engine(), nursery, plain
 
     async def start(self) -> Node:
         listener, self.address = await listen("127.0.0.1")
@@ -77,7 +93,7 @@ class Node:
         )
         engine: Any = self.engine
         self.links = links.Links(
-            RUN, self.member, engine, Relay(5.0), 1, self.nursery, events, credentials=self.who
+            RUN, self.member, engine, Relay(5.0), 1, self.nursery, events, credentials=None if self._plain else self.who
         )
         self.nursery.start_soon(trio.serve_listeners, self.links.accept, [listener])
         return self
@@ -233,8 +249,19 @@ async def another_run(to: Node, nursery: trio.Nursery) -> None:
         assert isinstance(await envelope.receive(stream), PeerRefused)
 
 
+async def frames_in_clear(to: Node, nursery: trio.Nursery) -> None:
+    """As the engine of a plain run would send them, with a greeting before them and without."""
+    for start in (b"", envelope.pack(hello(ANN, to))):
+        async with await dialed(to) as stream:
+            with suppress(trio.BrokenResourceError):  # it is closed with unread bytes
+                await stream.send_all(start + b"".join(FRAMES))
+                assert await stream.receive_some() == b""
+
+
 @pytest.mark.parametrize(
-    "stranger", [no_invite, unknown_peer, wrong_key, replayed, rubbish, another_run], ids=lambda each: each.__name__
+    "stranger",
+    [no_invite, unknown_peer, wrong_key, replayed, rubbish, another_run, frames_in_clear],
+    ids=lambda each: each.__name__,
 )
 def test_strangers_get_no_connection_and_members_do(
     stranger: Callable[[Node, trio.Nursery], Awaitable[None]],
@@ -306,5 +333,120 @@ def test_who_dials_a_stranger_in_a_members_place_hands_nothing_over() -> None:
         ann.links.open(1, [Member(BOB.peer, incarnation(BOB.peer), (address,))])
         await until(lambda: len(met) >= 3)  # it tries again and again
         assert ann.engine.all() == [] and set(met) == {"no PeerProof"}
+
+    run(main)
+
+
+# ---- some of the run are plain: they have the same ids of everything, as nobody has who does not lie
+
+
+@asynccontextmanager
+async def overheard(to: Node) -> AsyncIterator[tuple[Member, list[bytes]]]:
+    """The node as it is dialed through a wire, and what its dialer has said there, by connection."""
+    said: list[bytes] = []
+
+    async def carry(near: trio.SocketStream) -> None:
+        number = len(said)
+        said.append(b"")
+
+        async def there() -> None:
+            with suppress(trio.BrokenResourceError):
+                async for part in near:
+                    said[number] += part
+                    await far.send_all(part)
+            both.cancel_scope.cancel()
+
+        async def back() -> None:
+            with suppress(trio.BrokenResourceError):
+                async for part in far:
+                    await near.send_all(part)
+            both.cancel_scope.cancel()
+
+        async with near, await dialed(to) as far, trio.open_nursery() as both:
+            both.start_soon(there)
+            both.start_soon(back)
+
+    listener, address = await listen("127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, carry, [listener])
+        yield replace(to.member, addresses=(address,)), said
+        nursery.cancel_scope.cancel()
+
+
+def messages(data: bytes) -> list[Message]:
+    found = []
+    while data:
+        size = int.from_bytes(data[:4], "big")
+        found.append(envelope.unpack_untrusted(data[4 : 4 + size]))
+        data = data[4 + size :]
+    return found
+
+
+def test_a_secure_member_gives_nothing_to_one_that_wants_no_encryption(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def main(nursery: trio.Nursery) -> None:
+        ann, bob = await Node(ANN, nursery).start(), await Node(BOB, nursery, plain=True).start()
+        bob.links.open(1, [replace(ann.member, addresses=())])
+        async with overheard(bob) as (there, said):
+            ann.links.open(1, [there])
+            await until(lambda: caplog.text.count("it wants no encryption") >= 2)  # it tries again and again
+            assert ann.engine.all() == []
+            for each in said:
+                assert [type(message) for message in messages(each)] in ([], [PeerHello, PeerOffer])
+        ann.close()
+        bob.close()
+
+    run(main)
+
+
+def test_a_plain_member_gets_nothing_from_a_secure_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(links, "_GREET_S", 0.2)
+
+    async def main(nursery: trio.Nursery) -> None:
+        ann, bob = await Node(ANN, nursery, plain=True).start(), await Node(BOB, nursery).start()
+        bob.links.open(1, [replace(ann.member, addresses=())])
+        async with overheard(bob) as (there, said):
+            ann.links.open(1, [there])
+            await until(lambda: caplog.text.count("no answer") >= 2)
+            assert ann.engine.all() == bob.engine.all() == []
+            assert all([type(message) for message in messages(each)] in ([], [PeerHello]) for each in said)
+        ann.close()
+        bob.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("plain", ["relay", "members"])
+def test_a_relay_of_the_other_kind_joins_nobody(
+    plain: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(links, "_GREET_S", 0.2)
+    monkeypatch.setattr(links, "_RELAY_S", 0.5)
+    monkeypatch.setattr(links, "_RELAY_AFTER_S", 0.0)
+
+    async def main(nursery: trio.Nursery) -> None:
+        ann, bob, ray = [
+            await Node(who, nursery, plain=(who is RAY) == (plain == "relay")).start() for who in CAST
+        ]
+        unreachable = [replace(each.member, addresses=(Address("127.0.0.1", 1),)) for each in (ann, bob)]
+        async with overheard(ray) as (there, said):
+            ray.links.open(1, [replace(ann.member, addresses=()), bob.member])
+            ann.links.offered((there,))
+            ann.links.open(1, [unreachable[1]])
+            bob.links.open(1, [unreachable[0]])
+            asked = f"relay_failed peer={BOB.peer.hex()[:8]} relay={RAY.peer.hex()[:8]}"
+            refused = f"relay_refused peer={BOB.peer.hex()[:8]}"
+            await until(lambda: caplog.text.count(asked) + caplog.text.count(refused) >= 2)
+            assert not ann.links.relayed() and ann.engine.conns(ann.engine.slots[BOB.peer]) == 0
+            assert bob.engine.all() == []
+            kinds = [RelayHello, PeerOffer] if plain == "relay" else [RelayHello]
+            assert all([type(message) for message in messages(each)] in ([], kinds) for each in said)
+        for node in (ann, bob, ray):
+            node.close()
 
     run(main)

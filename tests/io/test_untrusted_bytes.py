@@ -7,79 +7,37 @@ Hypothesis prints what replays a failure; PYCCL_TEST_LONG=1 tries a hundred time
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
-import os
 import struct
 import tracemalloc
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 import numpy as np
 import pytest
 import trio
+import trio.testing
 import zstandard
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from untrusted import CERTIFICATE, PARTS, PLAIN, RUN_KEY, THOROUGH, TOKENS, Bytes, hexes, mutated, only
 
 import pyccl
 from pyccl import statefile
 from pyccl._io import envelope, journal
-from pyccl._io.address import parse_master
+from pyccl._io.address import invite_text, parse_master
 from pyccl._io.identity import key_of_certificate_untrusted
 from pyccl._io.packer import pack, unpack_untrusted
+from pyccl._io.tls import Ticket
 from pyccl._native.handles import is_heartbeat_untrusted
-from pyccl._proto import election, invites, layout, limits, mismatch, past, plan, spec
-from pyccl._proto.messages import from_wire_untrusted, to_wire
+from pyccl._proto import candidates, election, invites, layout, limits, mismatch, past, plan, spec
+from pyccl._proto.epoch import Address, AddressKind
+from pyccl._proto.messages import (
+    from_wire_untrusted,
+    to_wire,
+)
 from pyccl.errors import RemoteProtocolError, StateFileError, UsageError
 from pyccl.optim import group
-
-VECTORS: Final = Path(__file__).resolve().parents[2] / "proto" / "vectors"
-THOROUGH: Final = settings(max_examples=20_000 if os.environ.get("PYCCL_TEST_LONG") == "1" else 200)
-RUN_KEY: Final = bytes(range(32))
-
-
-def hexes(name: str, column: int, only: str = "ok") -> list[bytes]:
-    lines = [line.split() for line in (VECTORS / name).read_text(encoding="utf-8").splitlines()]
-    return [bytes.fromhex(line[column]) for line in lines if line and line[0] != "#" and line[1] == only]
-
-
-@st.composite
-def mutated(draw: st.DrawFn, golden: Sequence[bytes]) -> bytes:
-    """One of them with bytes changed, cut, doubled, or spliced with another; sometimes anything else."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(st.binary(max_size=300))
-    data = bytearray(draw(st.sampled_from(golden)))
-    for _ in range(draw(st.integers(0, 4))):
-        at = draw(st.integers(0, len(data)))
-        kind = draw(st.integers(0, 4))
-        if kind == 0 and at < len(data):
-            data[at] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xC1, 0xDC, 0xDD, 0xFF, data[at] ^ 1, data[at] ^ 0x80]))
-        elif kind == 1:
-            del data[at : at + draw(st.integers(1, 9))]
-        elif kind == 2:
-            data[at:at] = draw(st.binary(max_size=9))
-        elif kind == 3:
-            data[at:at] = data[at : at + draw(st.integers(1, 40))]
-        else:
-            other = draw(st.sampled_from(golden))
-            data[at:] = other[draw(st.integers(0, len(other))) :]
-    return bytes(data)
-
-
-def only(kind: type[BaseException] | tuple[type[BaseException], ...], call: Callable[[], Any]) -> Any:
-    """What it returns, or None where it raised that; anything else fails the test."""
-    try:
-        return call()
-    except kind:
-        return None
-
 
 # ---- control messages ------------------------------------------------------------------------------------------------
 
@@ -92,13 +50,6 @@ def test_envelope_body(body: bytes) -> None:
     message = only(RemoteProtocolError, lambda: envelope.unpack_untrusted(body))
     if message is not None:
         assert from_wire_untrusted(to_wire(message)) == message
-
-
-PLAIN: Final = st.recursive(
-    st.none() | st.booleans() | st.integers(-1, 1 << 64) | st.floats() | st.binary(max_size=40) | st.text(max_size=40),
-    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=20,
-)
 
 
 @THOROUGH
@@ -139,24 +90,8 @@ def test_body_that_announces_more_than_it_brings_takes_no_memory(body: bytes) ->
         tracemalloc.stop()
 
 
-class Bytes(trio.abc.ReceiveStream):
-    """A stream of these, in parts of these lengths, and then its end."""
-
-    def __init__(self, data: bytes, parts: list[int]) -> None:
-        self._data, self._parts = data, parts
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        await trio.lowlevel.checkpoint()
-        size = min(max_bytes or 1, self._parts.pop() if self._parts else 1 << 20)
-        part, self._data = self._data[:size], self._data[size:]
-        return part
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-
 @THOROUGH
-@given(st.lists(mutated(MESSAGES), max_size=4), st.binary(max_size=8), st.lists(st.integers(1, 20), max_size=50))
+@given(st.lists(mutated(MESSAGES), max_size=4), st.binary(max_size=8), PARTS)
 def test_stream_of_envelopes(bodies: list[bytes], rest: bytes, parts: list[int]) -> None:
     stream = b"".join(struct.pack(">I", len(body)) + body for body in bodies) + rest
 
@@ -224,6 +159,25 @@ def test_text_of_a_mismatch(text: str) -> None:
     assert len(peers) <= len(text) and len(fields) <= len(text)
 
 
+HOSTS: Final = st.text(max_size=40) | st.sampled_from(
+    ["", "127.0.0.1", "10.1.2.3", "203.0.113.7", "8.8.8.8", "::1", "fe80::1%eth0", "2606:4700::1", "2002:a00:1::", "::"]
+) | st.ip_addresses().map(str) | st.ip_addresses(v=4).map("::ffff:{}".format)  # fmt: skip
+ADDRESSES: Final = st.lists(
+    st.builds(Address, HOSTS, st.integers(1, limits.PORT_MAX), st.integers(0, AddressKind.MAPPED)), max_size=8
+)
+
+
+@THOROUGH
+@given(HOSTS, HOSTS, ADDRESSES, ADDRESSES, st.booleans())
+def test_hosts_and_addresses_of_others(
+    host: str, own: str, theirs: list[Address], mine: list[Address], behind_router: bool
+) -> None:
+    if candidates.may_dial(host, own):
+        assert not candidates.is_private(host) and not candidates.is_loopback(host)
+    assert set(candidates.ordered(theirs, mine)) <= set(theirs)
+    candidates.lead_home(theirs, mine, behind_router=behind_router)
+
+
 @THOROUGH
 @given(mutated(hexes("frames.txt", 2) + hexes("frames.txt", 2, "refused")))
 def test_frame_of_a_pulse(header: bytes) -> None:
@@ -246,11 +200,6 @@ def test_record_of_an_optimizer(data: bytes) -> None:
 
 # ---- who comes in ----------------------------------------------------------------------------------------------------
 
-TOKENS: Final = [
-    invites.seal(RUN_KEY, invites.Invite(bytes(16), bytes(8), 9, 0, None, "")),
-    invites.seal(RUN_KEY, invites.Invite(bytes(16), bytes(8), 1 << 63, 5, 7, "ann ö")),
-]
-
 
 @THOROUGH
 @given(mutated(TOKENS))
@@ -269,16 +218,28 @@ def test_invite_or_address(text: str) -> None:
     only(UsageError, lambda: parse_master(text))
 
 
-def certificate() -> bytes:
-    """As a master's."""
-    key = Ed25519PrivateKey.from_private_bytes(RUN_KEY)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pyccl")])
-    begin = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, begin + datetime.timedelta(1))
-    return builder.sign(key, None).public_bytes(Encoding.DER)
+TICKETS: Final = [Ticket(RUN_KEY, TOKENS[0]), Ticket(bytes([0xFF]) * 32, TOKENS[1])]
+INVITES: Final = [
+    invite_text(where, ticket).encode()
+    for where, ticket in zip(("h.example:48148", "[2001:db8::1]:1"), TICKETS, strict=True)
+]
 
 
-CERTIFICATE: Final = certificate()
+@THOROUGH
+@given(mutated(INVITES))
+def test_invite_that_was_not_copied_whole(data: bytes) -> None:
+    text = data.decode("latin-1")
+    told = ""
+    try:
+        master = parse_master(text)
+    except UsageError as e:
+        told = str(e)
+    else:
+        assert 1 <= master.port <= limits.PORT_MAX
+        assert master.ticket is None or 1 <= len(master.ticket.token) <= limits.TOKEN_BYTES_MAX
+    for secret in (invite.decode().rpartition("/")[2] for invite in INVITES):  # and a part of it is one
+        parts = [secret[at : at + 20] for at in range(0, len(secret) - 20, 10)]
+        assert "/" not in text or not any(part in told for part in parts)
 
 
 @pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")

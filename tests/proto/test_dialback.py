@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_master import World, incarnation, peer_id
 from test_member import RUN, first_epoch, fresh, pending, sent
 
@@ -240,3 +243,42 @@ def test_a_master_makes_a_member_dial_nothing_that_is_near_to_the_member_alone(h
 def test_a_newcomer_is_not_asked() -> None:
     with pytest.raises(RemoteProtocolError, match="DialAsk"):
         pending().receive(DialAsk(1, HOST, PORT), 0.0)
+
+
+_HOSTS = st.sampled_from(["203.0.113.5", "8.8.8.8", "2606:4700::1", "10.0.0.1", "127.0.0.1", "::1", "name", "", "\0"])
+_KEYS = st.integers(1, 6).map(lambda n: (peer_id(n), incarnation(n)))
+_STEPS = st.lists(
+    st.tuples(st.just("begin"), _HOSTS, st.lists(st.tuples(_KEYS, _HOSTS), max_size=6, unique_by=lambda m: m[0]))
+    | st.tuples(st.just("told"), st.integers(0, 12), _KEYS, st.text(max_size=5))
+    | st.tuples(st.just("wait"), st.floats(0, 20)),
+    max_size=30,
+)
+
+
+@given(_STEPS)
+def test_whatever_is_asked_and_told_each_ticket_is_over_once_and_names_only_who_was_asked(
+    steps: list[tuple[Any, ...]],
+) -> None:
+    backs, now = DialBacks(), 0.0
+    chosen: dict[int, list[PeerKey]] = {}
+    over: dict[int, tuple[DialTold, ...]] = {}
+    asked_s: list[float] = []
+    for kind, *what in [*steps, ("wait", limits.DIAL_TOLD_S)]:
+        if kind == "begin":
+            ticket, seen = len(chosen), dict(what[1])
+            chosen[ticket] = backs.begin(ticket, what[0], what[1], now)
+            assert len(set(chosen[ticket])) == len(chosen[ticket]) <= limits.DIALERS_MAX
+            assert all(may_dial(what[0], seen[key]) for key in chosen[ticket])
+            asked_s += [now] if chosen[ticket] else []
+        elif kind == "told":
+            backs.told(what[0], what[1], what[2])
+        else:
+            now += what[0]
+        for ticket, told in backs.over(now):
+            assert ticket not in over
+            assert {each.peer for each in told} <= {peer for peer, _ in chosen[ticket]}
+            over[ticket] = told
+    assert set(over) == set(chosen)
+    for first, at_s in enumerate(asked_s):  # so many at once, and then one every so often
+        more = sum(other_s <= at_s + limits.DIAL_BACK_EVERY_S / 2 for other_s in asked_s[first:])
+        assert more <= limits.DIAL_BACKS_BURST + 1
