@@ -177,6 +177,7 @@ class Session:
         self._pulse_wanted = trio.Event()
         self._absence = Absence(log, f"{config.host}:{config.port}")
         self._ended_by = ""  # why the last control connection did, if not by the master
+        self._away_because: object = "no answer"
 
     # ---- called by user threads --------------------------------------------------------------------------------------
 
@@ -425,7 +426,7 @@ class Session:
                 if not welcome:
                     self._finish(type(e)(f"{address}: {e}"))
                     return
-                log.warning("master_refused cause=%s", e)  # who is on the line now may be somebody else tomorrow
+                cause = e  # who is on the line now may be somebody else tomorrow
             else:
                 met, silent = trio.current_time(), False
                 self._down_since = met
@@ -458,6 +459,7 @@ class Session:
                 return
             if not (self._closing or self._scope.cancel_called):
                 self._absence.note(cause)
+            self._away_because = cause
             await trio.sleep(backoff.next_pause())
 
     def _attempt_s(self) -> float:
@@ -950,8 +952,9 @@ class Session:
         elif self._topology is not None and now - max(self._down_since, self._arrived_at) >= self._unreachable_timeout:
             waiter = self._topology
             self._withdraw(waiter)
+            away_s = self._unreachable_timeout
             waiter.finish(
-                errors.MasterUnavailableError(f"the master has been away for {self._unreachable_timeout:g} s")
+                errors.MasterUnavailableError(f"the master has been away for {away_s:g} s: {self._away_because}")
             )
 
 

@@ -179,7 +179,8 @@ class Warned(logging.Handler):
             self.event.set()
 
 
-def test_a_member_does_not_follow_a_master_that_came_back_plain(home: Path) -> None:
+def test_a_member_does_not_follow_a_master_that_came_back_plain(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyccl.communicator.REACH_TIMEOUT_S", 0.1)
     first = Master(home / "journal")
     comm = joined(first.invite()[0])
     warned = Warned("that master is not encrypted")
@@ -188,6 +189,8 @@ def test_a_member_does_not_follow_a_master_that_came_back_plain(home: Path) -> N
         first.end()
         with started_master("--insecure", "--no-journal", listen=first.address) as plain:
             assert warned.event.wait(60)
+            with pytest.raises(pyccl.MasterUnavailableError, match=r"away for 0\.1 s: that master is not encrypted"):
+                comm.update_topology()
             command = [sys.executable, "-P", "-m", "pyccl.cli.main", "status", plain]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             assert done.returncode == 0 and "no peer has joined yet" in done.stdout
