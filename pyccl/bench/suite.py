@@ -59,6 +59,14 @@ PARTS: Final[Mapping[str, Part]] = {
         (Run("kernels --dtype float32 --op sum"),), (Run("kernels --mib 0.1 --dtype float32 --op sum"),)
     ),
     "digest": Part((Run("digest"),), (Run("digest --mib 0.1"),)),
+    "outer": Part((Run("outer"),), (Run("outer --mib 0.1"),)),
+    "encryption": Part(
+        (
+            Run("encryption --mib 256 --iters 6 --rounds 2"), Run("encryption --mib 64 --iters 6 --rounds 2"),
+            Run("encryption --scenario pacific --mib 64 --iters 5 --rounds 2"),
+        ),
+        (Run("encryption --mib 0.1 --iters 2 --rounds 1"),),
+    ),
     "pacific": Part(
         (
             Run(f"{_PACIFIC} --mib 64 --iters 5", gloo=True),

@@ -90,6 +90,16 @@ def _digest(run: dict[str, Any]) -> list[Row]:
     ]
 
 
+def _outer(run: dict[str, Any]) -> list[Row]:
+    return [[rate["what"], f"{rate['gib_per_s']['median']:.1f}", f"{rate['of_copy']:.0%}"] for rate in run["rates"]]
+
+
+def _encryption(run: dict[str, Any]) -> list[Row]:
+    plain, sealed = run["plain"], run["sealed"]
+    cpu = (f"{system['cpu_s_per_gib']:.2f}" for system in (plain, sealed))
+    return [[_time(plain["seconds"]), _time(sealed["seconds"]), f"{run['ratio_of_medians']:.2f}", *cpu]]
+
+
 def _changes(run: dict[str, Any]) -> list[Row]:
     kind = run["bench"]
     if kind == "join":
@@ -125,6 +135,8 @@ TABLES: Final[Mapping[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], lis
     ),
     "kernels": (("", "instructions", "from", "GiB/s", "rms error / rms", "bits"), _kernels),
     "digest": (("", "from", "GiB/s"), _digest),
+    "outer": (("", "GiB/s", "of a copy"), _outer),
+    "encryption": (("plain", "sealed", "ratio", "CPU s/GiB, plain", "sealed"), _encryption),
     "pacific": (_OVER_LINES, _wan),
     "lines": (_OVER_LINES, _wan),
     "algorithms": (_OVER_LINES, _wan),

@@ -22,7 +22,7 @@ PLOTS_OF = {
     "sizes": {"sizes"}, "scale": {"scale"}, "kernels": {"codecs"}, "pacific": {"share"}, "lines": {"share"},
     "connections": {"connections"}, "rtt": {"rtt"},
 }  # fmt: skip
-ON_LOOPBACK = ("loopback", "sizes", "scale", "kernels", "digest", "changes")
+ON_LOOPBACK = ("loopback", "sizes", "scale", "kernels", "digest", "outer", "encryption", "changes")
 IN_A_LAB = ("pacific", "lines", "algorithms", "plans", "connections", "rtt")
 
 
@@ -40,6 +40,8 @@ def figures(told: dict[str, Any]) -> list[str]:
         return [seconds(system["seconds"]["median"]) for system in told["systems"].values()]
     if "rates" in told:
         return [f"{rate['gib_per_s']['median']:.1f}" for rate in told["rates"]]
+    if told["bench"] == "encryption":
+        return [seconds(told[name]["seconds"]["median"]) for name in ("plain", "sealed")]
     return [seconds((told["total_s"] if told["bench"] == "join" else told["killed"]["gap_s"])["median"])]
 
 
