@@ -6,6 +6,8 @@ A round is ``sync_every`` inner steps of the user's and an exchange. A subclass 
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +23,8 @@ from pyccl.communicator import Communicator
 from pyccl.guards import Guard, parse_guard
 from pyccl.optim.exchange import Exchange, Outcome
 from pyccl.optim.group import Group, Stats, log
-from pyccl.optim.params import Params, Vectors
+from pyccl.optim.params import Params
+from pyccl.optim.saved import check_arrays, check_counts, copies, entry, load
 from pyccl.state import SharedState
 
 Array = np.ndarray[Any, Any]
@@ -56,6 +59,8 @@ class OuterOptimizer(ABC):
         """
         check_range("sync_every", sync_every, 1, 1 << 31)
         check_range("min_peers", min_peers, 1, 1 << 16)
+        if comm._session is not None:
+            comm._require()  # closed, say; one that was never connected may be given
         self.comm, self.stats = comm, Stats()
         self.params = params if isinstance(params, Params) else Params(params)
         self.sync_every, self.min_peers = int(sync_every), int(min_peers)
@@ -104,8 +109,10 @@ class OuterOptimizer(ABC):
                 states all have been brought in step again and begin a new round.
             PeerLostError, DeadlineError, MasterUnavailableError: the exchange failed many times, on all members; the
                 round does not count. Go on to try again.
-            UsageError: the communicator is not connected.
+            UsageError: the communicator is not connected; or a live parameter is not what it was (see
+                ``Params.check``): nothing has changed then, and the step does not count.
         """
+        self.params.check()
         if self.group.is_new and self._start():
             return False  # what this step had begun from is not what the others have
         self._inner += 1
@@ -161,15 +168,12 @@ class OuterOptimizer(ABC):
         The live weights are set to theta if the state was taken at the end of a round; else they are the caller's.
 
         Raises:
-            UsageError: it is of another optimizer, of other parameters or other settings, which are named.
+            UsageError: it is of another optimizer, of other parameters or other settings, which are named; or what it
+                lacks, or what does not fit. Nothing has changed then.
         """
-        differ = sorted(
-            name
-            for name in {*self._settings, *state["settings"]}
-            if self._settings.get(name) != state["settings"].get(name)
-        )
-        if differ:
-            raise errors.UsageError(f"load_state_dict: {', '.join(differ)} are not as here")
+        self.params.check()
+        self._check_state(state)
+        self._abandon()
         load(self._theta, state["theta"])
         for part, vectors in self._buffers.items():
             load(vectors, state["buffers"][part])
@@ -181,6 +185,21 @@ class OuterOptimizer(ABC):
         self.group.loaded()
 
     # ---- for subclasses
+
+    def _check_state(self, state: Any) -> None:
+        """UsageError unless all of it can be loaded here."""
+        settings = entry(state, "settings")
+        if not isinstance(settings, Mapping) or not all(isinstance(x, str) for pair in settings.items() for x in pair):
+            raise errors.UsageError(f"load_state_dict: settings is {settings!r}, texts by their names are needed")
+        names = {*self._settings, *settings}
+        differ = sorted(name for name in names if self._settings.get(name) != settings.get(name))
+        if differ:
+            raise errors.UsageError(f"load_state_dict: {', '.join(differ)} are not as here")
+        check_arrays(self._theta, state, "theta")
+        for part, vectors in self._buffers.items():
+            check_arrays(vectors, state, "buffers", part)
+        check_counts(self._counters.size, state, "counters")
+        check_range("load_state_dict: inner_steps", entry(state, "inner_steps"), 0, self.sync_every - 1)
 
     def _stepped(self) -> bool:
         """An inner step was counted. Here: an exchange after every ``sync_every``."""
@@ -296,8 +315,14 @@ class OuterOptimizer(ABC):
     @contextmanager
     def _staying(self) -> Iterator[None]:
         """Who was taken out of the run comes back as a newcomer; other errors leave the weights at theta."""
+        ends = self.stats.rounds + self.stats.rollbacks
         try:
-            yield
+            try:
+                yield
+            except errors.PycclError:
+                if self.stats.rounds + self.stats.rollbacks == ends:
+                    self.stats.rollbacks += 1
+                raise
         except (errors.EvictedError, errors.OutcomeUnknownError):
             with self._blocked():
                 self.group.rejoin()
@@ -316,10 +341,11 @@ class OuterOptimizer(ABC):
             self._flight = None
 
 
-def copies(vectors: Vectors) -> dict[str, Array]:
-    return {name: view.copy() for name, view in vectors.views.items()}
-
-
-def load(vectors: Vectors, arrays: Mapping[str, Any]) -> None:
-    for name, view in vectors.views.items():
-        np.copyto(view, arrays[name])
+def real(value: object) -> float:
+    """A rate that a user gave, of Python or NumPy; NaN where it is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

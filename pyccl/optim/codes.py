@@ -10,6 +10,7 @@ import numpy as np
 from pyccl._native._pyccl import ffi, lib
 from pyccl._native.status import check
 from pyccl.arrays import DTYPES
+from pyccl.errors import UsageError
 from pyccl.reference import QUANTIZE_BLOCK
 
 Array = np.ndarray[Any, Any]
@@ -26,16 +27,15 @@ def encode(x: Array, codec: str) -> Array:
 
 def decode(encoded: Array, codec: str, out: Array) -> None:
     """Into (n,) float32 or float64."""
-    size = int(lib.pyccl_codec_size(_number(codec), QUANTIZE_BLOCK, out.size))
-    assert encoded.size == size, f"{encoded.size} bytes, {size} are needed"
+    _check_size(encoded, codec, out)
     arguments = (_number(codec), DTYPES[out.dtype.name], QUANTIZE_BLOCK, _bytes(encoded), out.size, _bytes(out))
     check(lib.pyccl_codec_decode(*arguments), "decode")
 
 
 def average(encoded: Sequence[Array], codec: str, out: Array) -> None:
     """The mean of what these decode to: added in float32, in this order, and divided once."""
-    size = int(lib.pyccl_codec_size(_number(codec), QUANTIZE_BLOCK, out.size))
-    assert all(share.size == size for share in encoded)
+    for share in encoded:
+        _check_size(share, codec, out)
     pins = [_bytes(share) for share in encoded]
     inputs = ffi.new("uint8_t *[]", pins)
     mean = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
@@ -53,6 +53,12 @@ def magnitude(x: Array) -> tuple[float, float]:
     peak, squares = ffi.new("double *"), ffi.new("double *")
     check(lib.pyccl_magnitude(DTYPES[x.dtype.name], _bytes(x), x.size, peak, squares), "magnitude")
     return float(peak[0]), float(squares[0])
+
+
+def _check_size(encoded: Array, codec: str, out: Array) -> None:
+    size = int(lib.pyccl_codec_size(_number(codec), QUANTIZE_BLOCK, out.size))
+    if encoded.nbytes != size:
+        raise UsageError(f"{codec}: {encoded.nbytes} bytes, {size} are needed for {out.size} numbers")
 
 
 def _number(codec: str) -> int:

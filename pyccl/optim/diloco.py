@@ -10,13 +10,14 @@ import numpy as np
 
 from pyccl.codecs import codec_of
 from pyccl.communicator import Communicator
-from pyccl.errors import UsageError
+from pyccl.errors import PycclError, UsageError
 from pyccl.guards import Guard
-from pyccl.optim import rules
-from pyccl.optim.base import Array, OuterOptimizer, copies, load
-from pyccl.optim.exchange import RETRIED, Exchange
+from pyccl.optim import codes, rules
+from pyccl.optim.base import Array, OuterOptimizer, real
+from pyccl.optim.exchange import RETRIED, Exchange, pieces_of
 from pyccl.optim.group import StatesDifferedError, log
 from pyccl.optim.params import Vectors
+from pyccl.optim.saved import check_arrays, check_counts, copies, entry, load
 from pyccl.state import SharedState
 
 
@@ -24,9 +25,9 @@ class OuterStep:
     """The outer optimizer of some vectors: SGD, Nesterov or heavy-ball. momentum: None where mu is 0."""
 
     def __init__(self, lr: float, mu: float, nesterov: bool) -> None:
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
+        if not 0 < real(lr) < math.inf:
             raise UsageError(f"outer_lr={lr!r}: a finite number above 0 is needed")
-        if isinstance(mu, bool) or not isinstance(mu, int | float) or not 0 <= mu < 1:
+        if not 0 <= real(mu) < 1:
             raise UsageError(f"outer_momentum={mu!r}: a number of 0 <= mu < 1 is needed")
         if not isinstance(nesterov, bool):
             raise UsageError(f"nesterov={nesterov!r}: True or False is needed")
@@ -65,6 +66,23 @@ class Contribution:
 
     def settings(self) -> dict[str, object]:
         return {"quantize": self.quantize, "error_feedback": self.residual is not None}
+
+    def is_refused_by(self, guard: Guard | None) -> bool:
+        """Whether an exchange of what ``launch`` would send now will fail. `own` is overwritten."""
+        if guard is None:
+            return False
+        for i, vector in enumerate(self.send.vectors):
+            for part in pieces_of(vector):
+                piece = vector[part]
+                if self.residual is not None:
+                    piece = piece + self.residual.vectors[i][part]
+                if self.quantize is not None:
+                    decoded = self.own.vectors[i][part]
+                    codes.decode(codes.encode(piece, self.quantize), self.quantize, decoded)
+                    piece = decoded
+                if guard.refuses(*codes.magnitude(piece)):
+                    return True
+        return False
 
     def launch(self, exchange: Exchange) -> Exchange:
         """`send` holds the pseudo-gradient: add what was lost before, and start."""
@@ -185,6 +203,11 @@ class DiLoCo(OuterOptimizer):
         residual = self._contribution.residual
         return super().state_dict() | {"residual": None if residual is None else copies(residual)}
 
+    def _check_state(self, state: Any) -> None:
+        super()._check_state(state)
+        if self._contribution.residual is not None:
+            check_arrays(self._contribution.residual, state, "residual")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if self._contribution.residual is not None:
@@ -199,7 +222,8 @@ class AsyncDiLoCo(DiLoCo):
     round makes no outer step. Late gradients want less momentum than the defaults: see docs/optimizers.md.
 
     eager: the own share is taken fresh, those of the others one round old (arXiv:2502.12996). Each replica has a theta
-    and a momentum of its own then; a newcomer takes those of one of the members.
+    and a momentum of its own then; a newcomer takes those of one of the members. A share that the guard refuses is not
+    taken, as if this replica had not moved.
 
     An exchange that can't be completed is skipped by all, as if it had not been launched. ``finish()`` applies the last
     one and puts theta into the live weights; inner steps since the last round are dropped. Other arguments and errors
@@ -236,8 +260,10 @@ class AsyncDiLoCo(DiLoCo):
 
     def _exchange_round(self) -> None:
         self._drain()
-        self.params.pseudo_gradient(self._theta, self._contribution.send)
-        self._apply()
+        mine = self._contribution
+        self.params.pseudo_gradient(self._theta, mine.send)
+        is_refused = self._before is not None and mine.is_refused_by(self.guard)  # which all find out a round later
+        self._apply(mine.send.like() if is_refused else mine.send)
         if self._too_few:
             self._roll_back()
             self._wait_for_company()
@@ -271,8 +297,9 @@ class AsyncDiLoCo(DiLoCo):
             self._before.copy_from(self._contribution.own)
         try:
             outcome = self._wait(self._flight)
-        except RETRIED as e:
-            if isinstance(e, StatesDifferedError):
+        except PycclError as e:
+            self.stats.rollbacks += 1
+            if not isinstance(e, RETRIED) or isinstance(e, StatesDifferedError):
                 raise
             log.warning("outer_step_skipped cause=%r", e)
             return
@@ -282,13 +309,13 @@ class AsyncDiLoCo(DiLoCo):
             self._late.world, self._is_in = outcome.world_size, True
             self._contribution.committed()
 
-    def _apply(self) -> None:
-        """An outer step with the mean that is there; `send` holds our newest pseudo-gradient."""
+    def _apply(self, newest: Vectors) -> None:
+        """An outer step with the mean that is there; `newest` is our pseudo-gradient of now."""
         world = self._late.world
         if world == 0:
             return
         if self._before is not None:
-            triples = zip(self._mean.vectors, self._contribution.send.vectors, self._before.vectors, strict=True)
+            triples = zip(self._mean.vectors, newest.vectors, self._before.vectors, strict=True)
             for mean, fresh, before in triples:
                 if self._is_in:
                     rules.eager(mean, fresh, before, world)
@@ -303,10 +330,13 @@ class AsyncDiLoCo(DiLoCo):
         self._late.world = 0
 
     def finish(self) -> None:
-        self._drain()
-        if self._late.world:
-            self._contribution.send.fill(0.0)  # no inner steps of ours are newer than what is in the mean
-            self._apply()
+        self.params.check()
+        try:
+            self._drain()
+            if self._late.world:
+                self._contribution.send.fill(0.0)  # no inner steps of ours are newer than what is in the mean
+                self._apply(self._contribution.send)
+        finally:
             self._begin_round()
 
     def _late_states(self) -> Sequence[SharedState]:
@@ -323,8 +353,16 @@ class AsyncDiLoCo(DiLoCo):
         before = None if self._before is None else copies(self._before)
         return super().state_dict() | {"late": late, "before": before}
 
+    def _check_state(self, state: Any) -> None:
+        super()._check_state(state)
+        check_arrays(self._mean, state, "late", "mean")
+        check_counts(len(self._late.numbers), state, "late", "numbers")
+        if not isinstance(entry(state, "late", "is_in"), bool):
+            raise UsageError("load_state_dict: late/is_in: True or False is needed")
+        if self._before is not None:
+            check_arrays(self._before, state, "before")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._abandon()
         super().load_state_dict(state)
         load(self._mean, state["late"]["mean"])
         self._late.loaded(state["late"]["numbers"])

@@ -18,7 +18,7 @@ membership.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -115,15 +115,14 @@ class Exchange:
         self._started = time.monotonic()
         try:
             for vector, (send, recv) in enumerate(zip(self.send, self.recv, strict=True)):
-                step = max(1, PIECE_BYTES // send.itemsize // QUANTIZE_BLOCK) * QUANTIZE_BLOCK
-                for at in range(0, send.size, step):
-                    piece = _Piece(send[at : at + step], recv[at : at + step])
+                for part in pieces_of(send):
+                    piece = _Piece(send[part], recv[part])
                     self._pieces.append(piece)
                     if self.quantize is not None:
                         piece.codes = codes.encode(piece.send, self.quantize)
                     piece.work = self._submit(piece)
                     if self.quantize is not None and piece.codes is not None and self.own:
-                        codes.decode(piece.codes, self.quantize, self.own[vector][at : at + step])
+                        codes.decode(piece.codes, self.quantize, self.own[vector][part])
             if self.vow is not None:  # after the pieces: making it takes as long as a pass over theta
                 vow = self.vow()
                 words = np.array(vow.words, np.uint64)
@@ -201,8 +200,6 @@ class Exchange:
                 continue
             try:
                 piece.info = self._finish(piece, work)
-            except errors.AloneError:
-                piece.info = self._alone(piece)
             except RETRIED as e:
                 failed = failed or e
             except BaseException:
@@ -215,9 +212,13 @@ class Exchange:
         return failed
 
     def _finish(self, piece: _Piece, work: Work | Gather) -> ReduceInfo:
-        if isinstance(work, Work):
-            return work.wait()
-        gathered, info = work.wait()
+        try:
+            ended = work.wait()
+        except errors.AloneError:
+            return self._alone(piece)
+        if isinstance(ended, ReduceInfo):
+            return ended
+        gathered, info = ended
         assert self.quantize is not None
         self._look_at(gathered, info, piece)
         codes.average(list(gathered), self.quantize, piece.recv)
@@ -230,10 +231,13 @@ class Exchange:
         assert self.quantize is not None
         for encoded, peer in zip(gathered, info.members, strict=True):
             codes.decode(encoded, self.quantize, piece.recv)
-            if self.guard.refuses(*codes.magnitude(piece.recv)):
-                raise errors.PoisonError(
-                    f"exchange: the guard refuses what a member contributed (peer {peer[:8]})", peer=peer
-                )
+            self._check_share(piece.recv, peer)
+
+    def _check_share(self, share: Array, peer: str) -> None:
+        if self.guard is not None and self.guard.refuses(*codes.magnitude(share)):
+            raise errors.PoisonError(
+                f"exchange: the guard refuses what a member contributed (peer {peer[:8]})", peer=peer
+            )
 
     def _alone(self, piece: _Piece) -> ReduceInfo:
         """Nobody else is left: the mean is of the own share, as others would have decoded it."""
@@ -242,6 +246,8 @@ class Exchange:
         else:
             assert self.quantize is not None
             codes.average([piece.codes], self.quantize, piece.recv)
+        if piece is not self._vow:
+            self._check_share(piece.recv, self.comm.peer_id)
         return ReduceInfo(1, (self.comm.peer_id,), self.comm.epoch, 1, "direct", 0, 0, 0.0)
 
     def _same_participants(self) -> bool:
@@ -267,3 +273,10 @@ class Exchange:
             len(members), members, kept, pending, watched, attempts + most - 1, self._tx, self._rx,
             self._seconds,
         )  # fmt: skip
+
+
+def pieces_of(vector: Array) -> Iterator[slice]:
+    """What travels as an operation of its own, and what a guard looks at as one."""
+    step = max(1, PIECE_BYTES // vector.itemsize // QUANTIZE_BLOCK) * QUANTIZE_BLOCK
+    for at in range(0, vector.size, step):
+        yield slice(at, at + step)

@@ -40,7 +40,8 @@ class Stats:
     rounds: outer steps (LocalSGD: averages) that were committed. inner_steps: calls of ``step()`` that counted.
     tx_bytes, rx_bytes: payload of exchanges, and of shared state. seconds_blocked: in which ``step()`` waited for
     others. seconds_hidden: in which an exchange ran while the caller did something else. retries: exchanges that had to
-    run again because a member was lost or gave up. rollbacks: rounds that were not committed. syncs: of shared state.
+    run again because a member was lost or gave up. rollbacks: rounds that were not committed: there were too few, or an
+    error ended them. syncs: of shared state.
     """
 
     rounds: int = 0

@@ -27,7 +27,7 @@ from pyccl import errors
 from pyccl.calls import check_range
 from pyccl.communicator import Communicator
 from pyccl.core import Work
-from pyccl.optim.base import Array, OuterOptimizer
+from pyccl.optim.base import Array, OuterOptimizer, real
 from pyccl.optim.exchange import RETRIED, Exchange, Outcome
 from pyccl.optim.gossip import draw_groups, gossip_step, group_of, stability_warnings
 from pyccl.optim.group import log
@@ -42,7 +42,11 @@ _LOST: Final = (*RETRIED, errors.AloneError)
 
 @dataclass(frozen=True, slots=True)
 class GossipOutcome:
-    """An outer step of this replica. group: as drawn, it too; lost: those of it whose share did not arrive."""
+    """An outer step of this replica.
+
+    round: which, from 0, as its group was drawn by: what ``round`` of the optimizer was before the step. group: as
+    drawn, this replica too. lost: those of it whose share did not arrive.
+    """
 
     round: int
     group: tuple[str, ...]
@@ -127,9 +131,10 @@ class NoLoCo(OuterOptimizer):
         group_size: int = 2,
         seed: int = 0,
     ) -> None:
-        rates = {"alpha": alpha, "beta": beta, "gamma": gamma}
-        for name, value in rates.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        given = {"alpha": alpha, "beta": beta, "gamma": gamma}
+        rates = {name: real(value) for name, value in given.items()}
+        for name, value in given.items():
+            if not math.isfinite(rates[name]):
                 raise errors.UsageError(f"{name}={value!r}: a finite number is needed")
         check_range("group_size", group_size, 2, _GROUP_SIZE_MAX)
         check_range("seed", seed, 0, (1 << 64) - 1)
@@ -137,7 +142,7 @@ class NoLoCo(OuterOptimizer):
             comm, params, sync_every=sync_every, min_peers=1, buffers=("momentum",), per_replica=True,
             settings={**rates, "group_size": group_size, "seed": seed},
         )  # fmt: skip
-        self._alpha, self._beta, self._gamma = float(alpha), float(beta), float(gamma)
+        self._alpha, self._beta, self._gamma = rates.values()
         self._group_size, self._seed = int(group_size), int(seed)
         self._v = self._buffers["momentum"]
         self._moved = self._theta.like()
@@ -248,6 +253,7 @@ class NoLoCo(OuterOptimizer):
         Returns: theta, equal on all members.
         Raises: as ``step``.
         """
+        self.params.check()
         self.finish()
         self._abandon()
         with self._staying():
@@ -261,7 +267,6 @@ class NoLoCo(OuterOptimizer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As of every optimizer, but each replica keeps what it loads. All members load states of the same round."""
-        self._abandon()
         super().load_state_dict(state)
 
     def _took(self, changed: bool) -> bool:

@@ -20,7 +20,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -94,6 +94,20 @@ class Shard:
     place: str
 
 
+class _Form(NamedTuple):
+    """Of live memory, in the words of its library: cheap to take and to compare."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    device: Any = None
+    is_writeable: bool = True
+    strides: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        where = "" if self.device is None or self.device.type == "cpu" else f" on {self.device}"
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}{where}"
+
+
 class Leaf:
     """One live parameter in host memory, of any strides.
 
@@ -115,8 +129,25 @@ class Leaf:
         """Whether theta has the parameter's own dtype."""
         return self.dtype in ("float32", "float64")
 
+    def check(self) -> None:
+        """UsageError: its memory is not what it was when this was made, and what was made for it does not fit."""
+        was, now = self._was, self._form()
+        if now == was:
+            return
+        if now[:3] != was[:3]:
+            raise UsageError(f"{self.name}: was {was}, is {now}")
+        _check_layout(self.name, now)
+
     def host(self) -> Array:
         raise NotImplementedError
+
+    def _form(self) -> _Form:
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """The end of every constructor."""
+        self._was = self._form()
+        _check_layout(self.name, self._was)
 
     def fetch(self) -> None:
         """Start to bring the live values to ``host()``."""
@@ -169,13 +200,16 @@ class NumpyLeaf(Leaf):
         super().__init__(name, array.dtype.name, array.shape)
         if not array.dtype.isnative:
             raise UsageError(f"{name}: dtype {array.dtype} is of foreign byte order")
-        if not array.flags.writeable:
-            raise UsageError(f"{name}: the array is read-only")
-        _check_strides(name, array.shape, array.strides)
-        self._host = array.view(np.uint16) if self.dtype == "bfloat16" else array
+        self._array = array
+        self._begin()
 
     def host(self) -> Array:
-        return self._host
+        """Not kept: an array that is resized leaves views of it without memory."""
+        return self._array.view(np.uint16) if self.dtype == "bfloat16" else self._array
+
+    def _form(self) -> _Form:
+        array = self._array
+        return _Form(array.dtype, array.shape, None, array.flags.writeable, array.strides)
 
 
 class TorchLeaf(Leaf):
@@ -185,11 +219,15 @@ class TorchLeaf(Leaf):
         self._torch: Any = sys.modules["torch"]
         local = _local(tensor)
         super().__init__(name, str(local.dtype).removeprefix("torch."), tuple(local.shape), shard)
-        _check_strides(name, local.shape, local.stride())
         self._tensor = tensor
+        self._begin()
 
     def host(self) -> Array:
         return _numpy_of(self._torch, _local(self._tensor))
+
+    def _form(self) -> _Form:
+        tensor = self._tensor if self.shard is None else _local(self._tensor)
+        return _Form(tensor.dtype, tensor.shape, tensor.device, True, tensor.stride())
 
     def store(self) -> None:
         """A backward pass that needs the old values fails instead of using the new ones."""
@@ -211,9 +249,14 @@ class DeviceLeaf(Leaf):
         self._tensor, self._is_cuda = tensor, self.device.type == "cuda"
         self._staging = torch.empty(self.shape, dtype=local.dtype, device="cpu", pin_memory=self._is_cuda)
         self._host = _numpy_of(torch, self._staging)
+        self._begin()
 
     def host(self) -> Array:
         return self._host
+
+    def _form(self) -> _Form:
+        tensor = self._tensor if self.shard is None else _local(self._tensor)
+        return _Form(tensor.dtype, tensor.shape, tensor.device)
 
     def fetch(self) -> None:
         self._staging.copy_(_local(self._tensor), non_blocking=self._is_cuda)
@@ -232,8 +275,10 @@ def _numpy_of(torch: Any, tensor: Any) -> Array:
     return array.view(np.uint16) if tensor.dtype is torch.bfloat16 else array
 
 
-def _check_strides(name: str, shape: Sequence[int], strides: Sequence[int]) -> None:
-    if 0 not in shape and any(step == 0 and length > 1 for length, step in zip(shape, strides, strict=True)):
+def _check_layout(name: str, form: _Form) -> None:
+    if not form.is_writeable:
+        raise UsageError(f"{name}: the array is read-only")
+    if 0 not in form.shape and any(step == 0 and n > 1 for n, step in zip(form.shape, form.strides, strict=False)):
         raise UsageError(f"{name}: several of its elements share memory (an expanded array)")
 
 
@@ -246,6 +291,7 @@ class Params:
             Tied parameters (one piece of memory under several names) are exchanged once, under the first of the names,
             and have a theta under each of them; of a module under the one of ``named_parameters()``. Frozen ones
             take part as all others: newcomers get them.
+            They are written to in place and keep shape and dtype: see ``check``.
             Of a DTensor: this rank's shard. A module under FSDP2 goes back to its shards, here and where they change.
     Raises:
         UsageError: no parameters, no names, a dtype, read-only, memory that parameters share in part, or a DTensor of
@@ -256,6 +302,7 @@ class Params:
         self._sharded_modules = _sharded_modules(given)
         self._reshard()  # gathered ones, as a forward pass without a backward pass leaves them, are in no exchange
         named = sorted(_named(given).items())
+        self._entries = (given, named) if isinstance(given, dict) else ({}, [])
         self.aliases: dict[str, str] = {}  # a tied name -> the name that stands for it
         leaves: list[Leaf] = []
         seen: dict[Any, str] = {}
@@ -276,20 +323,35 @@ class Params:
         """Without tied ones."""
         return tuple(self._by_name)
 
+    def check(self) -> None:
+        """Whether the live parameters are still those that were given; cheap.
+
+        UsageError: one has another shape or dtype now, is elsewhere or read-only; or a dict that was given has another
+        array in its place, so that what is trained is not what is exchanged.
+        """
+        given, entries = self._entries
+        for name, value in entries:
+            if given.get(name, value) is not value:
+                raise UsageError(
+                    f"{name}: the dict has another array now than it had; write to that one in place, "
+                    f"as in params[{name!r}][...] = values"
+                )
+        self._checked(self._by_name)
+
     def vectors(self, names: Iterable[str] | None = None) -> Vectors:
         """Zeros for these parameters (all unless given), in their order here."""
         return Vectors(leaf.spec for leaf in self._chosen(names))
 
     def read(self, out: Vectors) -> None:
         """The live values of the names that `out` has."""
-        chosen = self._chosen(out.views)
+        chosen = self._checked(out.views)
         self._fetch(chosen)
         for leaf in chosen:
             leaf.read(out.views[leaf.name])
 
     def write(self, values: Vectors) -> None:
         """Set the live values of the names that `values` has."""
-        chosen = self._chosen(values.views)
+        chosen = self._checked(values.views)
         for leaf in chosen:
             leaf.write(values.views[leaf.name])
             leaf.store()
@@ -298,7 +360,7 @@ class Params:
 
     def pseudo_gradient(self, theta: Vectors, out: Vectors) -> None:
         """out = theta - live, for the names that `out` has."""
-        chosen = self._chosen(out.views)
+        chosen = self._checked(out.views)
         self._fetch(chosen)
         for leaf in chosen:
             leaf.pseudo_gradient(theta.views[leaf.name], out.views[leaf.name])
@@ -321,6 +383,12 @@ class Params:
 
     def _chosen(self, names: Iterable[str] | None) -> list[Leaf]:
         return list(self.leaves) if names is None else [self._by_name[name] for name in names]
+
+    def _checked(self, names: Iterable[str]) -> list[Leaf]:
+        chosen = self._chosen(names)
+        for leaf in chosen:
+            leaf.check()
+        return chosen
 
     def _fetch(self, leaves: Sequence[Leaf]) -> None:
         for leaf in leaves:

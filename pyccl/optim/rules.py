@@ -8,6 +8,7 @@ in a thread that flushes denormals. What a replica computes for itself is NumPy 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from pyccl._native._pyccl import ffi, lib
 from pyccl._native.status import check
 from pyccl.arrays import DTYPES
+from pyccl.errors import UsageError
 
 Array = np.ndarray[Any, Any]
 
@@ -30,8 +32,7 @@ def outer_sgd(theta: Array, momentum: Array | None, g: Array, *, lr: float, mu: 
         theta, momentum, g: (n,) contiguous, of one floating dtype; theta and momentum are changed, g is not. momentum
             is zero before the first step, which makes it g; None where mu is 0: d = g then.
     """
-    for array in (theta, g) if momentum is None else (theta, momentum, g):
-        assert array.dtype == theta.dtype and array.size == theta.size and array.flags.c_contiguous
+    _check_vectors("outer_sgd", [theta] if momentum is None else [theta, momentum], g)
     pins = [ffi.from_buffer("uint8_t[]", array.view(np.uint8)) for array in (theta, g)]
     b = ffi.NULL if momentum is None else ffi.from_buffer("uint8_t[]", momentum.view(np.uint8))
     dtype = DTYPES[theta.dtype.name]
@@ -40,6 +41,10 @@ def outer_sgd(theta: Array, momentum: Array | None, g: Array, *, lr: float, mu: 
 
 def difference(a: Array, b: Array, out: Array) -> None:
     """out = a - b. Any shape and strides, equal shapes; one pass where all are contiguous float32."""
+    if not a.shape == b.shape == out.shape:
+        raise UsageError(f"difference: arrays of the shapes {a.shape}, {b.shape} and {out.shape}")
+    if not out.flags.writeable:
+        raise UsageError("difference: the array that is to be changed is read-only")
     if all(x.dtype == np.float32 and x.flags.c_contiguous and x.flags.aligned for x in (a, b, out)):
         x, y, z = (ffi.from_buffer("float[]", array.reshape(-1)) for array in (a, b, out))
         lib.pyccl_difference(x, y, out.size, z)
@@ -54,8 +59,7 @@ def eager(late: Array, g: Array, g_before: Array, world: int) -> None:
         late: (n,) the mean of the round before, over `world` replicas, this one's `g_before` among them; changed.
         g: (n,) this replica's pseudo-gradient of this round. All contiguous, of one floating dtype.
     """
-    for array in (late, g, g_before):
-        assert array.dtype == late.dtype and array.size == late.size and array.flags.c_contiguous
+    _check_vectors("eager", [late], g, g_before)
     pins = [ffi.from_buffer("uint8_t[]", array.view(np.uint8)) for array in (late, g, g_before)]
     check(lib.pyccl_eager(DTYPES[late.dtype.name], *pins, late.size, world), "eager")
 
@@ -68,3 +72,16 @@ def eager_joining(late: Array, g: Array, world: int, out: Array) -> None:
         total = late[part] * kind(world)
         np.add(total, g[part], out=total)
         np.divide(total, kind(world + 1), out=out[part])
+
+
+def _check_vectors(what: str, changed: Sequence[Array], *others: Array) -> None:
+    """The core is told one dtype and one size for all of them, and believes it."""
+    first = changed[0]
+    for array in (*changed, *others):
+        if (array.dtype, array.size) != (first.dtype, first.size):
+            told = f"{first.dtype}[{first.size}] and {array.dtype}[{array.size}]"
+            raise UsageError(f"{what}: arrays of one dtype and size are needed, not {told}")
+        if not array.flags.c_contiguous or not array.flags.aligned:
+            raise UsageError(f"{what}: contiguous arrays are needed")
+    if not all(array.flags.writeable for array in changed):
+        raise UsageError(f"{what}: an array that is to be changed is read-only")

@@ -24,12 +24,13 @@ from pyccl import errors
 from pyccl.communicator import Communicator
 from pyccl.guards import Guard
 from pyccl.optim import rules
-from pyccl.optim.base import OuterOptimizer, copies, load
+from pyccl.optim.base import OuterOptimizer, real
 from pyccl.optim.diloco import Contribution, OuterStep
 from pyccl.optim.exchange import RETRIED, Exchange
 from pyccl.optim.fragments import split_fragments
 from pyccl.optim.group import StatesDifferedError, log
 from pyccl.optim.params import Params, Vectors
+from pyccl.optim.saved import check_arrays, copies, entry, load
 from pyccl.optim.schedule import Schedule
 
 Array = np.ndarray[Any, Any]
@@ -43,7 +44,8 @@ class SlotOutcome:
     """How the exchange of a slot ended.
 
     fragment: whose. committed: whether theta took a step. world_size: replicas whose share was in the mean; 0 where
-    the exchange failed on all. round: outer steps committed by then.
+    the exchange failed on all. round: outer steps committed by then, this one too if it was; ``round`` of the optimizer
+    after the slot.
     """
 
     fragment: int
@@ -95,7 +97,7 @@ class StreamingDiLoCo(OuterOptimizer):
         guard: Guard | str | None = None,
     ) -> None:
         self._outer = OuterStep(outer_lr, outer_momentum, nesterov)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
+        if not 0.0 <= real(alpha) <= 1.0:
             raise errors.UsageError(f"alpha={alpha!r}: a number of 0..1 is needed")
         named = Params(params)
         self.fragments = split_fragments(named.sizes(), fragments, named.aliases)
@@ -162,8 +164,9 @@ class StreamingDiLoCo(OuterOptimizer):
         try:
             outcome = self._wait(self._flight)
             world_size, pending, watched = outcome.world_size, outcome.pending, outcome.watched
-        except RETRIED as e:  # it failed on all members alike
-            if isinstance(e, StatesDifferedError):
+        except errors.PycclError as e:  # of RETRIED: it failed on all members alike
+            if not isinstance(e, RETRIED) or isinstance(e, StatesDifferedError):
+                self.outcomes.append(SlotOutcome(fragment, False, 0, self.round))
                 raise
             log.warning("not_committed fragment=%d cause=%r", fragment, e)
         committed = world_size >= self.min_peers
@@ -212,6 +215,7 @@ class StreamingDiLoCo(OuterOptimizer):
 
     def finish(self) -> None:
         """Wait for the exchange in flight and apply it; a new slot begins then. At the same step on all members."""
+        self.params.check()
         if self._flight is not None:
             with self._staying():
                 self._exchange_round()
@@ -224,9 +228,19 @@ class StreamingDiLoCo(OuterOptimizer):
             "in_flight": copies(self._contributions[self._fragment].send) if is_flying else None,
         }
 
+    def _check_state(self, state: Any) -> None:
+        super()._check_state(state)
+        residuals = entry(state, "residuals")
+        if not isinstance(residuals, list | tuple) or len(residuals) != len(self._residuals):
+            raise errors.UsageError(f"load_state_dict: residuals: {len(self._residuals)} of them are needed")
+        for i, residual in enumerate(self._residuals):
+            check_arrays(residual, {"residuals": {str(i): residuals[i]}}, "residuals", str(i))
+        if entry(state, "in_flight") is not None:
+            fragment = self._schedule.fragment(int(state["counters"][0]))
+            check_arrays(self._contributions[fragment].send, state, "in_flight")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As of every optimizer, but the live weights are the caller's in any case: they are not at theta in a slot."""
-        self._abandon()
         super().load_state_dict(state)
         for residual, arrays in zip(self._residuals, state["residuals"], strict=True):
             load(residual, arrays)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ from replicas import Array, Replicas, bits, copied, move, weights
 
 import pyccl
 from pyccl.codecs import decode, encode
-from pyccl.optim import AsyncDiLoCo, DiLoCo, LocalSGD
+from pyccl.optim import AsyncDiLoCo, DiLoCo, LocalSGD, OuterOptimizer, StreamingDiLoCo
+from pyccl.optim.exchange import Exchange, Outcome
 from pyccl.reference import QUANTIZE_BLOCK
 
 
@@ -133,6 +136,59 @@ def test_late_a_member_that_left_is_in_the_means_it_took_part_in(replicas: Repli
     told = replicas.run(3, train)
     for rank in range(2):
         same(told[rank], [*expected[rank], late.outers[rank].theta])
+
+
+def test_finish_puts_theta_into_the_live_weights_with_nothing_in_flight_too(replicas: Replicas, seed: int) -> None:
+    def train(comm: pyccl.Communicator, rank: int) -> None:
+        params = weights()
+        opt = AsyncDiLoCo(comm, params, H)
+        for rounds in (0, 2):
+            trained(opt, params, seed, rank, rounds)
+            for _ in range(2):
+                move(params, seed, rank, 0)
+                opt.step()
+                opt.finish()
+                assert bits(params) == bits(opt.theta)
+        assert opt.round == 2
+
+    replicas.run(2, train)
+
+
+@pytest.mark.parametrize("kind", ["local", "diloco", "late", "streaming"])
+def test_a_round_whose_exchange_failed_counts_as_rolled_back(
+    replicas: Replicas, seed: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: Counter[str] = Counter()
+    wait = Exchange.wait
+
+    def second_fails(exchange: Exchange) -> Outcome:
+        outcome = wait(exchange)
+        waits[exchange.comm.peer_id] += 1
+        if waits[exchange.comm.peer_id] == 2:
+            raise pyccl.DeadlineError("for a test")
+        return outcome
+
+    def train(comm: pyccl.Communicator, rank: int) -> Any:
+        params, raised = weights(), 0
+        make: dict[str, Callable[[], OuterOptimizer]] = {
+            "local": lambda: LocalSGD(comm, params, H),
+            "diloco": lambda: DiLoCo(comm, params, H),
+            "late": lambda: AsyncDiLoCo(comm, params, H),
+            "streaming": lambda: StreamingDiLoCo(comm, params, H, fragments=1),
+        }
+        opt = make[kind]()
+        for step in range(4 * H):
+            move(params, seed, rank, step)
+            try:
+                opt.step()
+            except pyccl.DeadlineError:
+                raised += 1
+        opt.finish()
+        return opt.stats.rollbacks, opt.stats.rounds, raised, bits(opt.theta)
+
+    monkeypatch.setattr(Exchange, "wait", second_fails)
+    told = replicas.run(2, train)
+    assert told[0] == told[1] and told[0][:3] == (1, 3, int(kind in ("local", "diloco")))
 
 
 # ---- quantized

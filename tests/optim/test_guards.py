@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import trio
 from masters import started_master
+from reference import H as ROUND
+from reference import Late, local, same
 from replicas import Array, Replicas, bits, copied, move, weights
 
 import pyccl
 from pyccl import Guard, PoisonError, UsageError
 from pyccl.optim import AsyncDiLoCo, DiLoCo, LocalSGD, StreamingDiLoCo
+from pyccl.optim.streaming import SlotOutcome
 
 COUNT: Final = 100_003
 H: Final = 2
@@ -237,6 +240,9 @@ def test_optimizer_round_with_poison_fails_on_all_and_theta_stays(
 
         named = poisoned(comm, spoiled)
         assert bits(opt.theta) == bits(before)
+        assert opt.stats.rollbacks == 1
+        if kind == "streaming":
+            assert opt.outcomes[-1] == SlotOutcome(0, committed=False, world_size=0, round=2)
         if kind == "local":  # the live weights are all that there is of its round: the caller mends them
             for name, array in healthy.items():
                 np.copyto(params[name], array)
@@ -249,6 +255,84 @@ def test_optimizer_round_with_poison_fails_on_all_and_theta_stays(
     told = replicas.run(3, train)
     assert [named for named, _ in told] == ["1"] * 3
     assert all(theta == told[0][1] for _, theta in told)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("guard", "bad"),
+    [("finite", np.nan), ("finite", np.inf), (Guard(max_abs=50.0), 100.0), (Guard(max_norm=50.0), 100.0)],
+)
+def test_an_eager_replica_does_not_take_a_share_of_its_own_that_the_guard_refuses(
+    replicas: Replicas, seed: int, world: int, guard: Guard | str, bad: float
+) -> None:
+    """Rank 1 spoils round 2. Its theta steps as if it had not moved; the exchange fails with round 3, on all."""
+
+    def train(comm: pyccl.Communicator, rank: int) -> Any:
+        params, seen, named = weights(), [], []
+        opt = AsyncDiLoCo(comm, params, ROUND, outer_lr=0.4, outer_momentum=0.5, eager=True, guard=guard)
+        for step in range(7 * ROUND):
+            move(params, seed, rank, step)
+            if step == 3 * ROUND - 1 and rank == 1:
+                params["b"][2] = bad
+            if step == 4 * ROUND - 1:
+                named.append(poisoned(comm, opt.step))
+            else:
+                opt.step()
+            if step % ROUND == ROUND - 1:
+                assert bits(params) == bits(opt.theta)
+                seen.append(copied(opt.theta))
+        return seen, named, opt.round, opt.contributions, opt.stats.rollbacks
+
+    late = Late(world, 0.4, 0.5, eager=True)
+    expected: list[list[dict[str, Array]]] = [[] for _ in range(world)]
+    for round_ in range(7):
+        if round_ == 2:
+            shares = {rank: local(late.outers[rank].theta, seed, rank, round_) for rank in range(world)}
+            late._step(shares | {1: {name: np.zeros_like(x) for name, x in shares[1].items()}})
+        elif round_ == 3:
+            late.flying = {}
+        else:
+            late.round(range(world), seed, round_)
+        for rank in range(world):
+            expected[rank].append(copied(late.outers[rank].theta))
+    for rank, (seen, *told) in enumerate(replicas.run(world, train)):
+        same(seen, expected[rank])
+        assert told == [["1"], 4, 4 * world, 1]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_an_eager_replica_looks_at_what_the_others_decode(replicas: Replicas, seed: int, world: int) -> None:
+    def train(comm: pyccl.Communicator, rank: int) -> Any:
+        params, named = weights(), []
+        opt = AsyncDiLoCo(comm, params, H, eager=True, guard="finite", quantize="int8", error_feedback=True)
+        for step in range(7 * H):
+            move(params, seed, rank, step)
+            if step == 3 * H - 1 and rank == 1:
+                params["b"][2] = np.nan
+            if step == 4 * H - 1:
+                named.append(poisoned(comm, opt.step))
+            else:
+                opt.step()
+            assert all(np.isfinite(array).all() for array in opt.theta.values())
+        opt.finish()
+        return named, opt.round, opt.contributions
+
+    assert replicas.run(world, train) == [(["1"], 5, 5 * world)] * world
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_replica_alone_does_not_step_on_poison(replicas: Replicas, seed: int, quantize: str | None) -> None:
+    (comm,) = replicas.members(1)
+    params = weights()
+    opt = DiLoCo(comm, params, 1, min_peers=1, quantize=quantize, guard="finite")
+    opt.step()
+    before = bits(opt.theta)
+    params["b"][1] = np.nan
+    assert poisoned(comm, opt.step) == "0"
+    assert bits(opt.theta) == before == bits(params) and (opt.round, opt.stats.rollbacks) == (1, 1)
+    move(params, seed, 0, 0)
+    opt.step()
+    assert opt.round == 2
 
 
 # ---- a secure run ----------------------------------------------------------------------------------------------------

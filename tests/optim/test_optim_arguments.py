@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from reference import H
 from replicas import Replicas, move, weights
 
 import pyccl
-from pyccl.optim import AsyncDiLoCo, DiLoCo, LocalSGD
+from pyccl.optim import AsyncDiLoCo, DiLoCo, LocalSGD, NoLoCo, StreamingDiLoCo
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,11 @@ from pyccl.optim import AsyncDiLoCo, DiLoCo, LocalSGD
         ({"min_peers": 0}, "min_peers"),
         ({"outer_lr": 0.0}, "outer_lr"),
         ({"outer_lr": float("nan")}, "outer_lr"),
+        ({"outer_lr": True}, "outer_lr"),
+        ({"outer_lr": np.bool_(True)}, "outer_lr"),
+        ({"outer_lr": "0.7"}, "outer_lr"),
+        ({"outer_lr": 10**400}, "outer_lr"),
+        ({"outer_momentum": np.float32("nan")}, "outer_momentum"),
         ({"outer_momentum": 1.0}, "outer_momentum"),
         ({"outer_momentum": -0.1}, "outer_momentum"),
         ({"nesterov": 1}, "nesterov"),
@@ -43,6 +49,29 @@ def test_options_are_given_by_name_only() -> None:
         AsyncDiLoCo(comm, weights(), H, eager=1)  # type: ignore[arg-type]
     with pytest.raises(pyccl.UsageError, match="register_step_post_hook"):
         LocalSGD(comm, weights(), H).attach(object())
+
+
+def test_rates_are_real_numbers_of_any_kind_and_equal_where_their_values_are(replicas: Replicas) -> None:
+    def train(comm: pyccl.Communicator, rank: int) -> None:
+        half, one = (0.5, 1.0) if rank == 0 else (np.float32(0.5), 1)
+        DiLoCo(comm, weights(), H, outer_lr=one, outer_momentum=half)
+        StreamingDiLoCo(comm, weights(), H, fragments=1, alpha=half, outer_lr=Fraction(1, 2) if rank else 0.5)
+        with pytest.warns(UserWarning, match="gamma"):
+            NoLoCo(comm, weights(), H, alpha=half, beta=one, gamma=2.0 if rank else np.int64(2))
+        for rate in ("alpha", "beta", "gamma"):
+            for wrong in (True, "1", None, float("inf"), np.float64("nan")):
+                with pytest.raises(pyccl.UsageError, match=rate):
+                    NoLoCo(comm, weights(), H, **{rate: wrong})  # type: ignore[arg-type]
+
+    replicas.run(2, train)
+
+
+def test_a_communicator_that_was_closed_is_refused(replicas: Replicas) -> None:
+    (comm,) = replicas.members(1)
+    comm.close()
+    for kind in (LocalSGD, DiLoCo, AsyncDiLoCo, NoLoCo):
+        with pytest.raises(pyccl.UsageError, match="closed"):
+            kind(comm, weights(), H)
 
 
 def test_a_step_without_a_connection_says_so() -> None:

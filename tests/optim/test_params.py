@@ -11,6 +11,8 @@ import pytest
 import pyccl
 from pyccl.optim.params import Params
 
+F32 = np.float32
+
 
 def test_arrays_of_any_strides_are_read_and_written_in_place() -> None:
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -103,3 +105,72 @@ def test_float64_parameters_keep_their_precision_beside_float32_ones() -> None:
     params.read(theta)
     assert [v.dtype for v in theta.vectors] == [np.float32, np.float64]
     assert theta.views["d"][0] == 1 + 2.0**-40
+
+
+def shrink(a: Any) -> None:
+    a.resize(4, refcheck=False)
+
+
+def grow(a: Any) -> None:
+    a.resize(4000, refcheck=False)
+
+
+def fold(a: Any) -> None:
+    a.shape = (20, 100)
+
+
+def lock(a: Any) -> None:
+    a.setflags(write=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (shrink, r"a: was float32\[2000\], is float32\[4\]"),
+        (grow, r"a: was float32\[2000\], is float32\[4000\]"),
+        (fold, r"a: was float32\[2000\], is float32\[20, 100\]"),
+        (lock, "a: the array is read-only"),
+    ],
+)
+def test_an_array_that_is_not_what_it_was_is_neither_read_nor_written(change: Any, match: str) -> None:
+    a, b = np.ones(2000, F32), np.ones(3, F32)
+    params = Params({"a": a, "b": b})
+    theta, out = params.vectors(), params.vectors()
+    change(a)
+    for call in (
+        params.check,
+        lambda: params.read(out),
+        lambda: params.write(theta),
+        lambda: params.pseudo_gradient(theta, out),
+    ):
+        with pytest.raises(pyccl.UsageError, match=match):
+            call()
+    assert not out.vectors[0].any() and b.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_an_array_of_every_dtype_that_shrank_is_told(dtype: Any) -> None:
+    a = np.ones(2000, dtype)
+    params = Params({"a": a})
+    out = params.vectors()
+    a.resize(4, refcheck=False)
+    with pytest.raises(pyccl.UsageError, match=r"a: was \w+\[2000\], is \w+\[4\]"):
+        params.pseudo_gradient(params.vectors(), out)
+    a.resize(2000, refcheck=False)
+    a[:] = 2
+    params.read(out)
+    assert bool((out.vectors[0] == 2).all())  # where it is now
+
+
+def test_another_array_in_a_dict_that_was_given_is_told() -> None:
+    a, given = np.ones(3, F32), {"a": np.ones(2, F32)}
+    given |= {"b": a, "tied": a}
+    params = Params(given)
+    params.check()
+    for name in given:
+        kept, given[name] = given[name], given[name] + F32(1)
+        with pytest.raises(pyccl.UsageError, match=f"{name}: the dict has another array"):
+            params.check()
+        given[name] = kept
+    del given["tied"]  # of no use to anybody: what is exchanged is trained
+    params.check()

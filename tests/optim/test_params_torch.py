@@ -83,3 +83,32 @@ def test_memory_that_moved_between_rounds_is_found(monkeypatch: pytest.MonkeyPat
 def test_tensors_that_can_not_be_parameters_are_refused(make: Any, match: str) -> None:
     with pytest.raises(pyccl.UsageError, match=match):
         Params([("x", make())])
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (torch.ones(4), r"p: was float32\[2000\], is float32\[4\]"),
+        (torch.ones(4000), r"p: was float32\[2000\], is float32\[4000\]"),
+        (torch.ones(2000).half(), r"p: was float32\[2000\], is float16\[2000\]"),
+        (torch.ones(1).expand(2000), "p: several of its elements share memory"),
+    ],
+    ids=["smaller", "larger", "half", "expanded"],
+)
+def test_a_parameter_whose_data_is_of_another_form_is_neither_read_nor_written(value: torch.Tensor, match: str) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2000))
+    params = Params([("p", parameter)])
+    theta, out = params.vectors(), params.vectors()
+    parameter.data = value
+    for call in (
+        params.check,
+        lambda: params.read(out),
+        lambda: params.write(theta),
+        lambda: params.pseudo_gradient(theta, out),
+    ):
+        with pytest.raises(pyccl.UsageError, match=match):
+            call()
+    assert not out.vectors[0].any()
+    parameter.data = torch.full((4000,), 3.0)[::2]
+    params.read(out)
+    assert bool((out.vectors[0] == 3).all())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyccl.optim import rules
+import pyccl
+from pyccl.optim import codes, rules
 
 SIZES = [1, 7, rules.BLOCK - 1, rules.BLOCK, 2 * rules.BLOCK + 5]
 
@@ -100,3 +101,28 @@ def test_a_late_step_is_stable_for_less_local_progress(lr: float, mu: float, lat
         return abs(float(theta[0]))
 
     assert ends_at(last_stable - 0.02) < 1e-3 < 1e3 < ends_at(last_stable + 0.02)
+
+
+def test_arrays_that_do_not_fit_never_reach_the_core() -> None:
+    """Which would read and write behind their ends."""
+    x, short, wide = np.zeros(100, np.float32), np.zeros(4, np.float32), np.zeros(100)
+    gaps, locked = np.zeros(200, np.float32)[::2], np.zeros(100, np.float32)
+    locked.setflags(write=False)
+    encoded = codes.encode(x, "uint8")
+    for call in (
+        lambda: rules.difference(x, short, x.copy()),
+        lambda: rules.difference(short, x, x.copy()),
+        lambda: rules.difference(x, x, short),
+        lambda: rules.difference(x, x.reshape(10, 10), x.copy()),
+        lambda: rules.difference(x, x, locked),
+        *(lambda b=b: rules.outer_sgd(x, None, b, lr=0.7, mu=0.0, nesterov=True) for b in (short, wide, gaps)),
+        *(lambda b=b: rules.outer_sgd(x, b, x, lr=0.7, mu=0.9, nesterov=True) for b in (short, wide, gaps, locked)),
+        lambda: rules.outer_sgd(locked, None, x, lr=0.7, mu=0.0, nesterov=True),
+        *(lambda b=b: rules.eager(x, b, x, 2) for b in (short, wide, gaps)),
+        *(lambda b=b: rules.eager(x, x, b, 2) for b in (short, wide, gaps)),
+        lambda: rules.eager(locked, x, x, 2),
+        lambda: codes.decode(encoded[:-1], "uint8", x),
+        lambda: codes.average([encoded, encoded[:-1]], "uint8", x),
+    ):
+        with pytest.raises(pyccl.UsageError):
+            call()
