@@ -7,6 +7,7 @@
  *
  * What the harness plays
  *   engine  a contribution is one DATA frame; with those of all participants in, the result is held; its hash names the set
+ *   guards  what members find is the variant's: of their own input at the submit, of contributions and shares with the result
  *   master  the rules of the model: suspicion -> ballot -> every survivor freezes and reports -> verdict and epoch in one
  *           step -> EpochCommit reaches each survivor at any later time. Control links are FIFO.
  *   faults  each with a budget: crash of the victim (C, or A), its false suspicion (it runs on, fenced, until told), a suspicion revoked, a
@@ -46,6 +47,7 @@ enum { UP, CRASHED, LEFT, EVICTED };
 enum { NEVER, OK, FAILED_, UNKNOWN };
 enum { ALL3 = 7, OPS = 2, ALL_ = 0, PAIR = 1 };            /* an operation k has the cookie k + 1 */
 enum { AT_START = 1, AT_DEADLINE = 100, AT_LEAVE = 200 };
+enum { NOT_FINITE = N + 1 };               /* nobody's contribution is refused, and what they make is not finite */
 
 /* Deadline, crash ... what may happen in a variant, and the rule a canary breaks. */
 typedef struct variant {
@@ -54,18 +56,22 @@ typedef struct variant {
     uint8_t crash, suspect, revoke, deadline, leave, reset, late, tell, split, differ;
     uint8_t pair, alone, lose_a;           /* pair: members of an exchange, or 0; alone: no collective beside it; the victim is A */
     uint8_t early;                         /* so many operations may be ahead of a member, or more than there are: 0 */
+    uint8_t guard, refuse, whole;          /* refuse: whose own input is refused; whole: results come together all the same (it owned all shares) */
+    uint8_t accuses[3], doubts[3];         /* [member]: member + 1 whose contribution, whose share it refuses; or NOT_FINITE */
     int mutation;
 } variant;
 
 enum {
     SOUND, REPORT_WITHOUT_FREEZE, ABORT_WHILE_FROZEN, DATA_WHILE_FROZEN, STALE_EPOCH, ABORT_AFTER_DONE, MAJORITY_COMMITS, FORGET_TOMBSTONE,
-    VERDICT_FORGETS_COMMIT, DROP_RECORD, RESET_WITHOUT_REPEAT, PREPARE_WITHOUT_DATA, HALF_A_PAIR_PREPARES, VERDICT_IN_NEW_RANKS, THIRD_IS_ASKED, ROOM_IS_NOT_ASKED
+    VERDICT_FORGETS_COMMIT, DROP_RECORD, RESET_WITHOUT_REPEAT, PREPARE_WITHOUT_DATA, HALF_A_PAIR_PREPARES, VERDICT_IN_NEW_RANKS, THIRD_IS_ASKED, ROOM_IS_NOT_ASKED,
+    OPEN_REFUSES_NOTHING, DONE_COMPLAINS_OF_NOTHING, COMPLAINTS_OF_THE_LOST_STAY, ACCUSED_STAYS, REFUSED_ONCE, COMPLAINT_IS_REPORTED, BLAMES_WHO_TELLS
 };
 
 typedef struct op_bits {
     uint8_t submitted;
     uint8_t tag, next_seq, told, dirty;                                  /* the machine's tag          */
     uint8_t op, opened, done, settled, result, asked, leave, abort, blamed, have_spec, spec_rank, owner_rank, attempts, cookie, hash[N];
+    uint8_t refusing, complaining, suspects, accused, complaint;         /* of a guard                 */
     uint8_t deferred, deferred_status, ahead_of;                         /* deferred: its place, from 1; ahead_of: who has not submitted it */
     uint8_t started, data;                                               /* the engine                 */
     uint8_t outcome, status, out_ep, out_set, culprit;                   /* culprit: 0 none, else member + 1 */
@@ -85,6 +91,7 @@ typedef struct state {
     uint8_t cur, susp, false_susp, ballot, S, rep, sent, flush, need, settle, told_settle[N];
     uint8_t mem[EPOCHS], verdict[EPOCHS][OPS], rp[N][OPS], rh[N][OPS];
     uint8_t gone_ok[OPS];                  /* one that is gone had committed it                */
+    uint8_t poisoned;                      /* epochs in which somebody has failed by a guard   */
     uint8_t bags, has_kept;
     frame_bits kept, bag[BAG];
 } state;
@@ -101,7 +108,7 @@ static const variant *now;
 static pyccl_fsm *machine;                 /* one, loaded with whoever moves */
 static const char *bad;                    /* set: the first rule broken     */
 static char bad_text[160];
-static uint64_t commits, failures, deferrals; /* seen in the walk: it is not empty; deferrals: for want of room */
+static uint64_t commits, failures, poisonings, deferrals; /* seen in the walk: it is not empty; deferrals: for want of room */
 
 static void broken(const char *text) { if (bad == NULL) bad = text; }
 static void brokenf(const char *format, ...) {
@@ -145,7 +152,50 @@ static pyccl_spec the_spec(int k) {
         memset(spec.root, both, sizeof spec.root);
         return spec;
     }
-    return (pyccl_spec){.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_FLOAT32, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .retry = now->retry, .count = 8};
+    return (pyccl_spec){.kind = PYCCL_ALL_REDUCE, .dtype = PYCCL_FLOAT32, .op = PYCCL_SUM, .algorithm = PYCCL_DIRECT, .retry = now->retry, .guard = now->guard, .count = 8};
+}
+
+/* ---- what guards find ---- */
+
+static int refuses_own(int k, int i) { return k == ALL_ && now->refuse >> i & 1; }
+
+/* Of the DONE of member i in an attempt of these members. */
+static uint32_t complaint_of(int i, uint8_t members) {
+    const int of = now->accuses[i], share = now->doubts[i];
+    const uint32_t accused = of == NOT_FINITE ? PYCCL_CULPRIT_NOBODY : of && members >> (of - 1) & 1 ? rank_of(members, of - 1) + 1 : 0;
+    return accused + (share && members >> (share - 1) & 1 ? rank_of(members, share - 1) + 1 : 0) * PYCCL_COMPLAINT_RESULT;
+}
+
+static uint8_t complainers(uint8_t members) {
+    uint8_t found = 0;
+    for (int i = 0; i < N; i++)
+        if (members >> i & 1 && complaint_of(i, members)) found |= (uint8_t)(1 << i);
+    return found;
+}
+
+static int is_poisoned(uint8_t members) { return (now->refuse & members) || complainers(members); }
+
+/* The rule of wire.md 3.8 in members instead of ranks; member + 1, or 0: nobody. */
+static int poisoner_among(uint8_t members) {
+    const uint8_t complain = complainers(members);
+    int named = NOT_FINITE;
+    if (now->refuse & members) return __builtin_ctz(now->refuse & members) + 1;
+    for (int i = 0; i < N; i++)
+        if (complain >> i & 1 && now->accuses[i] && now->accuses[i] < named && members >> (now->accuses[i] - 1) & 1) named = now->accuses[i];
+    for (int i = 0; i < N && named == NOT_FINITE; i++)
+        for (int j = 0; j < N; j++)
+            if (complain >> j & 1 && now->doubts[j] == i + 1 && members >> i & 1 && !(complain >> i & 1)) named = i + 1;
+    return named == NOT_FINITE ? 0 : named;
+}
+
+/* In a byte, as a frame and a member's state hold it. */
+static uint8_t complaint_bits(uint32_t complaint) {
+    const uint32_t accused = complaint % PYCCL_COMPLAINT_RESULT;
+    return (uint8_t)((accused == PYCCL_CULPRIT_NOBODY ? NOT_FINITE : accused) | complaint / PYCCL_COMPLAINT_RESULT << 4);
+}
+
+static uint32_t complaint_from(uint8_t bits) {
+    return ((bits & 15) == NOT_FINITE ? (uint32_t)PYCCL_CULPRIT_NOBODY : bits & 15u) + (bits >> 4) * (uint32_t)PYCCL_COMPLAINT_RESULT;
 }
 
 static void epoch_id(uint8_t ep, uint8_t id[16]) {
@@ -190,6 +240,11 @@ static void save_op(const pyccl_fsm *fsm, const fsm_tag *tag, op_bits *o) {
         o->spec_rank = (uint8_t)op->spec_rank;
         o->owner_rank = (uint8_t)op->owner_rank;
     }
+    o->refusing = set_bits(&op->refusing);
+    o->complaining = set_bits(&op->complaining);
+    o->suspects = set_bits(&op->suspects);
+    o->accused = (uint8_t)op->accused;
+    o->complaint = complaint_bits(op->complaint);
     for (uint32_t r = 0; now->early && r < fsm->world; r++)
         if (!set_has(&op->submitted, r)) o->ahead_of |= (uint8_t)(1 << r);
     for (uint32_t r = 0; r < fsm->world && r < N; r++)
@@ -231,7 +286,7 @@ static void save(const pyccl_fsm *fsm, member *m) {
     PYCCL_ASSERT(fsm->live_count == live);
 }
 
-static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, uint32_t partner) {
+static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, int self, uint32_t partner) {
     fsm_tag *tag = tag_get(fsm, space_of(k), 0, partner);
     tag->next_seq = o->next_seq;
     tag->told = o->told;
@@ -258,6 +313,12 @@ static void load_op(pyccl_fsm *fsm, const op_bits *o, int k, uint32_t partner) {
     op->owner_rank = o->owner_rank;
     op->attempts = o->attempts;
     op->cookie = o->cookie;
+    op->refused = (uint8_t)refuses_own(k, self);
+    op->refusing.word[0] = o->refusing;
+    op->complaining.word[0] = o->complaining;
+    op->suspects.word[0] = o->suspects;
+    op->accused = o->accused;
+    op->complaint = complaint_from(o->complaint);
     for (uint32_t r = 0; r < fsm->world; r++) op->hash[r] = o->hash[r];
     if (op->state == RUNNING || op->state == PREPARED) live_add(fsm, op);
     if (op->state == EARLY) fsm->early[op->owner_rank]++;
@@ -283,13 +344,14 @@ static void load(pyccl_fsm *fsm, const member *m, uint8_t members, int self) {
     fsm->tell_ns_at = m->tell ? AT_START : 0;
     for (int k = 0; k < OPS; k++) {
         const op_bits *o = &m->o[k];
-        if (o->tag) load_op(fsm, o, k, k == PAIR ? rank_of(members, partner_in_pair(self)) : 0);
+        if (o->tag) load_op(fsm, o, k, self, k == PAIR ? rank_of(members, partner_in_pair(self)) : 0);
     }
     for (int place = 1; place <= OPS; place++)
         for (int k = 0; k < OPS; k++) {
             const op_bits *o = &m->o[k];
             if (o->deferred != place) continue;
-            const deferred item = {.cookie = o->deferred_status ? 0 : k + 1u, .spec = the_spec(k), .deadline_ns = AT_DEADLINE, .status = -(int32_t)o->deferred_status};
+            const deferred item = {.cookie = o->deferred_status ? 0 : k + 1u, .spec = the_spec(k), .refused = (uint8_t)refuses_own(k, self),
+                                   .deadline_ns = AT_DEADLINE, .status = -(int32_t)o->deferred_status};
             const uint32_t partner = partner_of(fsm, &item.spec);
             PYCCL_ASSERT(defer(fsm, partner < fsm->world ? tag_find(fsm, space_of(k), 0, partner) : NULL, &item) == PYCCL_OK);
         }
@@ -315,6 +377,21 @@ static void put(state *s, uint8_t type, int k, int from, int to, uint8_t ep, uin
     s->bag[at] = f;
 }
 
+/* What an ABORT or ANSWER names, and a complaint, go into the upper byte: a hash is below 16. */
+static uint16_t value_of(const pyccl_message *message) {
+    const uint64_t named = message->value >> 8;
+    switch (message->type) {
+    case PYCCL_FRAME_SETTLED: return (uint16_t)message->seq;
+    case PYCCL_FRAME_ABORT:
+    case PYCCL_FRAME_ANSWER:
+        if (now->mutation == BLAMES_WHO_TELLS) return message->value & 255;
+        return (uint16_t)((message->value & 255) | (named == PYCCL_CULPRIT_NOBODY ? 255 : named) << 8);
+    default:
+        PYCCL_ASSERT(named == 0);
+        return (uint16_t)(message->value | (uint64_t)complaint_bits(message->complaint) << 8);
+    }
+}
+
 static frame_bits take(state *s, int n) {
     frame_bits f = s->bag[n];
     memmove(&s->bag[n], &s->bag[n + 1], (size_t)(s->bags - n - 1) * sizeof f);
@@ -333,7 +410,36 @@ static void have_all(state *s, int self, int k) {
     op_bits *o = &m->o[k];
     const uint8_t all = concerned(k, s->mem[m->ep]);
     if (now->mutation == PREPARE_WITHOUT_DATA && o->started && pop(o->data) >= 2) pyccl_fsm_result(machine, k + 1u, ALL3, clock_of(m));
-    if (o->started && (o->data & all) == all) pyccl_fsm_result(machine, k + 1u, result_hash(self, o->data), clock_of(m));
+    if (!o->started || (o->data & all) != all) return;
+    const fsm_op *op = pyccl_map_get(&machine->cookie_map, k + 1u);
+    if (k == ALL_ && now->guard && op != NULL && op->state == RUNNING) {
+        if (op->result) return;            /* it was told: DATA has come twice */
+        pyccl_fsm_complain(machine, k + 1u, complaint_of(self, all));
+    }
+    pyccl_fsm_result(machine, k + 1u, result_hash(self, o->data), clock_of(m));
+}
+
+/* Whose input is refused keeps it. */
+static int contributes(int k, int self) { return !refuses_own(k, self) || now->whole; }
+
+/* One commits in epoch ep. by_verdict: what its report and those of the others led to. */
+static void guard_commits(const state *s, int self, uint8_t ep, int by_verdict) {
+    if (now->refuse & s->mem[ep]) broken("a commit of what a member's own guard refuses");
+    if (s->m[self].o[ALL_].complaining) broken("one commits what it knows is refused");  /* as before this step */
+    if (complainers(s->mem[ep]) & (by_verdict ? s->mem[ep + 1] : ALL3)) broken("a commit of what a guard refuses, though nobody was lost with it");
+}
+
+/* One fails by a guard: there is reason in its epoch, or somebody has had one before; and the rule names this one. */
+static void guard_fails(state *s, int self, int culprit) {
+    const uint8_t ep = s->m[self].ep, members = s->mem[ep];
+    int right = is_poisoned(members) && culprit == poisoner_among(members);
+    for (int e = 0; e < ep; e++) {
+        const int named = poisoner_among(s->mem[e]);
+        if (s->poisoned >> e & 1) right |= culprit == (named && members >> (named - 1) & 1 ? named : 0);  /* of one that is lost no rank can be told */
+    }
+    if (!right) broken("fails by a guard that has refused nothing, or names another than the rule");
+    s->poisoned |= (uint8_t)(1 << ep);
+    poisonings++;
 }
 
 static void ends(state *s, int self, int k, uint8_t outcome, int32_t status, uint8_t attempt_ep) {
@@ -360,12 +466,13 @@ static void carry_out(state *s, int self, uint8_t verdict_ep) {
         case PYCCL_ACT_SEND:
             if (m->frozen && a.message.type != PYCCL_FRAME_ANSWER && verdict_ep == N_A) brokenf("a frozen member sends %s", FRAME[a.message.type]);
             if (!(concerned(k, members) >> member_of(members, a.message.rank) & 1)) brokenf("%s goes to one whom it does not concern", FRAME[a.message.type]);
-            put(s, a.message.type, k, self, member_of(members, a.message.rank), m->ep, (uint16_t)(a.message.type == PYCCL_FRAME_SETTLED ? a.message.seq : a.message.value));
+            if (k == ALL_ && a.message.type == PYCCL_FRAME_DONE && now->refuse & members) broken("DONE though one refuses its own input");
+            put(s, a.message.type, k, self, member_of(members, a.message.rank), m->ep, value_of(&a.message));
             break;
         case PYCCL_ACT_START:
             o->started = 1;
-            o->data |= (uint8_t)(1 << self);
-            for (int j = 0; j < N; j++)
+            if (contributes(k, self)) o->data |= (uint8_t)(1 << self);
+            for (int j = 0; j < N && contributes(k, self); j++)
                 if (j != self && concerned(k, members) >> j & 1) put(s, PYCCL_FRAME_DATA, k, self, j, m->ep, 0);
             have_all(s, self, k);
             break;
@@ -378,15 +485,17 @@ static void carry_out(state *s, int self, uint8_t verdict_ep) {
                 /* A verdict over this epoch is out and this member reported for it: it is not free to commit any more. */
                 if (s->cur > m->ep && s->mem[s->cur] >> self & 1) broken("a survivor commits by frames after the verdict");
             }
+            if (k == ALL_) guard_commits(s, self, verdict_ep == N_A ? m->ep : verdict_ep, verdict_ep != N_A);
             ends(s, self, k, OK, 0, verdict_ep == N_A ? m->ep : verdict_ep);
             if (now->mutation == DROP_RECORD && machine->tags != NULL && machine->tags->ops != NULL) op_drop(machine, machine->tags->ops);
             break;
         case PYCCL_ACT_FAIL:
             o->culprit = a.peer[0] ? (uint8_t)(a.peer[0] - 0x10 + 1) : 0;
+            if (a.status == PYCCL_ERR_POISON) guard_fails(s, self, o->culprit);
             ends(s, self, k, a.status == PYCCL_ERR_OUTCOME_UNKNOWN ? UNKNOWN : FAILED_, a.status, m->ep);
             break;
         case PYCCL_ACT_RESEND:
-            if (o->started || o->data) put(s, PYCCL_FRAME_DATA, k, self, member_of(members, a.rank), m->ep, 0);
+            if ((o->started || o->data) && contributes(k, self)) put(s, PYCCL_FRAME_DATA, k, self, member_of(members, a.rank), m->ep, 0);
             break;
         case PYCCL_ACT_SETTLE:
             s->settle |= (uint8_t)(1 << self);
@@ -408,8 +517,12 @@ static void carry_out(state *s, int self, uint8_t verdict_ep) {
 static pyccl_message unpack(frame_bits f, uint8_t members) {
     pyccl_message message = {.type = f.type, .space = space_of(f.k), .rank = rank_of(members, f.path >> 4)};
     if (f.type == PYCCL_FRAME_SETTLED) message.seq = f.value;
-    else message.value = f.value;
+    else message.value = f.value & 255;
     if (f.type == PYCCL_FRAME_OPEN) message.spec = the_spec(f.k);
+    if (f.type == PYCCL_FRAME_ABORT || f.type == PYCCL_FRAME_ANSWER) message.value |= (f.value >> 8 == 255 ? (uint64_t)PYCCL_CULPRIT_NOBODY : f.value >> 8) << 8;
+    else if (f.type != PYCCL_FRAME_SETTLED) message.complaint = complaint_from((uint8_t)(f.value >> 8));
+    if (now->mutation == OPEN_REFUSES_NOTHING && f.type == PYCCL_FRAME_OPEN) message.complaint = 0;
+    if (now->mutation == DONE_COMPLAINS_OF_NOTHING && f.type == PYCCL_FRAME_DONE) message.complaint = 0;
     return message;
 }
 
@@ -526,7 +639,13 @@ static void act_epoch(state *s, int i) {
             verdicts[count++] = (pyccl_op_verdict){.space = space_of(k), .verdict = s->verdict[old + 1][k], .tag = channel_for(k, s->mem[old + (now->mutation == VERDICT_IN_NEW_RANKS)])};
     if (now->mutation == FORGET_TOMBSTONE && machine->tags != NULL && machine->tags->ops != NULL && machine->tags->ops->state == FAILED)
         op_drop(machine, machine->tags->ops);
+    fsm_op *op = machine->live_first;
+    const rank_set complaining = op != NULL ? op->complaining : (rank_set){{0}};
+    const uint32_t accused = op != NULL ? op->accused : 0;
+    if (op != NULL && now->mutation == REFUSED_ONCE) op->refused = 0;
     pyccl_status rc = pyccl_fsm_epoch(machine, &epoch, verdicts, count, clock_of(m));
+    if (now->mutation == COMPLAINTS_OF_THE_LOST_STAY && machine->live_first != NULL) machine->live_first->complaining = complaining;
+    if (now->mutation == ACCUSED_STAYS && machine->live_first != NULL) machine->live_first->accused = accused;
     if (rc != PYCCL_OK) { broken("a member can't obey the EpochCommit"); return; }
     m->ep++;
     for (int k = 0; k < OPS; k++)
@@ -575,7 +694,7 @@ static void apply(state *s, step a) {
     case A_SUBMIT:
         m->o[a.j].submitted = 1;
         if (now->mutation == ROOM_IS_NOT_ASKED) machine->options.early_max = PYCCL_EARLY_MAX;
-        if (pyccl_fsm_submit(machine, a.j + 1u, &spec, AT_DEADLINE, clock_of(m)) != PYCCL_OK) broken("submit refused");
+        if (pyccl_fsm_submit_weighted(machine, a.j + 1u, &spec, 1, refuses_own(a.j, i), AT_DEADLINE, clock_of(m)) != PYCCL_OK) broken("submit refused");
         deferrals += machine->lanes != NULL && !m->frozen;
         machine->options.early_max = now->early ? now->early : PYCCL_EARLY_MAX;
         carry_out(s, i, N_A);
@@ -594,7 +713,11 @@ static void apply(state *s, step a) {
     case A_FLUSH: {
         if (now->mutation != REPORT_WITHOUT_FREEZE) pyccl_fsm_freeze(machine, clock_of(m));
         pyccl_op_report reports[OPS];
+        fsm_op *op = now->mutation == COMPLAINT_IS_REPORTED ? machine->live_first : NULL;
+        const rank_set complaining = op != NULL ? op->complaining : (rank_set){{0}};
+        if (op != NULL) memset(&op->complaining, 0, sizeof op->complaining);
         const size_t count = pyccl_fsm_report(machine, reports, OPS);
+        if (op != NULL) op->complaining = complaining;
         memset(s->rp[i], 0, sizeof s->rp[i]);
         memset(s->rh[i], 0, sizeof s->rh[i]);
         for (size_t r = 0; r < count; r++) {
@@ -744,11 +867,12 @@ static int steps(const state *s, step *out, int *free_steps) {
         if (s->suspect && i == victim() && s->mem[s->cur] & bit && !(s->susp & bit)) list(A_FALSE, i, 0, 0);
         if (s->revoke && s->susp & bit && s->ballot) list(A_REVOKE, i, 0, 0);
         /* Members differ by rank only, so one pair stands for all; with C singled out by a fault, two pairs do; beside an
-         * exchange all do. */
+         * exchange, and where guards find something, all do. */
+        const int all_pairs = now->pair || is_poisoned(ALL3);
         for (int j = i + 1; s->reset && j < N; j++)
-            if (s->m[j].life == UP && (now->pair || (i == A && (j == B || now->crash || now->suspect || now->differ))))
+            if (s->m[j].life == UP && (all_pairs || (i == A && (j == B || now->crash || now->suspect || now->differ))))
                 for (int n = 0; n < 4; n++)  /* what is lost: bit 0 there, bit 1 back */
-                    if (n != 2 || now->pair || now->crash || now->suspect || now->differ) list(A_RESET, i, j, n);
+                    if (n != 2 || all_pairs || now->crash || now->suspect || now->differ) list(A_RESET, i, j, n);
     }
     PYCCL_ASSERT(list_end - out <= ACTS);
     return (int)(list_end - out);
@@ -760,6 +884,21 @@ static int survivor(const state *s, int i) {  /* of the run as the master sees i
     return s->m[i].life == UP && s->mem[s->cur] >> i & 1;
 }
 
+static int is_by_guard(const op_bits *o) { return o->outcome == FAILED_ && o->status == status_code(PYCCL_ERR_POISON); }
+static int is_lost(const state *s, int named, uint8_t ep) { return !(s->mem[ep] >> (named - 1) & 1); }
+
+/* What has happened so far has to explain how the collective fails at a survivor; of a guard see guard_fails. */
+static int may_fail_with(const state *s, const op_bits *o) {
+    switch (-(int)o->status) {
+    case PYCCL_ERR_POISON: return 1;
+    case PYCCL_ERR_DEADLINE: return s->deadline < now->deadline;
+    case PYCCL_ERR_PEER_LOST: return !now->retry && s->mem[s->cur] != ALL3;
+    case PYCCL_ERR_ALONE: return pop(s->mem[s->cur]) == 1;
+    case PYCCL_ERR_RESULT_DIFFERS: return now->differ && !is_poisoned(s->mem[o->out_ep]);  /* a complaint wins, whatever the hashes */
+    default: return 0;
+    }
+}
+
 static void judge_op(const state *s, int k) {
     for (int i = 0; i < N; i++) {
         const op_bits *a = &s->m[i].o[k];
@@ -767,6 +906,7 @@ static void judge_op(const state *s, int k) {
         if (a->outcome == OK && a->out_set != concerned(k, s->mem[a->out_ep])) broken("a commit without exactly the contributions of its epoch");
         if (a->status == status_code(PYCCL_ERR_RESULT_DIFFERS) && a->culprit != 0 && k == ALL_ && a->culprit != now->differ)
             broken("another peer than the one that differs is named");
+        if (k == ALL_ && a->outcome == FAILED_ && survivor(s, i) && !may_fail_with(s, a)) broken("a failure without cause");
         if (k == PAIR && a->status == status_code(PYCCL_ERR_PEER_LOST) &&
             (a->culprit == 0 || a->culprit == i + 1 || !((now->pair & ~s->mem[s->cur]) >> (a->culprit - 1) & 1)))
             broken("an exchange is lost through one who is still there, or not of it");
@@ -776,6 +916,8 @@ static void judge_op(const state *s, int k) {
             if (!survivor(s, i) || !survivor(s, j) || !runs(k, j)) continue;
             if ((a->outcome == OK && b->outcome == FAILED_) || (a->outcome == FAILED_ && b->outcome == OK)) broken("mixed outcome: one survivor commits, another fails");
             if (a->outcome == OK && b->outcome == OK && (a->out_ep != b->out_ep || a->out_set != b->out_set)) broken("survivors commit different attempts");
+            if (is_by_guard(a) && is_by_guard(b) && a->culprit != b->culprit && !(a->culprit == 0 && is_lost(s, b->culprit, a->out_ep)) &&
+                !(b->culprit == 0 && is_lost(s, a->culprit, b->out_ep))) broken("survivors name different ones whose input a guard refuses");
         }
     }
 }
@@ -877,7 +1019,7 @@ static void print_path(int depth) {
         const level *l = &path[way[length - n]];
         step a = l->taken;
         printf("  %3d ", n);
-        if (a.kind == A_FRAME || a.kind == A_KEPT) printf("%c->%c %s%s%s e%d value %d", 'A' + a.j, 'A' + a.i, a.kind == A_KEPT ? "late " : "", l->frame.k == PAIR ? "exchange " : "", FRAME[l->frame.type], l->frame.ep, l->frame.value);
+        if (a.kind == A_FRAME || a.kind == A_KEPT) printf("%c->%c %s%s%s e%d value %d+%d", 'A' + a.j, 'A' + a.i, a.kind == A_KEPT ? "late " : "", l->frame.k == PAIR ? "exchange " : "", FRAME[l->frame.type], l->frame.ep, l->frame.value & 255, l->frame.value >> 8);
         else if (a.kind == A_START_FLUSH) printf("%s", STEP[a.kind]);
         else printf("%s %c", STEP[a.kind], 'A' + a.i);
         if (a.kind == A_RESYNC || a.kind == A_RESET) printf(" %c (%d)", 'A' + a.j, a.n);
@@ -925,7 +1067,7 @@ static void start_state(state *s) {
 static const char *walk(const variant *v, int verbose) {
     now = v;
     bad = NULL;
-    commits = failures = deferrals = 0;
+    commits = failures = poisonings = deferrals = 0;
     pyccl_fsm_options options = {.settle_ns = AT_LEAVE - AT_DEADLINE, .tell_ns = v->tell ? 0 : INT64_C(1) << 40, .early_max = v->early};
     PYCCL_ASSERT(pyccl_fsm_new(&options, &machine) == PYCCL_OK);
     path = malloc(DEPTH * sizeof *path);
@@ -1166,6 +1308,76 @@ TEST(op_walk_submits_without_room_wait) {
     CHECK(commits > 0 && deferrals > 0);
 }
 
+/* What guards find: refuse 1 is A's own input, 2 B's, 4 C's; accuses {0, 0, 2}: C finds B's contribution refused. C is who is lost. */
+
+TEST(op_walk_guard_that_refuses_nothing_is_as_none) {
+    HOLDS(24000, .name = "crash, reports travel, no guard", .submit = 1, .retry = 1, .crash = 1, .split = 1);
+    const size_t without = last_states;
+    HOLDS(24000, .name = "guarded, crash, reports travel", .submit = 1, .retry = 1, .crash = 1, .split = 1, .guard = 1);
+    CHECK(last_states == without && commits > 0 && poisonings == 0);
+}
+
+TEST(op_walk_guard_fails_on_all_and_all_name_the_same) {
+#define POISONS(least, ...) do { HOLDS(least, .submit = 1, .retry = 1, .guard = 1, __VA_ARGS__); CHECK(commits == 0 && failures > 0 && failures == poisonings); } while (0)
+    POISONS(1100, .name = "own input of B refused", .refuse = 2);
+    POISONS(3700, .name = "own input of B refused, results all the same", .refuse = 2, .whole = 1);
+    POISONS(400, .name = "own input of A and B refused", .refuse = 3);
+    POISONS(7800, .name = "A complains of C, C of B", .accuses = {3, 0, 2});
+    POISONS(7800, .name = "B complains of itself and the share of A", .accuses = {0, 2, 0}, .doubts = {0, 1, 0});
+    POISONS(7800, .name = "B doubts A, C doubts B, A is not finite", .accuses = {NOT_FINITE, 0, 0}, .doubts = {0, 1, 2});
+    POISONS(7800, .name = "A doubts C, B doubts A, one result differs", .doubts = {3, 1, 0}, .differ = 2);
+}
+
+/* Who is lost takes its complaint along, and those of others about it; what stays is said again. */
+TEST(op_walk_guard_and_a_member_that_is_lost) {
+    HOLDS(39000, .name = "own input of C refused, which crashes", .submit = 1, .retry = 1, .crash = 1, .split = 1, .late = 1, .guard = 1, .refuse = 4, .whole = 1);
+    CHECK(commits > 0 && poisonings > 0);
+    HOLDS(39000, .name = "own input of A and B refused, A crashes", .submit = 1, .retry = 1, .crash = 1, .split = 1, .late = 1, .guard = 1, .refuse = 3, .whole = 1, .lose_a = 1);
+    CHECK(commits == 0 && failures == poisonings);
+    HOLDS(82000, .name = "C complains of B and crashes", .submit = 1, .retry = 1, .crash = 1, .split = 1, .late = 1, .guard = 1, .accuses = {0, 0, 2});
+    CHECK(commits > 0 && poisonings > 0);
+    HOLDS(24000, .name = "A complains of C, which crashes, B of A", .submit = 1, .retry = 1, .crash = 1, .split = 1, .guard = 1, .accuses = {3, 1, 0});
+    CHECK(commits == 0 && failures == poisonings);
+    HOLDS(24000, .name = "A crashes, of which C complains, B doubts C", .submit = 1, .retry = 1, .crash = 1, .split = 1, .guard = 1, .accuses = {0, 0, 1}, .doubts = {0, 3, 0}, .lose_a = 1);
+    CHECK(commits == 0 && failures == poisonings);
+    HOLDS(24000, .name = "B is not finite, C doubts A and crashes", .submit = 1, .retry = 1, .crash = 1, .split = 1, .guard = 1, .accuses = {0, NOT_FINITE, 0}, .doubts = {0, 0, 1});
+    CHECK(commits == 0 && failures == poisonings);
+    HOLDS(16000, .name = "C doubts A and crashes, retry=0", .submit = 1, .crash = 1, .guard = 1, .doubts = {0, 0, 1});
+    CHECK(poisonings > 0 && failures > poisonings);
+    HOLDS(178000, .name = "C complains of B and is suspected", .submit = 1, .retry = 1, .suspect = 1, .late = 1, .guard = 1, .accuses = {0, 0, 2});
+    CHECK(commits > 0 && poisonings > 0);
+    HOLDS(258000, .name = "C and B complain, suspicion of C revoked", .submit = 1, .retry = 1, .suspect = 1, .revoke = 1, .guard = 1, .accuses = {0, 3, 2});
+    HOLDS(128000, .name = "own input of B refused, suspicion of C revoked", .submit = 1, .retry = 1, .suspect = 1, .revoke = 1, .guard = 1, .refuse = 2, .whole = 1);
+    CHECK(commits == 0 && failures == poisonings);
+}
+
+TEST(op_walk_guard_at_a_deadline) {
+    HOLDS(42000, .name = "own input of B refused, deadlines, leaving, crash", .submit = 1, .retry = 1, .deadline = 2, .crash = 1, .leave = 1, .guard = 1, .refuse = 2);
+    HOLDS(116000, .name = "own input of B refused, suspicion revoked, deadline", .retry = 1, .suspect = 1, .revoke = 1, .deadline = 1, .guard = 1, .refuse = 2);
+    HOLDS(144000, .name = "own input of B refused, crash, deadline, late, retry=0", .submit = 1, .crash = 1, .deadline = 1, .late = 1, .guard = 1, .refuse = 2);
+    HOLDS(84000, .name = "own input of C refused, deadline, crash", .submit = 1, .retry = 1, .deadline = 1, .crash = 1, .guard = 1, .refuse = 4, .whole = 1);
+    HOLDS(537000, .name = "A complains of C, deadline, leaving", .retry = 1, .deadline = 1, .leave = 1, .guard = 1, .accuses = {3, 0, 0});
+    HOLDS(722000, .name = "C complains of B and crashes, deadline, leaving", .retry = 1, .deadline = 1, .crash = 1, .leave = 1, .guard = 1, .accuses = {0, 0, 2});
+    HOLDS(3141000, .name = "A complains of C, suspicion of C revoked, deadline", .retry = 1, .suspect = 1, .revoke = 1, .deadline = 1, .guard = 1, .accuses = {3, 0, 0});
+    HOLDS(436000, .name = "B complains of C, which crashes, deadline", .retry = 1, .deadline = 1, .crash = 1, .guard = 1, .accuses = {0, 3, 0});
+}
+
+TEST(op_walk_guard_beside_an_exchange) {
+    HOLDS(126000, .name = "own input of A refused beside an exchange, C crashes", .submit = 1, .retry = 1, .crash = 1, .pair = 3, .guard = 1, .refuse = 1);
+    CHECK(commits > 0 && poisonings > 0 && failures == poisonings);
+    HOLDS(99000, .name = "own input of A refused, room for one", .submit = 1, .retry = 1, .crash = 1, .pair = 3, .early = 1, .guard = 1, .refuse = 1);
+    CHECK(commits > 0 && poisonings > 0 && failures == poisonings && deferrals > 0);
+}
+
+TEST(op_walk_guard_and_a_link_that_comes_back) {
+    HOLDS(96000, .name = "own input of B refused, link reset, crash", .submit = 1, .retry = 1, .reset = 1, .crash = 1, .guard = 1, .refuse = 2);
+    HOLDS(194000, .name = "own input of A refused, which is suspected, link reset", .retry = 1, .reset = 1, .suspect = 1, .guard = 1, .refuse = 1, .lose_a = 1);
+    HOLDS(386000, .name = "own input of B refused, link reset, deadline", .retry = 1, .reset = 1, .deadline = 1, .guard = 1, .refuse = 2);
+    HOLDS(344000, .name = "own input of C refused, link reset", .submit = 1, .retry = 1, .reset = 1, .tell = 1, .guard = 1, .refuse = 4);
+    HOLDS(646000, .name = "C is not finite and crashes, link reset", .retry = 1, .reset = 1, .crash = 1, .guard = 1, .accuses = {0, 0, NOT_FINITE});
+    CHECK(last_states < 646000 || (commits > 0 && poisonings > 0 && failures == poisonings));  /* left out where builds are slow */
+}
+
 /* ---- canaries: a walk that can't find these finds nothing ---- */
 
 static void finds(const variant *v) { CHECK(walk(v, getenv("OP_WALK_SHOW") != NULL) != NULL); }
@@ -1186,6 +1398,20 @@ TEST(op_walk_finds_a_verdict_in_the_ranks_of_the_new_epoch) { FINDS(.name = "can
 TEST(op_walk_finds_a_verdict_that_asks_the_third) { FINDS(.name = "canary: a verdict that asks the third", .submit = 1, .crash = 1, .mutation = THIRD_IS_ASKED, .pair = 6, .alone = 1); }
 TEST(op_walk_finds_a_result_without_all_contributions) { FINDS(.name = "canary: prepared without all contributions", .retry = 1, .mutation = PREPARE_WITHOUT_DATA); }
 TEST(op_walk_finds_a_submit_that_asks_for_no_room) { FINDS(.name = "canary: a submit that asks for no room", .submit = 1, .retry = 1, .pair = 3, .early = 1, .mutation = ROOM_IS_NOT_ASKED); }
+#define FINDS_GUARD(...) FINDS(.submit = 1, .retry = 1, .guard = 1, __VA_ARGS__)
+TEST(op_walk_finds_a_refusal_in_open_unheard) { FINDS_GUARD(.name = "canary: an OPEN that refuses is a plain one", .refuse = 2, .mutation = OPEN_REFUSES_NOTHING); }
+TEST(op_walk_finds_a_refusal_in_open_unheard_with_a_result) { FINDS_GUARD(.name = "canary: an OPEN that refuses is a plain one, results", .refuse = 2, .whole = 1, .mutation = OPEN_REFUSES_NOTHING); }
+TEST(op_walk_finds_a_complaint_unheard) { FINDS_GUARD(.name = "canary: a DONE that complains is a plain one", .accuses = {0, 0, 2}, .mutation = DONE_COMPLAINS_OF_NOTHING); }
+TEST(op_walk_finds_a_complaint_of_one_that_is_lost) { FINDS_GUARD(.name = "canary: the complaint of one that is lost stays", .crash = 1, .accuses = {0, 0, 2}, .mutation = COMPLAINTS_OF_THE_LOST_STAY); }
+TEST(op_walk_finds_one_named_by_one_that_is_lost) { FINDS_GUARD(.name = "canary: whom one that is lost accused is named", .crash = 1, .accuses = {0, 2, 1}, .mutation = ACCUSED_STAYS); }
+TEST(op_walk_finds_a_refusal_that_is_said_once) { FINDS_GUARD(.name = "canary: a refusal is not said again", .crash = 1, .refuse = 2, .whole = 1, .mutation = REFUSED_ONCE); }
+TEST(op_walk_finds_a_complaint_in_a_report) { FINDS_GUARD(.name = "canary: what is complained of is reported prepared", .crash = 1, .accuses = {0, 3, 0}, .mutation = COMPLAINT_IS_REPORTED); }
+TEST(op_walk_finds_one_blamed_who_only_tells) { FINDS_GUARD(.name = "canary: who tells is blamed", .crash = 1, .refuse = 2, .mutation = BLAMES_WHO_TELLS); }
+TEST(op_walk_save_and_load_keep_what_guards_say) {
+    machines_left_alone_do_the_same(&(variant){.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 2, .reset = 1, .tell = 1, .guard = 1, .refuse = 5, .whole = 1});
+    machines_left_alone_do_the_same(&(variant){.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .reset = 1, .tell = 1, .guard = 1, .refuse = 1, .whole = 1, .lose_a = 1, .accuses = {0, 3, NOT_FINITE}});
+    machines_left_alone_do_the_same(&(variant){.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 1, .reset = 1, .tell = 1, .guard = 1, .lose_a = 1, .accuses = {2, 0, NOT_FINITE}, .doubts = {0, 3, 1}});
+}
 TEST(op_walk_save_and_load_keep_what_waits_for_room) {
     machines_left_alone_do_the_same(&(variant){.name = "", .submit = 1, .retry = 1, .crash = 1, .revoke = 1, .suspect = 1, .deadline = 2, .reset = 1, .tell = 1, .pair = 6, .lose_a = 1, .early = 1});
 }
