@@ -5,7 +5,8 @@
     3  elect (pure): who holds it, who must fetch, who stands apart
     4  fetchers: the holder's chunk table (checked against the root), then the chunks that differ, from all holders at
        once, each checked against the table and only then put into staging
-    5  all-gather of (outcome, bytes fetched from each): commits on all or on none; only now staging replaces the arrays
+    5  all-gather of (outcome, bytes fetched from each, hash of the records): commits on all or on none; only now does
+       staging replace the arrays
 
 A holder that dies, lies or is slow costs a request that is made again. A fetcher whose time runs out leaves the run, so
 that the others go on without it. Holders serve straight from the caller's arrays; a fetcher needs a window of memory
@@ -147,7 +148,7 @@ def _attempt(
         session.publish(sync, [*state.compared.values(), np.frombuffer(tree.table, np.uint8)])
         try:
             mine = _record(session, state, tree, strategy, sync, timeout)
-            members, records = _records(gather, mine, started + timeout)
+            members, records, seen = _records(gather, mine, started + timeout)
             decided = _decided(gather, state, records, started + timeout)
             newest = max(record.revision for record in records if record.strategy is not Strategy.RECEIVE_ONLY)
             if asks and restoring.asks_first(records):
@@ -165,9 +166,9 @@ def _attempt(
                     session.leave_because(e)
                     raise
                 except BaseException:
-                    _vote_no(gather, TAG_COMMIT, 8 * (1 + len(members)))
+                    _vote_no(gather, TAG_COMMIT, _vote_of(len(members)).size)
                     raise
-            served = _commit(session, gather, members, decided, fetched, deadline + _SETTLE_S)
+            served = _commit(session, gather, members, seen, decided, fetched, deadline + _SETTLE_S)
         finally:
             session.unpublish(sync, engine)
         if session.peer in decided.apart:
@@ -198,10 +199,11 @@ def _asks(session: Session, strategy: Strategy) -> bool:
     return strategy is Strategy.ENFORCE_POPULAR and len(session.observed.observers) > 0
 
 
-def _records(gather: Gather, mine: Record, deadline: float) -> tuple[tuple[bytes, ...], list[Record]]:
-    """The members in order, and everybody's record."""
+def _records(gather: Gather, mine: Record, deadline: float) -> tuple[tuple[bytes, ...], list[Record], bytes]:
+    """The members in order, everybody's record, and SHA-256 of both."""
     members, packed = gather(TAG_RECORDS, encode(mine), deadline)
-    return members, [decode_untrusted(peer, data) for peer, data in zip(members, packed, strict=True)]
+    records = [decode_untrusted(peer, data) for peer, data in zip(members, packed, strict=True)]
+    return members, records, hashlib.sha256(b"".join((*members, *packed))).digest()
 
 
 def _mismatch_error(gather: Gather, state: SharedState, found: Mismatch, deadline: float) -> errors.MismatchError:
@@ -389,17 +391,26 @@ def _differing(state: SharedState, mine: bytes, elected: bytes) -> list[_Chunk]:
 # ---- commit
 
 
+def _vote_of(members: int) -> struct.Struct:
+    return struct.Struct(f"<{1 + members}Q32s")
+
+
 def _commit(
     session: Session,
     gather: Gather,
     members: Sequence[bytes],
+    seen: bytes,
     decided: Elected,
     fetched: _Fetched,
     deadline: float,
 ) -> int:
-    """All or none take the state. Returns the bytes that others fetched from here."""
-    vote_of = struct.Struct(f"<{1 + len(members)}Q")
-    mine = vote_of.pack(fetched.outcome, *[fetched.from_each.get(peer, 0) for peer in members])
+    """All or none take the state. Returns the bytes that others fetched from here.
+
+    seen: SHA-256 of the records by which we elected. What a member contributes to an all-gather it could make differ
+    from one to the other and yet have the hash of a result that all compare, which is fast; not this one.
+    """
+    vote_of = _vote_of(len(members))
+    mine = vote_of.pack(fetched.outcome, *[fetched.from_each.get(peer, 0) for peer in members], seen)
     final, packed = gather(TAG_COMMIT, mine, deadline)
     if fetched.error is not None:
         raise fetched.error
@@ -416,6 +427,13 @@ def _commit(
         raise errors.PeerLostError(
             f"sync_shared_state: no holder of revision {decided.revision} was left before "
             f"{_short(missing)} had it{lied}; nothing was changed"
+        )
+    others = [peer for peer, vote in votes.items() if vote[-1] != seen]
+    if others:
+        raise errors.MismatchError(
+            f"sync_shared_state: some member told {_short(others)} other things than this peer; nothing was changed",
+            peers=tuple(peer.hex() for peer in others),
+            fields=("records",),
         )
     column = 1 + members.index(session.peer)
     return sum(vote[column] for vote in votes.values())

@@ -535,6 +535,25 @@ class Agent:
 
         handles.Engine.publish = publish  # type: ignore[method-assign,assignment]
 
+    def do_mishear(self) -> None:
+        """Once: as if another member had sent this one another record than the others, of the same hash, in a sync."""
+        inner = statesync._records
+
+        def records(gather: Any, mine: Any, deadline: float) -> Any:
+            statesync._records = inner
+
+            def heard(tag: int, data: bytes, deadline: float) -> tuple[tuple[bytes, ...], list[bytes]]:
+                members, packed = gather(tag, data, deadline)
+                at = next(i for i, peer in enumerate(members) if peer != mine.peer)
+                told = bytearray(packed[at])
+                told[96] ^= 1  # of the sync id, which may be any number
+                packed[at] = bytes(told)
+                return members, packed
+
+            return inner(heard, mine, deadline)
+
+        statesync._records = records
+
     def do_followed(self) -> bool:
         """Whether an observer waits here for the next state."""
         return len(self.session().observed._server._followers) > 0

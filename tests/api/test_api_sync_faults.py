@@ -148,6 +148,18 @@ def test_a_liar_alone_changes_nothing_and_is_named(cluster: Cluster, what: str) 
     cluster.reduce(peers)
 
 
+def test_records_that_one_member_was_told_otherwise_are_found_out_by_all(cluster: Cluster) -> None:
+    odd, *rest = peers = cluster.members(3)
+    give(peers, model(1), 1)
+    odd.ask("mishear")
+    calls = started(peers)
+    told = {peer: call.error("MismatchError") for peer, call in calls.items()}
+    assert all(error["fields"] == ["records"] and error["restored"] for error in told.values())
+    assert sorted(told[odd]["peers"]) == sorted(peer.id for peer in rest)
+    assert all(told[peer]["peers"] == [odd.id] for peer in rest)
+    sync(peers)
+
+
 def test_liars_among_the_holders_are_left_one_by_one(cluster: Cluster) -> None:
     good, (odd,) = far_behind(cluster, holders=4)
     digest = good[0].ask("digest")
