@@ -457,7 +457,8 @@ class Communicator(Core):
                 ``connect()`` again; the others go on without it.
         Raises:
             MismatchError: members differ in what must be equal, which `fields` names, or "strategy", see above;
-                `peers` says who. Nothing was changed.
+                `peers` says who. "records": some member told `peers` other things than this one; which of them did
+                is not known. Nothing was changed.
             PeerLostError: every holder was lost or served wrong bytes, or a member could not stage the state, before
                 all had it. Nothing was changed.
             StagingError: this peer can't stage the state; names the directory. Nothing was changed, on any member.

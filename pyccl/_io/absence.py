@@ -14,9 +14,10 @@ class Absence:
     def __init__(self, log: logging.Logger, address: str) -> None:
         self._log, self._address = log, address
         self._told: set[str] = set()
+        self.cause = "no answer"  # the last
 
     def note(self, cause: object) -> None:
-        text = str(cause)
+        self.cause = text = str(cause)
         if text not in self._told and len(self._told) < _CAUSES_MAX:
             self._told.add(text)
             self._log.warning("master_away address=%s cause=%r next=try_again", self._address, text)

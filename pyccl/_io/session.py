@@ -177,7 +177,6 @@ class Session:
         self._pulse_wanted = trio.Event()
         self._absence = Absence(log, f"{config.host}:{config.port}")
         self._ended_by = ""  # why the last control connection did, if not by the master
-        self._away_because: object = "no answer"
 
     # ---- called by user threads --------------------------------------------------------------------------------------
 
@@ -459,7 +458,6 @@ class Session:
                 return
             if not (self._closing or self._scope.cancel_called):
                 self._absence.note(cause)
-            self._away_because = cause
             await trio.sleep(backoff.next_pause())
 
     def _attempt_s(self) -> float:
@@ -954,7 +952,7 @@ class Session:
             self._withdraw(waiter)
             away_s = self._unreachable_timeout
             waiter.finish(
-                errors.MasterUnavailableError(f"the master has been away for {away_s:g} s: {self._away_because}")
+                errors.MasterUnavailableError(f"the master has been away for {away_s:g} s: {self._absence.cause}")
             )
 
 

@@ -101,7 +101,8 @@ class NoLoCo(OuterOptimizer):
 
     theta is phi, this replica's slow weights; what is equal on all members is the member list, the seed and the round.
     ``shared`` holds phi and the momentum too: a newcomer takes those of one member (the momentum is 0 then), nobody
-    else changes his. The replicas stay together while they pull on each other; ``merge()`` makes them one.
+    else changes his. After ``load_state_dict()`` each replica keeps what it loads; all members load states of the same
+    round. The replicas stay together while they pull on each other; ``merge()`` makes them one.
 
     Args:
         comm: connected. With other members there the constructor is collective: it brings this replica in step.
@@ -264,10 +265,6 @@ class NoLoCo(OuterOptimizer):
             self._theta.copy_from(mean)
             self._begin_round()
         return self.theta
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As of every optimizer, but each replica keeps what it loads. All members load states of the same round."""
-        super().load_state_dict(state)
 
     def _took(self, changed: bool) -> bool:
         if changed:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -108,7 +109,7 @@ class _Form(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}{where}"
 
 
-class Leaf:
+class Leaf(ABC):
     """One live parameter in host memory, of any strides.
 
     dtype: of DTYPES. ``host()`` is its memory now (bfloat16 as uint16), whose place may change between calls. shard:
@@ -138,21 +139,21 @@ class Leaf:
             raise UsageError(f"{self.name}: was {was}, is {now}")
         _check_layout(self.name, now)
 
-    def host(self) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def host(self) -> Array: ...
 
-    def _form(self) -> _Form:
-        raise NotImplementedError
+    @abstractmethod
+    def _form(self) -> _Form: ...
 
     def _begin(self) -> None:
         """The end of every constructor."""
         self._was = self._form()
         _check_layout(self.name, self._was)
 
-    def fetch(self) -> None:
+    def fetch(self) -> None:  # noqa: B027  nothing to do, unless it is elsewhere
         """Start to bring the live values to ``host()``."""
 
-    def store(self) -> None:
+    def store(self) -> None:  # noqa: B027
         """Start to bring ``host()`` to the live values."""
 
     # ---- between live memory and an array of the outer optimizer
@@ -226,8 +227,7 @@ class TorchLeaf(Leaf):
         return _numpy_of(self._torch, _local(self._tensor))
 
     def _form(self) -> _Form:
-        tensor = self._tensor if self.shard is None else _local(self._tensor)
-        return _Form(tensor.dtype, tensor.shape, tensor.device, True, tensor.stride())
+        return _form_of(self._tensor, self.shard, in_place=True)
 
     def store(self) -> None:
         """A backward pass that needs the old values fails instead of using the new ones."""
@@ -255,8 +255,7 @@ class DeviceLeaf(Leaf):
         return self._host
 
     def _form(self) -> _Form:
-        tensor = self._tensor if self.shard is None else _local(self._tensor)
-        return _Form(tensor.dtype, tensor.shape, tensor.device)
+        return _form_of(self._tensor, self.shard, in_place=False)
 
     def fetch(self) -> None:
         self._staging.copy_(_local(self._tensor), non_blocking=self._is_cuda)
@@ -268,6 +267,12 @@ class DeviceLeaf(Leaf):
 def _local(tensor: Any) -> Any:
     """What this rank holds of it, in the memory where it is now: FSDP may move a shard. Autograd does not follow."""
     return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def _form_of(tensor: Any, shard: Shard | None, *, in_place: bool) -> _Form:
+    """in_place: used where it is, so that its strides matter. A whole one is not detached: each step asks."""
+    local = tensor if shard is None else _local(tensor)
+    return _Form(local.dtype, local.shape, local.device, True, local.stride() if in_place else ())
 
 
 def _numpy_of(torch: Any, tensor: Any) -> Array:

@@ -10,6 +10,7 @@ import pytest
 import trio
 from listeners import listen
 from trio.testing import wait_all_tasks_blocked
+from waiting import until
 
 from pyccl._io import envelope, front
 from pyccl._io.front import Front, MasterAt, Name, Reach
@@ -78,11 +79,6 @@ class Surroundings:
     def kinds(self) -> dict[int, Address]:
         """The last address of each kind but LOCAL."""
         return {at.kind: at for at in self.told[-1] if at.kind != AddressKind.LOCAL}
-
-
-async def until(true: Callable[[], object]) -> None:
-    while not true():  # noqa: ASYNC110
-        await trio.sleep(0.005)
 
 
 def run(main: Callable[[Front, Surroundings], Awaitable[None]], reach: Reach = Reach(ANYWHERE)) -> None:  # noqa: B008

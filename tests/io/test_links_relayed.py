@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 from listeners import listen
+from waiting import until
 
 from pyccl._io import envelope, links
 from pyccl._native.handles import Relay
@@ -102,12 +103,6 @@ class Node:
     async def die(self) -> None:
         self.life.cancel()
         await self.over.wait()
-
-
-async def until(true: Callable[[], object]) -> None:
-    with trio.fail_after(60):
-        while not true():  # noqa: ASYNC110
-            await trio.sleep(0.005)
 
 
 async def relayed(a: Node, b: Node, relay: bytes) -> tuple[socket.socket, socket.socket]:

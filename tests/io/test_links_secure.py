@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 from listeners import listen
+from waiting import until
 
 from pyccl._io import agreement, envelope, links
 from pyccl._io.identity import Identity
@@ -119,11 +120,6 @@ def run(main: Callable[[trio.Nursery], Awaitable[None]]) -> None:
                 nursery.cancel_scope.cancel()
 
     trio.run(limited)
-
-
-async def until(true: Callable[[], object]) -> None:
-    while not true():  # noqa: ASYNC110
-        await trio.sleep(0.005)
 
 
 def hello(from_: Credentials, to: Node) -> PeerHello:

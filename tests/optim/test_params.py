@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from changed import refused_after
 
 import pyccl
 from pyccl.optim.params import Params
@@ -135,17 +136,8 @@ def lock(a: Any) -> None:
 def test_an_array_that_is_not_what_it_was_is_neither_read_nor_written(change: Any, match: str) -> None:
     a, b = np.ones(2000, F32), np.ones(3, F32)
     params = Params({"a": a, "b": b})
-    theta, out = params.vectors(), params.vectors()
-    change(a)
-    for call in (
-        params.check,
-        lambda: params.read(out),
-        lambda: params.write(theta),
-        lambda: params.pseudo_gradient(theta, out),
-    ):
-        with pytest.raises(pyccl.UsageError, match=match):
-            call()
-    assert not out.vectors[0].any() and b.tolist() == [1.0] * 3
+    refused_after(lambda: change(a), params, match)
+    assert b.tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])

@@ -1,0 +1,15 @@
+"""For what happens in another thread, or on a socket, and tells nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+HANG_S = 60.0
+
+
+async def until(true: Callable[[], object]) -> None:
+    with trio.fail_after(HANG_S):
+        while not true():  # noqa: ASYNC110
+            await trio.sleep(0.005)
