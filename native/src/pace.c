@@ -36,6 +36,10 @@
 #define PROVEN_NS INT64_C(30000000000)
 #define STANDS_NS INT64_C(10000000)  /* a queue of so long, and of this part of a round trip */
 #define STANDS_RTTS 16
+#define DEEP_WINDOWS 3
+#define DEEP_BYTES 150e3             /* of the line's own round trip: a few packets of each connection are a queue in less */
+#define DEEP_SHARE 0.5               /* of it is ours: the rest may be the other end's */
+#define DEEP_LEFT 0.7                /* of the rate, at least, while it goes */
 #define WAIT_MIN_NS INT64_C(1000000000)
 #define WAIT_MAX_NS INT64_C(16000000000)
 #define RATE_MIN 16384.0
@@ -83,6 +87,12 @@ bool pace_is_found(const pace *p) {
 }
 
 static bool stands(const pace_counts *c) { return c->queue_ns > STANDS_NS + c->rtt_ns / STANDS_RTTS; }
+
+/* Longer than the line itself. What a link alone sends waits there without harm: mostly nothing comes back that depends on it. */
+static bool is_deep(const pace *p, const pace_counts *c) {
+    const double own_ns = (double)(c->rtt_ns - c->queue_ns);
+    return p->crowd == NULL && stands(c) && (double)c->queue_ns > own_ns && p->best * own_ns / 1e9 >= DEEP_BYTES;
+}
 
 static void crowd_leave(pace *p) {
     if (!p->counted) return;
@@ -210,17 +220,35 @@ static void rise(pace *p, double arrived, int64_t now_ns, int64_t rtt_ns) {
     rate_set(p, p->rate * (1 + p->raised), now_ns, rtt_ns);
 }
 
+/* Of what arrives, so that our part of the queue is gone after CALM_NS. */
+static double emptying(const pace_counts *c) {
+    const double left = 1 - DEEP_SHARE * (double)c->queue_ns / (double)CALM_NS;
+    return left > DEEP_LEFT ? left : DEEP_LEFT;
+}
+
 /* To what was before the first step up, or below what arrives; as nothing is lost, not far below what was before the step: one
  * window may have little for other reasons. The queue may be others': it is waited for DRAINS times. */
-static void drain(pace *p, int64_t now_ns, int64_t rtt_ns) {
-    const double before = p->rate / (1 + p->raised), arrives = UNDER * (p->best < p->rate ? p->best : p->rate);
-    const double below = arrives > DRAIN_MOST * before ? arrives : DRAIN_MOST * before;
-    const double rate = p->raised > 0 && p->raised <= RAISE ? before : below;
+static void drain(pace *p, int64_t now_ns, const pace_counts *c) {
+    const bool deep = is_deep(p, c);
+    const double before = p->rate / (1 + p->raised), arrives = (deep ? emptying(c) : UNDER) * (p->best < p->rate ? p->best : p->rate);
+    const double least = (deep ? DEEP_LEFT : DRAIN_MOST) * before;
+    const double rate = !deep && p->raised > 0 && p->raised <= RAISE ? before : arrives > least ? arrives : least;
     p->raised = 0;
     p->drained++;
     p->calm_ns = now_ns + CALM_NS;
     p->trial_ns = now_ns + p->wait_ns;
-    rate_set(p, rate, now_ns, rtt_ns);
+    rate_set(p, rate, now_ns, c->rtt_ns);
+    if (deep) p->from_ns = p->calm_ns;
+}
+
+/* A queue that drops nothing, but each result waits behind it: as too much as what is lost. */
+static void search(pace *p, int64_t now_ns, const pace_counts *c) {
+    p->deep = is_deep(p, c) ? p->deep + 1 : 0;
+    if (p->deep < DEEP_WINDOWS) return;
+    p->deep = 0;
+    p->found = true;
+    p->rate = p->best;
+    drain(p, now_ns, c);
 }
 
 static void window_end(pace *p, int64_t now_ns, double arrived, double repeats, double allowed, const pace_counts *c) {
@@ -236,7 +264,10 @@ static void window_end(pace *p, int64_t now_ns, double arrived, double repeats, 
     }
     p->over = 0;
     p->blamed = 0;
-    if (p->rate == 0) return;
+    if (p->rate == 0) {
+        search(p, now_ns, c);
+        return;
+    }
     if (p->before > 0) {
         if (arrived >= p->seen * (1 + PAID * p->step)) trial_paid(p, arrived, now_ns, c->rtt_ns);
         else trial_fail(p, now_ns, c->rtt_ns);
@@ -251,7 +282,7 @@ static void window_end(pace *p, int64_t now_ns, double arrived, double repeats, 
     const bool lasts = p->windows >= OVER_WINDOWS;
     if (lasts && p->best < BOUND * p->rate) p->proven = 0; /* the line has become slower */
     const bool ours = lasts && !is_proven(p, now_ns) && (p->drained < DRAINS || p->rate > OVER * p->best);
-    if (p->raised > 0 || ours) drain(p, now_ns, c->rtt_ns);
+    if (p->raised > 0 || ours) drain(p, now_ns, c);
     else if (now_ns >= p->trial_ns && arrived >= BOUND * p->rate) trial_begin(p, arrived, STEP, now_ns, c->rtt_ns);
 }
 

@@ -14,7 +14,8 @@
  *       comes again at once after it paid, else later and later.
  * A spell of work that is too short for such a window is one as a whole: what was repeated of it is known when the next begins, and
  * what arrived in its best part counts, after the last of it was sent too.
- * Until something was too much there is no rate: the kernel's own search is the fastest start. While several links of this host are
+ * Until something was too much there is no rate: the kernel's own search is the fastest start. Too much is also a queue that drops
+ * nothing, if several links share it and it is longer than the line: results wait behind it. While several links of this host are
  * busy nothing is learned of one of them, but of all together, in the same way, and each has an equal share of that rate.
  * Threads: nothing shared, it belongs to its caller.               Spec: ARCHITECTURE.md, Decisions */
 #ifndef PYCCL_PACE_H
@@ -43,6 +44,7 @@ typedef struct pace {
     double rate;                     /* bytes a second; 0: as fast as they like */
     double peak;                     /* what arrived in the best part of a spell ever: of use until there is a rate */
     double best;                     /* what arrived in the best of the windows since the last change */
+    uint32_t deep;                   /* windows, the last of them, with a queue longer than the line while there was no rate */
     uint32_t windows, over;          /* so many; the last of them in which too much was repeated: of one, what arrived may be older */
     double seen;                     /* what arrived before a trial or a cut */
     double before, step;             /* while a trial runs: the rate to go back to, what it adds; before 0: none */

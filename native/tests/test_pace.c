@@ -15,6 +15,7 @@ typedef struct sender {
     bool told;                       /* of a change of its limit */
     double hunger;                   /* bytes a second that its connections send as long as nobody says otherwise */
     double cap;                      /* of all its flows, each on its own; 0: none */
+    double window;                   /* bytes under way at most, of all its connections; 0: any number */
     double delivered, sent, repeated, dropped;
     double acks[LATER], losses[LATER]; /* by step: what the sender will hear of */
 } sender;
@@ -41,9 +42,11 @@ static line line_new(double rate, int links, double hunger) {
     return l;
 }
 
-static double wants(const sender *s) {
-    const double limit = pace_limit(&s->p);
-    return limit > 0 && limit < s->hunger ? limit : s->hunger;
+static double wants(const sender *s, double seconds) {
+    const double limit = pace_limit(&s->p), hunger = (limit > 0 && limit < s->hunger ? limit : s->hunger) * seconds;
+    const double room = s->window - (s->sent * PACKET - s->delivered - s->dropped);
+    if (s->window == 0 || hunger < room) return hunger;
+    return room > 0 ? room : 0;
 }
 
 static void step_line(line *l, bool busy) {
@@ -51,7 +54,7 @@ static void step_line(line *l, bool busy) {
     double offered[LINKS] = {0}, all = 0;
     for (int i = 0; i < l->links; i++) {
         sender *s = &l->of[i];
-        const double sent = busy ? wants(s) * seconds : 0, capped = s->cap > 0 && sent > s->cap * seconds ? s->cap * seconds : sent;
+        const double sent = busy ? wants(s, seconds) : 0, capped = s->cap > 0 && sent > s->cap * seconds ? s->cap * seconds : sent;
         s->sent += sent / PACKET;
         offered[i] = capped * (1 - l->loss);
         s->losses[l->step % LATER] = sent - offered[i];
@@ -120,6 +123,47 @@ TEST(pace_leaves_no_queue_behind) {
         stood += l.waiting / l.rate / 800;
     }
     CHECK(stood < 0.025);
+}
+
+/* Several connections that each think the line theirs: so many round trips of it are under way. */
+static line line_deep(int links, double round_trips) {
+    line l = line_new(12.5e6, links, 25e6);
+    l.rtt_ns = 60 * MS;
+    l.queue_s = 0.5;
+    for (int i = 0; i < links; i++) {
+        l.of[i].p.crowd = &hosts[0];
+        l.of[i].window = 12.5e6 * 0.06 * round_trips / links;
+    }
+    return l;
+}
+
+TEST(pace_of_one_host_lets_no_queue_stand_that_is_longer_than_the_line_though_it_drops_nothing) {
+    line l = line_deep(LINKS, 4);
+    double stood = 0;
+    work(&l, 500 * MS);
+    CHECK(l.waiting / l.rate > 0.15);
+    work(&l, 3 * SECOND);
+    CHECK(hosts[0].whole.rate > 0);
+    for (int i = 0; i < 800; i++) {
+        step_line(&l, true);
+        stood += l.waiting / l.rate / 800;
+    }
+    CHECK(stood < 0.06);
+    CHECK(work(&l, 5 * SECOND).all > 0.93);
+}
+
+TEST(pace_lets_a_queue_stand_that_drops_nothing_and_holds_up_nobody) {
+    line shorter = line_deep(LINKS, 1.7);
+    work(&shorter, 10 * SECOND);
+    CHECK(shorter.waiting > 0 && hosts[0].whole.rate == 0);
+    line alone = line_deep(1, 4);
+    work(&alone, 10 * SECOND);
+    CHECK(alone.waiting > 0 && alone.of[0].p.rate == 0);
+    line narrow = line_deep(LINKS, 4);
+    narrow.rate = 1e6;
+    for (int i = 0; i < LINKS; i++) narrow.of[i].window = 4 * 1e6 * 0.06 / LINKS;
+    work(&narrow, 10 * SECOND);
+    CHECK(narrow.waiting > 0 && hosts[0].whole.rate == 0);
 }
 
 TEST(pace_does_not_yield_to_what_the_other_end_sends) {
