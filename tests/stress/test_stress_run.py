@@ -106,8 +106,9 @@ def test_a_signal_ends_the_run_and_all_its_processes_the_stopped_ones_too(seed: 
     assert processes_mentioning(f'"seed": {seed}') == []
 
 
-def test_nothing_of_a_run_outlives_its_sudden_end(seed: int) -> None:
-    faults = "stop-long,loss,garbage" if NETWORK == "namespaces" else "stop-long,garbage"
+# Not all three: while members are stopped for so long, the seed may find nobody whose line could lose anything.
+@pytest.mark.parametrize("faults", ["stop-long,garbage", *(["loss,garbage"] if NETWORK == "namespaces" else [])])
+def test_nothing_of_a_run_outlives_its_sudden_end(seed: int, faults: str) -> None:
     command = [*STRESS, "--peers", "4", "--faults", faults, "--fault-every", "0.2", "--calm", "1"]
     command += ["--seed", str(seed), "--peer-timeout", "60", "--minutes", "10"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stress:
