@@ -227,17 +227,19 @@ static double emptying(const pace_counts *c) {
 }
 
 /* To what was before the first step up, or below what arrives; as nothing is lost, not far below what was before the step: one
- * window may have little for other reasons. The queue may be others': it is waited for DRAINS times. */
+ * window may have little for other reasons. The queue may be others': it is waited for DRAINS times. A deep one is emptied at once,
+ * and nothing is judged meanwhile. */
 static void drain(pace *p, int64_t now_ns, const pace_counts *c) {
     const bool deep = is_deep(p, c);
     const double before = p->rate / (1 + p->raised), arrives = (deep ? emptying(c) : UNDER) * (p->best < p->rate ? p->best : p->rate);
     const double least = (deep ? DEEP_LEFT : DRAIN_MOST) * before;
-    const double rate = !deep && p->raised > 0 && p->raised <= RAISE ? before : arrives > least ? arrives : least;
+    const double below = arrives > least ? arrives : least;
+    const bool back = !deep && p->raised > 0 && p->raised <= RAISE;
     p->raised = 0;
     p->drained++;
     p->calm_ns = now_ns + CALM_NS;
     p->trial_ns = now_ns + p->wait_ns;
-    rate_set(p, rate, now_ns, c->rtt_ns);
+    rate_set(p, back ? before : below, now_ns, c->rtt_ns);
     if (deep) p->from_ns = p->calm_ns;
 }
 

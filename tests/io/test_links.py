@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import trio
+import waiting
 from listeners import listen
 
 from pyccl._io import dialing, envelope, links
@@ -19,6 +21,8 @@ from pyccl._proto import limits
 from pyccl._proto.epoch import NO_ID, Address, Member
 from pyccl._proto.messages import Path, PeerHello, PeerWelcome, StateHello
 from pyccl.errors import UsageError
+
+until = functools.partial(waiting.until, seconds=20.0)
 
 RUN = b"R" * 16
 ME = Member(b"\x01" * 16, b"a" * 16)
@@ -99,12 +103,6 @@ def answer(other: Member, engine: FakeEngine, listener: trio.SocketListener, nur
     serving = links.Links(RUN, other, engine_, Relay(5.0), 1, nursery, Heard().events())
     serving.open(1, [ME])
     nursery.start_soon(trio.serve_listeners, serving.accept, [listener])
-
-
-async def until(done: Callable[[], bool]) -> None:
-    with trio.fail_after(20):
-        while not done():
-            await trio.lowlevel.checkpoint()
 
 
 @contextlib.asynccontextmanager
@@ -256,9 +254,7 @@ def test_a_link_that_comes_up_after_the_time_ran_out_is_reported_ready(monkeypat
         async with trio.open_nursery() as nursery:
             made = make(engine, heard, nursery)
             made.open(7, [Member(OTHER, b"b" * 16, (Address("127.0.0.1", port),))])
-            with trio.fail_after(5):
-                while not heard.failed:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
+            await until(lambda: heard.failed, seconds=5)
             assert heard.ready == []
 
             async def accept(stream: trio.SocketStream) -> None:
@@ -272,9 +268,7 @@ def test_a_link_that_comes_up_after_the_time_ran_out_is_reported_ready(monkeypat
             await sock.bind(("127.0.0.1", port))
             sock.listen(5)
             nursery.start_soon(trio.serve_listeners, accept, [trio.SocketListener(sock)])
-            with trio.fail_after(5):
-                while not heard.ready:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
+            await until(lambda: heard.ready, seconds=5)
             assert heard.ready == [7] and heard.failed == [7]
             nursery.cancel_scope.cancel()
 

@@ -9,7 +9,7 @@ import trio
 HANG_S = 60.0
 
 
-async def until(true: Callable[[], object]) -> None:
-    with trio.fail_after(HANG_S):
+async def until(true: Callable[[], object], seconds: float = HANG_S) -> None:
+    with trio.fail_after(seconds):
         while not true():  # noqa: ASYNC110
             await trio.sleep(0.005)

@@ -106,7 +106,7 @@ def test_a_signal_ends_the_run_and_all_its_processes_the_stopped_ones_too(seed: 
     assert processes_mentioning(f'"seed": {seed}') == []
 
 
-# Not all three: while members are stopped for so long, the seed may find nobody whose line could lose anything.
+# Not all three: a line that loses may stall the group, too, and two stopped members are all stalls there may be.
 @pytest.mark.parametrize("faults", ["stop-long,garbage", *(["loss,garbage"] if NETWORK == "namespaces" else [])])
 def test_nothing_of_a_run_outlives_its_sudden_end(seed: int, faults: str) -> None:
     command = [*STRESS, "--peers", "4", "--faults", faults, "--fault-every", "0.2", "--calm", "1"]
