@@ -155,9 +155,10 @@ class Communicator(Core):
 
         Measured is what is not known, or for ten minutes was not confirmed by traffic: rates and round trips of pairs,
         several pairs at a time but no member in two, then all together. It takes 0.6 s and some ten round trips for
-        each of N rounds, until rates are steady: never more than 3 s each, nor more than 17 rounds (the next call
-        measures the rest), and nothing where all is known. What else runs meanwhile makes links seem slower. A plan is
-        adopted where it predicts a gain; the master logs it with the time it predicts (``plan_found``). Collective.
+        each of N rounds, until rates are steady, 6 s at most; as much again for links that may do with fewer
+        connections or look odd; and nothing where all is known. No round begins after a minute or six tenths of
+        `timeout`, nor a 17th: the next call measures the rest. What else runs meanwhile makes links seem slower. A plan
+        is adopted where it predicts a gain; the master logs it with the time it predicts (``plan_found``). Collective.
 
         Raises: as ``update_topology``, and MismatchError where other members call that.
         """

@@ -34,7 +34,7 @@ class Master:
 
     @property
     def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return join_address(self.host, self.port)
 
 
 def parse_master(text: str | None) -> Master:
@@ -126,6 +126,11 @@ def _decoded(secret: str) -> bytes:
     except (binascii.Error, ValueError):
         return b""
     return data if _encoded(data) == secret else b""
+
+
+def join_address(host: str, port: int) -> str:
+    """What `parse_address` reads."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_address(address: str) -> tuple[str, int]:

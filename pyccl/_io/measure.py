@@ -2,7 +2,8 @@
 
     1  all-gather: under which id everybody serves the bytes that the others receive
     2  all-gather: whose links each member lacks; the rounds follow from that (`_proto.measuring`)
-    3  a round: barrier; from one other member, which does the same, receive as fast as it comes; count what it has got
+    3  a round: barrier, in which a member may say that it is late: then no round begins any more; from one other
+       member, which does the same, receive as fast as it comes; count what it has got
     4  all-gather: with whom each wants another round; with fewer connections where these may do, and goes back if they
        are slower; with all it has where a pair looks odd. The better figure counts
     5  the crowd, if anything was missing: barrier; the same from several members at once
@@ -13,7 +14,8 @@ for and not yet received when the time is over delays the next round. A round go
 parts of 0.2 s and three round trips each after connections have risen to it, of which the last is not faster, or
 ROUND_MOST_S. What counts is what TCP has delivered, holes or not: in order it comes in bursts after losses.
 Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
-twice, and the crowd. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
+twice, and the crowd, and none begins after _ROUNDS_MOST_S or a part of the caller's time. Figures are good for
+linktable.FRESH_S, longer if traffic confirms them.
 Threads: the caller's.
 """
 
@@ -51,6 +53,10 @@ _REST: Final = 0.05  # of what was fastest: nobody asks any more
 _PINGS: Final = 4
 _PING_S: Final = 2.0
 _DRAIN_S: Final = 1.0  # for what is still on its way when a round is over
+_ROUNDS_MOST_S: Final = 60.0  # no round begins later: pairs that are missing then are the next call's
+_ROUNDS_PART: Final = 0.6  # of the caller's time, where that is less
+_AGAIN_PART: Final = 0.1  # of the same: so much longer for pairs that measure again
+_GO_ON, _LATE = b"\0", b"\1"
 _WINDOW_LEAST: Final = 1 << 16
 _WINDOW_MOST: Final = 32 << 20
 _PARTS: Final = 16  # of a window, asked for one by one
@@ -78,13 +84,17 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
         syncs = {peer: _HELLO.unpack(hello)[0] for peer, hello in zip(members, hellos, strict=True)}
         table.keep(members)
         now = time.monotonic()
+        whole_s = min(_ROUNDS_MOST_S / _ROUNDS_PART, deadline - now)
+        rounds_until = now + _ROUNDS_PART * whole_s
+        again_until = rounds_until + _AGAIN_PART * whole_s
         mine = bytes(int(peer != me and table.lacks(peer, now)) for peer in members)
         staying, lacking = gather(mine.ljust(limits.MEMBERS_MAX, b"\0"), deadline)
         rounds = measuring.rounds(len(members), _missing(members, staying, lacking))
         probe = _Probe(session, syncs, check)
         seen: dict[bytes, tuple[float, float]] = {}  # measured now: bytes per second, round trip
         for pairs in rounds:
-            gather(b"\0", deadline)
+            if _are_late(gather, rounds_until, deadline):
+                break
             rank = measuring.partner(pairs, members.index(me))
             if rank is not None:
                 peer = members[rank]
@@ -94,19 +104,25 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
                 seen[peer] = rate, rtt_s
                 log.info("link_measured peer=%s bytes_s=%.0f rtt_s=%.4f", peer.hex()[:8], rate, rtt_s)
         if rounds:
-            _again(probe, gather, members, seen, deadline)
+            _again(probe, gather, members, seen, again_until, deadline)
             for peer, (rate, rtt_s) in seen.items():
                 table.measured(peer, rate, rtt_s, time.monotonic())
-            gather(b"\0", deadline)
+            gather(_GO_ON, deadline)
             if len(members) > 2:
                 crowd = [members[rank] for rank in measuring.crowd(len(members), members.index(me))]
                 rtts = [probe.rtt_s(peer) for peer in crowd]
                 for peer, rate in zip(crowd, probe.rates(crowd, max(rtts)), strict=True):
                     table.crowded(peer, rate)
             table.works(topology.Cpu(probe.move_rate(), fold_rate(), code_rate()))
-            gather(b"\0", deadline)  # nobody stops serving before all have received
+            gather(_GO_ON, deadline)  # nobody stops serving before all have received
     finally:
         engine.unpublish(sync)
+
+
+def _are_late(gather: Gather, until: float, deadline: float) -> bool:
+    """The barrier ahead of a round. All come to the same answer: their clocks need not."""
+    _, told = gather(_LATE if time.monotonic() > until else _GO_ON, deadline)
+    return any(said != _GO_ON for said in told)
 
 
 def _again(
@@ -114,6 +130,7 @@ def _again(
     gather: Gather,
     members: tuple[bytes, ...],
     seen: dict[bytes, tuple[float, float]],
+    until: float,
     deadline: float,
 ) -> None:
     """Use fewer connections where that is no slower. `seen` gets the better figures."""
@@ -135,7 +152,8 @@ def _again(
         for rank, few in fewer.items():
             probe.use(members[rank], few)
         for disjoint in measuring.rounds(world, pairs):
-            gather(b"\0", deadline)
+            if _are_late(gather, until, deadline):
+                break
             partner = measuring.partner(disjoint, me)
             if partner is not None:
                 peer = members[partner]

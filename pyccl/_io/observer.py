@@ -26,6 +26,7 @@ import trio
 from pyccl import errors
 from pyccl._io import agreement, envelope, statestream, tls
 from pyccl._io.absence import Absence
+from pyccl._io.address import join_address
 from pyccl._io.backoff import FIRST_S, Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.dialing import FAILURES
@@ -206,7 +207,7 @@ class Observer:
             front = Front(config.reach, master, me, nursery, self._accept, self._readdress, open_mapping)
             await front.open(local)
             self._front, self._addresses = front, front.addresses
-            self._told("listening on " + " ".join(f"{a.host}:{a.port}" for a in front.addresses))
+            self._told("listening on " + " ".join(join_address(a.host, a.port) for a in front.addresses))
         observe = Observe(
             *(limits.PROTOCOL_VERSION, self._config.library, self._config.group),
             *(self.peer, self._incarnation, self._addresses),

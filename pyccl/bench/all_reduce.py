@@ -16,6 +16,8 @@ from typing import Any, Final
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import GIB, NS, Summary, bus_gb_per_s, cpu_s_per_gib, slowest_s, summarize
 
+TIMEOUT_S: Final = 60.0  # of one operation
+SILENCE_BEYOND_S: Final = 30.0  # of all ranks: each says something between operations
 PEER_TIMEOUT_S: Final = 30.0  # a machine that measures may be busy; nobody is to be evicted for that
 
 
@@ -24,7 +26,9 @@ class Plan:
     """What to measure.
 
     size_bytes: of each rank's tensor. warmup: rounds before those that count. ahead_ns: how far ahead the moment is
-    that all ranks agree on to start at. secure: the run is, and its connections are sealed.
+    that all ranks agree on to start at. secure: the run is, and its connections are sealed. relay: the master does.
+    optimize: ahead of all, by optimize_topology. max_upload, max_download: caps of each rank, pyccl only. timeout_s: of
+    one operation; 0: the usual one.
     """
 
     world: int = 2
@@ -40,6 +44,11 @@ class Plan:
     gloo: bool = False
     ahead_ns: int = 1_000_000
     secure: bool = False
+    relay: bool = False
+    optimize: bool = False
+    max_upload: str | None = None
+    max_download: str | None = None
+    timeout_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +120,13 @@ def measure(plan: Plan, conductor: Conductor) -> Result:
         BenchError: a process failed, a result was wrong, or Gloo did not use TCP alone.
     """
     itemsize = 8  # every dtype divides it
-    plan = replace(plan, size_bytes=max(plan.size_bytes // itemsize, 1) * itemsize)
+    plan = replace(
+        plan, size_bytes=max(plan.size_bytes // itemsize, 1) * itemsize, timeout_s=plan.timeout_s or TIMEOUT_S
+    )
+    conductor.silence_s = plan.timeout_s * (2 if plan.optimize else 1) + SILENCE_BEYOND_S
     with tempfile.TemporaryDirectory(prefix="pyccl-bench-") as directory:
-        conductor.start_master(PEER_TIMEOUT_S, identity=Path(directory, "identity.pem") if plan.secure else None)
+        identity = Path(directory, "identity.pem") if plan.secure else None
+        conductor.start_master(PEER_TIMEOUT_S, identity=identity, relay=plan.relay)
         return _measure(plan, conductor)
 
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from pyccl.bench import lines
+from pyccl.bench.all_reduce import SILENCE_BEYOND_S, TIMEOUT_S
 from pyccl.bench.conductor import BenchError, Conductor, ExitStatus, Fields
 from pyccl.bench.figures import GIB, NS, Summary, gaps_within_ns, longest_gap_ns, summarize
 from pyccl.bench.places import InLab
@@ -36,13 +38,16 @@ PEER_TIMEOUT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ArrivalPlan:
-    """world: members once the newcomer is in."""
+    """world: members once the newcomer is in. data: a kind of `content`. timeout_s: of a sync, and of all else.
+    relay: the master does."""
 
     world: int = 4
     iterations: int = 5
     state_bytes: int = SMALL_STATE_BYTES
     vector_bytes: int = VECTOR_BYTES
-    data: str = "random"  # a kind of `content`
+    data: str = "random"
+    timeout_s: float = TIMEOUT_S
+    relay: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +205,17 @@ class _Group:
         peer_timeout_s: float,
         journal: Path | None = None,
         data: str = "random",
+        timeout_s: float = TIMEOUT_S,
+        relay: bool = False,
     ) -> None:
         self._conductor = conductor
+        self._timeout_s = timeout_s
+        conductor.silence_s = timeout_s + SILENCE_BEYOND_S
         self._vector_bytes, self._state_bytes = vector_bytes, max(state_bytes, 1)
         self._data = data
         self._later = 0
         self.started_ns = 0  # the founders were synchronised
-        conductor.start_master(peer_timeout_s, journal)
+        conductor.start_master(peer_timeout_s, journal, relay=relay)
 
     def found(self, count: int) -> list[str]:
         names = [f"founder {number}" for number in range(count)]
@@ -228,6 +237,7 @@ class _Group:
         return {
             "founders": founders, "size_bytes": self._vector_bytes, "state_bytes": self._state_bytes,
             "seed": seed, "data": self._data, "leave_after": leave_after,
+            "timeout_s": self._timeout_s,
         }  # fmt: skip
 
     def wait_for_world(self, names: Sequence[str], members: int) -> dict[str, Fields]:
@@ -249,7 +259,10 @@ def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
     Raises:
         BenchError: a process failed, or a newcomer did not get the members' state.
     """
-    group = _Group(conductor, plan.vector_bytes, plan.state_bytes, peer_timeout_s=30.0, data=plan.data)
+    group = _Group(
+        conductor, plan.vector_bytes, plan.state_bytes, peer_timeout_s=30.0, data=plan.data, timeout_s=plan.timeout_s,
+        relay=plan.relay,
+    )  # fmt: skip
     founders = group.found(plan.world - 1)
     comings: list[tuple[Fields, Fields]] = []
     quiet_until_ns = 0
@@ -272,24 +285,26 @@ def measure_arrivals(plan: ArrivalPlan, conductor: Conductor) -> Arrivals:
 
 
 def measure_arrivals_in(scenario: Scenario, plan: ArrivalPlan, children: Children) -> Arrivals:
-    """As `measure_arrivals`, over the lines of a lab: founders on its first hosts, newcomers on the last, the master
-    beside the first.
+    """As `measure_arrivals`, over the lines of a lab: founders on its first hosts, newcomers on the last, the master on
+    the first that all can dial.
 
     Args:
-        plan: its world is that of the scenario.
+        plan: its world is that of the scenario, its time-out what the lines make of it.
 
     Raises:
-        BenchError: no lab can be had here, or as `measure_arrivals`.
+        BenchError: no lab can be had here, no host is there that all can dial, or as `measure_arrivals`.
     """
+    master, timeout_s = lines.master_rank(scenario), lines.transfer_timeout_s(scenario, plan.state_bytes)
     last = len(scenario.hosts) - 1
 
     def host_of(name: str) -> int:
         kind, _, number = name.partition(" ")
-        return {"founder": int(number or 0), "newcomer": last}.get(kind, 0)
+        return {"founder": int(number or 0), "newcomer": last}.get(kind, master)
 
+    plan = replace(plan, world=last + 1, timeout_s=timeout_s, relay=lines.need_relay(scenario))
     try:
         with Lab(scenario) as lab:
-            return measure_arrivals(replace(plan, world=last + 1), Conductor(children, InLab(lab, host_of)))
+            return measure_arrivals(plan, Conductor(children, InLab(lab, host_of)))
     except NetworkError as error:
         raise BenchError(ExitStatus.NO_LAB, str(error)) from error
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pyccl._io.address import join_address
 from pyccl._io.identity import VARIABLE as IDENTITY
 from pyccl.bench.places import Loopback, Places
 from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
@@ -20,7 +21,7 @@ from pyccl.processes.children import ONE_THREAD, Children, Event, Exited, Line
 MASTER: Final = "master"
 LISTENING: Final = "listening on "
 FINAL: Final = ("result", "done")  # events after which a child may end
-SILENCE_S: Final = 90.0  # without a line from any child; every call of a child has a shorter time-out
+SILENCE_S: Final = 90.0  # without a line from any child, unless told otherwise; every call of a child is shorter
 AFTERMATH_S: Final = 1.0  # after a failure, for the others to report theirs
 
 Fields = dict[str, Any]
@@ -56,6 +57,7 @@ class Conductor:
         """places: where they run; loopback unless given."""
         self._children, self._clock = children, clock
         self.places = Loopback() if places is None else places
+        self.silence_s = SILENCE_S
         self._heard: dict[str, list[Fields]] = {}
         self._may_end: set[str] = set()
         self._finished: set[str] = set()
@@ -82,7 +84,7 @@ class Conductor:
             self._master_options.append("--secure")
         elif self.places.address(MASTER) != Loopback.host:
             self._master_options.append("--insecure")
-        self._start_master(f"{self.places.address(MASTER)}:0")
+        self._start_master(join_address(self.places.address(MASTER), 0))
 
     def kill_master(self) -> None:
         self.kill(self._masters[-1])
@@ -100,7 +102,7 @@ class Conductor:
         environment = {**self._environment, **self.places.environment(MASTER)}
         self._children.start(name, "pyccl.processes.leash", arguments, environment, self.places.before(MASTER))
         while not self._address:
-            self._take_one(SILENCE_S)
+            self._take_one(self.silence_s)
 
     def start(self, name: str, task: str, settings: Mapping[str, object]) -> None:
         """Start a peer; it loads what it needs, says "ready" and waits for "go"."""
@@ -138,12 +140,12 @@ class Conductor:
         """Take the next `event` that satisfies `where` from each child; what else they say is kept for later.
 
         Raises:
-            BenchError: a child failed, or none said anything for SILENCE_S.
+            BenchError: a child failed, or none said anything for `silence_s`.
             Interrupted: a signal asked the program to end.
         """
         found: dict[str, Fields] = {}
         missing = set(names)
-        deadline = self._clock() + SILENCE_S
+        deadline = self._clock() + self.silence_s
         while True:
             for name in sorted(missing):
                 fields = _pop(self._heard[name], event, where)
@@ -153,13 +155,13 @@ class Conductor:
             if not missing:
                 return found
             if self._take_one(deadline - self._clock()):
-                deadline = self._clock() + SILENCE_S
+                deadline = self._clock() + self.silence_s
 
     def _take_one(self, timeout_s: float) -> bool:
         """Take in one event of a child; False if it was of no interest."""
         event = self._children.next_event(max(timeout_s, 0.0))
         if event is None:
-            raise self._failure(ExitStatus.STALLED, f"no report for {SILENCE_S:.0f} s")
+            raise self._failure(ExitStatus.STALLED, f"no report for {self.silence_s:.0f} s")
         fault = self._take(event)
         if fault is not None:
             self._hear_out(fault)

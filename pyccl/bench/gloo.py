@@ -15,7 +15,6 @@ import numpy as np
 from pyccl.bench import wire
 
 INSTALL: Final = "--vs gloo needs torch: pip install torch"
-OPERATION_TIMEOUT_S: Final = 60
 DTYPES: Final = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 _OPS: Final = {"sum": "SUM", "avg": "AVG", "prod": "PRODUCT", "min": "MIN", "max": "MAX"}
 
@@ -41,6 +40,7 @@ class Gloo:
         rank, world: of this process.
         share: gives every rank the number that rank 0 calls it with; it carries the store's address and port.
         array: what ``run`` reduces in place.
+        timeout_s: of an operation.
     """
 
     def __init__(
@@ -51,13 +51,15 @@ class Gloo:
         array: np.ndarray[Any, Any],
         op: str,
         network: Network,
+        timeout_s: float,
     ) -> None:
         torch = load(network.interface)
         self._dist: Any = torch.distributed
         before = wire.sockets()
         # What init_method="tcp://" makes, on a port that is free.
-        self._store = self._open_store(rank, world, share, network.address)
-        self._dist.init_process_group("gloo", store=self._store, rank=rank, world_size=world)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        self._store = self._open_store(rank, world, share, network.address, timeout)
+        self._dist.init_process_group("gloo", store=self._store, rank=rank, world_size=world, timeout=timeout)
         self._tensor: Any = _tensor(torch, array)
         self._op: Any = getattr(self._dist.ReduceOp, _OPS[op])
         self._divisor: int | None = None
@@ -70,8 +72,9 @@ class Gloo:
             self.run()
         self.sockets = wire.sockets() - before
 
-    def _open_store(self, rank: int, world: int, share: Callable[[int], int], address: str) -> Any:
-        timeout = datetime.timedelta(seconds=OPERATION_TIMEOUT_S)
+    def _open_store(
+        self, rank: int, world: int, share: Callable[[int], int], address: str, timeout: datetime.timedelta
+    ) -> Any:
         if rank == 0:
             store = self._dist.TCPStore(address, 0, world, True, timeout=timeout, wait_for_workers=False)
             share(int(ipaddress.IPv4Address(address)))

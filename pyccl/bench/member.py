@@ -23,7 +23,6 @@ from pyccl.bench.content import content
 from pyccl.bench.control import Control
 
 CONNECT_TIMEOUT_S: Final = 60.0
-OPERATION_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
 ALONE_S: Final = 0.001  # between two looks for a newcomer
 STATUS: Final = Path("/proc/self/status")
@@ -41,6 +40,7 @@ class Settings:
     seed: int  # of the state's content before the first sync
     data: str  # a kind of `content`
     leave_after: int  # all-reduces after which it leaves; 0: stays until told to stop
+    timeout_s: float  # of a sync, and of all else
 
 
 def run(settings: Settings, control: Control) -> None:
@@ -55,10 +55,10 @@ def run(settings: Settings, control: Control) -> None:
     member_ns = time.monotonic_ns()
     with comm:
         while comm.group_world_size < settings.founders:
-            comm.update_topology(OPERATION_TIMEOUT_S)
+            comm.update_topology(settings.timeout_s)
         before_bytes = memory_bytes("VmRSS", STATUS.read_text(encoding="ascii"))
         cpu_s = _cpu_s()
-        sync = comm.sync_shared_state(state, timeout=OPERATION_TIMEOUT_S)
+        sync = comm.sync_shared_state(state, timeout=settings.timeout_s)
         synced_ns, cpu_s = time.monotonic_ns(), _cpu_s() - cpu_s
         control.say(
             "joined", started_ns=started_ns, member_ns=member_ns, synced_ns=synced_ns, rx_bytes=sync.rx_bytes,
@@ -94,7 +94,7 @@ def _loop(
     while True:
         x[0] = control.told("stop")
         try:
-            comm.all_reduce(x, out=total, timeout=OPERATION_TIMEOUT_S)
+            comm.all_reduce(x, out=total, timeout=settings.timeout_s)
         except pyccl.AloneError:  # the only founder, while no newcomer is in
             np.copyto(total, x)
             time.sleep(ALONE_S)
@@ -111,9 +111,9 @@ def _loop(
             beat_ns = ends_ns[-1]
             control.say("beat")
         if comm.are_peers_pending():
-            comm.update_topology(OPERATION_TIMEOUT_S)
+            comm.update_topology(settings.timeout_s)
             cpu_s = _cpu_s()
-            sync = comm.sync_shared_state(state, timeout=OPERATION_TIMEOUT_S)
+            sync = comm.sync_shared_state(state, timeout=settings.timeout_s)
             served.append({"at_ns": time.monotonic_ns(), "tx_bytes": sync.tx_bytes, "cpu_s": _cpu_s() - cpu_s})
 
 

@@ -32,7 +32,6 @@ from pyccl.bench.figures import NS, ring_bytes
 from pyccl.bench.gloo import Gloo, Network, load
 
 CONNECT_TIMEOUT_S: Final = 60.0
-OPERATION_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
 INVITE_S: Final = 3600
 PERIOD: Final = 65_521  # elements after which an input repeats; prime, so that pieces and blocks do not line up with it
@@ -61,6 +60,11 @@ class Settings:
     gloo: bool
     ahead_ns: int
     secure: bool
+    relay: bool
+    optimize: bool
+    max_upload: str | None
+    max_download: str | None
+    timeout_s: float
     address: str  # of this rank, and the interface that it is on
     interface: str
 
@@ -102,7 +106,8 @@ class PycclSystem:
         self._x = source.copy() if settings.in_place else source
         self._out = None if settings.in_place else np.empty_like(source)
         self._keywords: dict[str, Any] = {
-            "op": settings.op, "out": self._out, "algorithm": settings.algorithm, "timeout": OPERATION_TIMEOUT_S,
+            "op": settings.op, "out": self._out, "algorithm": settings.algorithm,
+            "timeout": settings.timeout_s,
         }  # fmt: skip
         if settings.quantize is not None:
             self._keywords["quantize"] = settings.quantize
@@ -135,14 +140,15 @@ class GlooSystem:
 
     def __init__(self, comm: pyccl.Communicator, source: Array, settings: Settings) -> None:
         self._comm, self._source, self._x = comm, source, source.copy()
+        self._timeout_s = settings.timeout_s
         rank = comm.members.index(comm.peer_id)
         network = Network(settings.address, settings.interface)
-        self.gloo = Gloo(rank, settings.world, self._share, self._x, settings.op, network)
+        self.gloo = Gloo(rank, settings.world, self._share, self._x, settings.op, network, settings.timeout_s)
 
     def _share(self, number: int) -> int:
         """The greatest of all ranks' numbers."""
         mine = np.array([number], np.int64)
-        self._comm.all_reduce(mine, op="max", timeout=OPERATION_TIMEOUT_S)
+        self._comm.all_reduce(mine, op="max", timeout=self._timeout_s)
         return int(mine[0])
 
     def fill(self) -> None:
@@ -208,10 +214,10 @@ def check(result: Array, settings: Settings, quantize: str | None) -> float:
     return worst
 
 
-def start_together(comm: pyccl.Communicator, ahead_ns: int) -> None:
+def start_together(comm: pyccl.Communicator, ahead_ns: int, timeout_s: float) -> None:
     """Until a moment that all agree on, on the machine's clock: a barrier's ranks return one after the other."""
     moment_ns = np.array([time.monotonic_ns() + ahead_ns], np.int64)
-    comm.all_reduce(moment_ns, op="max", timeout=OPERATION_TIMEOUT_S)
+    comm.all_reduce(moment_ns, op="max", timeout=timeout_s)
     while (left_ns := int(moment_ns[0]) - time.monotonic_ns()) > 0:
         time.sleep(left_ns / NS)
 
@@ -224,11 +230,16 @@ def run(settings: Settings, control: Control) -> None:
     control.say("ready")
     control.wait("go")
     master = _invite(settings.master) if settings.secure else settings.master
-    comm = pyccl.Communicator(master, connections=settings.connections)
+    comm = pyccl.Communicator(
+        master, connections=settings.connections, max_upload=settings.max_upload, max_download=settings.max_download
+    )
     comm.connect(CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S)
     with comm:
         while comm.group_world_size < settings.world:
-            comm.update_topology(OPERATION_TIMEOUT_S)
+            comm.update_topology(settings.timeout_s)
+        if settings.optimize:
+            comm.optimize_topology(settings.timeout_s)
+            control.say("beat")
         rank = comm.members.index(comm.peer_id)
         source = np.resize(pattern(dtype, rank), settings.size_bytes // dtype.itemsize)
         systems: list[System] = [ours := PycclSystem(comm, source, settings)]
@@ -248,7 +259,7 @@ def run(settings: Settings, control: Control) -> None:
             transport["carried_by_tcp"] = sent >= WIRE_SHARE_MIN * ring_bytes(settings.world, source.nbytes)
             reports["gloo"] |= {"transport": transport}
             theirs.gloo.close()
-        comm.barrier(timeout=OPERATION_TIMEOUT_S)
+        comm.barrier(timeout=settings.timeout_s)
         control.say("result", rank=rank, systems=reports)
 
 
@@ -273,13 +284,13 @@ def _measure(
             beat_s = time.monotonic()
             control.say("beat")
         system.fill()
-        start_together(comm, settings.ahead_ns)
+        start_together(comm, settings.ahead_ns, settings.timeout_s)
         before = resource.getrusage(resource.RUSAGE_SELF)
         start_ns = time.monotonic_ns()
         system.run()
         end_ns = time.monotonic_ns()
         record.add(start_ns, end_ns, before, resource.getrusage(resource.RUSAGE_SELF))
-        comm.barrier(timeout=OPERATION_TIMEOUT_S)
+        comm.barrier(timeout=settings.timeout_s)
 
     reports: dict[str, dict[str, object]] = {}
     for system in systems:  # one round that is checked, then those that only warm up

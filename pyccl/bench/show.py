@@ -131,7 +131,7 @@ def wan(result: WanResult) -> list[str]:
         "",
         *columns(rows),
         "",
-        "Mbit/s: 2(N-1)/N x bytes of the tensor / median; of the line: what a peer sent of the slowest line's rate",
+        "Mbit/s: 2(N-1)/N x bytes of the tensor / median; of the line: what a peer sent of the slowest host's rate",
         *_beside_gloo(result.reduced),
         f"lines: {lost} packets lost, {dropped} dropped by queues; {result.counts.punctuality()}",
     ]
@@ -169,6 +169,7 @@ def topology(result: TopologyResult) -> list[str]:
     ]  # fmt: skip
     predicted = "nothing" if result.predicted_s is None else seconds(result.predicted_s)
     coded = " as uint8" if plan.coded else ""
+    bound = "-" if result.to_bound is None else f"{result.to_bound:.2f}"
     return [
         f"all-reduce of {plan.size_bytes / MIB:g} MiB of float32{coded}, {len(scenario.hosts)} peers",
         f"scenario {scenario.name}: {scenario.description}",
@@ -176,8 +177,8 @@ def topology(result: TopologyResult) -> list[str]:
         "",
         *columns(rows),
         "",
-        f"predicted for the plan: {predicted}; the lines allow {seconds(result.bound_s)}",
-        f"planned: {result.to_bound:.2f} x the bound; the equal ring takes {result.ring_to_planned:.2f} x as long",
+        f"predicted for the plan: {predicted}; the lines allow {seconds(result.bound_s)}, without codes",
+        f"planned: {bound} x the bound; the equal ring takes {result.ring_to_planned:.2f} x as long",
         f"optimize_topology took {seconds(result.measured_s)}",
     ]
 

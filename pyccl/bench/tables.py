@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from pyccl.bench.churn import CAUSES
 from pyccl.bench.figures import MIB
 from pyccl.bench.show import seconds
 from pyccl.bench.suite import PARTS, Report, Told
@@ -53,7 +54,8 @@ def _plans(run: dict[str, Any]) -> list[Row]:
     systems, predicted_s = run["systems"], run["predicted_s"]
     direct, ring, planned = (_time(systems[name]["seconds"]) for name in (EQUAL_DIRECT, EQUAL_RING, PLANNED))
     told = ["", ""] if predicted_s is None else [seconds(predicted_s), f"{run['predicted_to_planned']:.2f}"]
-    bound = [seconds(run["bound_s"]), f"{run['planned_to_bound']:.2f}"]
+    to_bound = run["planned_to_bound"]
+    bound = [seconds(run["bound_s"]), "-" if to_bound is None else f"{to_bound:.2f}"]
     return [[direct, ring, systems[PLANNED]["algorithm"], planned, *told, *bound, seconds(run["optimize_s"])]]
 
 
@@ -108,7 +110,9 @@ def _changes(run: dict[str, Any]) -> list[Row]:
         rate = run["sync_mb_per_s"]["median"]
         return [["state in step", _time(run["sync_s"])], ["its rate", f"{rate:.0f} MB/s, {rate * 8:.0f} Mbit/s"]]
     if kind == "loss":
-        return [["longest gap of a survivor", _time(run["killed"]["gap_s"])]]
+        return [
+            [f"{cause}: longest gap of a survivor", _time(run[cause]["gap_s"])] for cause in CAUSES if cause in run
+        ]
     if kind == "restart":
         return [["longest gap without a master", _time(run["gap_s"])], ["back to next join", _time(run["join_s"])]]
     changes = {

@@ -1,42 +1,44 @@
 """``pyccl bench topology``: what optimize_topology makes of an all-reduce over a lab's lines, and what it predicted.
 
-The same group reduces with equal shares, round an equal ring and, after optimize_topology, by its plan. Beside them
-stand the time that the plan predicts and the bound: the planner's, told the lines' true rates and delays.
+The same group reduces with equal shares and round an equal ring, in turn, and after optimize_topology by its plan.
+Beside them stand the time that the plan predicts and the bound: what the lines' true rates and delays allow, without a
+codec.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 from pyccl._proto import topology as planner
-from pyccl.bench.all_reduce import PEER_TIMEOUT_S
-from pyccl.bench.conductor import MASTER, BenchError, Conductor, ExitStatus
+from pyccl.bench import lines
+from pyccl.bench.all_reduce import PEER_TIMEOUT_S, SILENCE_BEYOND_S
+from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import Summary, slowest_s, summarize
 from pyccl.bench.places import InLab
-from pyccl.bench.topology_peer import EQUAL_RING, PLANNED
-from pyccl.bench.wan import AHEAD_NS, AHEAD_ROUND_TRIPS
+from pyccl.bench.topology_peer import EQUAL_RING, OPTIMIZE_TIMEOUT_S, PLANNED
+from pyccl.bench.wan import AHEAD_NS, AHEAD_ROUND_TRIPS, host_of
 from pyccl.netlab import Lab, NetworkError, Scenario
 from pyccl.processes.children import Children
-
-EFFORT: Final = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to measure. size_bytes: of each peer's float32 tensor; warmup: rounds before those that count, each time;
-    coded: as uint8, which the bound knows nothing of."""
+    coded: as uint8, of which there is no bound. timeout_s: of one operation; 0: what the lines make of it."""
 
     size_bytes: int = 8 << 20
     iterations: int = 5
     warmup: int = 2
     coded: bool = False
+    timeout_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """predicted_s: for the plan, or for what was there before where nothing found would better it; None: nothing was
-    measured."""
+    measured, or nothing is known of that algorithm with codes. bound_s: 0.0: no line bounds anything."""
 
     scenario: Scenario
     plan: Plan
@@ -48,8 +50,8 @@ class Result:
     plans: list[dict[str, Any]]  # what the master logged of them
 
     @property
-    def to_bound(self) -> float:
-        return self.seconds[PLANNED].median / self.bound_s
+    def to_bound(self) -> float | None:
+        return self.seconds[PLANNED].median / self.bound_s if self.bound_s > 0 and not self.plan.coded else None
 
     @property
     def predicted_to_planned(self) -> float | None:
@@ -80,15 +82,18 @@ def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
     """Build the lab, measure in it, take it away.
 
     Raises:
-        BenchError: no lab can be had here, or a process failed.
+        BenchError: no lab can be had here, no host is there that all can dial, or a process failed.
     """
-    world = len(scenario.hosts)
+    world, timeout_s = len(scenario.hosts), plan.timeout_s or lines.timeout_s(scenario, plan.size_bytes)
+    plan = replace(plan, timeout_s=timeout_s)
+    where = partial(host_of, lines.master_rank(scenario))
     ahead_ns = AHEAD_NS + AHEAD_ROUND_TRIPS * scenario.rtt_ns
     names = [f"peer {number}" for number in range(world)]
     try:
         with Lab(scenario) as lab:
-            conductor = Conductor(children, InLab(lab, lambda name: 0 if name == MASTER else int(name.split()[1])))
-            conductor.start_master(PEER_TIMEOUT_S)
+            conductor = Conductor(children, InLab(lab, where))
+            conductor.silence_s = OPTIMIZE_TIMEOUT_S + timeout_s + SILENCE_BEYOND_S
+            conductor.start_master(PEER_TIMEOUT_S, relay=lines.need_relay(scenario))
             settings = asdict(plan) | {"world": world, "ahead_ns": ahead_ns}
             conductor.start_all(names, "topology", lambda number: settings)
             reports = list(conductor.wait("result", names).values())
@@ -103,27 +108,16 @@ def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
     }
     algorithms = {name: reports[0]["systems"][name]["algorithm"] for name in systems}
     measured_s = max(report["measured_s"] for report in reports)
-    predicted_s = None
-    for found in reports[0]["plans"]:
-        kind = "coded" if plan.coded and algorithms[PLANNED] == "direct" else algorithms[PLANNED]
-        line = found[("" if found["adopt"] else "present_") + kind]
-        predicted_s = planner.Line(*line).seconds(plan.size_bytes)
-    best = planner.choose(network_of(scenario), EFFORT)
-    bound_s = min(best.direct.least_s(plan.size_bytes), best.ring.least_s(plan.size_bytes))
+    predicted_s = _predicted_s(plan, algorithms[PLANNED], reports[0]["plans"], reports[0]["epoch"])
+    bound_s = lines.bound_s(scenario, plan.size_bytes)
     return Result(scenario, plan, seconds, algorithms, measured_s, predicted_s, bound_s, reports[0]["plans"])
 
 
-def network_of(scenario: Scenario) -> planner.Network:
-    """The lines as the planner would like to know them. What several pairs share counts whole for each."""
-    ranks = range(len(scenario.hosts))
-    return planner.Network(
-        up=tuple(_bytes_s(host.up.rate) for host in scenario.hosts),
-        down=tuple(_bytes_s(host.down.rate) for host in scenario.hosts),
-        rate=tuple(tuple(_bytes_s(scenario.rate(i, j)) if i != j else planner.UNKNOWN for j in ranks) for i in ranks),
-        delay=tuple(tuple(scenario.delay_ns(i, j) / 1e9 if i != j else 0.0 for j in ranks) for i in ranks),
-        cpu=(planner.Cpu(),) * len(ranks),
-    )
-
-
-def _bytes_s(rate: int | None) -> float:
-    return planner.UNKNOWN if rate is None else rate / 8
+def _predicted_s(plan: Plan, algorithm: str, plans: list[dict[str, Any]], epoch: int) -> float | None:
+    """plans: in the order in which they were found. What was found when this epoch had begun is not in force."""
+    found = [each for each in plans if each["epoch"] < epoch]
+    if not found or (plan.coded and algorithm != "direct"):
+        return None
+    kind = "coded" if plan.coded else algorithm
+    line = found[-1][kind if found[-1]["adopt"] else f"present_{kind}"]
+    return planner.Line(*line).seconds(plan.size_bytes)

@@ -1,8 +1,9 @@
-"""A peer of ``pyccl bench topology``: equal shares, an equal ring, then optimize_topology and what its plan brings."""
+"""A peer of ``pyccl bench topology``: equal shares and an equal ring in turn, then the plan's."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from pyccl.bench.figures import NS
 from pyccl.bench.reduce_peer import start_together
 
 CONNECT_TIMEOUT_S: Final = 60.0
-OPERATION_TIMEOUT_S: Final = 80.0
+OPTIMIZE_TIMEOUT_S: Final = 120.0
 EQUAL_DIRECT, EQUAL_RING, PLANNED = "equal direct", "equal ring", "planned"
 
 
@@ -31,6 +32,7 @@ class Settings:
     iterations: int
     warmup: int
     coded: bool
+    timeout_s: float
     ahead_ns: int
 
 
@@ -42,34 +44,37 @@ def run(settings: Settings, control: Control) -> None:
     comm.connect(CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S)
     with comm:
         while comm.group_world_size < settings.world:
-            comm.update_topology(OPERATION_TIMEOUT_S)
+            comm.update_topology(settings.timeout_s)
         x = np.full(settings.size_bytes // 4, comm.members.index(comm.peer_id), np.float32)
-        systems = {
-            EQUAL_DIRECT: _reduced(comm, x, settings, control, "direct"),
-            EQUAL_RING: _reduced(comm, x, settings, control, "ring"),
-        }
+        systems = _reduced(comm, x, settings, control, {EQUAL_DIRECT: "direct", EQUAL_RING: "ring"})
         begun_ns = time.monotonic_ns()
-        comm.optimize_topology(OPERATION_TIMEOUT_S)
+        comm.optimize_topology(OPTIMIZE_TIMEOUT_S)
         measured_s = (time.monotonic_ns() - begun_ns) / NS
-        systems[PLANNED] = _reduced(comm, x, settings, control, "auto")
-        comm.barrier(timeout=OPERATION_TIMEOUT_S)
-        control.say("result", systems=systems, measured_s=measured_s, plans=_plans(settings.master))
+        systems |= _reduced(comm, x, settings, control, {PLANNED: "auto"})
+        comm.barrier(timeout=settings.timeout_s)
+        told = _plans(settings.master)
+        control.say("result", systems=systems, measured_s=measured_s, plans=told, epoch=comm.epoch)
 
 
 def _reduced(
-    comm: pyccl.Communicator, x: np.ndarray[Any, Any], settings: Settings, control: Control, algorithm: str
-) -> dict[str, Any]:
-    starts_ns, ends_ns, ran = [], [], ""
-    for _ in range(settings.warmup + settings.iterations):
-        control.say("beat")
-        start_together(comm, settings.ahead_ns)
-        starts_ns.append(time.monotonic_ns())
-        ran = comm.all_reduce(
-            x, op="avg", quantize="uint8" if settings.coded else None, algorithm=algorithm, timeout=OPERATION_TIMEOUT_S
-        ).algorithm
-        ends_ns.append(time.monotonic_ns())
-        comm.barrier(timeout=OPERATION_TIMEOUT_S)
-    return {"starts_ns": starts_ns[settings.warmup :], "ends_ns": ends_ns[settings.warmup :], "algorithm": ran}
+    comm: pyccl.Communicator, x: np.ndarray[Any, Any], settings: Settings, control: Control, systems: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """systems: name -> algorithm; each in turn."""
+    told: dict[str, dict[str, Any]] = {name: {"starts_ns": [], "ends_ns": []} for name in systems}
+    quantize = "uint8" if settings.coded else None
+    for number in range(settings.warmup + settings.iterations):
+        for name, algorithm in systems.items():
+            control.say("beat")
+            start_together(comm, settings.ahead_ns, settings.timeout_s)
+            start_ns = time.monotonic_ns()
+            info = comm.all_reduce(x, op="avg", quantize=quantize, algorithm=algorithm, timeout=settings.timeout_s)
+            end_ns = time.monotonic_ns()
+            if number >= settings.warmup:
+                told[name]["starts_ns"].append(start_ns)
+                told[name]["ends_ns"].append(end_ns)
+            told[name]["algorithm"] = info.algorithm
+            comm.barrier(timeout=settings.timeout_s)
+    return told
 
 
 def _plans(master: str) -> list[dict[str, Any]]:

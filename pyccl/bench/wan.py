@@ -1,15 +1,16 @@
 """``pyccl bench wan``: the time of an all-reduce over the lines of a lab, alternating with torch's Gloo where asked.
 
-What `all_reduce` measures, with a peer on each host and the master beside the first one. The moment at which all start
-is far enough ahead for the last of them to hear of it.
+What `all_reduce` measures, with a peer on each host and the master beside the first one that all can dial. The moment
+at which all start is far enough ahead for the last of them to hear of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Final
 
-from pyccl.bench import all_reduce
+from pyccl.bench import all_reduce, lines
 from pyccl.bench.conductor import MASTER, BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import ring_bytes
 from pyccl.bench.places import InLab
@@ -25,8 +26,8 @@ class Rate:
     """Of one system at the median time.
 
     mbit_s: what each peer must send where all do the same, 2(N-1)/N of the tensor, over the time. line_share: what one
-    did send of the slowest line's rate: the same for a tensor that is sent as it is, less with a codec. None: no line
-    has a rate.
+    did send of the slowest host's rate: the same for a tensor that is sent as it is, less with a codec. None: no host's
+    line has a rate.
     """
 
     system: str
@@ -43,13 +44,13 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         return self.reduced.to_json() | {
-            "scenario": {"name": self.scenario.name, "description": self.scenario.description, **_lines(self.scenario)},
+            "scenario": {"name": self.scenario.name, "description": self.scenario.description, **_told(self.scenario)},
             "rates": {rate.system: {"mbit_s": rate.mbit_s, "line_share": rate.line_share} for rate in self.rates},
             "lines": asdict(self.counts),
         }
 
 
-def _lines(scenario: Scenario) -> dict[str, Any]:
+def _told(scenario: Scenario) -> dict[str, Any]:
     return {
         "rtt_ms": scenario.rtt_ns / 1e6,
         "loss": scenario.loss(0, 1),
@@ -62,25 +63,30 @@ def measure(scenario: Scenario, plan: all_reduce.Plan, children: Children) -> Re
     """Build the lab, measure in it, take it away.
 
     Args:
-        plan: its world is that of the scenario.
+        plan: its world is that of the scenario, its time-out what the lines make of it unless that is given.
 
     Raises:
-        BenchError: no lab can be had here, or as `all_reduce.measure`.
+        BenchError: no lab can be had here, no host is there that all can dial, or as `all_reduce.measure`.
     """
-    ahead_ns = AHEAD_NS + AHEAD_ROUND_TRIPS * scenario.rtt_ns
-    plan = replace(plan, world=len(scenario.hosts), ahead_ns=ahead_ns)
+    master = lines.master_rank(scenario)
+    if plan.gloo:
+        lines.need_gloo(scenario)
+    plan = replace(
+        plan, world=len(scenario.hosts), ahead_ns=AHEAD_NS + AHEAD_ROUND_TRIPS * scenario.rtt_ns,
+        relay=lines.need_relay(scenario), timeout_s=plan.timeout_s or lines.timeout_s(scenario, plan.size_bytes),
+    )  # fmt: skip
     try:
         with Lab(scenario) as lab:
-            reduced = all_reduce.measure(plan, Conductor(children, InLab(lab, _host_of)))
+            reduced = all_reduce.measure(plan, Conductor(children, InLab(lab, partial(host_of, master))))
             counts = lab.counts()
     except NetworkError as error:
         raise BenchError(ExitStatus.NO_LAB, str(error)) from error
     return Result(scenario, reduced, tuple(_rate(scenario, reduced.plan, system) for system in reduced.systems), counts)
 
 
-def _host_of(name: str) -> int:
-    """The master is beside the first peer."""
-    return 0 if name == MASTER else int(name.rpartition(' ')[2])
+def host_of(master: int, name: str) -> int:
+    """master: rank of the host that it is on; a peer's name ends in its own."""
+    return master if name == MASTER else int(name.rpartition(" ")[2])
 
 
 def _rate(scenario: Scenario, plan: all_reduce.Plan, system: all_reduce.SystemResult) -> Rate:

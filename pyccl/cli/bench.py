@@ -48,7 +48,7 @@ Exit status:
   4  a result was wrong, processes held different bits, or peers were not connected as expected
   5  no lab can be built here (it needs root and iproute2)
   6  a process failed
-  7  no report from any process for a minute and a half
+  7  no report from any process for longer than an operation may take
   128 + n  ended by signal n (Ctrl-C: 130)
 """
 
@@ -65,6 +65,10 @@ def _number(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if value != value:  # no range keeps a NaN out
         raise click.BadParameter("nan is no number", ctx, param)
     return value
+
+
+def _number_or_none(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    return None if value is None else _number(ctx, param, value)
 
 
 @click.group(epilog=EPILOG)
@@ -97,6 +101,10 @@ def _world(least: int, default: int, text: str) -> Callable[[Callable[..., None]
     return click.option("--world", type=click.IntRange(least, 64), default=default, show_default=True, help=text)
 
 
+_TIMEOUT: Final = click.option(
+    "--timeout", type=click.FloatRange(1, 86_400), metavar="SECONDS", callback=_number_or_none,
+    help="Of one operation; unless given, made of the size and the lines.",
+)  # fmt: skip
 _ALGORITHM: Final = click.option(
     "--algorithm", type=click.Choice(tuple(ALGORITHMS)), default="auto", show_default=True, help="pyccl only."
 )
@@ -157,16 +165,21 @@ def all_reduce_command(
     help="TCP connections for each pair, 1 to 64.",
 )  # fmt: skip
 @_ALGORITHM
+@click.option("--optimize", is_flag=True, help="Call optimize_topology() before all; pyccl only.")
+@click.option("--max-upload", metavar="RATE", help="Cap of each peer, as of Communicator; pyccl only.")
+@click.option("--max-download", metavar="RATE", help="As --max-upload.")
+@_TIMEOUT
 @click.option("--vs", type=click.Choice(["gloo"]), help="Alternate with torch's Gloo in the same processes.")
 @_AS_JSON
 def wan_command(
     name: str, world: int | None, rate: str | None, delay: str | None, loss: float | None, seed: int | None,
-    mib: float, iters: int, warmup: int, quantize: str | None, connections: int | str, algorithm: str, vs: str | None,
-    as_json: bool,
+    mib: float, iters: int, warmup: int, quantize: str | None, connections: int | str, algorithm: str, optimize: bool,
+    max_upload: str | None, max_download: str | None, timeout: float | None, vs: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Time an all-reduce of float32 over the long lines of a lab. Needs root and iproute2.
 
-    A peer on each host of the scenario, the master beside the first one; the lines are emulated on this machine.
+    A peer on each host of the scenario, the master beside the first one that all can dial; the lines are emulated on
+    this machine.
     """
     try:
         scenario = netlab.load(name).with_options(rate=rate, delay=delay, loss=loss, hosts=world, seed=seed)
@@ -176,7 +189,8 @@ def wan_command(
         _need_torch()
     plan = all_reduce.Plan(
         size_bytes=int(mib * MIB), iterations=iters, warmup=warmup, quantize=quantize, connections=connections,
-        algorithm=algorithm, gloo=vs == "gloo",
+        algorithm=algorithm, gloo=vs == "gloo", optimize=optimize, max_upload=max_upload, max_download=max_download,
+        timeout_s=timeout or 0.0,
     )  # fmt: skip
 
     def measure() -> wan.Result:
@@ -294,10 +308,12 @@ def scale_command(worlds: tuple[int, ...], size_bytes: int, iters: int, warmup: 
 @_iters(5)
 @click.option("--warmup", type=click.IntRange(0, 10_000), default=2, show_default=True, help="Rounds not counted.")
 @click.option("--coded", is_flag=True, help="As uint8 codes, all three.")
+@_TIMEOUT
 @_AS_JSON
 def topology_command(
-    name: str, world: int | None, seed: int | None, mib: float, iters: int, warmup: int, coded: bool, as_json: bool
-) -> None:
+    name: str, world: int | None, seed: int | None, mib: float, iters: int, warmup: int, coded: bool,
+    timeout: float | None, as_json: bool,
+) -> None:  # fmt: skip
     """Time an all-reduce with equal shares, round an equal ring and by the plan of optimize_topology, and compare the
     last with what the plan predicted and with what the lines allow. Needs root and iproute2.
     """
@@ -305,7 +321,10 @@ def topology_command(
         scenario = netlab.load(name).with_options(hosts=world, seed=seed)
     except netlab.ScenarioError as error:
         raise click.UsageError(str(error)) from error
-    plan = topology.Plan(size_bytes=max(1, int(mib * MIB) // 4) * 4, iterations=iters, warmup=warmup, coded=coded)
+    plan = topology.Plan(
+        size_bytes=max(1, int(mib * MIB) // 4) * 4, iterations=iters, warmup=warmup, coded=coded,
+        timeout_s=timeout or 0.0,
+    )  # fmt: skip
 
     def measure() -> topology.Result:
         with Children() as children:
@@ -371,7 +390,10 @@ def join_command(world: int, iters: int, as_json: bool) -> None:
 
 
 @bench.command("sync", epilog=EPILOG)
-@_world(2, 4, "Members once the newcomer is in; all others hold the state.")
+@click.option(
+    "--world", type=click.IntRange(2, 64),
+    help="Members once the newcomer is in; all others hold the state. 4, or as in the scenario, unless given.",
+)  # fmt: skip
 @_mib("Size of the state.", 128)
 @_iters(3)
 @click.option(
@@ -383,9 +405,9 @@ def join_command(world: int, iters: int, as_json: bool) -> None:
     help="Over the lines of a lab (pyccl netlab scenarios), newcomers on its last host; needs root and iproute2.",
 )  # fmt: skip
 @_AS_JSON
-def sync_command(world: int, mib: float, iters: int, data: str, name: str | None, as_json: bool) -> None:
+def sync_command(world: int | None, mib: float, iters: int, data: str, name: str | None, as_json: bool) -> None:
     """Time the transfer of a state to a newcomer that holds another one, from all members."""
-    plan = churn.ArrivalPlan(world=world, iterations=iters, state_bytes=int(mib * MIB), data=data)
+    plan = churn.ArrivalPlan(world=world or 4, iterations=iters, state_bytes=int(mib * MIB), data=data)
     if name is None:
         _arrivals("sync", plan, as_json)
         return

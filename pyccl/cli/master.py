@@ -23,7 +23,7 @@ import click
 import trio
 
 from pyccl import errors
-from pyccl._io.address import shown
+from pyccl._io.address import join_address, shown
 from pyccl._io.identity import Identity, short
 from pyccl._io.journal import Journal, JournalError
 from pyccl._io.master_server import CONNECTIONS_MAX, TRIES_PER_LINE, WRITE_AGAIN_S, MasterServer
@@ -222,7 +222,7 @@ async def _serve(family: int, address: tuple[str, int], options: _Options) -> No
         host, port = listener.socket.getsockname()[:2]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve, listener)
-            click.echo(f"listening on {f'[{host}]' if ':' in host else host}:{port}")
+            click.echo(f"listening on {join_address(host, port)}")
             if options.identity is not None:
                 log.info("secure identity=%s next=pyccl-master invite", short(options.identity.public))
             sys.stdout.flush()

@@ -15,7 +15,7 @@ import click
 import trio
 
 from pyccl import errors
-from pyccl._io.address import invite_text, parse_address
+from pyccl._io.address import invite_text, join_address, parse_address
 from pyccl._io.ask import ask, told
 from pyccl._io.identity import Identity
 from pyccl._io.tls import Credentials, Ticket
@@ -94,7 +94,7 @@ def invite(master: str, expires: int, uses: int | None, group: int | None, label
         _fail(2, str(e))
     identity, answer = _tell(master, InviteAsk(expires, uses or 0, group, label))
     assert isinstance(answer, Invited)
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    where = join_address(host, port)
     click.echo(f"invite {answer.invite.hex()}", err=True)
     click.echo(invite_text(where, Ticket(identity.public, answer.token)))
 

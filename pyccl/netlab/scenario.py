@@ -178,7 +178,7 @@ class Scenario:
             made = replace(made, hosts=tuple(_with_rate(host, bps) for host in made.hosts))
         if delay is not None or loss is not None:
             made = made._with_path(delay, loss)
-        return made if hosts is None else made._with_hosts(hosts)
+        return made if hosts is None or hosts == len(made.hosts) else made._with_hosts(hosts)
 
     def _with_path(self, delay: str | None, loss: float | None) -> Scenario:
         if len(self.routers) != 1:
@@ -201,7 +201,9 @@ class Scenario:
             raise ScenarioError(f"{count} hosts: {self.name} can have {least} to {HOSTS_MAX}")
         base = re.sub(r"\d+$", "", self.hosts[0].name)
         alike = tuple(replace(self.hosts[0], name=name) for name in _names(base, left))
-        return replace(self, hosts=alike + self.hosts[first:], kinds=(left, *others))
+        made = replace(self, hosts=alike + self.hosts[first:], kinds=(left, *others))
+        _check(made)
+        return made
 
     def without_nat(self) -> Scenario:
         """The same lines, each host with a public address."""

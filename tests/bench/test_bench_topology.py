@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from pyccl import netlab
 from pyccl._proto import topology as planner
-from pyccl.bench.topology import EFFORT, network_of
+from pyccl.bench.lines import EFFORT, network_of
 from pyccl.cli.main import main
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces and TUN devices need root")

@@ -16,7 +16,7 @@ from pyccl.codecs import CODECS
 SETTINGS = Settings(
     master="", world=3, size_bytes=0, iterations=1, warmup=0, dtype="float32", op="sum", quantize=None,
     connections="auto", algorithm="auto", in_place=True, gloo=False, ahead_ns=0, address="127.0.0.1", interface="lo",
-    secure=False,
+    secure=False, relay=False, optimize=False, max_upload=None, max_download=None, timeout_s=60.0,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ class Lab:
         self.told: dict[int, list[bytes]] = {}
         self.barrier = threading.Barrier(world)
         self.failed: list[BaseException] = []
+        self.until = [math.inf] * world  # when a member is late
 
     def gather(self, rank: int, mine: bytes) -> tuple[tuple[bytes, ...], list[bytes]]:
         turns = self.told.setdefault(rank, [])
@@ -44,7 +46,9 @@ class Lab:
             seen = {self.members[j]: (rate, 0.02) for j, rate in rates.items()}
             ask = gather or self.gather
             try:
-                measure._again(Probe(self, rank), lambda mine, _: ask(rank, mine), self.members, seen, 0.0)
+                measure._again(
+                    Probe(self, rank), lambda mine, _: ask(rank, mine), self.members, seen, self.until[rank], math.inf
+                )
                 self.seen[rank] = {peer[0]: rate for peer, (rate, _) in seen.items()}
             except (ConnectionError, threading.BrokenBarrierError) as error:
                 self.failed.append(error)
@@ -125,6 +129,15 @@ def test_where_nothing_is_slow_there_is_one_gather_and_no_round() -> None:
     lab.run()
     assert not lab.failed and not lab.probed
     assert {len(turns) for turns in lab.told.values()} == {1}
+
+
+def test_where_one_is_late_nobody_begins_another_round_and_all_keep_their_connections() -> None:
+    lab = Lab(4, of_hosts([SLOW] * 4, [SLOW] * 4))
+    lab.until[2] = -math.inf
+    lab.run()
+    assert not lab.failed and not lab.probed
+    assert {len(turns) for turns in lab.told.values()} == {2}
+    assert set(lab.uses.values()) == {MANY}
 
 
 @pytest.mark.parametrize("fails_at", [2, 3, 4])

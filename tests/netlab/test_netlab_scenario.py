@@ -148,6 +148,13 @@ def test_options_change_rate_delay_loss_and_hosts() -> None:
     assert [host.name for host in load("home").with_options(hosts=3).hosts] == ["peer0", "peer1", "home"]
 
 
+def test_hosts_that_are_added_take_no_name_that_there_is() -> None:
+    scenario = parse("[[host]]\nname = 'a1'\n[[host]]\nname = 'a0'\n", "test")
+    assert scenario.with_options(hosts=2) == scenario
+    with pytest.raises(ScenarioError, match="two hosts are called 'a0'"):
+        scenario.with_options(hosts=3)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
