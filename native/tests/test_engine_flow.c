@@ -169,31 +169,55 @@ TEST(engine_sends_its_inputs_before_results_on_lines_that_are_not_loopback) {
     cluster_close(&c);
 }
 
-/* Member 0 may move 8 MB a second one way: 3 all_reduces of 1 MiB among `count`, right to the bit, and not in less time. */
-static void capped(uint32_t count, uint32_t conns, wire how, int up) {
-    cluster c;
-    const uint64_t cap = 8000000, elements = 1 << 18;
-    cluster_open_capped(&c, count, conns, how, up ? cap : 0, up ? 0 : cap);
-    const int64_t begin = now_ns();
+/* Right to the bit; bytes that engine 0 moved one way meanwhile. */
+static uint64_t capped_round(const cluster *c, uint64_t round, uint64_t elements, int up) {
     pyccl_op *ops[ENGINES_MAX];
-    for (uint64_t round = 0; round < 3; round++) {
-        vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, elements, count, 311 + round);
-        for (uint32_t i = 0; i < count; i++) ops[i] = submit(&c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, elements, 0), v.in[i], v.in[i], 0);
-        for (uint32_t i = 0; i < count; i++) {
-            CHECK_EQ(finish(ops[i]), PYCCL_OK);
-            CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
-        }
-        vectors_free(&v);
-    }
-    const double seconds = (double)(now_ns() - begin) / 1e9;
     uint64_t moved = 0;
-    for (uint32_t i = 1; i < count; i++) {
+    vectors v = vectors_new(PYCCL_FLOAT32, PYCCL_SUM, elements, c->count, 311 + round);
+    for (uint32_t i = 0; i < c->count; i++) ops[i] = submit(c, i, reduce_spec(PYCCL_FLOAT32, PYCCL_SUM, elements, 0), v.in[i], v.in[i], 0);
+    for (uint32_t i = 0; i < c->count; i++) {
+        CHECK_EQ(finish(ops[i]), PYCCL_OK);
+        CHECK(memcmp(v.in[i], v.want, v.bytes) == 0);
+    }
+    vectors_free(&v);
+    for (uint32_t i = 1; i < c->count; i++) {
         pyccl_link_stats stats;
-        REQUIRE(pyccl_engine_link_stats(c.engine[0], c.slot[0][i], &stats) == PYCCL_OK);
+        REQUIRE(pyccl_engine_link_stats(c->engine[0], c->slot[0][i], &stats) == PYCCL_OK);
         moved += up ? stats.tx_bytes : stats.rx_bytes;
     }
-    CHECK(moved > 3 * elements * 4);
-    CHECK((double)moved < 1.05 * (double)cap * seconds + 0.05 * (double)cap); /* no more than the rate and its burst; slower is fine */
+    return moved;
+}
+
+/* Of a cap, in the best of ROUNDS_MAX operations. Under TSan the values alone take longer than what the cap allows. */
+#ifdef PYCCL_SANITIZE_THREAD
+#define LEAST_SHARE 0.0
+#else
+#define LEAST_SHARE 0.9
+#endif
+#define ROUNDS_MAX 40
+
+/* Member 0 may move 8 MB a second one way: all_reduces of 1 MiB among `count`, never in less time; nor in more, where the machine
+ * lets it: so the best of many, each from the end of the one before, when the burst is used up. */
+static void capped(uint32_t count, uint32_t conns, wire how, int up) {
+    cluster c;
+    const uint64_t elements = 1 << 18;
+    const double cap = 8000000;
+    cluster_open_capped(&c, count, conns, how, up ? (uint64_t)cap : 0, up ? 0 : (uint64_t)cap);
+    const int64_t begin = now_ns();
+    uint64_t moved = capped_round(&c, 0, elements, up);
+    int64_t start = now_ns();
+    double best = 0;
+    for (uint64_t round = 1; round < 3 || (best < LEAST_SHARE * cap && round < ROUNDS_MAX); round++) {
+        const uint64_t before = moved;
+        moved = capped_round(&c, round, elements, up);
+        const int64_t end = now_ns();
+        CHECK(moved > (round + 1) * elements * 4);
+        CHECK((double)moved < 1.05 * cap * (double)(end - begin) / 1e9 + 0.05 * cap); /* no more than the rate and its burst */
+        const double rate = (double)(moved - before) * 1e9 / (double)(end - start);
+        if (rate > best) best = rate;
+        start = end;
+    }
+    CHECK(best >= LEAST_SHARE * cap);
     cluster_close(&c);
 }
 

@@ -1,4 +1,5 @@
-/* test_link.c: which connections of a long link are given what it has to send. */
+/* test_link.c: which connections of a long link are given what it has to send, how much waits in their sockets, and what
+ * moves under caps, in computed time. */
 #include <linux/inet_diag.h>
 #include <linux/tcp.h>
 #include <stdlib.h>
@@ -38,7 +39,13 @@ static void moved(void *ctx, const void *owner) {
     (void)owner;
 }
 
-static const link_hooks HOOKS = {.load_next = load_next, .moved = moved};
+static link_verdict goes(void *ctx, pyccl_conn *conn) {
+    (void)ctx;
+    (void)conn;
+    return LINK_GO; /* what comes is discarded */
+}
+
+static const link_hooks HOOKS = {.load_next = load_next, .moved = moved, .frame_begin = goes, .frame_end = goes};
 
 static void world_open(world *w) {
     *w = (world){.env = {.hooks = &HOOKS, .ctx = w, .now_ns = 1000 * MS, .lanes = CONNS}};
@@ -60,7 +67,7 @@ static void world_open(world *w) {
 static void world_close(world *w) {
     for (int i = 0; i < CONNS; i++) {
         link_conn_close(w->conns[i]);
-        close(w->others[i]);
+        if (w->others[i] >= 0) close(w->others[i]);
     }
     link_bury(&w->env);
     link_fini(&w->link);
@@ -181,6 +188,110 @@ TEST(link_renews_the_search_of_a_paced_connection_before_bbr_would_probe) {
     close(pair[1]);
     close(w.env.epoll_fd);
 }
+
+/* What the kernel paces at 1 MB/s: 40 ms of it may wait, and the socket itself knows so. */
+TEST(link_tells_each_socket_how_much_may_wait_in_it) {
+    world w = {.env = {.hooks = &HOOKS, .ctx = &w, .now_ns = 1000 * MS, .long_rtt_ns = 1, .user_timeout_ms = 60000}};
+    int pair[2], waits = 0;
+    w.env.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    pace_crowd_init(&w.env.crowd);
+    throttle_init(&w.env.tx, 0, 0);
+    throttle_init(&w.env.rx, 0, 0);
+    const uint8_t id[PYCCL_ID_SIZE] = {1};
+    link_init(&w.link, &w.env, id, 0);
+    tcp_pair(pair);
+    REQUIRE(link_conn_add(&w.link, pair[0], NULL, &w.conns[0]) == PYCCL_OK);
+    socklen_t size = sizeof waits;
+    REQUIRE(getsockopt(pair[0], IPPROTO_TCP, TCP_NOTSENT_LOWAT, &waits, &size) == 0);
+    CHECK_EQ(waits, 256 << 10); /* nothing is known of it */
+    const unsigned long paced = 1000000;
+    REQUIRE(setsockopt(pair[0], SOL_SOCKET, SO_MAX_PACING_RATE, &paced, sizeof paced) == 0);
+    w.left = 100;
+    link_pump(&w.link); /* more than it takes: the line is busy, and looked at */
+    CHECK(w.conns[0]->blocked);
+    CHECK(w.conns[0]->rate > 0 && w.conns[0]->rate <= 1e6);
+    REQUIRE(getsockopt(pair[0], IPPROTO_TCP, TCP_NOTSENT_LOWAT, &waits, &size) == 0);
+    CHECK_EQ(waits, (int)(w.conns[0]->rate * 0.04) > 16 << 10 ? (int)(w.conns[0]->rate * 0.04) : 16 << 10);
+    link_conn_close(w.conns[0]);
+    link_bury(&w.env);
+    link_fini(&w.link);
+    close(pair[1]);
+    close(w.env.epoll_fd);
+}
+
+/* The connections of one lead to the other. */
+static void worlds_join(world *from, world *to) {
+    world_open(from);
+    world_open(to);
+    for (int i = 0; i < CONNS; i++) {
+        link_conn_close(to->conns[i]);
+        close(to->others[i]);
+        to->others[i] = -1;
+        REQUIRE(link_conn_add(&to->link, from->others[i], NULL, &to->conns[i]) == PYCCL_OK);
+        from->others[i] = -1;
+    }
+    link_bury(&to->env);
+}
+
+/* All that can move now: what the engine's thread does until it has to wait. */
+static void move_all(world *from, world *to) {
+    uint64_t before;
+    do {
+        REQUIRE(from->link.tx_bytes < UINT64_C(1) << 30); /* no cap at all */
+        before = from->link.tx_bytes + to->link.rx_bytes;
+        from->left = 100;
+        for (int i = 0; i < CONNS; i++) link_conn_writable(from->conns[i]);
+        link_pump(&from->link);
+        for (int i = 0; i < CONNS; i++)
+            if (!to->conns[i]->held) link_conn_readable(to->conns[i]);
+    } while (from->link.tx_bytes + to->link.rx_bytes != before);
+}
+
+/* As the engine's thread: it sleeps whole milliseconds, until a cap says that there is room. */
+static void sleep_until_room(world *w, world *other) {
+    const int64_t due = w->env.tx_due < w->env.rx_due ? w->env.tx_due : w->env.rx_due;
+    REQUIRE(due > w->env.now_ns && due != INT64_MAX);
+    w->env.now_ns += (due - w->env.now_ns + MS - 1) / MS * MS;
+    other->env.now_ns = w->env.now_ns;
+    const bool tx = w->env.now_ns >= w->env.tx_due, rx = w->env.now_ns >= w->env.rx_due;
+    if (tx) w->env.tx_due = INT64_MAX;
+    if (rx) w->env.rx_due = INT64_MAX;
+    link_feed(&w->link, tx, rx);
+}
+
+/* Bytes that a link with always more to send moves in two seconds, over the cap of its sender or of its receiver. */
+static double share_of_cap(uint64_t cap, bool up) {
+    world *from = calloc(1, sizeof *from), *to = calloc(1, sizeof *to);
+    REQUIRE(from != NULL && to != NULL);
+    worlds_join(from, to);
+    world *capped = up ? from : to, *free_one = up ? to : from;
+    throttle_init(up ? &from->env.tx : &to->env.rx, cap, from->env.now_ns);
+    capped->env.tx_due = capped->env.rx_due = INT64_MAX;
+    const int64_t begun = from->env.now_ns;
+    while (from->env.now_ns < begun + 2000 * MS) {
+        move_all(from, to);
+        sleep_until_room(capped, free_one);
+    }
+    const double moved = (double)(up ? from->link.tx_bytes : to->link.rx_bytes);
+    for (int i = 0; up && i < CONNS; i++) CHECK(from->conns[i]->sent_ns > begun + 1000 * MS); /* each in its turn */
+    const double seconds = (double)(from->env.now_ns - begun) / (1000.0 * MS);
+    world_close(from);
+    world_close(to);
+    free(from);
+    free(to);
+    return moved / (double)cap / seconds;
+}
+
+static void moves_at_the_rate(bool up) {
+    const uint64_t caps[] = {125000, 1000000, 6250000, 125000000};
+    for (size_t i = 0; i < sizeof caps / sizeof *caps; i++) {
+        const double share = share_of_cap(caps[i], up);
+        CHECK(share > 0.95 && share < 1.05);
+    }
+}
+
+TEST(link_sends_at_the_rate_of_an_upload_cap_and_not_slower) { moves_at_the_rate(true); }
+TEST(link_receives_at_the_rate_of_a_download_cap_and_not_slower) { moves_at_the_rate(false); }
 
 /* With two connections each, of which one is closed, so that it is counted as a long link. */
 static void long_links_open(link_env *env, pyccl_link *links, pyccl_conn **conns, int *others, uint32_t count) {
