@@ -17,6 +17,7 @@ import click
 from pyccl import units
 from pyccl.bench.show import columns
 from pyccl.netlab import check, run, scenario
+from pyccl.netlab.cover import cover
 from pyccl.netlab.emulator import Counts
 from pyccl.netlab.lab import Lab
 from pyccl.netlab.scenario import Scenario, ScenarioError
@@ -103,25 +104,33 @@ def check_command(
 
     From each host to the next: the round trip of the best of 20 pings, the share of lost packets, what UDP gets through
     a line that is offered more than it carries, and what one plain TCP connection reaches (which is the kernel's
-    business, so only more than the line carries is wrong). Some seconds for each host. Lines are measured, so routers
-    (`nat`) are left out.
+    business, so only more than the line carries is wrong). UDP between other hosts, too, until each direction of each
+    line and link was the narrowest on a way, and segments of one TCP flow where a cap of flows is; what is nowhere the
+    narrowest is named, and not measured. Some seconds for each host, and one or two for each way more. Lines are
+    measured, so routers (`nat`) are left out.
     """
     asked = _load(name, rate=rate, delay=delay, loss=loss, hosts=hosts, seed=seed)
+    lines = asked.without_nat()
+    ways = cover(lines)
 
     def measure() -> tuple[list[check.Finding], Counts]:
-        with Lab(asked.without_nat()) as lab:
-            found = list(check.check(lab))
+        with Lab(lines) as lab:
+            found = list(check.check(lab, ways))
             return found, lab.counts()
 
     found, counts = _in_lab(measure)
     if as_json:
         told = [finding.to_json() for finding in found]
-        click.echo(json.dumps({"scenario": asked.name, "findings": told, "lines": asdict(counts)}))
+        hidden = [one.to_json() for one in ways.hidden]
+        click.echo(json.dumps({"scenario": asked.name, "findings": told, "hidden": hidden, "lines": asdict(counts)}))
     else:
         rows = [["", "from", "to", "asked", "found", ""]]
         rows += [_row(finding) for finding in found]
         for line, finding in zip(columns(rows), [None, *found], strict=True):
             click.echo(f"{line}   {finding.note}" if finding is not None else line)
+        for one in ways.hidden:
+            what = f"{one.name} of {units.show_rate(one.rate)} is the narrowest on no way"
+            click.echo(f"Not measured: {what}; one host gets at most {units.show_rate(one.at_most)} there")
         click.echo(f"This machine: {counts.punctuality()}")
     sys.exit(ExitStatus.OK if all(finding.passed for finding in found) else ExitStatus.FAILED)
 

@@ -1,6 +1,7 @@
 """Whether a lab is what was asked for: measured from the hosts, by the kernel's ping, its counters and plain TCP.
 
-Each host sends to the next one. The emulator is asked for what it dropped only, to compare with what did not arrive.
+Each host sends to the next one, and rates are measured on as many ways more as show each pipe and each flow's cap. The
+emulator is asked for what it dropped only, to compare with what did not arrive.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import statistics
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from pyccl.netlab.cover import Cover, Way, neighbours
 from pyccl.netlab.lab import Lab
 from pyccl.netlab.site import MTU
 from pyccl.units import show_rate
@@ -38,20 +40,26 @@ TCP_SECONDS: Final = 2.0
 TCP_ROUND_TRIPS: Final = 20
 OVERLOAD: Final = 1.25
 UDP_BYTES: Final = MTU - 28
+TCP_PORT: Final = 9  # of segments that belong to no connection
 _UDP_SEGMENT: Final = 103  # linux/udp.h
 _ECHO_REQUEST, _ECHO_REPLY = 8, 0
+_RESET: Final = 4  # of the flags of TCP
 
 
 class What(enum.StrEnum):
     ROUND_TRIP = "round trip"
     LOSS = "loss"
     RATE = "rate"
+    FLOW_CAP = "flow cap"
     TCP = "TCP"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One figure of one way. asked, found: ms, probability or bits a second; asked is None where nothing limits it."""
+    """One figure of one way. asked, found: ms, probability or bits a second; asked is None where nothing limits it.
+
+    narrowest: of a rate or flow cap, the names of the pipes or caps that it is of.
+    """
 
     what: What
     source: str
@@ -60,27 +68,41 @@ class Finding:
     found: float
     passed: bool
     note: str = ""
+    narrowest: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def check(lab: Lab) -> Iterator[Finding]:
-    """Measure one after the other; some seconds for each host."""
-    for source in range(lab.world):
-        target = (source + 1) % lab.world
-        yield _round_trip(lab, source, target)
-        yield _loss(lab, source, target)
-        if lab.scenario.rate(source, target) is not None:
-            yield _rate(lab, source, target)
-        yield _tcp(lab, source, target)
+def check(lab: Lab, cover: Cover) -> Iterator[Finding]:
+    """Measure one after the other; some seconds for each host and one or two for each way more.
+
+    cover: of the lab's scenario.
+    """
+    near = neighbours(lab.world)
+    for way in near:
+        yield _round_trip(lab, *way)
+        yield _loss(lab, *way)
+        yield from _limits(lab, cover, way)
+        yield _tcp(lab, *way)
+    for way in sorted({*cover.pipes, *cover.caps} - set(near)):
+        yield from _limits(lab, cover, way)
+
+
+def _limits(lab: Lab, cover: Cover, way: Way) -> Iterator[Finding]:
+    rate, cap = lab.scenario.rate(*way), lab.scenario.flow_cap(*way)
+    if way in cover.pipes and rate is not None:
+        yield _rate(lab, way, What.RATE, rate, cover.pipes[way])
+    if way in cover.caps and cap is not None:
+        yield _rate(lab, way, What.FLOW_CAP, cap, cover.caps[way])
 
 
 def _finding(
-    lab: Lab, way: tuple[int, int], what: What, asked: float | None, found: float, passed: bool, note: str
-) -> Finding:
+    lab: Lab, way: Way, what: What, asked: float | None, found: float, passed: bool, note: str,
+    narrowest: tuple[str, ...] = (),
+) -> Finding:  # fmt: skip
     source, target = (lab.scenario.hosts[rank].name for rank in way)
-    return Finding(what, source, target, asked, found, passed, note)
+    return Finding(what, source, target, asked, found, passed, note, narrowest)
 
 
 # ---- round trip
@@ -210,39 +232,73 @@ class _Arrivals:
 # ---- rate
 
 
-def _rate(lab: Lab, source: int, target: int) -> Finding:
-    """Send more than the line carries, and see what the target's interface counts."""
-    asked = lab.scenario.rate(source, target)
-    assert asked is not None
+def _rate(lab: Lab, way: Way, what: What, asked: float, narrowest: tuple[str, ...]) -> Finding:
+    """Send more than is carried, by UDP or as one flow of TCP, and see what the target's interface counts."""
+    flow = _tcp_flow if what is What.FLOW_CAP else _udp_flow
     stop = threading.Event()
-    with _receiver(lab, target) as into, _sender(lab, source) as out:
-        flood = threading.Thread(target=_flood, args=(out, into.getsockname(), asked * OVERLOAD, stop))
+    with contextlib.ExitStack() as sockets:
+        send = flow(lab, way, _segments(asked * OVERLOAD), sockets)
+        flood = threading.Thread(target=_flood, args=(send, asked * OVERLOAD, stop))
         flood.start()
-        settled_s = 2 * lab.scenario.delay_ns(source, target) / 1e9 + 0.3  # the queues are full
+        settled_s = 2 * lab.scenario.delay_ns(*way) / 1e9 + 0.3  # the queues are full
         time.sleep(settled_s)
-        start = lab.interface(target)
+        start = lab.interface(way[1])
         time.sleep(RATE_SECONDS)
-        end = lab.interface(target)
+        end = lab.interface(way[1])
         stop.set()
         flood.join()
     found = (end.rx_bytes - start.rx_bytes) * 8e9 / (end.at_ns - start.at_ns)
-    note = f"of UDP, {show_rate(int(asked * OVERLOAD))} offered"
-    return _finding(lab, (source, target), What.RATE, asked, found, rate_passes(asked, found), note)
+    note = f"of {'one TCP flow' if what is What.FLOW_CAP else 'UDP'}, {show_rate(int(asked * OVERLOAD))} offered"
+    note += f", through {', '.join(narrowest)}"
+    return _finding(lab, way, what, asked, found, rate_passes(asked, found), note, narrowest)
 
 
 def rate_passes(asked_bps: float, found_bps: float) -> bool:
     return abs(found_bps - asked_bps) <= RATE_TOLERANCE * asked_bps
 
 
-def _flood(sock: socket.socket, address: tuple[str, int], rate_bps: float, stop: threading.Event) -> None:
-    segments = max(1, min(40, int(rate_bps * 0.001 / 8 / MTU)))  # one call a millisecond
-    sock.setsockopt(socket.SOL_UDP, _UDP_SEGMENT, UDP_BYTES)
+def _segments(rate_bps: float) -> int:
+    """Packets that are sent at once: about each millisecond."""
+    return max(1, min(40, int(rate_bps * 0.001 / 8 / MTU)))
+
+
+def _udp_flow(lab: Lab, way: Way, segments: int, sockets: contextlib.ExitStack) -> Callable[[], None]:
+    """Sends a burst, by one call."""
+    source, target = way
+    into, out = sockets.enter_context(_receiver(lab, target)), sockets.enter_context(_sender(lab, source))
+    out.setsockopt(socket.SOL_UDP, _UDP_SEGMENT, UDP_BYTES)
+    address, burst = into.getsockname(), bytes(UDP_BYTES * segments)
+
+    def send() -> None:
+        out.sendto(burst, address)
+
+    return send
+
+
+def _tcp_flow(lab: Lab, way: Way, segments: int, sockets: contextlib.ExitStack) -> Callable[[], None]:
+    """Sends a burst of segments of one flow, at our pace: a connection's is its kernel's business."""
+    source, target = way
+    out = lab.call(source, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP))
+    sockets.enter_context(out)
+    address = (lab.addresses[target], 0)
+    # RFC 9293; a reset, since nobody answers one
+    head = struct.pack("!HHIIBBHHH", TCP_PORT, TCP_PORT, 0, 0, 5 << 4, _RESET, 0, 0, 0)
+    segment = head + bytes(MTU - 20 - len(head))
+
+    def send() -> None:
+        for _ in range(segments):
+            out.sendto(segment, address)
+
+    return send
+
+
+def _flood(send: Callable[[], None], rate_bps: float, stop: threading.Event) -> None:
     with contextlib.suppress(PermissionError):  # a sender that has to wait for others leaves the line idle
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # the calling thread
-    burst, burst_s = bytes(UDP_BYTES * segments), segments * MTU * 8 / rate_bps
+    burst_s = _segments(rate_bps) * MTU * 8 / rate_bps
     due_s = time.monotonic()
     while not stop.is_set():
-        sock.sendto(burst, address)
+        send()
         due_s += burst_s
         if (ahead_s := due_s - time.monotonic()) > 0:
             time.sleep(ahead_s)

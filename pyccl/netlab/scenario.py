@@ -254,7 +254,7 @@ class Scenario:
         for router, link in self._way(a.router, b.router):
             steps += [Delay(router.delay_ns), Loss(router.loss)]
             if router.flow_cap.rate is not None:
-                steps.append(Cap(router.flow_cap))
+                steps.append(Cap(f"{router.name} flow cap", router.flow_cap))
             if link is not None:
                 to = link.between[link.between[0] == router.name]
                 steps += [Pipe(f"{router.name} to {to}", link.line), Delay(link.delay_ns), Loss(link.loss)]
@@ -313,8 +313,9 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """Of each TCP flow."""
+    """Of each TCP flow: by its router, as a pipe by its name."""
 
+    name: str
     line: Line
 
     def counts(self) -> bool:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from pyccl.cli.main import main
 from pyccl.netlab import Lab, check, names, parse
 from pyccl.netlab.check import loss_passes, rate_passes, round_trip_passes
+from pyccl.netlab.cover import cover
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces and TUN devices need root")
 WAIT_S = 120.0
@@ -98,9 +99,56 @@ def test_what_queues_drop_of_the_probe_is_told_and_is_not_loss_of_the_line(monke
     monkeypatch.setattr(check, "LOSS_BURST_S", 0.2)
     lines = parse("[[host]]\ncount = 2\nrate = '2mbit'\nqueue = '500us'\n", "shallow")
     with Lab(lines) as lab:
-        loss = next(found for found in check.check(lab) if found.what is check.What.LOSS)
+        loss = next(found for found in check.check(lab, cover(lines)) if found.what is check.What.LOSS)
     assert loss.passed and loss.found == 0
     assert "0 were lost" in loss.note and "dropped by full queues" in loss.note
+
+
+@as_root
+def test_check_measures_rates_and_caps_on_the_ways_that_show_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOSS_SECONDS", "RATE_SECONDS", "TCP_SECONDS", "QUIET_S"):
+        monkeypatch.setattr(check, name, 0.2)
+    toml = """
+    [[host]]
+    name = "a"
+    count = 2
+    rate = "10mbit"
+    [[host]]
+    name = "b"
+    rate = "20mbit"
+    [[router]]
+    name = "r"
+    flow_cap = "4mbit"
+    queue = "1ms"
+    """
+    lines = parse(toml, "uneven")
+    ways = cover(lines)
+    found, dropped = [], [0]  # by queues of caps
+    with Lab(lines) as lab:
+        for one in check.check(lab, ways):
+            found.append(one)
+            dropped.append(sum(way.capped for way in lab.counts().routes))
+    measured = {kind: {(one.source, one.target): one for one in found if one.what is kind} for kind in check.What}
+    near, more = {("a0", "a1"), ("a1", "b"), ("b", "a0")}, {("a0", "b"), ("b", "a1")}
+    assert set(measured[check.What.RATE]) == near | more
+    for kind in (check.What.ROUND_TRIP, check.What.LOSS, check.What.FLOW_CAP, check.What.TCP):
+        assert set(measured[kind]) == near
+    assert measured[check.What.RATE]["a0", "b"].narrowest == ("a0 up",)
+    for one, before, after in zip(found, dropped, dropped[1:], strict=False):
+        if one.what is check.What.RATE:
+            assert one.asked == 10e6 and one.found > 0 and after == before
+        if one.what is check.What.FLOW_CAP:
+            assert one.asked == 4e6 and one.found > 0 and after > before  # it was offered more than it lets through
+            assert one.narrowest == ("r flow cap",)
+
+
+@as_root
+def test_check_names_what_no_way_shows(tmp_path: Path) -> None:
+    path = tmp_path / "wide.toml"
+    path.write_text("[[host]]\nname = 'a'\nrate = '5mbit'\n[[host]]\nname = 'b'\nrate = '8mbit'\n", encoding="utf-8")
+    done = netlab("check", str(path))
+    for line in ("b up of 8mbit is the narrowest on no way; one host gets at most 5mbit there", "Not measured: b down"):
+        assert line in done.stdout
 
 
 def test_verdicts_of_the_check() -> None:

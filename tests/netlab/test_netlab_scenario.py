@@ -102,7 +102,7 @@ def test_a_packet_meets_lines_router_and_losses_in_order() -> None:
     )
     assert scenario.route(0, 1) == [
         Pipe("a up", Line(10 * MBIT, 5 * MS)), Delay(MS), Loss(0.1), Delay(7 * MS), Loss(0.2),
-        Cap(Line(5 * MBIT, 16 * MS)), Pipe("b down", Line(30 * MBIT, 50 * MS)),
+        Cap("r flow cap", Line(5 * MBIT, 16 * MS)), Pipe("b down", Line(30 * MBIT, 50 * MS)),
     ]  # fmt: skip
     assert scenario.route(1, 0)[-3:] == [Loss(0.1), Pipe("a down", Line(20 * MBIT, 5 * MS)), Delay(MS)]
     assert scenario.loss(0, 1) == pytest.approx(1 - 0.9 * 0.8)
