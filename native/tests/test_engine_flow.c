@@ -192,7 +192,7 @@ static uint64_t capped_round(const cluster *c, uint64_t round, uint64_t elements
 #ifdef PYCCL_SANITIZE_THREAD
 #define LEAST_SHARE 0.0
 #else
-#define LEAST_SHARE 0.9
+#define LEAST_SHARE 0.8
 #endif
 #define ROUNDS_MAX 40
 
