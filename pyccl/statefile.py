@@ -38,7 +38,8 @@ _METADATA: Final = "__metadata__"
 _KEY: Final = "pyccl"
 _ALIGNMENT: Final = 8
 _WRITE_BYTES: Final = 8 << 20
-_SIZE_MAX: Final = 1 << 48  # of one dimension
+_SIZE_MAX: Final = 1 << 48  # of one dimension, and bytes of an array
+_DIMENSIONS_MAX: Final = 64  # of NumPy
 _REVISION_MAX: Final = (1 << 63) - 1
 _LINEAGE_BYTES: Final = 16
 _HASH_BYTES: Final = 32
@@ -323,10 +324,8 @@ def _manifest_untrusted(header: bytes) -> Manifest:
         }
         lineage, digest, root, layout = (str(told[name]) for name in ("lineage", "digest", "root", "layout"))
         made = Manifest(int(told["revision"]), lineage, digest, root, layout, arrays)
-        sizes = [size for entry in arrays.values() for size in entry.shape]
         possible = (
-            all(entry.dtype in _CODES for entry in arrays.values()),
-            all(0 <= size <= _SIZE_MAX for size in sizes),
+            all(entry.dtype in _CODES and _is_possible(entry) for entry in arrays.values()),
             0 <= made.revision <= _REVISION_MAX,
             len(bytes.fromhex(made.lineage)) == _LINEAGE_BYTES,
             len(bytes.fromhex(made.layout)) == _HASH_BYTES,
@@ -336,3 +335,10 @@ def _manifest_untrusted(header: bytes) -> Manifest:
         return made
     except (KeyError, TypeError, AttributeError, OverflowError) as e:
         raise StateFileError("its manifest lacks what it must have") from e
+
+
+def _is_possible(entry: Entry) -> bool:
+    """The product of many sizes is a number that takes long to make and can't be told."""
+    if len(entry.shape) > _DIMENSIONS_MAX or not all(0 <= size <= _SIZE_MAX for size in entry.shape):
+        return False
+    return entry.size_bytes <= _SIZE_MAX

@@ -10,6 +10,7 @@ import contextlib
 import json
 import struct
 import tracemalloc
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
@@ -336,6 +337,15 @@ def test_manifest_of_a_state_file(data: st.DataObject, tmp_path_factory: pytest.
     path = tmp_path_factory.getbasetemp() / "odd.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
     only(StateFileError, lambda: statefile.StateFile(path).close())
+
+
+@pytest.mark.parametrize("shape", ["9" * 5000, [1 << 48, 2], [1] * 65], ids=["product", "bytes", "dimensions"])
+def test_manifest_with_an_array_that_nobody_has(shape: Any, tmp_path: Path) -> None:
+    header = sealed(MANIFEST | {"arrays": {"w": ["float32", shape, True, ""]}})
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(StateFileError, match="tells what no state has"):
+        statefile.StateFile(path)
 
 
 @pytest.fixture(scope="module")
