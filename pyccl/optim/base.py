@@ -24,7 +24,7 @@ from pyccl.guards import Guard, parse_guard
 from pyccl.optim.exchange import Exchange, Outcome
 from pyccl.optim.group import Group, Stats, log
 from pyccl.optim.params import Params
-from pyccl.optim.saved import check_arrays, check_counts, copies, entry, load
+from pyccl.optim.saved import check_arrays, check_counts, entry, load
 from pyccl.state import SharedState
 
 Array = np.ndarray[Any, Any]
@@ -153,11 +153,15 @@ class OuterOptimizer(ABC):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all that this optimizer holds; save the live weights and the inner optimizer's state beside it."""
+        """Copies of all that this optimizer holds; save the live weights and the inner optimizer's state beside it.
+
+        Tensors in host memory where the parameters are tensors, else NumPy arrays, in dicts and lists, with texts and
+        whole numbers: what ``torch.load`` takes as it is, without ``weights_only=False``.
+        """
         return {
             "settings": dict(self._settings),
-            "theta": copies(self._theta),
-            "buffers": {part: copies(vectors) for part, vectors in self._buffers.items()},
+            "theta": self.params.kept(self._theta),
+            "buffers": {part: self.params.kept(vectors) for part, vectors in self._buffers.items()},
             "counters": self._counters.tolist(),
             "inner_steps": self._inner,
         }

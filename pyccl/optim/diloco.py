@@ -17,7 +17,7 @@ from pyccl.optim.base import Array, OuterOptimizer, real
 from pyccl.optim.exchange import RETRIED, Exchange, pieces_of
 from pyccl.optim.group import StatesDifferedError, log
 from pyccl.optim.params import Vectors
-from pyccl.optim.saved import check_arrays, check_counts, copies, entry, load
+from pyccl.optim.saved import check_arrays, check_counts, entry, load
 from pyccl.state import SharedState
 
 
@@ -201,7 +201,7 @@ class DiLoCo(OuterOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         residual = self._contribution.residual
-        return super().state_dict() | {"residual": None if residual is None else copies(residual)}
+        return super().state_dict() | {"residual": None if residual is None else self.params.kept(residual)}
 
     def _check_state(self, state: Any) -> None:
         super()._check_state(state)
@@ -349,8 +349,8 @@ class AsyncDiLoCo(DiLoCo):
 
     def state_dict(self) -> dict[str, Any]:
         self._drain()
-        late = {"numbers": self._late.numbers, "is_in": self._is_in, "mean": copies(self._mean)}
-        before = None if self._before is None else copies(self._before)
+        late = {"numbers": self._late.numbers, "is_in": self._is_in, "mean": self.params.kept(self._mean)}
+        before = None if self._before is None else self.params.kept(self._before)
         return super().state_dict() | {"late": late, "before": before}
 
     def _check_state(self, state: Any) -> None:

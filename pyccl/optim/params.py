@@ -143,6 +143,10 @@ class Leaf(ABC):
     def host(self) -> Array: ...
 
     @abstractmethod
+    def kept(self, values: Array) -> Any:
+        """A copy of them as a checkpoint of the parameter's library holds it."""
+
+    @abstractmethod
     def _form(self) -> _Form: ...
 
     def _begin(self) -> None:
@@ -208,19 +212,33 @@ class NumpyLeaf(Leaf):
         """Not kept: an array that is resized leaves views of it without memory."""
         return self._array.view(np.uint16) if self.dtype == "bfloat16" else self._array
 
+    def kept(self, values: Array) -> Any:
+        return values.copy()
+
     def _form(self) -> _Form:
         array = self._array
         return _Form(array.dtype, array.shape, None, array.flags.writeable, array.strides)
 
 
-class TorchLeaf(Leaf):
-    """A tensor in host memory, used where it is. Its storage may move between rounds, as under FSDP."""
+class _TensorLeaf(Leaf):
+    """A tensor, or of a DTensor this rank's shard."""
 
-    def __init__(self, name: str, tensor: Any, shard: Shard | None = None) -> None:
+    def __init__(self, name: str, tensor: Any, shard: Shard | None) -> None:
         self._torch: Any = sys.modules["torch"]
         local = _local(tensor)
         super().__init__(name, str(local.dtype).removeprefix("torch."), tuple(local.shape), shard)
         self._tensor = tensor
+
+    def kept(self, values: Array) -> Any:
+        """A tensor: ``torch.load`` refuses NumPy arrays unless it is told to trust the file."""
+        return self._torch.from_numpy(values.copy())
+
+
+class TorchLeaf(_TensorLeaf):
+    """In host memory, used where it is. Its storage may move between rounds, as under FSDP."""
+
+    def __init__(self, name: str, tensor: Any, shard: Shard | None = None) -> None:
+        super().__init__(name, tensor, shard)
         self._begin()
 
     def host(self) -> Array:
@@ -235,20 +253,19 @@ class TorchLeaf(Leaf):
             self._torch.autograd.graph.increment_version(_local(self._tensor))
 
 
-class DeviceLeaf(Leaf):
-    """A tensor on an accelerator, staged through a host buffer, pinned for CUDA, where copies run in the background.
+class DeviceLeaf(_TensorLeaf):
+    """On an accelerator, staged through a host buffer, pinned for CUDA, where copies run in the background.
 
     Not run on an accelerator yet: tests have a stand-in.
     """
 
     def __init__(self, name: str, tensor: Any, shard: Shard | None = None) -> None:
-        torch: Any = sys.modules["torch"]
+        super().__init__(name, tensor, shard)
         local = _local(tensor)
-        super().__init__(name, str(local.dtype).removeprefix("torch."), tuple(local.shape), shard)
         self.device = local.device
-        self._tensor, self._is_cuda = tensor, self.device.type == "cuda"
-        self._staging = torch.empty(self.shape, dtype=local.dtype, device="cpu", pin_memory=self._is_cuda)
-        self._host = _numpy_of(torch, self._staging)
+        self._is_cuda = self.device.type == "cuda"
+        self._staging = self._torch.empty(self.shape, dtype=local.dtype, device="cpu", pin_memory=self._is_cuda)
+        self._host = _numpy_of(self._torch, self._staging)
         self._begin()
 
     def host(self) -> Array:
@@ -369,6 +386,10 @@ class Params:
         self._fetch(chosen)
         for leaf in chosen:
             leaf.pseudo_gradient(theta.views[leaf.name], out.views[leaf.name])
+
+    def kept(self, vectors: Vectors) -> dict[str, Any]:
+        """Copies for a checkpoint: tensors for parameters that are tensors, NumPy arrays for others."""
+        return {name: self._by_name[name].kept(view) for name, view in vectors.views.items()}
 
     def layout(self) -> str:
         """What must be equal on all members: names, dtypes and shapes."""

@@ -13,14 +13,10 @@ from pyccl.optim.params import Vectors
 Array = np.ndarray[Any, Any]
 
 
-def copies(vectors: Vectors) -> dict[str, Array]:
-    return {name: view.copy() for name, view in vectors.views.items()}
-
-
 def load(vectors: Vectors, arrays: Mapping[str, Any]) -> None:
     """What ``check_arrays`` found right."""
     for name, view in vectors.views.items():
-        np.copyto(view, arrays[name])
+        np.copyto(view, _array(arrays[name]))
 
 
 def entry(state: Any, *path: str) -> Any:
@@ -38,7 +34,7 @@ def check_arrays(vectors: Vectors, state: Any, *path: str) -> None:
         where = "/".join((*path, name))
         value = entry(state, *path, name)
         try:
-            found = np.asarray(value)
+            found = _array(value)
         except (TypeError, ValueError, RuntimeError) as e:
             raise UsageError(f"load_state_dict: {where} is no array: {e}") from e
         if (found.dtype, found.shape) != (view.dtype, view.shape):
@@ -51,6 +47,11 @@ def check_counts(count: int, state: Any, *path: str) -> None:
     values = list(found) if isinstance(found, list | tuple) else []
     if len(values) != count or not all(type(value) is int and 0 <= value < 1 << 63 for value in values):
         raise UsageError(f"load_state_dict: {'/'.join(path)} is {found!r}, {count} counts are needed")
+
+
+def _array(value: Any) -> Array:
+    """A tensor may be on an accelerator: ``torch.load`` puts it where its `map_location` says."""
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
 def _told(array: Array) -> str:

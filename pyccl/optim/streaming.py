@@ -30,7 +30,7 @@ from pyccl.optim.exchange import RETRIED, Exchange
 from pyccl.optim.fragments import split_fragments
 from pyccl.optim.group import StatesDifferedError, log
 from pyccl.optim.params import Params, Vectors
-from pyccl.optim.saved import check_arrays, copies, entry, load
+from pyccl.optim.saved import check_arrays, entry, load
 from pyccl.optim.schedule import Schedule
 
 Array = np.ndarray[Any, Any]
@@ -224,8 +224,8 @@ class StreamingDiLoCo(OuterOptimizer):
         """As of every optimizer; with what was in flight, which is sent again after ``load_state_dict``."""
         is_flying = self._flight is not None or self._is_to_send_again
         return super().state_dict() | {
-            "residuals": [copies(residual) for residual in self._residuals],
-            "in_flight": copies(self._contributions[self._fragment].send) if is_flying else None,
+            "residuals": [self.params.kept(residual) for residual in self._residuals],
+            "in_flight": self.params.kept(self._contributions[self._fragment].send) if is_flying else None,
         }
 
     def _check_state(self, state: Any) -> None:

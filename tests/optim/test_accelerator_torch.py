@@ -17,7 +17,7 @@ from pyccl.optim.params import Params
 
 
 class OnDevice(torch.Tensor):
-    """Says that it is on an accelerator; its values go in and out by ``copy_`` alone."""
+    """Says that it is on an accelerator; its values go in by ``copy_`` and out by that and ``cpu`` alone."""
 
     kind = "cuda:0"
     queues: dict[str, list[Callable[[], Any]]]
@@ -25,6 +25,9 @@ class OnDevice(torch.Tensor):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device(self.kind)
+
+    def cpu(self, *_: Any) -> torch.Tensor:
+        return plain(self)
 
     def numpy(self) -> Any:
         raise TypeError("can't convert a tensor on another device to numpy")
@@ -123,6 +126,19 @@ def test_tied_tensors_on_a_device_are_exchanged_once(stand: Stand) -> None:
     tensor = torch.zeros(2).as_subclass(OnDevice)
     params = Params([("a", tensor), ("b", tensor.detach())])
     assert params.aliases == {"b": "a"} and params.names == ("a",)
+
+
+def test_a_state_is_kept_on_the_host_and_loaded_from_wherever_a_file_was_read_to(
+    replicas: Replicas, stand: Stand
+) -> None:
+    (comm,) = replicas.members(1)
+    opt = DiLoCo(comm, {"a": torch.randn(5).as_subclass(OnDevice), "b": np.zeros(3, np.float32)}, 2)
+    state = opt.state_dict()
+    for arrays in (state["theta"], state["buffers"]["momentum"]):
+        assert (type(arrays["a"]), type(arrays["b"])) == (torch.Tensor, np.ndarray)
+    read = torch.randn(5).as_subclass(OnDevice).requires_grad_()
+    opt.load_state_dict(state | {"theta": {"a": read, "b": torch.ones(3)}})
+    assert opt.theta["a"].tolist() == plain(read).tolist() and opt.theta["b"].tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize(
