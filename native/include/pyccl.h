@@ -201,6 +201,19 @@ void pyccl_difference(const float *a, const float *b, size_t count, float *out);
  * not overlap. ERR_ARGUMENT: dtype is neither float32 nor float64, or world is 0. */
 pyccl_status pyccl_eager(uint8_t dtype, void *late, const void *g, const void *before, size_t count, uint32_t world);
 
+/* live = alpha*live + (1 - alpha)*theta, every operation rounded by itself; with alpha 0 the bits of theta. alpha and
+ * 1 - alpha are rounded to the dtype. The arrays are aligned for it and do not overlap. ERR_ARGUMENT: dtype is neither
+ * float32 nor float64. */
+pyccl_status pyccl_mix(uint8_t dtype, void *live, const void *theta, size_t count, double alpha);
+
+/* One step of a replica in a group of `members`, in place on phi and v: with the sums of moved[] and of phis[], each in
+ * the order given, v = alpha*v + (beta/members)*sum(moved) - gamma*(phi - sum(phis)/members), without the last term where
+ * members is 1; phi += v. Every operation is rounded by itself; alpha, beta/members and gamma are rounded to the dtype.
+ * One of phis is phi itself; else no arrays overlap. They are aligned for their dtype. ERR_ARGUMENT: dtype is neither
+ * float32 nor float64, or members is 0. */
+pyccl_status pyccl_gossip(uint8_t dtype, void *phi, void *v, const void *const *moved, const void *const *phis,
+                          uint32_t members, size_t count, double alpha, double beta, double gamma);
+
 /* The greatest |x| of floats, NaN where there is a NaN, and the sum of their squares in float64, in an order that is the
  * same everywhere, NaN where there is an infinity or a NaN. ERR_ARGUMENT: dtype is no float. */
 pyccl_status pyccl_magnitude(uint8_t dtype, const void *x, size_t count, double *peak, double *squares);

@@ -1,7 +1,8 @@
 """``pyccl bench outer``: the arithmetic of an outer step on one thread, beside copying memory.
 
 Rates are GiB that a pass reads and writes in a second, counted once for each array it touches: theta - w reads two and
-writes one, an outer step with momentum reads three and writes two, a copy reads one and writes one.
+writes one, an outer step with momentum reads three and writes two, mixing reads two and writes one, a step of gossip in
+a pair reads five and writes two, a copy reads one and writes one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from pyccl.bench.figures import Summary
 from pyccl.bench.kernels import SAMPLE_S, sample
-from pyccl.optim import rules
+from pyccl.optim import gossip, rules
 from pyccl.optim.params import Params
 
 COPY: Final = "memcpy"
@@ -36,7 +37,7 @@ def measure(size_bytes: int, sample_s: float = SAMPLE_S) -> list[Rate]:
     """Every rule on float32 vectors of this size."""
     count = max(size_bytes // 4, 1)
     rng = np.random.default_rng(1)
-    theta, momentum, g, w = (rng.standard_normal(count, np.float32) for _ in range(4))
+    theta, momentum, g, w, other = (rng.standard_normal(count, np.float32) for _ in range(5))
     params = Params({"w": w})
     vectors, out = params.vectors(), params.vectors()
     vectors.vectors[0][:] = theta
@@ -51,6 +52,10 @@ def measure(size_bytes: int, sample_s: float = SAMPLE_S) -> list[Rate]:
         "outer step, heavy-ball": (5, step(momentum, nesterov=False)),
         "outer step, SGD": (3, step(None, nesterov=False)),
         "eager": (4, lambda: rules.eager(g, theta, w, 4)),
+        "mix": (3, lambda: rules.mix(w, theta, 0.5)),
+        "gossip step, pair": (
+            7, lambda: gossip.gossip_step(theta, momentum, [g, w], [theta, other], alpha=0.5, beta=1e-6, gamma=0.7)
+        ),
     }
     found = {what: sample(run, arrays * 4 * count, sample_s) for what, (arrays, run) in runs.items()}
     return [Rate(what, rate, rate.median / found[COPY].median) for what, rate in found.items()]

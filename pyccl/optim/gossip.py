@@ -19,7 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from pyccl.optim.rules import BLOCK
+from pyccl._native._pyccl import ffi, lib
+from pyccl._native.status import check
+from pyccl.arrays import DTYPES
+from pyccl.errors import UsageError
+from pyccl.optim.rules import check_vectors, pinned
 
 Array = np.ndarray[Any, Any]
 
@@ -56,37 +60,22 @@ def group_of(me: str, groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
 def gossip_step(
     phi: Array, v: Array, moved: Sequence[Array], phis: Sequence[Array], *, alpha: float, beta: float, gamma: float
 ) -> None:
-    """One outer step of one replica, in place on ``phi`` and ``v``.
+    """One outer step of one replica, in place on ``phi`` and ``v``; one pass over memory, a kernel of the core.
 
     Args:
         phi, v: (n,) contiguous, of one floating dtype.
         moved, phis: w - phi and phi of each member of the group, this one too (`phi` itself), in the order of their
             ids, so that all members add in the same order. One of each is a step alone: no pull.
     """
-    kind, count = phi.dtype.type, len(phis)
-    keep, push, pull, n = kind(alpha), kind(beta / count), kind(gamma), kind(count)
-    scratch = np.empty((2, min(BLOCK, phi.size)), phi.dtype)
-    for at in range(0, phi.size, BLOCK):
-        part = slice(at, at + BLOCK)
-        p, b = phi[part], v[part]
-        total, mean = scratch[0, : p.size], scratch[1, : p.size]
-        np.multiply(b, keep, out=b)
-        _add_up([share[part] for share in moved], total)
-        np.multiply(total, push, out=total)
-        np.add(b, total, out=b)
-        if count > 1:
-            _add_up([share[part] for share in phis], mean)
-            np.divide(mean, n, out=mean)
-            np.subtract(p, mean, out=mean)
-            np.multiply(mean, pull, out=mean)
-            np.subtract(b, mean, out=b)
-        np.add(p, b, out=p)
-
-
-def _add_up(shares: Sequence[Array], out: Array) -> None:
-    np.copyto(out, shares[0])
-    for share in shares[1:]:
-        np.add(out, share, out=out)
+    if len(moved) != len(phis):
+        raise UsageError(f"gossip_step: {len(moved)} moves and {len(phis)} phis, as many of each are needed")
+    check_vectors("gossip_step", [phi, v], *moved, *phis)
+    moves, slow = ([pinned(array) for array in arrays] for arrays in (moved, phis))
+    inputs = ffi.new("void *[]", moves), ffi.new("void *[]", slow)
+    dtype, members = DTYPES[phi.dtype.name], len(moves)
+    check(
+        lib.pyccl_gossip(dtype, pinned(phi), pinned(v), *inputs, members, phi.size, alpha, beta, gamma), "gossip_step"
+    )
 
 
 # ---- stability -------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Update rules of the outer optimizers: arrays in, arrays out; no communication, no state of their own.
 
 All work in place, element by element, in the dtype of theta (float32, or float64 for float64 parameters), and nothing
-contracts a product and a sum: the same input gives the same bits on every machine. The outer step, after which all
-members must hold the same bits, is a kernel of the core (native/src/outer.c): one pass over memory, in IEEE mode even
-in a thread that flushes denormals. What a replica computes for itself is NumPy in blocks that stay in a core's cache.
+contracts a product and a sum: the same input gives the same bits on every machine. They are kernels of the core
+(native/src/outer.c): one pass over memory, in IEEE mode even in a thread that flushes denormals. What a newcomer alone
+computes, once, is NumPy in blocks that stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ def outer_sgd(theta: Array, momentum: Array | None, g: Array, *, lr: float, mu: 
         theta, momentum, g: (n,) contiguous, of one floating dtype; theta and momentum are changed, g is not. momentum
             is zero before the first step, which makes it g; None where mu is 0: d = g then.
     """
-    _check_vectors("outer_sgd", [theta] if momentum is None else [theta, momentum], g)
-    pins = [ffi.from_buffer("uint8_t[]", array.view(np.uint8)) for array in (theta, g)]
-    b = ffi.NULL if momentum is None else ffi.from_buffer("uint8_t[]", momentum.view(np.uint8))
+    check_vectors("outer_sgd", [theta] if momentum is None else [theta, momentum], g)
+    b = ffi.NULL if momentum is None else pinned(momentum)
     dtype = DTYPES[theta.dtype.name]
-    check(lib.pyccl_outer_sgd(dtype, pins[0], b, pins[1], theta.size, lr, mu, nesterov), "outer_sgd")
+    check(lib.pyccl_outer_sgd(dtype, pinned(theta), b, pinned(g), theta.size, lr, mu, nesterov), "outer_sgd")
 
 
 def difference(a: Array, b: Array, out: Array) -> None:
@@ -59,8 +58,8 @@ def eager(late: Array, g: Array, g_before: Array, world: int) -> None:
         late: (n,) the mean of the round before, over `world` replicas, this one's `g_before` among them; changed.
         g: (n,) this replica's pseudo-gradient of this round. All contiguous, of one floating dtype.
     """
-    _check_vectors("eager", [late], g, g_before)
-    pins = [ffi.from_buffer("uint8_t[]", array.view(np.uint8)) for array in (late, g, g_before)]
+    check_vectors("eager", [late], g, g_before)
+    pins = map(pinned, (late, g, g_before))
     check(lib.pyccl_eager(DTYPES[late.dtype.name], *pins, late.size, world), "eager")
 
 
@@ -74,7 +73,18 @@ def eager_joining(late: Array, g: Array, world: int, out: Array) -> None:
         np.divide(total, kind(world + 1), out=out[part])
 
 
-def _check_vectors(what: str, changed: Sequence[Array], *others: Array) -> None:
+def mix(live: Array, theta: Array, alpha: float) -> None:
+    """live <- alpha live + (1 - alpha) theta, in place; with alpha 0 theta's bits. (n,) each, of one floating dtype."""
+    check_vectors("mix", [live], theta)
+    check(lib.pyccl_mix(DTYPES[live.dtype.name], pinned(live), pinned(theta), live.size, alpha), "mix")
+
+
+def pinned(array: Array) -> Any:
+    """Its memory for a call of the core, as long as what this returns lives."""
+    return ffi.from_buffer("uint8_t[]", array.view(np.uint8))
+
+
+def check_vectors(what: str, changed: Sequence[Array], *others: Array) -> None:
     """The core is told one dtype and one size for all of them, and believes it."""
     first = changed[0]
     for array in (*changed, *others):

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-
 from pyccl import errors
 from pyccl.communicator import Communicator
 from pyccl.guards import Guard
@@ -32,8 +30,6 @@ from pyccl.optim.group import StatesDifferedError, log
 from pyccl.optim.params import Params, Vectors
 from pyccl.optim.saved import check_arrays, entry, load
 from pyccl.optim.schedule import Schedule
-
-Array = np.ndarray[Any, Any]
 
 _SLOTS_TOLD: Final = 256  # outcomes that are kept
 _NOT_COMMITTED: Final = (errors.PeerLostError, errors.DeadlineError, errors.MasterUnavailableError)
@@ -203,7 +199,7 @@ class StreamingDiLoCo(OuterOptimizer):
         if alpha:
             self.params.read(live)
         for name, view in live.views.items():
-            mix(view.reshape(-1), self._theta.views[name].reshape(-1), alpha)
+            rules.mix(view.reshape(-1), self._theta.views[name].reshape(-1), alpha)
         self.params.write(live)
 
     @property
@@ -264,19 +260,3 @@ class StreamingDiLoCo(OuterOptimizer):
     def _abandon(self) -> None:
         super()._abandon()
         self._is_to_send_again = False
-
-
-def mix(live: Array, theta: Array, alpha: float) -> None:
-    """live <- alpha live + (1 - alpha) theta, in place; with alpha 0 theta's bits. (n,) each, of one floating dtype."""
-    if alpha == 0.0:
-        np.copyto(live, theta)
-        return
-    kind = live.dtype.type
-    keep, take = kind(alpha), kind(1.0 - alpha)
-    scratch = np.empty(min(rules.BLOCK, live.size), live.dtype)
-    for at in range(0, live.size, rules.BLOCK):
-        part = live[at : at + rules.BLOCK]
-        taken = scratch[: part.size]
-        np.multiply(theta[at : at + rules.BLOCK], take, out=taken)
-        np.multiply(part, keep, out=part)
-        np.add(part, taken, out=part)

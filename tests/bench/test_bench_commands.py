@@ -242,7 +242,8 @@ def test_digest_tells_own_rates_and_others() -> None:
 def test_outer_tells_rates_of_the_rules_beside_a_copy() -> None:
     told = done("outer", "--mib", "1")
     rates = {rate["what"]: rate for rate in told["rates"]}
-    assert {"memcpy", "theta - w", "outer step, Nesterov", "outer step, SGD"} <= set(rates)
+    steps = {f"outer step, {kind}" for kind in ("Nesterov", "heavy-ball", "SGD")}
+    assert set(rates) == {"memcpy", "theta - w", "eager", "mix", "gossip step, pair", *steps}
     for rate in rates.values():
         check_summary(rate["gib_per_s"])
         assert rate["of_copy"] == rate["gib_per_s"]["median"] / rates["memcpy"]["gib_per_s"]["median"]

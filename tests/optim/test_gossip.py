@@ -128,6 +128,27 @@ def test_order_of_a_pair_changes_no_bit(seed: int) -> None:
     np.testing.assert_array_equal(v, swapped[1][::-1])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 1000])
+@pytest.mark.parametrize("members", [1, 2, 3, 8])
+def test_step_has_the_bits_of_the_rule_on_whole_arrays(dtype: type[np.floating], size: int, members: int) -> None:
+    """Sums in the order of the members; each operation rounded by itself; nothing else is written to."""
+    rng = np.random.default_rng([size, members])
+    moved, phis = ([rng.standard_normal(size).astype(dtype) for _ in range(members)] for _ in range(2))
+    phi, v = phis[members // 2], rng.standard_normal(size).astype(dtype)
+    total, total_phi = moved[0].copy(), phis[0].copy()
+    for share, other in zip(moved[1:], phis[1:], strict=True):
+        total, total_phi = total + share, total_phi + other
+    wanted_v = dtype(ALPHA) * v + dtype(BETA / members) * total
+    if members > 1:
+        wanted_v = wanted_v - dtype(0.6) * (phi - total_phi / dtype(members))
+    wanted = phi + wanted_v
+    others = [share.tobytes() for share in (*moved, *phis) if share is not phi]
+    gossip_step(phi, v, moved, phis, alpha=ALPHA, beta=BETA, gamma=0.6)
+    assert (phi.tobytes(), v.tobytes()) == (wanted.tobytes(), wanted_v.tobytes())
+    assert [share.tobytes() for share in (*moved, *phis) if share is not phi] == others
+
+
 def test_alone_there_is_no_pull() -> None:
     phi, v = np.float32([0.1, 3.0]), np.float32([0.5, -1.0])
     expected_v = np.float32(ALPHA) * v + np.float32(BETA) * np.float32([0.25, 0.5])

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pyccl
 from pyccl.optim import codes, rules
+from pyccl.optim.gossip import gossip_step
+
+Array = np.ndarray[Any, Any]
 
 SIZES = [1, 7, rules.BLOCK - 1, rules.BLOCK, 2 * rules.BLOCK + 5]
 
@@ -82,6 +90,20 @@ def test_eager_replaces_the_own_share_by_a_fresh_one(size: int) -> None:
         np.testing.assert_allclose(mean, (shares[0] + fresh + shares[2]) / 3, rtol=0, atol=1e-5)
 
 
+@given(st.floats(0, 1, width=32), st.integers(0, 3000), st.sampled_from([np.float32, np.float64]))
+def test_mixing_has_the_bits_of_the_rule(alpha: float, count: int, dtype: type) -> None:
+    live, theta = np.linspace(-1, 1, count, dtype=dtype), np.linspace(5, 3, count, dtype=dtype)
+    expected = dtype(alpha) * live + dtype(1 - alpha) * theta if alpha else theta.copy()
+    rules.mix(live, theta, alpha)
+    assert live.tobytes() == expected.tobytes()
+
+
+def test_mixing_nothing_takes_the_bits_of_theta() -> None:
+    live, theta = np.float32([np.nan, np.inf, 1.0]), np.float32([-0.0, 1.0, np.nan])
+    rules.mix(live, theta, 0.0)
+    assert live.tobytes() == theta.tobytes()
+
+
 @pytest.mark.parametrize(("lr", "mu", "late", "last_stable"), [
     (0.7, 0.9, False, 1.94), (0.7, 0.9, True, 0.36), (0.4, 0.9, True, 0.63), (0.7, 0.0, True, 1.43),
 ])  # fmt: skip
@@ -109,6 +131,10 @@ def test_arrays_that_do_not_fit_never_reach_the_core() -> None:
     gaps, locked = np.zeros(200, np.float32)[::2], np.zeros(100, np.float32)
     locked.setflags(write=False)
     encoded = codes.encode(x, "uint8")
+
+    def gossip(phi: Array, v: Array, moved: Sequence[Array] = (x,), phis: Sequence[Array] = (x,)) -> None:
+        gossip_step(phi, v, moved, phis, alpha=0.5, beta=0.7, gamma=0.7)
+
     for call in (
         lambda: rules.difference(x, short, x.copy()),
         lambda: rules.difference(short, x, x.copy()),
@@ -121,6 +147,14 @@ def test_arrays_that_do_not_fit_never_reach_the_core() -> None:
         *(lambda b=b: rules.eager(x, b, x, 2) for b in (short, wide, gaps)),
         *(lambda b=b: rules.eager(x, x, b, 2) for b in (short, wide, gaps)),
         lambda: rules.eager(locked, x, x, 2),
+        *(lambda b=b: rules.mix(x, b, 0.5) for b in (short, wide, gaps)),
+        lambda: rules.mix(locked, x, 0.5),
+        *(lambda b=b: gossip(b, x) for b in (short, wide, gaps, locked)),
+        *(lambda b=b: gossip(x, b, [x, x], [x, x]) for b in (short, wide, gaps, locked)),
+        *(lambda b=b: gossip(x, x.copy(), [x, b], [x, x]) for b in (short, wide, gaps)),
+        *(lambda b=b: gossip(x, x.copy(), [x, x], [x, b]) for b in (short, wide, gaps)),
+        lambda: gossip(x, x.copy(), [x, x], [x]),
+        lambda: gossip(x, x.copy(), [], []),
         lambda: codes.decode(encoded[:-1], "uint8", x),
         lambda: codes.average([encoded, encoded[:-1]], "uint8", x),
     ):

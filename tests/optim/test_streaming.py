@@ -8,14 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from replicas import TIMEOUT_S, Array, Replicas, bits, copied, ended, move
 
 import pyccl
 from pyccl.codecs import decode, encode
 from pyccl.optim import StreamingDiLoCo
-from pyccl.optim.streaming import mix
 from pyccl.reference import QUANTIZE_BLOCK
 
 F32 = np.float32
@@ -423,17 +420,3 @@ def test_wrong_arguments_are_refused(replicas: Replicas, options: dict[str, Any]
     (comm,) = replicas.members(1)
     with pytest.raises(pyccl.UsageError, match=told):
         StreamingDiLoCo(comm, weights(), **{"sync_every": 6, **options})
-
-
-@given(st.floats(0, 1, width=32), st.integers(1, 70_000), st.sampled_from([np.float32, np.float64]))
-def test_mixing(alpha: float, count: int, dtype: type) -> None:
-    live, theta = np.linspace(-1, 1, count, dtype=dtype), np.linspace(5, 3, count, dtype=dtype)
-    expected = dtype(alpha) * live + dtype(1 - alpha) * theta if alpha else theta.copy()
-    mix(live, theta, alpha)
-    np.testing.assert_array_equal(live, expected)
-
-
-def test_mixing_nothing_takes_the_bits_of_theta() -> None:
-    live, theta = np.array([np.nan, np.inf, 1.0], F32), np.array([-0.0, 1.0, np.nan], F32)
-    mix(live, theta, 0.0)
-    assert live.tobytes() == theta.tobytes()
