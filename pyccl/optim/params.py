@@ -314,6 +314,7 @@ class Params:
             and have a theta under each of them; of a module under the one of ``named_parameters()``. Frozen ones
             take part as all others: newcomers get them.
             They are written to in place and keep shape and dtype: see ``check``.
+            A module's buffers (statistics of BatchNorm) are left alone: docs/optimizers.md, "Who takes part".
             Of a DTensor: this rank's shard. A module under FSDP2 goes back to its shards, here and where they change.
     Raises:
         UsageError: no parameters, no names, a dtype, read-only, memory that parameters share in part, or a DTensor of
