@@ -55,6 +55,17 @@ def test_losses_are_measured_kept_and_reported(tmp_path: Path) -> None:
     assert all((tmp_path / f"optimizers-{name}.png").read_bytes()[1:4] == b"PNG" for name in ("loss", "time"))
 
 
+def test_of_several_runs_on_a_line_the_one_with_the_median_wait_is_shown(tmp_path: Path) -> None:
+    losses, blocked = tmp_path / "losses.json", tmp_path / "blocked.json"
+    run("losses.py", "--out", str(losses), *SMALL, "--steps", "2", "--curve-every", "2", "every step")
+    same = {"steps": 100, "step_s": 0.1, "hidden": 0.0, "tx_bytes": 24e6, "line_s": 0.5}
+    told = [same | {"seconds": 12.0 + waited, "blocked": waited} for waited in (3.0, 1.0, 2.0)]
+    blocked.write_text(json.dumps({"runs": {"DiLoCo": told, "LocalSGD": told[:1]}}))
+    rows = run("report.py", "--losses", str(losses), "--blocked", str(blocked), "--plots", str(tmp_path)).splitlines()
+    assert "| LocalSGD | 100 | 24.0 | 0.50 | 3.00 (20.0%) | 0.0 | 33.3% | 1 |" in rows
+    assert "| DiLoCo | 100 | 24.0 | 0.50 | 2.00 (14.3%); 1.00 to 3.00 | 0.0 | 28.6% | 3 |" in rows
+
+
 def test_replicas_that_are_killed_come_back_and_the_run_ends(tmp_path: Path) -> None:
     out = tmp_path / "losses.json"
     run(

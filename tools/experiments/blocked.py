@@ -1,12 +1,14 @@
 """How long exchanges hold training up on a long line: every variant on the emulated lines of `atlantic`, as root.
 
-    python tools/experiments/blocked.py [--out docs/optimizers-blocked.json] [--parameters 8000000] [VARIANT...]
+    python tools/experiments/blocked.py [--repeat 5] [--out docs/optimizers-blocked.json] [--parameters 8000000]
+                                        [VARIANT...]
 
 Four replicas (or eight), each on a host of a lab of its own (`pyccl netlab`): 400 Mbit/s both ways, 90 ms round trip.
 Inner steps are idle waits of 0.1 s: two cores cannot host four replicas that compute. A round to begin with, in which
 the lines get to be known, does not count. Tells for each variant what a replica sent, the share of the time in which it
-waited for others, and in which it did not train; beside that what the line needs for the bytes. What is in the file
-already is kept, but for the variants that are measured.
+waited for others, and in which it did not train; beside that what the line needs for the bytes. With `--repeat` all
+variants have a turn before any has its next one. What is in the file already is kept, but for the variants that are
+measured.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,9 +84,10 @@ def on_host(names: list[str], parameters: int) -> None:
         comm.close()
 
 
-def measure(variants: list[Variant], world: int, parameters: int, line: str | None) -> dict[str, dict[str, float]]:
-    """Name -> of the replica that was blocked for longest, and what the line needs for what it sent."""
-    found: dict[str, dict[str, float]] = {}
+def measure(
+    variants: list[Variant], world: int, parameters: int, line: str | None
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """In turn, each one's name and what the replica told that was blocked for longest; line_s: what its bytes need."""
     scenario = load(SCENARIO).with_options(hosts=world, rate=line)
     rate = scenario.hosts[0].up.rate
     assert rate is not None
@@ -100,9 +104,8 @@ def measure(variants: list[Variant], world: int, parameters: int, line: str | No
             slowest: dict[str, Any] = max(told, key=lambda one: float(one["blocked"]))
             assert {one.pop("variant") for one in told} == {variant.name}
             slowest["line_s"] = max(one["tx_bytes"] for one in told) * 8 / rate
-            found[variant.name] = slowest
             show(variant.name, slowest)
-    return found
+            yield variant.name, slowest
 
 
 def _is_timed(variant: Variant) -> bool:
@@ -125,6 +128,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="names, as `losses.py --list` tells; all")
     parser.add_argument("--out", type=Path, default=Path("docs/optimizers-blocked.json"))
     parser.add_argument("--parameters", type=int, default=8_000_000)
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each variant; default: 1")
     parser.add_argument("--rate", help="of every line, both ways, instead of the scenario's: 100mbit")
     parser.add_argument("--on-host", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -136,10 +140,12 @@ def main() -> None:
     kept = {"parameters": args.parameters, "rate": args.rate, "runs": {}} | kept
     if (kept["parameters"], kept["rate"]) != (args.parameters, args.rate):
         parser.error(f"{args.out} was made with {kept['parameters']} parameters and rate {kept['rate']}")
+    found: dict[str, list[dict[str, float]]] = {}
     for world in sorted({variant.peers for variant in chosen}):
-        these = [variant for variant in chosen if variant.peers == world]
-        kept["runs"] |= measure(these, world, args.parameters, args.rate)
-        args.out.write_text(json.dumps(kept, indent=1) + "\n")
+        these = [variant for variant in chosen if variant.peers == world] * args.repeat
+        for name, told in measure(these, world, args.parameters, args.rate):
+            found.setdefault(name, []).append(told)
+            args.out.write_text(json.dumps(kept | {"runs": kept["runs"] | found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

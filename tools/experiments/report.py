@@ -102,19 +102,28 @@ def table_of_losses(found: Sequence[Losses]) -> str:
     return table(["", "validation loss", "beside every step", "rounds", "MB sent", "KB at once", "seeds"], rows)
 
 
-def table_of_blocked(runs: Mapping[str, Any]) -> str:
+def middle(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The one with the median of what was waited; of an even number the lower one."""
+    return sorted(runs, key=lambda run: float(run["blocked"]))[(len(runs) - 1) // 2]
+
+
+def table_of_blocked(found: Mapping[str, Any]) -> str:
     rows = []
     for variant in ALL:
-        run = runs.get(variant.name)
-        if run is None:
+        runs = found.get(variant.name)
+        if runs is None:
             continue
+        run, waited = middle(runs), [one["blocked"] for one in runs]
         seconds = run["seconds"]
+        spread = f"; {min(waited):.2f} to {max(waited):.2f}" if len(waited) > 1 else ""
         rows.append([
             variant.name, f"{run['steps']:.0f}", f"{run['tx_bytes'] / 1e6:.1f}", f"{run['line_s']:.2f}",
-            f"{run['blocked']:.2f} ({run['blocked'] / seconds:.1%})", f"{run['hidden']:.1f}",
-            f"{1 - run['steps'] * run['step_s'] / seconds:.1%}",
+            f"{run['blocked']:.2f} ({run['blocked'] / seconds:.1%}){spread}", f"{run['hidden']:.1f}",
+            f"{1 - run['steps'] * run['step_s'] / seconds:.1%}", str(len(runs)),
         ])  # fmt: skip
-    head = ["", "inner steps", "MB sent", "line alone, s", "`step()` waited, s", "hidden, s", "not in inner steps"]
+    head = [
+        "", "inner steps", "MB sent", "line alone, s", "`step()` waited, s", "hidden, s", "not in inner steps", "runs"
+    ]  # fmt: skip
     return table(head, rows)
 
 
@@ -174,7 +183,7 @@ def main() -> None:
     print(table_of_losses(list(found.values())), end="\n\n")
     print(table_of_blocked(blocked))
     draw_losses(found, args.plots / "optimizers-loss.png")
-    draw_times(found, blocked, args.plots / "optimizers-time.png")
+    draw_times(found, {name: middle(runs) for name, runs in blocked.items()}, args.plots / "optimizers-time.png")
 
 
 if __name__ == "__main__":
