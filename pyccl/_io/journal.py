@@ -1,6 +1,6 @@
 """The master's journal: what must outlive it, in one append-only file. It decides nothing; see _proto/past.py.
 
-    "pyccl journal 2\n"                                          16 bytes, the format's version
+    "pyccl journal 3\n"                                          16 bytes, the format's version
     record    u32 length | u32 CRC-32 of these 4 bytes | body, msgpack | 16 bytes SHA-256(digest before, body) | a5 5a
     the first record is the whole state, those behind it are what was decided since
 
@@ -29,7 +29,7 @@ import msgpack
 
 from pyccl._proto.past import Past, Record, record_from_plain, record_to_plain
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 _MAGIC: Final = b"pyccl journal "
 _HEADER: Final = _MAGIC + b"%d\n" % FORMAT
 _HEAD: Final = struct.Struct("<II")

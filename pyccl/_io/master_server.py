@@ -28,6 +28,7 @@ from pyccl._io.meeting import Meetings
 from pyccl._io.probe import Prober
 from pyccl._io.sampling import Sampler
 from pyccl._io.sealed import SealedStream
+from pyccl._io.signing import Signer
 from pyccl._io.strangers import Notes, Places
 from pyccl._io.tls import Guest, Line
 from pyccl._native.handles import CIPHER_AES, FRAME_BYTES, Keys, Relay, is_heartbeat_untrusted
@@ -130,6 +131,7 @@ class MasterServer:
         self._dial_backs: dict[int, trio.MemorySendChannel[tuple[DialTold, ...]]] = {}  # by ticket: who waits for them
         self._dial_back_last = 0
         self._admission: Admission | None = None
+        self._signer = None if identity is None else Signer(identity)
         if identity is not None:
             run = Run(lambda: self._machine.run, self._knows, self._kick, self._durable)
             self._admission = Admission(identity, past.admissions.copy(), run)
@@ -144,6 +146,7 @@ class MasterServer:
             journaled=self._journal is not None,
             needs_majority=self._needs_majority,
             adopts=self._adopts,
+            signer=self._signer,
             remote=self._remote,
             relays=self._relay is not None,
             past=self._past,

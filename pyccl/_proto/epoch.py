@@ -72,6 +72,11 @@ class Epoch:
     def peers(self) -> tuple[bytes, ...]:
         return tuple([member.peer for member in self.members])
 
+    @property
+    def stands(self) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
+        """From where a member can go on: in the epoch, or one commit behind it."""
+        return (self.number, self.id), (self.number - 1, self.previous)
+
     def rank_of(self, peer: bytes) -> int | None:
         return next((rank for rank, member in enumerate(self.members) if member.peer == peer), None)
 

@@ -119,7 +119,7 @@ from pyccl._proto.past import (
 from pyccl._proto.planning import Found, Job
 from pyccl._proto.reaching import Offers, begin
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Line, Seen, lost_members, refused_at_once
-from pyccl._proto.takeover import Takeover
+from pyccl._proto.takeover import Signer, Takeover
 from pyccl.errors import RemoteProtocolError
 
 # ---- effects --------------------------------------------------------------------------------------------------------
@@ -228,7 +228,9 @@ class MasterMachine:
 
     needs_majority: it has no journal and another such master may be started for its run, so it leaves members out only
     with more than half of the epoch they were in.  adopts: it takes over the run of members that it does not know; with
-    a journal it founds none before, without one theirs goes before the one it has founded.
+    a journal it founds none before, without one theirs goes before one that it has founded, until two have met in that.
+
+    signer: it is secure, and believes of a run that it does not know only what is signed.
 
     remote: peers of other machines may come. relays: the shell carries connections between peers.
     """
@@ -243,16 +245,16 @@ class MasterMachine:
         journaled: bool,
         needs_majority: bool = False,
         adopts: bool = False,
+        signer: Signer | None = None,
         remote: bool = False,
         relays: bool = False,
         past: Past | None = None,
         now: float = 0.0,
     ) -> None:
-        self.run = run
+        self.run, self.term = run, term
         self.journaled: Final = journaled
         self.needs_majority: Final = needs_majority
-        self._takeover: Final = Takeover(self, adopts)
-        self.term = term
+        self._takeover: Final = Takeover(self, adopts, signer)
         self.peer_timeout: Final = peer_timeout
         self.library: Final = library
         self._groups: dict[int, Group] = {}
@@ -462,6 +464,7 @@ class MasterMachine:
             self._evict_silent_members(group)
             if group.epoch is None or len(group.epoch.members) == 1 or group.planning.waits:
                 self._advance(group)  # it may have awaited its members, company or a plan for long enough
+        self._takeover.tick()
         return self._taken()
 
     # ---- a new connection
@@ -554,7 +557,7 @@ class MasterMachine:
             self._log("peer_rejected", peer=short(hello.peer), group=hello.group, reason=reason)
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
-        elif hello.resume is not None and self._takeover.is_unknown(hello, hello.resume):
+        elif hello.resume is not None and self._takeover.is_unknown(conn, hello, hello.resume):
             self._takeover.ask(conn, hello, hello.resume)
         elif record is None and (hello.resume is not None or key in self._gone):
             self._send_evicted(conn, self._gone.get(key, "this incarnation is not a member of the run"))
@@ -596,6 +599,7 @@ class MasterMachine:
         empty = next((number for number in self._groups if number not in inhabited), None)
         if empty is not None:
             del self._groups[empty]
+            self._takeover.decided(empty)
             self._persist(Forgotten(empty), None)
         return empty is not None
 
@@ -637,7 +641,7 @@ class MasterMachine:
             return
         assert epoch is not None and group.commit is not None, record  # only members are kept without a connection
         resume = hello.resume
-        if resume is not None and (resume.number, resume.id) not in _stands(epoch):
+        if resume is not None and (resume.number, resume.id) not in epoch.stands:
             reason = f"it comes from epoch {resume.number}, which does not lead to {epoch.number}"
             self._send_evicted(conn, reason)
             self._lose(record, reason, for_good=True)
@@ -665,6 +669,7 @@ class MasterMachine:
         self._tell_who_moved(group, record)
         if resume is not None and resume.frozen and resume.number == epoch.number:
             self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
+        self._takeover.came_back(group)
         self._advance(group)
 
     def _tell_cancelled(self, group: Group, record: Peer) -> None:
@@ -697,7 +702,7 @@ class MasterMachine:
         timeout_ms = max(1, round(self.peer_timeout * 1000))
         return Welcome(
             *(limits.PROTOCOL_VERSION, self.library, self.run, self.term, timeout_ms, resumed),
-            *(self._conns[conn].host, self._remote),
+            *(self._conns[conn].host, self._remote, self._takeover.term.signature),
         )
 
     def _detach(self, conn: int) -> None:
@@ -974,6 +979,7 @@ class MasterMachine:
         if group.epoch is None or not all(record.lost for record in members):
             return False
         group.commit = group.ballot = group.proposal = None
+        group.has_met = False
         self._log("group_dissolved", group=group.group, epoch=group.last_number)
         self._tell_of_members(group.group)
         fenced = tuple([Fenced(*record.key, record.lost) for record in members])
@@ -1003,7 +1009,7 @@ class MasterMachine:
 
     def _step_verdict(self, group: Group) -> bool:
         ballot = group.ballot
-        if ballot is None or group.epoch is None:
+        if ballot is None or group.epoch is None or self._takeover.awaits(group):
             return False
         if not all(has_reported(self._peers[key], ballot) for key in ballot.members):
             return False
@@ -1113,6 +1119,8 @@ class MasterMachine:
     def _step_join(self, group: Group) -> bool:
         proposal = group.proposal
         if proposal is None or proposal.stale:  # it waits for a plan, and may name who is gone
+            return False
+        if self._takeover.awaits(group):
             return False
         said = [self._peers[member.peer, member.incarnation].said for member in proposal.epoch.members]
         if not all(one.ready == proposal.version for one in said):
@@ -1225,9 +1233,11 @@ class MasterMachine:
     ) -> None:
         """The one place where it is decided which epoch comes next. With a journal it waits there to be durable."""
         sizes = (len(g.epoch.members) for g in self._groups.values() if g.epoch is not None and g is not group)
-        group.deciding = EpochCommit(
-            epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members), not self.needs_majority
+        group.deciding = self._takeover.signed(
+            group,
+            EpochCommit(epoch, kind, verdicts, detail, sum(sizes) + len(epoch.members), not self.needs_majority),
         )
+        group.has_met = group.has_met or len(epoch.members) > 1
         self._takeover.decided(group.group)
         for member in epoch.members:
             record = self._peers[member.peer, member.incarnation]
@@ -1574,11 +1584,6 @@ class MasterMachine:
 
 
 # ---- pure helpers and tables ----------------------------------------------------------------------------------------
-
-
-def _stands(epoch: Epoch) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
-    """From where a member can go on: in the epoch, or one commit behind it."""
-    return (epoch.number, epoch.id), (epoch.number - 1, epoch.previous)
 
 
 def _path_name(path: int, via: bytes) -> str:

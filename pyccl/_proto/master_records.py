@@ -117,6 +117,7 @@ class Group:
     deciding: EpochCommit | None = None  # on its way to the journal; proposal or ballot stay open until it is there
     planning: Planning = field(default_factory=Planning)
     next_plan: MadePlan | None = None  # for the next safe point
+    has_met: bool = False  # two have been its members since it was founded here
     roster: list[Peer] = field(default_factory=list)  # of the epoch of `roster_of`: looked up for every message
     ranks: tuple[bytes, ...] = ()  # their ids
     roster_of: EpochCommit | None = None
@@ -133,6 +134,7 @@ class Conn:
     peer: Peer | None = None  # None until its Hello
     greeted: bool = False  # with a Hello; the answer may have to wait
     asked: Hello | None = None  # which was answered with Unknown
+    recalled: bool = False  # what it told then was judged
 
 
 def has_reported(record: Peer, ballot: Ballot) -> bool:

@@ -372,6 +372,7 @@ class MemberMachine:
         self._commit: EpochCommit | None = None
         self.run: bytes | None = None
         self.term = 0
+        self._term_signature = b""
         self.peer_timeout = 0.0  # the master's word, from Welcome
         self.observed = ""  # where it sees us, from Welcome
         self.remote = False  # whether peers of other machines may come, from Welcome
@@ -639,6 +640,7 @@ class MemberMachine:
             raise RemoteProtocolError(f"the master's term {message.term} is older than {self.term}")
         self.link = Link.UP
         self.run, self.term, self.peer_timeout = message.run, message.term, message.peer_timeout_ms / 1000
+        self._term_signature = message.term_signature
         self.observed, self.remote = message.observed, message.remote
         # A master tells of observers and relays when there are some: those of before may be gone.
         changed = self._on_observers(Observers(()), now) if self.observers else []
@@ -650,7 +652,7 @@ class MemberMachine:
         """What a later master has to begin above, should this one's journal be lost."""
         if message.term < self.term:
             raise RemoteProtocolError(f"the master's term goes back from {self.term} to {message.term}")
-        self.term = message.term
+        self.term, self._term_signature = message.term, message.signature
         return []
 
     def _on_observers(self, message: Observers, now: float) -> list[Effect]:
@@ -687,7 +689,7 @@ class MemberMachine:
             return []  # it hangs up, and we try again: perhaps it is not the master of this run
         recall = Recall(
             *(run, self.term, commit.epoch, commit.kind, commit.verdicts, commit.detail),
-            *(commit.world_size, commit.journaled),
+            *(commit.world_size, commit.journaled, commit.signature, self._term_signature),
         )
         return [Send(recall)]
 

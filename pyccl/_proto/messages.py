@@ -293,7 +293,8 @@ _EPOCH: Final = _EpochRecord(
 )
 
 
-_COMMIT: Final = (_Str(8, one_of=EPOCH_KINDS), _VERDICTS, _Str(limits.DETAIL_CHARS_MAX), _U32, _BOOL)
+_SIGNATURE: Final = _Bytes(limits.SIGNATURE_BYTES)  # empty: of a plain master
+_COMMIT: Final = (_Str(8, one_of=EPOCH_KINDS), _VERDICTS, _Str(limits.DETAIL_CHARS_MAX), _U32, _BOOL, _SIGNATURE)
 
 
 # ---- messages: fields in the order of wire.md, KINDS beside them ----------------------------------------------------
@@ -472,10 +473,11 @@ class Probe(Message):
 
 @dataclass(frozen=True, slots=True)
 class Recall(Message):
-    """The answer to Unknown: where the run stands, from a member. The fields behind `term` are its last EpochCommit."""
+    """The answer to Unknown: where the run stands, from a member. What is between term and
+    term_signature is its last EpochCommit."""
 
     TYPE = 19
-    KINDS = (_ID, _U64, _EPOCH, *_COMMIT)
+    KINDS = (_ID, _U64, _EPOCH, *_COMMIT, _SIGNATURE)
     run: bytes
     term: int
     epoch: Epoch
@@ -484,6 +486,13 @@ class Recall(Message):
     detail: str
     world_size: int
     journaled: bool
+    signature: bytes = b""
+    term_signature: bytes = b""
+
+    @property
+    def commit(self) -> EpochCommit:
+        told = (self.kind, self.verdicts, self.detail, self.world_size, self.journaled, self.signature)
+        return EpochCommit(self.epoch, *told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -631,7 +640,7 @@ class Dialed(Message):
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
     TYPE = 32
-    KINDS = (_U32, _LIBRARY, _ID, _U64, _UInt(limits.PEER_TIMEOUT_MS_MAX, low=1), _BOOL, _HOST, _BOOL)
+    KINDS = (_U32, _LIBRARY, _ID, _U64, _UInt(limits.PEER_TIMEOUT_MS_MAX, low=1), _BOOL, _HOST, _BOOL, _SIGNATURE)
     version: int
     library: str
     run: bytes
@@ -640,6 +649,7 @@ class Welcome(Message):
     resumed: bool
     observed: str = ""  # the host that the connection comes from, as the master sees it
     remote: bool = False  # peers of other machines may come, too
+    term_signature: bytes = b""  # see Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -668,6 +678,7 @@ class EpochCommit(Message):
     detail: str = ""
     world_size: int = 0  # members of all groups
     journaled: bool = True  # no: it rests on a majority of the epoch before, where members were lost
+    signature: bytes = b""  # a secure master's, which the next one of its key believes; see takeover.Signer
 
 
 @dataclass(frozen=True, slots=True)
@@ -798,8 +809,9 @@ class Term(Message):
     """To whom it has welcomed: the master has heard of a later term than its own, and begun one above that."""
 
     TYPE = 46
-    KINDS = (_U64,)
+    KINDS = (_U64, _SIGNATURE)
     term: int
+    signature: bytes = b""  # as in EpochCommit
 
 
 @dataclass(frozen=True, slots=True)

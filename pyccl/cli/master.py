@@ -69,7 +69,7 @@ The journal is what lets a new master continue the run of one that died: the sam
 machine. Without --journal it is $XDG_STATE_HOME/pyccl/master-HOST-PORT.journal (~/.local/state by default), and
 none for port 0, to which nobody can come back. With --no-journal a master goes on after a loss only with more than
 half of the members (of two halves: the one with the lowest peer id), and one that starts anew takes over the run of
-the members that connect, on the same terms.
+the members that connect, on the same terms; a secure one only what its identity has signed.
 \b
 Example: pyccl-master --listen 127.0.0.1:48148
 """

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.usefixtures("home")
 class Master:
     """A secure one on loopback, and its operator."""
 
-    def __init__(self, journal: Path, listen: str = "127.0.0.1:0") -> None:
-        command = [*MASTER, "--secure", "--listen", listen, "--journal", str(journal)]
+    def __init__(self, journal: Path | None, listen: str = "127.0.0.1:0") -> None:
+        kept = ["--no-journal"] if journal is None else ["--journal", str(journal)]
+        command = [*MASTER, "--secure", "--listen", listen, *kept]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -103,6 +104,25 @@ def test_members_with_an_invite_reduce_and_go_on_with_a_new_master(home: Path) -
     finally:
         log += second.end()
     assert invite.rpartition("/")[2][-30:] not in log
+
+
+def test_without_a_journal_the_next_master_of_the_same_identity_takes_the_run_over(home: Path) -> None:
+    first = Master(None)
+    invite, _ = first.invite()
+    a = joined(invite)
+    b = joined(invite, a)
+    first.end()
+    second = Master(None, first.address)
+    try:
+        both(a.update_topology, b.update_topology)
+        assert a.world_size == 2 and a.epoch == b.epoch
+        c = joined(invite, a, b)
+        assert c.world_size == 3
+        for comm in (a, b, c):
+            comm.close()
+    finally:
+        log = second.end()
+    assert "run_adopted" in log and "epoch_adopted" in log
 
 
 def test_uses_and_what_was_taken_back_outlive_the_master(

@@ -190,8 +190,8 @@ def test_a_record_that_is_missing_twice_there_or_elsewhere_is_found(path: Path) 
 
 def test_a_newer_format_and_another_file_are_refused_with_the_reason(path: Path) -> None:
     data = written(path)
-    path.write_bytes(data.replace(b"journal 2\n", b"journal 3\n"))
-    with pytest.raises(JournalError, match="format 3 of another pyccl, this one reads 2"):
+    path.write_bytes(data.replace(b"journal 3\n", b"journal 4\n"))
+    with pytest.raises(JournalError, match="format 4 of another pyccl, this one reads 3"):
         Journal.open(path)
     path.write_bytes(b"#!/bin/sh\n")
     with pytest.raises(JournalError, match="not a journal"):

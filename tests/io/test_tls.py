@@ -29,7 +29,7 @@ from pyccl._io.sealed import SealedStream
 from pyccl._io.tls import Credentials, Ticket
 from pyccl._native.handles import FRAME_BYTES
 from pyccl._proto import limits
-from pyccl._proto.epoch import Address
+from pyccl._proto.epoch import Address, Member, make_epoch
 from pyccl._proto.invites import Invite, seal
 from pyccl._proto.messages import (
     Alive,
@@ -50,12 +50,15 @@ from pyccl._proto.messages import (
     Pulse,
     PulseKeys,
     Ready,
+    Recall,
     Reflect,
     Rejected,
     RelayHello,
+    Resume,
     Revoke,
     Sample,
     StatusAsk,
+    Unknown,
     Welcome,
 )
 from pyccl._proto.past import Past
@@ -77,10 +80,13 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 @asynccontextmanager
-async def served(identity: Identity | None = MASTER, journal: Journal | None = None) -> AsyncIterator[int]:
-    """The port of a master."""
-    past = Past(RUN, 1 << 32) if journal is None or journal.past is None else journal.past
-    server = MasterServer(past, journal, 60.0, "test", needs_majority=journal is None, identity=identity)
+async def served(
+    identity: Identity | None = MASTER, journal: Journal | None = None, run_id: bytes = RUN
+) -> AsyncIterator[int]:
+    """The port of a master. Without a journal it takes runs over."""
+    past = Past(run_id, 1 << 32) if journal is None or journal.past is None else journal.past
+    unkept = journal is None
+    server = MasterServer(past, journal, 60.0, "test", needs_majority=unkept, adopts=unkept, identity=identity)
     (listener,) = await trio.open_tcp_listeners(0, host=HOST)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.serve, listener)
@@ -94,6 +100,11 @@ def token(uses: int = 0, group: int | None = None, id_: bytes = b"12345678", end
 
 def of(identity: Identity, sealed: bytes | None = None, key: bytes = MASTER.public) -> Credentials:
     return Credentials(identity, b"s" * 16, Ticket(key, token() if sealed is None else sealed))
+
+
+def of_run(run_id: bytes, credentials: Credentials) -> Credentials:
+    sealed = seal(MASTER.run_key(), Invite(run_id, b"12345678", 1 << 40, 0, None, ""))
+    return replace(credentials, ticket=Ticket(MASTER.public, sealed))
 
 
 def operator() -> Credentials:
@@ -254,6 +265,45 @@ def test_a_use_is_in_the_journal_before_anybody_is_welcome(tmp_path: Path, monke
                 assert journal.past is not None
                 assert journal.past.admissions.identities(b"12345678") == [ANN.public]
         journal.close()
+
+    run(main)
+
+
+def test_the_next_master_of_the_key_believes_what_the_first_has_signed_and_nothing_else() -> None:
+    """A guest with a good invite invents a run of its own, and nobody is put out for it."""
+
+    async def recalled(port: int, me: Credentials, welcome: Welcome, commit: EpochCommit) -> Message | None:
+        """What comes after it was told this."""
+        epoch, term = commit.epoch, (welcome.term, welcome.term_signature)
+        line = await tls.reach(HOST, port, me)
+        async with tls.socket_of(line):
+            resume = Resume(RUN, epoch.number, epoch.id, False, term[0])
+            await line.send_all(envelope.pack(replace(hello(me), resume=resume)))
+            assert await envelope.receive(line) == Unknown(b"N" * 16, asks=True)
+            told = commit.kind, commit.verdicts, commit.detail, commit.world_size, commit.journaled, commit.signature
+            await line.send_all(envelope.pack(Recall(RUN, term[0], epoch, *told, term[1])))
+            return await envelope.receive(line)
+
+    async def main() -> None:
+        async with served() as port:
+            line = await tls.reach(HOST, port, of(ANN))
+            async with tls.socket_of(line):
+                await line.send_all(envelope.pack(hello(of(ANN))))
+                welcome, _, commit = [await envelope.receive(line) for _ in range(3)]
+            assert isinstance(welcome, Welcome) and isinstance(commit, EpochCommit)
+        async with served(run_id=b"N" * 16) as port:
+            founder = await member(port, of_run(b"N" * 16, replace(of(ANN), salt=b"f" * 16)))
+            async with tls.socket_of(founder):
+                bob = Member(of(BOB).peer, INCARNATION)
+                invented = replace(commit, epoch=make_epoch(9, b"p" * 16, 5 << 32, (bob,)))
+                assert await recalled(port, of(BOB), welcome, invented) is None
+                await founder.send_all(envelope.pack(Heartbeat()))
+                while not isinstance(message := await envelope.receive(founder), Alive):
+                    assert message is not None and not isinstance(message, Evicted)
+                back = await recalled(port, of(ANN), welcome, commit)
+                assert isinstance(back, Welcome) and back.resumed and back.run == RUN
+                while not isinstance(message := await envelope.receive(founder), Evicted):
+                    assert message is not None
 
     run(main)
 

@@ -475,6 +475,23 @@ def test_a_member_tells_a_master_that_asks_where_the_run_stands() -> None:
     assert machine.term == 2 and machine.epoch == epoch
 
 
+def test_a_member_tells_with_what_it_knows_that_its_master_has_signed_it() -> None:
+    """The last of each, also behind a connection that was lost."""
+    machine, epoch = in_epoch()
+    last = EpochCommit(after(epoch), "loss", (), "", 3, False, b"c" * 64)
+    machine.receive(last, 0.0)
+    machine.disconnected(1.0)
+    machine.connected(1.0)
+    for term, message in ((2, Welcome(1, "test", RUN, 2, 5000, True, "", False, b"2" * 64)), (3, Term(3, b"3" * 64))):
+        machine.receive(message, 1.0)
+        machine.disconnected(1.0)
+        machine.connected(1.0)
+        recall = Recall(RUN, term, last.epoch, "loss", (), "", 3, False, b"c" * 64, b"%d" % term * 64)
+        assert sent(machine.receive(Unknown(b"N" * 16, asks=True), 1.0)) == [recall]
+        assert recall.commit == last
+        machine.receive(Welcome(1, "test", RUN, term, 5000, True, "", False, b"%d" % term * 64), 1.0)
+
+
 def test_a_member_stays_one_where_a_master_does_not_know_its_run() -> None:
     machine, epoch = in_epoch()
     machine.disconnected(1.0)

@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sim_world import CLOSE, Conn, Process, World
 
 from pyccl._io import journal
+from pyccl._io.identity import Identity
+from pyccl._io.signing import Signer
 from pyccl._proto import master, planning
 from pyccl._proto.past import (
     Began,
@@ -32,6 +35,7 @@ TICK_S: Final = 0.1
 WRITE_AGAIN_S: Final = 0.5
 SEARCH_S: Final = 3.0  # longer than a safe point waits
 EFFORT: Final = 5_000  # enough for some plan
+SIGNER: Final = Signer(Identity(Ed25519PrivateKey.from_private_bytes(bytes(32))))  # of all masters
 
 
 class Disk:
@@ -97,6 +101,7 @@ class SimMaster(Process):
             journaled=journaled,
             needs_majority=not journaled,
             adopts=adopts or not journaled,
+            signer=SIGNER if cluster.options.secure else None,
             past=past,
             now=self.now_s,
         )

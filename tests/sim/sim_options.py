@@ -29,6 +29,7 @@ class Options:
     observers: int = 0  # with them: sim_saved
     connections: int = 2
     journaled: bool = True
+    secure: bool = False  # the master signs, and a later one believes only that
     sync_s: float = 0.01  # at most, for a write to be durable
     peer_timeout: float = 1.0
     mismatch_grace: float = 1.0  # as peer_timeout: what a link does not bring for that long is reported as silence
@@ -92,4 +93,5 @@ def draw_options(seed: int) -> Options:
         strict=strict,
         background=background,
         measures=rng.random() < 0.5,
+        secure=rng.random() < 0.5,
     )

@@ -276,17 +276,20 @@ def test_operations_with_a_lost_peer_end_while_the_master_is_away_unless_they_ar
     assert ended > 0 and kept > 0
 
 
+@pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_masters_without_a_journal_take_over_the_run_one_after_the_other(seed: int) -> None:
+def test_masters_without_a_journal_take_over_the_run_one_after_the_other(seed: int, secure: bool) -> None:
     faults = ("master_crash", "master_stop", "master_cut", "reset_data", "reset_control", "stop", "join")
     options = Options(faults=faults, peers=5, journaled=False, think_s=0.05, deadline_rate=0.05, chaos_s=20.0)
-    cluster = SimCluster(seed, replace(options, fault_rate=1.0))
+    cluster = SimCluster(seed, replace(options, fault_rate=1.0, secure=secure))
     cluster.run()
 
 
+@pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_without_a_journal_it_stays_safe_whatever_is_lost(seed: int) -> None:
+def test_without_a_journal_it_stays_safe_whatever_is_lost(seed: int, secure: bool) -> None:
     """It need not come to rest: too few may be left to decide."""
-    cluster = SimCluster(seed, replace(draw_options(seed), journaled=False, faults=FAULT_KINDS, fault_rate=1.0))
+    options = replace(draw_options(seed), journaled=False, faults=FAULT_KINDS, fault_rate=1.0, secure=secure)
+    cluster = SimCluster(seed, options)
     cluster.world.run(40.0)
     assert cluster.checks.commits > 0
