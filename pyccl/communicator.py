@@ -36,7 +36,8 @@ class Communicator(Core):
         listen: "HOST:PORT", "HOST" or ":PORT", where other peers' data connections are accepted; HOST is an address of
             this machine. None: on all addresses and a free port, in a run on this machine alone on loopback.
         advertise: "HOST:PORT" or "HOST" (with the port listened on), or several: where others reach this peer, as you
-            know, beside what it finds out itself: a router forwards a port, say.
+            know, beside what it finds out itself: a router forwards a port, say. Private and loopback addresses, a
+            name's too, are dialed only by peers that the master sees on the same site or machine.
         relay: "auto": a peer that can't be reached otherwise is reached through a third: one that offers it
             (``pyccl-peer --relay``, ``pyccl-master --relay``) or another member. "never": not so; who can't be reached
             is not admitted. "only": every peer through one that offers it.

@@ -7,6 +7,8 @@ import trio
 from pyccl._io.front import bind_listener
 from pyccl._proto.epoch import Address
 
+SEEN = "127.0.0.1"  # where a master on this machine sees all
+
 
 async def listen(host: str) -> tuple[trio.SocketListener, Address]:
     """On a free port."""

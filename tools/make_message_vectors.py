@@ -22,6 +22,8 @@ PATH = Path(__file__).resolve().parents[1] / "proto" / "vectors" / "messages.txt
 RUN, PEER_A, PEER_B = b"R" * 16, b"A" * 16, b"B" * 16
 INC_A, INC_B, ZERO = b"a" * 16, b"b" * 16, bytes(16)
 ADDRESSES = [["127.0.0.1", 48149, 0], ["peer.example", 65535, 3]]
+MEMBER_A = [PEER_A, INC_A, ADDRESSES, "192.0.2.7"]
+MEMBER_B = [PEER_B, INC_B, [], ""]
 SPEC = bytes(40)
 SIGNED = b"s" * 64
 U32, U64 = 2**32 - 1, 2**64 - 1
@@ -42,10 +44,9 @@ def epoch(
     number: int = 1, previous: bytes = ZERO, peers: str = "AB", flip: int = 0, plan: bytes = b""
 ) -> Body:
     """An epoch as it travels, its id by proto/wire.md 4."""
-    known: dict[str, tuple[bytes, bytes, Body]] = {"A": (PEER_A, INC_A, [*ADDRESSES]), "B": (PEER_B, INC_B, [])}
-    members = [known[peer] for peer in peers]
+    members = [{"A": MEMBER_A, "B": MEMBER_B}[peer] for peer in peers]
     content = previous + struct.pack("<QQI", 7, number, len(members))
-    for peer, incarnation, _ in members:
+    for peer, incarnation, *_ in members:
         content += peer + incarnation
     ident = bytearray(hashlib.sha256(content + plan).digest()[:16])
     ident[0] ^= flip
@@ -127,9 +128,9 @@ GOOD: dict[str, Body] = {
     "peer_welcome": [65, 1],
     "peer_refused": [66, "not of this run"],
     "observe": [20, 1, "0.1.0", U32, PEER_A, INC_A, ADDRESSES, True],
-    "members": [44, U64, [[PEER_A, INC_A, ADDRESSES], [PEER_B, INC_B, []]]],
+    "members": [44, U64, [MEMBER_A, MEMBER_B]],
     "members_nobody": [44, 0, []],
-    "observers": [45, [[PEER_A, INC_A, ADDRESSES]]],
+    "observers": [45, [MEMBER_A]],
     "observers_nobody": [45, []],
     "term": [46, U64, b""],
     "term_signed": [46, U64, SIGNED],
@@ -137,12 +138,12 @@ GOOD: dict[str, Body] = {
     "invited": [48, b"I" * 8, b"T" * 256],
     "done": [49],
     "reflected": [50, "2001:db8::1", 65535],
-    "moved": [51, [PEER_A, INC_A, ADDRESSES]],
+    "moved": [51, MEMBER_A],
     "punch_ask": [52, PEER_A, 8],
     "punch_go": [53, PEER_A, [["192.0.2.1", 1, 2]], 20_000],
     "relay_call": [54, PEER_A, RUN],
-    "relays": [55, [[PEER_A, INC_A, ADDRESSES], [ZERO, ZERO, []]]],
-    "relay_for": [56, [PEER_A, INC_A, []], [PEER_B, INC_B, ADDRESSES]],
+    "relays": [55, [MEMBER_A, [ZERO, ZERO, [], ""]]],
+    "relay_for": [56, MEMBER_A, MEMBER_B],
     "pulse_keys": [60, b"K" * 32, b"L" * 32],
     "probed": [57, "192.0.2.7", 65_535, U64, True, "", []],
     "probed_in_vain": [57, "2001:db8::7", 1, 0, False, "x" * 200, []],
@@ -267,20 +268,21 @@ BAD: dict[str, object] = {
     "epoch_plan_not_of_its_id": [34, 1, [*epoch(2, b"E" * 16)[:-1], plan(ring=(1, 0))], []],
     "flush_257_members": [36, 1, 1, 2, [PEER_A] * 257],
     "observe_9_addresses": [20, 1, "0.1.0", 0, PEER_A, INC_A, [["h", 1, 0]] * 9, False],
-    "members_257": [44, 1, [[PEER_A, INC_A, []]] * 257],
-    "observers_9": [45, [[PEER_A, INC_A, []]] * 9],
-    "observers_member_of_2": [45, [[PEER_A, INC_A]]],
+    "members_257": [44, 1, [MEMBER_A] * 257],
+    "observers_9": [45, [MEMBER_A] * 9],
+    "observers_member_of_3": [45, [[PEER_A, INC_A, []]]],
+    "observers_seen_256_characters": [45, [[PEER_A, INC_A, [], "h" * 256]]],
     "term_negative": [46, -1, b""],
     "term_bool": [46, True, b""],
     "punch_9_endpoints": [29, PEER_B, [["192.0.2.1", 1, 2]] * 9, 1],
     "punch_rtt_above_60_s": [29, PEER_B, [], 60_000_001],
     "relay_ask_without_relay": [30, PEER_B],
     "reflected_port_0": [50, "192.0.2.1", 0],
-    "moved_incarnation_15_bytes": [51, [PEER_A, INC_A[:15], []]],
+    "moved_incarnation_15_bytes": [51, [PEER_A, INC_A[:15], [], ""]],
     "punch_ask_0": [52, PEER_A, 0],
     "punch_ask_9": [52, PEER_A, 9],
     "punch_go_9_endpoints": [53, PEER_A, [["192.0.2.1", 1, 2]] * 9, 1],
-    "relays_17": [55, [[PEER_A, INC_A, []]] * 17],
+    "relays_17": [55, [MEMBER_A] * 17],
     "peer_hello_path_4": [64, 1, RUN, PEER_A, INC_A, PEER_B, INC_B, 4, ZERO],
     "state_hello_have_negative": [67, 1, RUN, PEER_A, INC_A, PEER_B, INC_B, -1, 0],
     "state_offer_revision_2_63": [68, 2**63, 1, b"l" * 32],

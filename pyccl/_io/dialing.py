@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
 from pyccl._io.causes import causes_of
-from pyccl._proto.epoch import Address
+from pyccl._proto.candidates import may_reach, ordered
+from pyccl._proto.epoch import Address, Member
 from pyccl.errors import PycclError
 
 DIAL_S: Final = 5.0
@@ -41,12 +43,17 @@ def share_port(sock: trio.socket.SocketType) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-async def connect_to(host: str, port: int, *, shared_port: int | None = None) -> trio.SocketStream:
+async def connect_to(
+    host: str, port: int, *, shared_port: int | None = None, allowed: Callable[[str], bool] = lambda _: True
+) -> trio.SocketStream:
     """A connection to the first of the host's addresses that takes one, each within its part of the time to dial.
 
-    shared_port: from this port of ours, which other connections may share; 0: a new one.
+    shared_port: from this port of ours, which other connections may share; 0: a new one. allowed: whether an address
+    may be dialed; a name may mean any.
     """
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = [at for at in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if allowed(str(at[4][0]))]
+    if not found:
+        raise OSError(f"{host}: no address of it may be dialed")
     failed: list[OSError] = []
     for family, _, _, _, address in found:
         sock = new_socket(family)
@@ -71,9 +78,14 @@ async def connect_to(host: str, port: int, *, shared_port: int | None = None) ->
         failed.clear()  # or the exception holds this frame, which holds it, until garbage is collected
 
 
-async def connect(addresses: Iterable[Address]) -> trio.SocketStream:
-    """A TCP connection to the first address that answers; whoever that may be."""
-    return await first_of(addresses, lambda at: connect_to(at.host, at.port), lambda stream: stream.socket.close())
+async def connect(theirs: Member, mine: Member) -> trio.SocketStream:
+    """A TCP connection to the first address of theirs that answers; whoever that may be."""
+    return await first_of(ordered(theirs, mine), partial(connect_at, theirs, mine), lambda s: s.socket.close())
+
+
+async def connect_at(theirs: Member, mine: Member, at: Address) -> trio.SocketStream:
+    """To one of their addresses, if it is one that we may dial."""
+    return await connect_to(at.host, at.port, allowed=lambda host: may_reach(host, theirs, mine))
 
 
 async def first_of(
@@ -82,7 +94,7 @@ async def first_of(
     """What the first attempt gives that does not fail. The next begins HEAD_START_S later, or when the one before has
     failed. discard: what comes too late.
 
-    ConnectionRefusedError: all were refused. OSError: one was not.
+    ConnectionRefusedError: all were refused. OSError: one was not, or there is none.
     """
     found: list[T] = []
     failed: list[OSError] = []
@@ -114,7 +126,7 @@ async def first_of(
         raise
     if found:
         return found[0]
-    error: OSError = ConnectionRefusedError("the peer names no address")
+    error = OSError("the peer names no address that may be dialed")
     if failed:
         others = [e for e in failed if not isinstance(e, ConnectionRefusedError)]
         error = (others or failed)[-1]

@@ -29,7 +29,7 @@ from pyccl._io.dialing import FAILURES, connect_to, new_socket, share_port
 from pyccl._io.interfaces import addresses_of_interfaces, canonical
 from pyccl._io.tls import Credentials, Line, forget, socket_of
 from pyccl._proto import limits
-from pyccl._proto.candidates import is_loopback, is_private
+from pyccl._proto.candidates import is_loopback, is_private, seen_at
 from pyccl._proto.epoch import Address, AddressKind
 from pyccl._proto.messages import Reflect, Reflected
 from pyccl.errors import RemoteProtocolError
@@ -126,6 +126,11 @@ class Front:
     def is_behind_router(self) -> bool:
         """The master sees us under another address than our own."""
         return bool(self._seen_as) and not is_loopback(self._seen_as) and self._seen_as != self._faces_master
+
+    @property
+    def seen(self) -> str:
+        """Where the master sees us, as of a Member."""
+        return seen_at(self._seen_as, self._faces_master)
 
     @property
     def may_punch(self) -> bool:

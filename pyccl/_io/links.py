@@ -23,14 +23,14 @@ import random
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
 import trio
 
 from pyccl._io import agreement, envelope, tcpinfo
-from pyccl._io.dialing import FAILURES, NotTakenError, connect, connect_to, first_of
+from pyccl._io.dialing import FAILURES, NotTakenError, connect, connect_at, connect_to, first_of
 from pyccl._io.front import MasterAt, Name
 from pyccl._io.meeting import Meetings
 from pyccl._io.punching import Puncher
@@ -38,7 +38,8 @@ from pyccl._io.strangers import Notes, Places
 from pyccl._io.tls import Credentials, socket_of
 from pyccl._native.handles import Engine, Keys, Relay
 from pyccl._proto import limits
-from pyccl._proto.candidates import is_loopback, lead_home, ordered
+from pyccl._proto.budget import Budget
+from pyccl._proto.candidates import is_loopback, lead_home, may_reach, ordered
 from pyccl._proto.epoch import NO_ID, Address, AddressKind, Member
 from pyccl._proto.messages import Alive, Path, PeerHello, PeerRefused, PeerWelcome, RelayHello, StateHello, clip
 from pyccl.errors import PycclError, RemoteProtocolError, UsageError
@@ -58,6 +59,8 @@ _RELAY_S: Final = 4.0  # for one relay to be asked, to dial and to pass both gre
 _REVERSE_S: Final = 0.5  # so long the one who dials has to make the first connection before the other side tries
 _PUNCH_AFTER_S: Final = 0.3  # so long a direct connection has
 _PUNCHED_MAX: Final = 16  # connections of one link
+_PUNCHES_BURST: Final = 8  # attempts to punch one link, then one every so often
+_PUNCH_EVERY_S: Final = 5.0
 _CALL_AFTER_S: Final = 0.7  # so long a member that relays has to dial the other before that is called there
 _DIRECT_AGAIN_S: Final = 30.0  # between attempts while there is a relayed or a punched connection
 _SILENT_AGAIN_S: Final = 30.0  # after a silence: a line may greet and carry nothing, and a way around goes first
@@ -87,6 +90,7 @@ class _Peer:
     path: int = Path.DIRECT  # of its connections, the best one
     via: bytes = NO_ID  # who relays it, as far as we know
     punching: trio.CancelScope | None = None
+    punches: Budget = field(default_factory=lambda: Budget(_PUNCHES_BURST, _PUNCH_EVERY_S))
     seeks_direct: bool = False  # beside its punched connections
     direct: socket.socket | None = None  # the first that came beside them, a copy of the engine's
 
@@ -108,7 +112,7 @@ class Outside:
 
     relay: str
     master: MasterAt
-    addresses: Callable[[], tuple[Address, ...]]  # ours
+    seen: Callable[[], str]  # of us, as of a Member
     is_behind_router: Callable[[], bool]
     may_punch: Callable[[], bool]  # the master is there, and not on this machine
     offer: Callable[[bytes, tuple[Address, ...], float], None]  # MemberMachine.punch
@@ -347,7 +351,7 @@ class Links:
         return (Path.RELAYED, peer.relay) if peer.relay is not None else (peer.path, peer.via)
 
     def _readdress(self, peer: _Peer, member: Member) -> None:
-        if peer.member.addresses == member.addresses:
+        if peer.member == member:
             return
         peer.member, peer.reached_at = member, None
         count = len(peer.dialing)
@@ -408,13 +412,15 @@ class Links:
         return auto_connections(addresses[0].host) if addresses else 1
 
     def _candidates(self, member: Member) -> list[Address]:
-        return ordered(member.addresses, self._me.addresses if self._outside is None else self._outside.addresses())
+        return ordered(member, self._mine())
+
+    def _mine(self) -> Member:
+        """We, as seen now."""
+        return self._me if self._outside is None else replace(self._me, seen=self._outside.seen())
 
     def _leads_home(self, peer: _Peer) -> bool:
-        if self._outside is None:
-            return lead_home(peer.member.addresses, self._me.addresses, behind_router=False)
-        mine, behind_router = self._outside.addresses(), self._outside.is_behind_router()
-        return lead_home(peer.member.addresses, mine, behind_router=behind_router)
+        behind_router = self._outside is not None and self._outside.is_behind_router()
+        return lead_home(peer.member, self._mine(), behind_router=behind_router)
 
     def _check_ready(self) -> None:
         if self._version is None:
@@ -486,7 +492,7 @@ class Links:
     async def _reach(self, peer: _Peer, at: Address) -> _Reached:
         """A connection to this address that has greeted the peer, and nobody else."""
         try:
-            stream = await connect_to(at.host, at.port)
+            stream = await connect_at(peer.member, self._mine(), at)
         except ConnectionRefusedError as e:
             if at == peer.reached_at:
                 self._was_refused(peer, e)  # where it was; that others do not answer says nothing
@@ -605,14 +611,15 @@ class Links:
         self._nursery.start_soon(self._punch, peer, peer.punching, pause_s, count)
 
     async def _punch(self, peer: _Peer, scope: trio.CancelScope, pause_s: float, count: Callable[[], int]) -> None:
-        """One attempt; of a link without a connection again and again: addresses change, and offers get lost."""
+        """One attempt; of a link without a connection again and again, if less often: addresses change, offers get
+        lost."""
         assert self._outside is not None and self._puncher is not None
         try:
             with scope:
                 await trio.sleep(pause_s)
                 pause = _BACKOFF_S[0]
                 while (wanted := count()) > 0 and self._is_known(peer):
-                    if self._outside.may_punch():
+                    if self._outside.may_punch() and peer.punches.take(trio.current_time()):
                         await self._puncher.punch(peer.member.peer, wanted)
                     if not self._is_cut_off(peer):
                         break
@@ -634,8 +641,14 @@ class Links:
             self._punch_soon(record, 0.0, lambda: count)
 
     def punch_begins(self, peer: bytes, endpoints: tuple[Address, ...], delay_s: float) -> None:
-        if self._puncher is not None:
+        """endpoints: where the master has seen that peer, as it says; which is judged here, too."""
+        record = self._peers.get(peer)
+        if self._puncher is None or record is None:
+            return
+        if all(may_reach(endpoint.host, record.member, self._mine()) for endpoint in endpoints):
             self._puncher.begin(peer, endpoints, delay_s)
+        else:
+            log.info("punch_refused peer=%s", _short(record))
 
     async def _punched(self, to: bytes, stream: trio.SocketStream) -> None:
         """A connection that both sides have made: who has the lower id greets."""
@@ -730,14 +743,14 @@ class Links:
                 assert self._outside is not None
                 stream = await connect_to(self._outside.master.host, self._outside.master.port)
             else:
-                stream = await connect(self._candidates(relay))
+                stream = await connect(relay, self._mine())
             await trio.aclose_forcefully(stream)
             self._relay_round_trips[relay.peer] = trio.current_time() - since
 
     async def _come_to_relay(self, through: Member, peer: _Peer) -> trio.SocketStream | None:
         """A connection to the relay, joined there with one to the peer. FAILURES."""
         if through.peer != NO_ID:
-            stream = await connect(self._candidates(through))
+            stream = await connect(through, self._mine())
             welcome = await self._greet(stream, self._relay_hello(peer.member), through.peer)
             return None if welcome is None else stream
         assert self._outside is not None
@@ -873,7 +886,7 @@ class Links:
         async def dial() -> None:
             try:
                 with trio.fail_after(_RELAY_S):
-                    onward = await connect(self._candidates(other.member))
+                    onward = await connect(other.member, self._mine())
             except (OSError, trio.TooSlowError) as e:
                 reasons.append(f"the relay does not reach it either: {e}")
                 if isinstance(e, ConnectionRefusedError) and not met.is_set():

@@ -338,8 +338,9 @@ class MasterServer:
         """Tell where it comes from; a peer of the run may hold the connection open, which keeps that so."""
         sock = tls.socket_of(line)
         host, port = sock.socket.getpeername()[:2]
-        await line.send_all(envelope.pack(Reflected(canonical(str(host)), int(port))))
         me = first.peer, first.incarnation
+        self._machine.reflected(*me, canonical(str(host)))
+        await line.send_all(envelope.pack(Reflected(canonical(str(host)), int(port))))
         if self._machine.knows(*me) or self._machine.observes(*me):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             await line.receive_some(1)

@@ -337,8 +337,8 @@ class Observer:
             await trio.sleep(FIRST_S * (1 + random.random()))
 
     async def _take_from(self, source: Member) -> None:
-        assert self._run_id is not None
-        me = Member(self.peer, self._incarnation, self._addresses)
+        assert self._run_id is not None and self._front is not None
+        me = Member(self.peer, self._incarnation, self._addresses, self._front.seen)
         stream = await statestream.ask(
             self._run_id, me, source, self._have, self._config.every, self._config.credentials
         )

@@ -16,6 +16,7 @@ import trio
 
 from pyccl._io import envelope, tls
 from pyccl._io.causes import reason_of
+from pyccl._io.dialing import connect_to
 from pyccl._io.interfaces import canonical
 from pyccl._io.tls import Credentials, Line
 from pyccl._proto import limits
@@ -82,13 +83,13 @@ class Prober:
         return reason, peers
 
 
-async def dial(host: str, port: int) -> str:
-    """Why it can't be connected to; "": it can."""
+async def dial(host: str, port: int, allowed: Callable[[str], bool] = lambda _: True) -> str:
+    """Why it can't be connected to; "": it can. allowed: as of ``connect_to``."""
     if not 1 <= port <= limits.PORT_MAX:  # the system would take it modulo 65,536, or not at all
         return "there is no such port"
     try:
         with trio.fail_after(limits.DIAL_BACK_S):
-            await trio.aclose_forcefully(await trio.open_tcp_stream(host, port))
+            await trio.aclose_forcefully(await connect_to(host, port, allowed=allowed))
     except trio.TooSlowError:
         return f"no answer within {limits.DIAL_BACK_S:g} s"
     except (OSError, UnicodeError) as e:

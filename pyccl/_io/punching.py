@@ -27,7 +27,7 @@ from pyccl._proto.epoch import Address
 
 _REFLECT_S: Final = 4.0
 _CONNECT_S: Final = 2.5  # SYNs go out at 0 and 1 s of it, and behind each refusal
-_REFUSED_S: Final = 0.05
+_REFUSED_S: Final = 0.05  # before the next one; doubled each time
 _IDLE_S: Final = limits.PUNCH_S  # until the other has offered, too
 
 log = logging.getLogger("pyccl.punching")
@@ -133,6 +133,7 @@ class Puncher:
             offer.over.set()
 
     async def _connect(self, peer: bytes, port: _Port, endpoint: Address) -> None:
+        pause_s = _REFUSED_S
         with trio.move_on_after(_CONNECT_S):
             while True:
                 sock = new_socket(port.family)
@@ -143,7 +144,8 @@ class Puncher:
                 except (OSError, UnicodeError) as e:  # refused: it has not begun yet
                     log.debug("punch_failed peer=%s endpoint=%s:%d cause=%s", peer.hex()[:8], *endpoint[:2], e)
                     sock.close()
-                    await trio.sleep(_REFUSED_S)
+                    await trio.sleep(pause_s)
+                    pause_s *= 2
                 except BaseException:
                     sock.close()
                     raise

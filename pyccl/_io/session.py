@@ -329,10 +329,10 @@ class Session:
 
     def place(self) -> tuple[bytes, Member] | None:
         """(run, what others know us by), once there is one."""
-        machine = self._machine
-        if machine is None or machine.run is None:
+        machine, front = self._machine, self._front
+        if machine is None or machine.run is None or front is None:
             return None
-        return machine.run, Member(self.peer, self.incarnation, machine.addresses)
+        return machine.run, Member(self.peer, self.incarnation, machine.addresses, front.seen)
 
     def soon(self, call: Callable[[], None]) -> bool:
         """Run it in the Trio thread. False: that is over."""
@@ -543,7 +543,7 @@ class Session:
         return Outside(
             config.reach.relay,
             MasterAt(config.host, config.port, config.credentials),
-            addresses=lambda: front.addresses,
+            seen=lambda: front.seen,
             is_behind_router=lambda: front.is_behind_router,
             may_punch=lambda: self._out is not None and front.may_punch,
             offer=lambda to, at, rtt_s: self._feed(machine.punch(to, at, rtt_s, trio.current_time())),

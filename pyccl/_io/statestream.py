@@ -24,7 +24,6 @@ from pyccl._io.sealed import Channel, SealedStream
 from pyccl._io.strangers import Places
 from pyccl._io.tls import Credentials
 from pyccl._proto import limits, restoring
-from pyccl._proto.candidates import ordered
 from pyccl._proto.epoch import Member
 from pyccl._proto.messages import PeerRefused, StateHello, StateNone, StateOffer
 from pyccl.errors import RemoteProtocolError
@@ -255,7 +254,7 @@ async def ask(
     OSError, trio.BrokenResourceError, trio.TooSlowError. RemoteProtocolError: it refuses, or is not that peer.
     """
     with trio.fail_after(_CONNECT_S):
-        stream = await connect(ordered(source.addresses, me.addresses))
+        stream = await connect(source, me)
     hello = StateHello(
         *(limits.PROTOCOL_VERSION, run, me.peer, me.incarnation, source.peer, source.incarnation), *(have, every)
     )

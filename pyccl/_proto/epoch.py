@@ -37,11 +37,15 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process of an epoch. The incarnation is the capability by which its data connections are accepted."""
+    """One process of an epoch. The incarnation is the capability by which its data connections are accepted.
+
+    addresses: by its own word. seen: the host that the master sees its control connection come from; "": not yet.
+    """
 
     peer: bytes
     incarnation: bytes
     addresses: tuple[Address, ...] = ()
+    seen: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,10 @@ from typing import Any, Final
 from pyccl._proto import ballot as ballots
 from pyccl._proto import limits, measuring
 from pyccl._proto import plan as plans
+from pyccl._proto.candidates import place
 from pyccl._proto.channel import check_told_untrusted, pair_of, participants
 from pyccl._proto.dialback import DialBacks
-from pyccl._proto.epoch import NO_ID, Epoch, Member, make_epoch
+from pyccl._proto.epoch import NO_ID, Address, Epoch, Member, make_epoch
 from pyccl._proto.master_records import (
     Ballot,
     Conn,
@@ -117,7 +118,7 @@ from pyccl._proto.past import (
     start_of,
 )
 from pyccl._proto.planning import Found, Job
-from pyccl._proto.reaching import Offers, begin
+from pyccl._proto.reaching import Offers, are_shown, begin
 from pyccl._proto.suspicion import CAUSE_UNREACHABLE, Complaint, Line, Seen, lost_members, refused_at_once
 from pyccl._proto.takeover import Signer, Takeover
 from pyccl.errors import RemoteProtocolError
@@ -296,7 +297,10 @@ class MasterMachine:
     def _restore_member(self, group: Group, member: Member) -> None:
         key = member.peer, member.incarnation
         if key not in self._peers:
-            self._peers[key] = Peer(*key, group.group, member.addresses, "", order=0, heard_at=self._came_back_at())
+            heard_at = self._came_back_at()
+            self._peers[key] = Peer(
+                *key, group.group, member.addresses, "", order=0, heard_at=heard_at, seen=member.seen
+            )
         self._newcomers.pop(key, None)
         self._peers[key].standing, self._peers[key].said = Standing.MEMBER, Said()
 
@@ -425,6 +429,13 @@ class MasterMachine:
         self._end_dial_backs()
         return self._taken()
 
+    def reflected(self, peer: bytes, incarnation: bytes, host: str) -> None:
+        """A connection of its was told that it comes from there."""
+        record = self._peers.get((peer, incarnation))
+        at = place(host)
+        if record is not None and at not in record.shown:
+            record.shown.append(at)
+
     def has(self, peer: bytes) -> bool:
         """Some incarnation of it is in the run, or waits to be."""
         return any(key[0] == peer for key in self._peers)
@@ -494,7 +505,7 @@ class MasterMachine:
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
             return
-        for older in self._observers.add(conn, observe, self._now):
+        for older in self._observers.add(conn, observe, self._conns[conn].host, self._now):
             self._close(older, "the same observer has come on a newer connection")
         self._log("observer_came", peer=short(observe.peer), group=observe.group)
         self._send(conn, self._welcome(conn, resumed=False))
@@ -617,6 +628,7 @@ class MasterMachine:
             *(hello.peer, hello.incarnation, hello.group, hello.addresses, hello.library),
             order=self._arrivals,
             heard_at=self._now,
+            seen=self._conns[conn].host,
         )
         self._peers[record.key] = self._newcomers[record.key] = record
         self._attach(conn, record, resumed=False)
@@ -665,7 +677,7 @@ class MasterMachine:
             self._tell(record, group.proposal.message_to(record))
         elif group.version:
             self._tell_cancelled(group, record)
-        self._on_addresses(group, record, Addresses(hello.addresses))
+        self._readdress(group, record, hello.addresses, self._conns[conn].host)
         self._tell_who_moved(group, record)
         if resume is not None and resume.frozen and resume.number == epoch.number:
             self._owe_ballot(group, KIND_SETTLE, "")  # one that was cut off
@@ -685,7 +697,7 @@ class MasterMachine:
         """It is to be told of its first epoch where it can hear it."""
         if record.conn is not None:
             self._close(record.conn, "the same incarnation has come on a newer connection")
-        record.heard_at, record.addresses = self._now, hello.addresses
+        record.heard_at, record.addresses, record.seen = self._now, hello.addresses, self._conns[conn].host
         self._attach(conn, record, resumed=False)
 
     def _attach(self, conn: int, record: Peer, *, resumed: bool) -> None:
@@ -757,11 +769,14 @@ class MasterMachine:
             record.said.arrived = None
 
     def _on_addresses(self, group: Group, record: Peer, message: Addresses) -> None:
+        self._readdress(group, record, message.addresses, record.seen)
+
+    def _readdress(self, group: Group, record: Peer, addresses: tuple[Address, ...], seen: str) -> None:
         """Who may be linked to it, now or soon, has to know."""
-        if record.addresses == message.addresses:
+        if (record.addresses, record.seen) == (addresses, seen):
             return
-        record.addresses = message.addresses
-        self._log("addresses", peer=short(record.peer), count=len(message.addresses))
+        record.addresses, record.seen = addresses, seen
+        self._log("addresses", peer=short(record.peer), count=len(addresses))
         in_proposal = () if group.proposal is None else group.proposal.newcomers
         if record.standing is Standing.PENDING and record.key not in in_proposal:
             return  # the proposal that names it will say it
@@ -773,15 +788,18 @@ class MasterMachine:
     def _tell_who_moved(self, group: Group, record: Peer) -> None:
         """While it was away, or since the epoch or proposal was made that it hears of now."""
         epochs = [group.epoch, None if group.proposal is None else group.proposal.epoch]
-        told = {(m.peer, m.incarnation): m.addresses for epoch in epochs if epoch is not None for m in epoch.members}
-        for key, addresses in told.items():
+        told = {(m.peer, m.incarnation): m for epoch in epochs if epoch is not None for m in epoch.members}
+        for key, member in told.items():
             other = self._peers.get(key)
-            if other is not None and other is not record and other.addresses != addresses:
+            if other is not None and other is not record and other.member != member:
                 self._tell(record, Moved(other.member))
 
     def _on_punch(self, group: Group, record: Peer, message: Punch) -> None:
         other = self._counterpart(group, record, message.to)
         if other is None or not message.endpoints:
+            return
+        if not are_shown(message, {place(record.seen), *record.shown}):
+            self._log("punch_refused", peer=short(record.peer), other=short(other.peer))
             return
         theirs = self._offers.add(record.key, other.key, message, self._now)
         if theirs is None:
@@ -1568,6 +1586,7 @@ class MasterMachine:
         return {
             "peer": record.peer.hex(),
             "addresses": [f"{address.host}:{address.port}" for address in record.addresses],
+            "seen": record.seen,
             "library": record.library,
             "connected": record.conn is not None,
             "heard_ago_s": round(self._now - record.heard_at, 3),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass, field
 
+from pyccl._proto import limits
 from pyccl._proto.epoch import NO_ID, Address, Epoch, Member
 from pyccl._proto.messages import Blocked, Count, EpochCommit, EpochPropose, Hello, Measured, Report
 from pyccl._proto.plan import Plan
@@ -43,6 +45,8 @@ class Peer:
     library: str
     order: int  # of arrival: newcomers are served in it
     heard_at: float
+    seen: str = ""  # the host that its control connection comes from, or the last one came from
+    shown: deque[str] = field(default_factory=lambda: deque(maxlen=limits.PUNCHES_MAX))  # places of its reflections
     conn: int | None = None
     standing: Standing = Standing.PENDING
     said: Said = field(default_factory=Said)
@@ -62,7 +66,7 @@ class Peer:
 
     @property
     def member(self) -> Member:
-        return Member(self.peer, self.incarnation, self.addresses)
+        return Member(self.peer, self.incarnation, self.addresses, self.seen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -280,7 +280,7 @@ _VERDICTS: Final = _Array(
     _Record(OpVerdict, _SPACE, _U64, _U64, _UInt(2, low=1), check=channel.check_untrusted), limits.KEYS_MAX
 )
 _RESUME: Final = _Maybe(_Record(Resume, _ID, _U64, _ID, _BOOL, _U64))
-_MEMBER: Final = _Record(Member, _ID, _ID, _ADDRESSES)
+_MEMBER: Final = _Record(Member, _ID, _ID, _ADDRESSES, _HOST)
 _MEMBERS: Final = _Array(_MEMBER, limits.MEMBERS_MAX)
 _PEERS: Final = _Array(_ID, limits.MEMBERS_MAX)
 _RATE: Final = _UInt(limits.RATE_MAX)

@@ -46,10 +46,10 @@ class Observers:
             return f"this master keeps at most {limits.OBSERVERS_OF_ALL_MAX} observers"
         return ""
 
-    def add(self, conn: int, observe: Observe, now: float) -> list[int]:
-        """Connections that it takes the place of: the same peer came on them before."""
+    def add(self, conn: int, observe: Observe, seen: str, now: float) -> list[int]:
+        """Connections that it takes the place of: the same peer came on them before. seen: as of a Member."""
         older = [other for other, known in self._by_conn.items() if known.member.peer == observe.peer]
-        member = Member(observe.peer, observe.incarnation, observe.addresses)
+        member = Member(observe.peer, observe.incarnation, observe.addresses, seen)
         self._by_conn[conn] = _Observer(member, observe.group, observe.library, now, observe.relays)
         return older
 

@@ -1,15 +1,18 @@
 """The master's part where two peers do not reach each other: it brings their offers to punch together.
 
 Punching: both connect to the other's address, as the master sees it, at the same moment, so that each one's router has
-let a packet out before the other's comes in. It keeps offers for PUNCH_S and decides nothing. Spec: proto/wire.md 11.
+let a packet out before the other's comes in. An address is a host at which the master has seen who names it, or nothing
+comes of the offer. It keeps offers for PUNCH_S and decides nothing else. Spec: proto/wire.md 11.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 from pyccl._proto import limits
+from pyccl._proto.candidates import place
 from pyccl._proto.master_records import PeerKey
 from pyccl._proto.messages import Punch, PunchGo
 
@@ -35,6 +38,11 @@ class Offers:
             return other.punch
         self._by_pair[sender, to] = _Offer(punch, now + limits.PUNCH_S)
         return None
+
+
+def are_shown(punch: Punch, places: Collection[str]) -> bool:
+    """Whether who offers it was seen at all of its endpoints' places: nobody has others connect to a third."""
+    return all((at := place(endpoint.host)) != "" and at in places for endpoint in punch.endpoints)
 
 
 def begin(offer: Punch, other: Punch, peer: bytes) -> PunchGo:

@@ -22,7 +22,8 @@ from pyccl._io.probe import Seen, dial, probe
 from pyccl._io.sampling import Rate, measure
 from pyccl._io.tls import Credentials
 from pyccl._proto import limits
-from pyccl._proto.candidates import is_public
+from pyccl._proto.candidates import is_public, may_reach, ordered, seen_at
+from pyccl._proto.epoch import NO_ID, Address, Member
 from pyccl._proto.invites import read_unproven
 from pyccl.doctor.finding import Finding, Level
 
@@ -258,7 +259,7 @@ async def look(master: Master | None, library: str, open_mapping_: OpenMapping |
                             await probe(master.host, master.port, credentials, 0 if n else outer) for n in range(PROBES)
                         ]
                         status = await ask_status(master.host, master.port, credentials)
-                        tried = await _tried(addresses_untrusted(status))
+                        tried = await _tried(members_untrusted(status), seen_at(seen[0].observed[0], seen[0].local[0]))
                 except trio.TooSlowError:
                     late = f"{master.address} did not answer within {_TIMEOUT_S:g} s"
                     findings.append(judge_failure(master, errors.MasterUnavailableError(late)))
@@ -289,31 +290,34 @@ def judge_seen(master: Master, seen: list[Seen], port: int) -> list[Finding]:
     ]
 
 
-def addresses_untrusted(status: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
-    """Of some members that a status names. RemoteProtocolError: it is none."""
-    found: dict[str, list[tuple[str, int]]] = {}
+def members_untrusted(status: dict[str, Any]) -> dict[str, Member]:
+    """Some that a status names, their addresses and where they are seen. RemoteProtocolError: it is none."""
+    found: dict[str, Member] = {}
     try:
         members = [member for group in status["groups"] for member in group["members"]]
         for member in members[:PEERS_MAX]:
             addresses = [str(address).rpartition(":") for address in member["addresses"][: limits.ADDRESSES_MAX]]
-            found[str(member["peer"])] = [(host, int(port)) for host, _, port in addresses]
+            ends = tuple(Address(host, int(port)) for host, _, port in addresses)
+            found[str(member["peer"])] = Member(NO_ID, NO_ID, ends, str(member["seen"]))
     except (KeyError, TypeError, ValueError) as e:
         raise errors.RemoteProtocolError("a status without members") from e
     return found
 
 
-async def _tried(members: dict[str, list[tuple[str, int]]]) -> dict[str, str]:
-    tried = dict.fromkeys(members, "it names no address")
+async def _tried(members: dict[str, Member], seen: str) -> dict[str, str]:
+    """seen: where we are, as members would be."""
+    tried = dict.fromkeys(members, "it names no address that may be dialed")
+    mine = Member(NO_ID, NO_ID, (), seen)
 
-    async def one(peer: str, host: str, port: int) -> None:
-        reason = await dial(host, port)
+    async def one(peer: str, at: Address) -> None:
+        reason = await dial(at.host, at.port, lambda host: may_reach(host, members[peer], mine))
         if tried[peer]:  # not reached at another address
             tried[peer] = reason
 
     async with trio.open_nursery() as nursery:
-        for peer, addresses in members.items():
-            for host, port in addresses:
-                nursery.start_soon(one, peer, host, port)
+        for peer, member in members.items():
+            for address in ordered(member, mine):
+                nursery.start_soon(one, peer, address)
     return tried
 
 

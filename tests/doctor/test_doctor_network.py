@@ -8,7 +8,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from pyccl._io.routers import Lease
 from pyccl._io.sampling import Rate, Sampler
 from pyccl._io.tls import Credentials, Line, Ticket
 from pyccl._proto import dialback, limits, member
+from pyccl._proto.candidates import seen_at
 from pyccl._proto.invites import Invite, seal
 from pyccl._proto.messages import DialTold, Probe, Probed, Rejected, Sample
 from pyccl._proto.past import Past
@@ -225,7 +226,7 @@ def test_another_version_at_the_master_is_a_note() -> None:
 )
 def test_a_status_that_is_none_is_a_protocol_error(status: dict[str, object]) -> None:
     with pytest.raises(RemoteProtocolError):
-        network.addresses_untrusted(status)
+        network.members_untrusted(status)
 
 
 # ---- looks
@@ -243,6 +244,25 @@ def test_a_plain_master_here_is_reached_and_reaches_us() -> None:
     assert all(rates[way]["bits_per_s"] > 0 and rates[way]["size_bytes"] > 0 for way in ("up", "down"))
     assert found["port mapping"].data["method"] == "pcp"
     assert "invite" not in found
+
+
+def test_members_are_not_dialed_at_what_is_none_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    dialed: list[str] = []
+
+    async def note(host: str, port: int, allowed: Callable[[str], bool]) -> str:
+        dialed.append(host)
+        return "" if allowed(host) else "not allowed"
+
+    monkeypatch.setattr(network, "dial", note)
+    hosts = ("127.0.0.1", "10.0.0.1", "169.254.169.254", "198.51.100.7", "db.internal")
+    addresses = [f"{host}:5" for host in hosts]
+    told = {"peer": "ab", "addresses": addresses, "seen": "198.51.100.7"}
+    members = network.members_untrusted({"groups": [{"members": [told]}]})
+    assert trio.run(network._tried, members, seen_at("127.0.0.1", "10.0.0.2")) == {"ab": ""}
+    assert sorted(dialed) == ["198.51.100.7", "db.internal"]
+    dialed.clear()
+    assert trio.run(network._tried, {"ab": replace(members["ab"], seen=HOST)}, HOST) == {"ab": ""}
+    assert sorted(dialed) == ["10.0.0.1", "127.0.0.1", "198.51.100.7", "db.internal"]
 
 
 def test_members_are_not_asked_to_dial_what_is_not_public() -> None:

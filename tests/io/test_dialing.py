@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
+from listeners import SEEN, listen
 from trio.testing import MockClock
 
-from pyccl._io.dialing import HEAD_START_S, NotTakenError, first_of
-from pyccl._proto.epoch import Address
+from pyccl._io.dialing import HEAD_START_S, NotTakenError, connect, first_of
+from pyccl._proto.epoch import Address, AddressKind, Member
 from pyccl.errors import RemoteProtocolError
 
 ADDRESSES = tuple(Address(f"192.0.2.{n}", 1) for n in range(4))
@@ -98,7 +99,7 @@ REFUSED = ConnectionRefusedError, "refused by the host"  # made anew where it is
 @pytest.mark.parametrize(
     ("errors", "refused", "said"),
     [
-        ((), True, "names no address"),
+        ((), False, "names no address"),
         ((REFUSED,), True, "refused"),
         ((REFUSED, REFUSED), True, "refused"),
         (((OSError, "no route"), REFUSED), False, "no route"),
@@ -128,6 +129,28 @@ def test_a_host_with_several_addresses_is_refused_if_all_of_them_refuse() -> Non
             assert isinstance(caught.value, ConnectionRefusedError) == refused
 
     run(main)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.1", "0x7f000001", "2130706433", "127.0.0.1", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize(("seen", "taken"), [("203.0.113.9", False), (SEEN, True)])
+def test_a_name_is_dialed_only_at_addresses_that_may_be(host: str, seen: str, taken: bool) -> None:
+    """Its owner may have it mean whatever it likes: loopback is dialed where the master sees both there."""
+
+    async def main() -> None:
+        listener, address = await listen("127.0.0.1")
+        theirs = Member(b"t" * 16, b"t" * 16, (Address(host, address.port, AddressKind.ADVERTISED),), seen)
+        mine = Member(b"m" * 16, b"m" * 16, seen=SEEN)
+        async with listener:
+            if taken:
+                await (await connect(theirs, mine)).aclose()
+                return
+            with pytest.raises(OSError, match="may be dialed") as caught:
+                await connect(theirs, mine)
+            assert not isinstance(caught.value, ConnectionRefusedError)
+            with pytest.raises(BlockingIOError):
+                listener.socket._sock.accept()
+
+    trio.run(main)
 
 
 def test_who_gives_up_waiting_leaves_no_attempt_behind() -> None:

@@ -202,6 +202,7 @@ def test_who_is_seen_where_it_is_is_behind_no_router(seen_as: str) -> None:
         await made.open(LAN)
         await made.welcomed(LAN, seen_as, remote=True)
         assert not made.is_behind_router and made.may_punch == (seen_as != LOOPBACK)
+        assert made.seen == LAN  # not on the master's machine, whatever it says
         await wait_all_tasks_blocked()
         assert not around.seen_from
 

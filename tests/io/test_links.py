@@ -8,12 +8,13 @@ import gc
 import math
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
 import waiting
-from listeners import listen
+from listeners import SEEN, listen
 
 from pyccl._io import dialing, envelope, links
 from pyccl._native.handles import Relay
@@ -25,7 +26,7 @@ from pyccl.errors import UsageError
 until = functools.partial(waiting.until, seconds=20.0)
 
 RUN = b"R" * 16
-ME = Member(b"\x01" * 16, b"a" * 16)
+ME = Member(b"\x01" * 16, b"a" * 16, seen=SEEN)
 OTHER = b"\x02" * 16
 
 
@@ -122,7 +123,7 @@ def test_a_host_name_that_no_resolver_takes_is_a_failed_dial(host: str) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             made = make(FakeEngine(), Heard(), nursery)
-            made.open(1, [Member(OTHER, b"b" * 16, (Address(host, 1),))])
+            made.open(1, [Member(OTHER, b"b" * 16, (Address(host, 1),), SEEN)])
             await trio.sleep(0.3)
             nursery.cancel_scope.cancel()
 
@@ -180,7 +181,7 @@ def test_a_direct_connection_takes_the_place_of_a_punched_one_though_only_we_can
         engine, there = FakeEngine(), FakeEngine()
         listener, address = await listen("127.0.0.1")
         others, its = await listen("127.0.0.1")
-        other = Member(dialer, b"b" * 16, (its,))
+        other = Member(dialer, b"b" * 16, (its,), SEEN)
         async with trio.open_nursery() as nursery:
             answer(other, there, others, nursery)
             made = make(engine, Heard(), nursery)
@@ -209,7 +210,7 @@ def test_both_ends_of_a_loopback_connection_use_cubic(host: str) -> None:
     async def main() -> None:
         here, there, heard = FakeEngine(), FakeEngine(), Heard()
         listener, address = await listen(host)
-        other = Member(OTHER, b"b" * 16, (address,))
+        other = Member(OTHER, b"b" * 16, (address,), SEEN)
         async with trio.open_nursery() as nursery:
             answer(other, there, listener, nursery)
             make(here, heard, nursery).open(1, [other])
@@ -227,7 +228,7 @@ def test_a_link_grows_to_what_the_engine_asks_for_and_no_further(dials: bool, mo
     async def main() -> None:
         engine, there = FakeEngine(), FakeEngine()
         listener, address = await listen("127.0.0.1")
-        other = Member(OTHER if dials else b"\x00" * 16, b"b" * 16, (address,))
+        other = Member(OTHER if dials else b"\x00" * 16, b"b" * 16, (address,), SEEN)
         async with trio.open_nursery() as nursery:
             answer(other, there, listener, nursery)
             made = make(engine, Heard(), nursery)
@@ -253,7 +254,7 @@ def test_a_link_that_comes_up_after_the_time_ran_out_is_reported_ready(monkeypat
         closed.close()
         async with trio.open_nursery() as nursery:
             made = make(engine, heard, nursery)
-            made.open(7, [Member(OTHER, b"b" * 16, (Address("127.0.0.1", port),))])
+            made.open(7, [Member(OTHER, b"b" * 16, (Address("127.0.0.1", port),), SEEN)])
             await until(lambda: heard.failed, seconds=5)
             assert heard.ready == []
 
@@ -284,7 +285,7 @@ def test_a_refused_connection_leaves_nothing_for_the_garbage_collector(addresses
 
         async def main() -> None:
             try:
-                await dialing.connect([Address("127.0.0.1", port)] * addresses)
+                await dialing.connect(replace(ME, addresses=(Address("127.0.0.1", port),) * addresses), ME)
             except ConnectionRefusedError:
                 pass
             else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import trio
-from listeners import listen
+from listeners import SEEN, listen
+from waiting import until
 
 from pyccl._io import envelope, links, punching
 from pyccl._io.front import MasterAt
@@ -57,13 +59,16 @@ class Offered:
     async def next(self) -> tuple[Address, ...]:
         return await self._receive.receive()
 
+    def next_nowait(self) -> tuple[Address, ...]:
+        return self._receive.receive_nowait()
+
 
 def run(main: Callable[[links.Links, Offered], Awaitable[None]], may: Callable[[], bool] = lambda: True) -> None:
     async def limited() -> None:
         offered = Offered()
         listener, master = await listen("127.0.0.1")
         outside = links.Outside(
-            "never", MasterAt(master.host, master.port, None), addresses=lambda: (), is_behind_router=lambda: False,
+            "never", MasterAt(master.host, master.port, None), seen=lambda: SEEN, is_behind_router=lambda: False,
             may_punch=may, offer=offered.note, ask_relay=lambda *_: None, round_trip_s=lambda _: None,
         )  # fmt: skip
         no_state: Any = None  # nobody asks for it
@@ -71,7 +76,7 @@ def run(main: Callable[[links.Links, Offered], Awaitable[None]], may: Callable[[
             ready=lambda _: None, failed=lambda *_: None, refused=lambda *_: None, up=lambda _: None, state=no_state
         )
         engine: Any = Unlinked()
-        me, other = (Member(peer, NO_ID, (BRICKS,)) for peer in (A, B))
+        me, other = (Member(peer, NO_ID, (BRICKS,), SEEN) for peer in (A, B))
         with trio.fail_after(HANG_S):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.serve_listeners, reflect, [listener])
@@ -104,6 +109,70 @@ def test_what_was_offered_before_the_master_came_back_is_offered_anew_at_once(
         assert await offered.next() != lost
 
     run(main)
+
+
+def test_a_link_is_punched_so_often_and_then_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(punching, "_IDLE_S", 0.0)
+    monkeypatch.setattr(links, "_BACKOFF_S", (0.0, 0.0))
+    monkeypatch.setattr(links, "_PUNCH_EVERY_S", math.inf)
+    asked = 0
+
+    def may() -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    async def main(made: links.Links, offered: Offered) -> None:
+        for _ in range(links._PUNCHES_BURST):
+            await offered.next()
+        tried = asked
+        await until(lambda: asked > tried + 10)
+        with pytest.raises(trio.WouldBlock):
+            offered.next_nowait()
+
+    run(main, may)
+
+
+@pytest.mark.parametrize(("host", "began"), [("169.254.169.254", False), ("db.internal", False), ("127.0.0.1", True)])
+def test_endpoints_that_are_no_address_of_the_peer_s_are_not_connected_to(
+    host: str, began: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[bytes] = []
+    monkeypatch.setattr(punching.Puncher, "begin", lambda _, peer, *rest: begun.append(peer))
+
+    async def main(made: links.Links, offered: Offered) -> None:
+        await offered.next()
+        made.punch_begins(B, (BRICKS, Address(host, 22)), 0.0)
+        assert begun == [B] * began
+
+    run(main)
+
+
+def test_a_port_that_refuses_is_tried_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever port of its own host a peer names."""
+    sleeps: list[float] = []
+    enough = trio.CancelScope()
+
+    async def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        if len(sleeps) == 6:
+            enough.cancel()
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(trio, "sleep", sleep)
+
+    async def main() -> None:
+        refusing, address = await listen("127.0.0.1")
+        await refusing.aclose()
+        async with trio.open_nursery() as nursery:
+            unused: Any = None
+            puncher = punching.Puncher(unused, unused, nursery, unused, unused)
+            port = punching._Port(0, socket.AF_INET, address, unused)
+            with enough:
+                await puncher._connect(B, port, address)
+
+    trio.run(main)
+    assert sleeps == [punching._REFUSED_S * 2**n for n in range(6)]
 
 
 def test_who_may_not_punch_yet_does_so_when_it_may() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from listeners import listen
+from listeners import SEEN, listen
 from waiting import until
 
 from pyccl._io import envelope, links
@@ -82,7 +82,7 @@ class Node:
 
     async def live(self, relay: Relay, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         listener, address = await listen("127.0.0.1")
-        self.member = Member(self.peer, incarnation(self.peer), (address,))
+        self.member = Member(self.peer, incarnation(self.peer), (address,), SEEN)
         events = links.LinkEvents(
             ready=self.ready.append,
             failed=lambda version, who, why: self.failed.append(version),
@@ -362,7 +362,8 @@ def test_a_relay_serves_members_alone(
     async def main() -> None:
         async with nodes(R) as (r,):
             port = free_port()
-            r.links.open(1, [Member(peer, incarnation(peer), (Address("127.0.0.1", port),)) for peer in (A, B)])
+            nowhere = (Address("127.0.0.1", port),)
+            r.links.open(1, [Member(peer, incarnation(peer), nowhere, SEEN) for peer in (A, B)])
             (at,) = r.member.addresses
             async with await trio.open_tcp_stream(at.host, at.port) as stream:
                 await stream.send_all(envelope.pack(hello))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trio
-from listeners import listen
+from listeners import SEEN, listen
 from waiting import until
 
 from pyccl._io import agreement, envelope, links
@@ -88,7 +88,7 @@ class Node:
 
     async def start(self) -> Node:
         listener, self.address = await listen("127.0.0.1")
-        self.member = Member(self.who.peer, incarnation(self.who.peer), (self.address,))
+        self.member = Member(self.who.peer, incarnation(self.who.peer), (self.address,), SEEN)
         events = links.LinkEvents(
             ready=lambda _: None, failed=lambda *_: None, refused=lambda *_: None, up=lambda _: None, state=_no_state
         )
@@ -326,7 +326,7 @@ def test_who_dials_a_stranger_in_a_members_place_hands_nothing_over() -> None:
                     met.append(str(e))
 
         nursery.start_soon(trio.serve_listeners, impostor, [listener])
-        ann.links.open(1, [Member(BOB.peer, incarnation(BOB.peer), (address,))])
+        ann.links.open(1, [Member(BOB.peer, incarnation(BOB.peer), (address,), SEEN)])
         await until(lambda: len(met) >= 3)  # it tries again and again
         assert ann.engine.all() == [] and set(met) == {"no PeerProof"}
 

@@ -18,7 +18,7 @@ from pyccl._io.envelope import LONG_MAX
 from pyccl._io.journal import Journal
 from pyccl._io.master_server import TRIES_PER_LINE, MasterServer
 from pyccl._proto import limits
-from pyccl._proto.epoch import Address
+from pyccl._proto.epoch import Address, AddressKind
 from pyccl._proto.messages import (
     Alive,
     EpochCommit,
@@ -27,7 +27,11 @@ from pyccl._proto.messages import (
     Hello,
     Members,
     Observe,
+    Punch,
+    PunchAsk,
     Ready,
+    Reflect,
+    Reflected,
     Welcome,
 )
 from pyccl._proto.past import Past, Record
@@ -85,6 +89,18 @@ class Served:
                 await stream.send_all(envelope.pack(Ready(message.epoch.number, message.version)))
             if isinstance(message, EpochCommit):
                 return stream
+
+
+    async def reflected(self, peer: bytes, incarnation: bytes, host: str) -> Address:
+        """What the master says of a connection of this peer's from this address of ours."""
+        sock = trio.socket.socket()
+        await sock.bind((host, 0))
+        await sock.connect(("127.0.0.1", self._port))
+        async with trio.SocketStream(sock) as stream:
+            await stream.send_all(envelope.pack(Reflect(limits.PROTOCOL_VERSION, peer, incarnation)))
+            told = await envelope.receive(stream)
+        assert isinstance(told, Reflected)
+        return Address(told.host, told.port, AddressKind.OBSERVED)
 
 
 @asynccontextmanager
@@ -187,6 +203,23 @@ async def _ended(stream: trio.SocketStream) -> bool:
     except trio.BrokenResourceError:
         pass
     return True
+
+
+def test_what_a_peer_was_told_of_its_connections_it_may_offer_to_punch_wherever_they_come_from() -> None:
+    async def main() -> None:
+        async with served() as master:
+            me, other = master.ids(), master.ids()
+            streams = [await master.connect() for _ in range(2)]
+            for ids, stream in zip((me, other), streams, strict=True):
+                await stream.send_all(envelope.pack(Hello(limits.PROTOCOL_VERSION, "test", 0, *ids)))
+                assert isinstance(await envelope.receive(stream), Welcome)
+            seen_as = await master.reflected(*me, "127.0.0.2")
+            await streams[0].send_all(envelope.pack(Punch(other[0], (seen_as,), 0)))
+            while not isinstance(asked := await envelope.receive(streams[1]), PunchAsk):
+                pass
+            assert asked == PunchAsk(me[0], 1)
+
+    run(main)
 
 
 def test_a_disk_that_stays_full_is_told_in_a_line_for_many_attempts(

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import trio
+from listeners import SEEN
 
 import pyccl
 from pyccl._io import envelope
@@ -21,7 +22,7 @@ from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
 from pyccl._proto.messages import StateOffer
 
-ME = Member(b"m" * 16, b"i" * 16, ())
+ME = Member(b"m" * 16, b"i" * 16, (), SEEN)
 PATIENCE_S = 60.0
 
 
@@ -65,7 +66,7 @@ class FakeSession:
             return int(listener.socket.getsockname()[1])
 
         port = trio.from_thread.run(start, trio_token=self._token)
-        return Member(bytes([revision]) * 16, b"i" * 16, (Address("127.0.0.1", port),))
+        return Member(bytes([revision]) * 16, b"i" * 16, (Address("127.0.0.1", port),), SEEN)
 
     def place(self) -> tuple[bytes, Member]:
         return b"R" * 16, ME

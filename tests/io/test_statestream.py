@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 import trio
-from listeners import listen
+from listeners import SEEN, listen
 from trio.testing import MockClock, memory_stream_one_way_pair
 
 import pyccl
@@ -27,7 +27,7 @@ from pyccl._proto.messages import Message, PeerRefused, StateHello, StateNone, S
 from pyccl.errors import RemoteProtocolError, StateFileError
 
 RUN = b"R" * 16
-SERVER, ASKER = (b"s" * 16, b"S" * 16), Member(b"a" * 16, b"A" * 16)
+SERVER, ASKER = (b"s" * 16, b"S" * 16), Member(b"a" * 16, b"A" * 16, seen=SEEN)
 HANG_S = 30.0
 
 
@@ -69,7 +69,7 @@ async def serving(server: StateServer) -> AsyncIterator[Member]:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, accept, [listener])
-        yield Member(*SERVER, (address,))
+        yield Member(*SERVER, (address,), SEEN)
         nursery.cancel_scope.cancel()
 
 
@@ -235,7 +235,7 @@ async def lying(*sent: bytes) -> AsyncIterator[trio.SocketStream]:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, accept, [listener])
-        source = Member(*SERVER, (Address(address.host, address.port),))
+        source = Member(*SERVER, (Address(address.host, address.port),), SEEN)
         async with await statestream.ask(RUN, ASKER, source) as stream:
             yield stream
         nursery.cancel_scope.cancel()
@@ -293,7 +293,7 @@ def credentials(salt: bytes) -> Credentials:
 
 
 ANN, BOB, EVE = (credentials(salt) for salt in (b"1", b"2", b"3"))
-ASKS, SERVES = Member(ANN.peer, b"A" * 16), (BOB.peer, b"S" * 16)
+ASKS, SERVES = Member(ANN.peer, b"A" * 16, seen=SEEN), (BOB.peer, b"S" * 16)
 
 
 @asynccontextmanager
@@ -313,7 +313,7 @@ async def sealed_server(made: StateServer) -> AsyncIterator[tuple[Member, list[E
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, accept, [listener])
-        yield Member(*SERVES, (address,)), ended
+        yield Member(*SERVES, (address,), SEEN), ended
         nursery.cancel_scope.cancel()
 
 

@@ -397,7 +397,8 @@ def test_sealed_record_of_another_type_or_length_is_refused_at_its_head(head: in
         trio.run(SealedStream(line, Keys(*SECRETS, CIPHER_AES, False)).receive_some)
 
 
-STATUS: Final[dict[str, Any]] = {"groups": [{"members": [{"peer": "ab", "addresses": ["192.0.2.1:5", "[::1]:6"]}]}]}
+MEMBER: Final = {"peer": "ab", "addresses": ["192.0.2.1:5", "[::1]:6"], "seen": "192.0.2.1"}
+STATUS: Final[dict[str, Any]] = {"groups": [{"members": [MEMBER]}]}
 
 
 @THOROUGH
@@ -410,7 +411,7 @@ def test_members_of_a_status(data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(at)) if isinstance(at, dict) else st.integers(0, len(at) - 1))
     at[key] = data.draw(PLAIN | st.sampled_from(["h:" + "9" * 30, "h:-1", "h:" + "9" * 5000, ":", "h:\u0665"]))
     if isinstance(whole[0], dict):
-        only(RemoteProtocolError, lambda: network.addresses_untrusted(whole[0]))
+        only(RemoteProtocolError, lambda: network.members_untrusted(whole[0]))
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65_536 + 1, 1 << 40, 10**30])

@@ -32,7 +32,7 @@ from pyccl._io.packer import pack, unpack_untrusted
 from pyccl._io.tls import Ticket
 from pyccl._native.handles import is_heartbeat_untrusted
 from pyccl._proto import candidates, election, invites, layout, limits, mismatch, past, plan, spec
-from pyccl._proto.epoch import Address, AddressKind
+from pyccl._proto.epoch import Address, AddressKind, Member
 from pyccl._proto.messages import (
     from_wire_untrusted,
     to_wire,
@@ -169,14 +169,17 @@ ADDRESSES: Final = st.lists(
 
 
 @THOROUGH
-@given(HOSTS, HOSTS, ADDRESSES, ADDRESSES, st.booleans())
+@given(HOSTS, HOSTS, HOSTS, ADDRESSES, st.booleans())
 def test_hosts_and_addresses_of_others(
-    host: str, own: str, theirs: list[Address], mine: list[Address], behind_router: bool
+    host: str, own: str, seen: str, addresses: list[Address], behind_router: bool
 ) -> None:
     if candidates.may_dial(host, own):
         assert not candidates.is_private(host) and not candidates.is_loopback(host)
-    assert set(candidates.ordered(theirs, mine)) <= set(theirs)
-    candidates.lead_home(theirs, mine, behind_router=behind_router)
+    theirs, mine = Member(b"t" * 16, b"t" * 16, tuple(addresses), seen), Member(b"m" * 16, b"m" * 16, (), own)
+    if candidates.may_reach(host, theirs, mine) and not candidates.are_near(seen, own):
+        assert not candidates.is_private(host) and not candidates.is_loopback(host)
+    assert set(candidates.ordered(theirs, mine)) <= set(addresses)
+    assert addresses or not candidates.lead_home(theirs, mine, behind_router=behind_router)
 
 
 @THOROUGH

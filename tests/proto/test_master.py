@@ -88,12 +88,12 @@ class World:
                 case mm.Log(event, fields):
                     self.logs.append((event, fields))
 
-    def hello(self, n: int, conn: int | None = None, **changes: Any) -> None:
+    def hello(self, n: int, conn: int | None = None, host: str = "", **changes: Any) -> None:
         conn = n if conn is None else conn
         fields: dict[str, Any] = {
             "version": 1, "library": "test", "group": 0, "peer": peer_id(n), "incarnation": incarnation(n),
         }  # fmt: skip
-        self.do(self.master.connected(conn, self.now))
+        self.do(self.master.connected(conn, self.now, host))
         self.say(conn, Hello(**{**fields, **changes}))
 
     def say(self, conn: int, *messages: Message) -> None:
@@ -129,12 +129,11 @@ class World:
             self.say(conn, Ready(proposal.epoch.number, proposal.version))
 
 
-def group_of(n: int) -> World:
-    """Peers 1..n are members of one epoch."""
+def group_of(n: int, host: str = "") -> World:
+    """Peers 1..n are members of one epoch. host: where the master sees them all."""
     world = World()
-    world.hello(1)
-    for other in range(2, n + 1):
-        world.hello(other)
+    for peer in range(1, n + 1):
+        world.hello(peer, host=host)
     if n > 1:
         world.say(1, Arrive(1))
         world.ready(*range(1, n + 1))

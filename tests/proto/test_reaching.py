@@ -6,7 +6,7 @@ import pytest
 from test_master import RUN, TIMEOUT_S, World, group_of, incarnation, peer_id, resume_of
 
 from pyccl._proto import limits
-from pyccl._proto.candidates import lead_home, ordered
+from pyccl._proto.candidates import are_near, lead_home, may_reach, ordered
 from pyccl._proto.epoch import NO_ID, Address, AddressKind, Member
 from pyccl._proto.master import MasterMachine
 from pyccl._proto.messages import (
@@ -24,14 +24,15 @@ from pyccl._proto.messages import (
     Welcome,
 )
 
-ENDPOINTS = tuple(Address("192.0.2.1", 1000 + n, AddressKind.OBSERVED) for n in range(4))
-LAN, OUTSIDE = Address("192.168.1.2", 5), Address("192.0.2.1", 5, AddressKind.OBSERVED)
-PUBLIC, LOOPBACK = Address("198.51.100.7", 5), Address("127.0.0.1", 5)
-FAR, HERE = Address("203.0.113.9", 6, AddressKind.OBSERVED), Address("192.168.1.3", 6)
+SEEN = "192.0.2.1"
+ENDPOINTS = tuple(Address(SEEN, 1000 + n, AddressKind.OBSERVED) for n in range(4))
+LAN, OUTSIDE = Address("192.168.1.2", 5), Address(SEEN, 5, AddressKind.OBSERVED)
+PUBLIC, LOOPBACK, NAMED = Address("198.51.100.7", 5), Address("127.0.0.1", 5), Address("peer.example", 1)
+INSIDE, ELSEWHERE = "192.168.1.3", "203.0.113.9"
 
 
 def test_both_begin_when_both_have_offered_each_when_its_message_takes_its_time() -> None:
-    world = group_of(2)
+    world = group_of(2, SEEN)
     world.say(1, Punch(peer_id(2), ENDPOINTS[:3], 100_000))
     assert world.got(2, PunchAsk) == [PunchAsk(peer_id(1), 3)]
     assert world.got(1, PunchGo) == []
@@ -43,7 +44,7 @@ def test_both_begin_when_both_have_offered_each_when_its_message_takes_its_time(
 
 
 def test_an_offer_counts_once_and_not_for_ever() -> None:
-    world = group_of(2)
+    world = group_of(2, SEEN)
     world.say(1, Punch(peer_id(2), ENDPOINTS, 0))
     world.say(2, Punch(peer_id(1), ENDPOINTS, 0))
     world.say(2, Punch(peer_id(1), ENDPOINTS, 0))
@@ -53,9 +54,31 @@ def test_an_offer_counts_once_and_not_for_ever() -> None:
     assert len(world.got(2, PunchAsk)) == 2 and len(world.got(2, PunchGo)) == 1
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.168.1.1", "169.254.169.254", "198.51.100.1", "db.internal", "::1"])
+def test_an_offer_of_what_the_master_has_not_seen_has_no_effect(host: str) -> None:
+    world = group_of(2, SEEN)
+    world.say(2, Punch(peer_id(1), ENDPOINTS, 0))
+    world.say(1, Punch(peer_id(2), (*ENDPOINTS, Address(host, 22, AddressKind.OBSERVED)), 0))
+    assert len(world.got(1, PunchAsk)) == 1
+    assert [world.got(n, kind) for n, kind in ((2, PunchAsk), (1, PunchGo), (2, PunchGo))] == [[]] * 3
+
+
+def test_an_offer_counts_at_other_places_that_its_reflections_came_from_and_in_the_network_of_an_ipv6_host() -> None:
+    world = group_of(2, "2001:db8::1")
+    world.master.reflected(peer_id(1), incarnation(1), "198.51.100.7")
+    world.master.reflected(peer_id(1), incarnation(7), "198.51.100.8")
+    endpoints = tuple(Address(host, 1, AddressKind.OBSERVED) for host in ("198.51.100.7", "2001:db8::abcd"))
+    world.say(1, Punch(peer_id(2), endpoints, 0))
+    assert world.got(2, PunchAsk) == [PunchAsk(peer_id(1), 2)]
+    world.say(2, Punch(peer_id(1), (endpoints[1],), 0))
+    assert world.got(2, PunchGo)[0].endpoints == endpoints[:1]
+    world.say(1, Punch(peer_id(2), (Address("198.51.100.8", 1),), 0))
+    assert len(world.got(2, PunchAsk)) == 1
+
+
 @pytest.mark.parametrize("to", [1, 7])
 def test_an_offer_to_oneself_or_to_nobody_has_no_effect(to: int) -> None:
-    world = group_of(2)
+    world = group_of(2, SEEN)
     world.say(1, Punch(peer_id(to), ENDPOINTS, 0))
     world.say(1, RelayAsk(peer_id(to), peer_id(2)))
     assert [world.got(n, kind) for n in (1, 2) for kind in (PunchAsk, PunchGo, RelayCall)] == [[]] * 6
@@ -76,8 +99,9 @@ def test_who_was_away_is_told_who_has_moved_meanwhile() -> None:
     world = group_of(2)
     world.drop(2)
     world.say(1, Addresses((LAN,)))
-    world.hello(2, conn=20, resume=resume_of(world))
+    world.hello(2, conn=20, host=ELSEWHERE, resume=resume_of(world))
     assert world.got(20, Moved) == [Moved(Member(peer_id(1), incarnation(1), (LAN,)))]
+    assert world.got(1, Moved) == [Moved(Member(peer_id(2), incarnation(2), (), ELSEWHERE))]
 
 
 def test_an_observer_that_relays_is_offered_to_all_and_told_for_whom() -> None:
@@ -85,7 +109,7 @@ def test_an_observer_that_relays_is_offered_to_all_and_told_for_whom() -> None:
     world.do(world.master.connected(50, world.now, "198.51.100.7"))
     observe = Observe(limits.PROTOCOL_VERSION, "test", 3, peer_id(5), incarnation(5), (PUBLIC,), True)
     world.do(world.master.receive(50, observe, world.now))
-    relay = Member(peer_id(5), incarnation(5), (PUBLIC,))
+    relay = Member(peer_id(5), incarnation(5), (PUBLIC,), "198.51.100.7")
     assert world.got(1, Relays) == world.got(2, Relays) == [Relays((relay,))]
     world.say(1, RelayAsk(peer_id(2), peer_id(5)))
     members = [Member(peer_id(n), incarnation(n), ()) for n in (1, 2)]
@@ -93,7 +117,7 @@ def test_an_observer_that_relays_is_offered_to_all_and_told_for_whom() -> None:
     assert world.got(2, RelayCall) == [RelayCall(peer_id(1), peer_id(5))]
     moved = Address("198.51.100.8", 5)
     world.do(world.master.receive(50, Addresses((moved,)), world.now))
-    assert world.got(1, Relays)[-1] == Relays((Member(peer_id(5), incarnation(5), (moved,)),))
+    assert world.got(1, Relays)[-1] == Relays((Member(peer_id(5), incarnation(5), (moved,), "198.51.100.7"),))
     world.do(world.master.disconnected(50, world.now))
     assert world.got(1, Relays)[-1] == Relays(())
 
@@ -110,42 +134,67 @@ def test_a_master_that_relays_offers_itself() -> None:
     assert not world.master.are_to_be_linked(one, (peer_id(2), incarnation(3)))
 
 
+def one(seen: str, *addresses: Address) -> Member:
+    return Member(peer_id(1), incarnation(1), addresses, seen)
+
+
 @pytest.mark.parametrize(
-    ("theirs", "mine", "wanted"),
+    ("theirs", "seen", "wanted"),
     [
-        ((LAN, OUTSIDE), (HERE, OUTSIDE), [LAN, OUTSIDE]),  # behind the same router
-        ((LAN, OUTSIDE), (HERE, FAR), [OUTSIDE, LAN]),
-        ((LAN,), (HERE,), [LAN]),
-        ((LOOPBACK,), (LOOPBACK,), [LOOPBACK]),
-        ((LOOPBACK, PUBLIC), (FAR,), [PUBLIC]),  # another machine
-        ((PUBLIC, LOOPBACK), (LOOPBACK, PUBLIC), [LOOPBACK, PUBLIC]),  # this one
-        ((Address("peer.example", 1), LAN), (FAR,), [Address("peer.example", 1), LAN]),
-        ((), (HERE,), []),
+        (one(SEEN, OUTSIDE, LAN), SEEN, [LAN, OUTSIDE]),  # behind the same router
+        (one(SEEN, LAN, OUTSIDE), ELSEWHERE, [OUTSIDE]),
+        (one("192.168.1.2", LAN), INSIDE, [LAN]),  # both on the master's LAN
+        (one("127.0.0.1", LOOPBACK, LAN), INSIDE, [LAN]),  # one on its machine
+        (one("127.0.0.1", LAN, LOOPBACK), "127.0.0.1", [LOOPBACK, LAN]),  # both
+        (one("::1", Address("::1", 5)), "127.0.0.1", [Address("::1", 5)]),
+        (one("127.0.0.1", LOOPBACK, PUBLIC, LAN), ELSEWHERE, [PUBLIC]),
+        (one("fe80::1", LAN), "127.0.0.1", [LAN]),
+        (one("2001:db8::1", LAN), "2001:db8::2", [LAN]),
+        (one("2001:db8::1", LAN), "2001:db8:0:1::2", []),
+        (one(SEEN, NAMED, LAN), ELSEWHERE, [NAMED]),
+        (one("", LOOPBACK, LAN, PUBLIC), "", [PUBLIC]),  # it is not known where
+        (one(SEEN), SEEN, []),
     ],
 )
-def test_addresses_are_tried_in_the_order_of_their_promise(
-    theirs: tuple[Address, ...], mine: tuple[Address, ...], wanted: list[Address]
+def test_addresses_are_tried_where_the_peer_may_be_in_the_order_of_their_promise(
+    theirs: Member, seen: str, wanted: list[Address]
 ) -> None:
-    assert ordered(theirs, mine) == wanted
+    assert ordered(theirs, one(seen)) == wanted
+
+
+@pytest.mark.parametrize("theirs", ["127.0.0.1", "192.168.1.2", SEEN, "::1", ELSEWHERE, ""])
+@pytest.mark.parametrize("mine", ["127.0.0.1", INSIDE, SEEN, "2001:db8::1", ""])
+def test_what_is_no_address_of_one_machine_is_never_dialed_nor_what_a_peer_says_of_ours(
+    theirs: str, mine: str
+) -> None:
+    hosts = ["169.254.169.254", "fe80::1", "fe80::1%lo", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"]
+    hosts += ["240.0.0.1", "2002:7f00:1::1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "fec0::1"]
+    assert not any(may_reach(host, one(theirs), one(mine)) for host in hosts)
+    on_machine = theirs in ("127.0.0.1", "::1") and mine == "127.0.0.1"
+    claims = one(theirs, Address(mine or SEEN, 1), Address(mine or SEEN, 1, AddressKind.OBSERVED))
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"):
+        assert may_reach(host, claims, one(mine)) == on_machine
+    near = are_near(theirs, mine)
+    for host in ("10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "fd00::1", "::ffff:10.1.2.3"):
+        assert may_reach(host, claims, one(mine)) == near
 
 
 @pytest.mark.parametrize(
-    ("theirs", "mine", "behind_router", "leads"),
+    ("theirs", "seen", "behind_router", "leads"),
     [
-        ((LAN,), (HERE,), False, True),  # a run of one LAN
-        ((LAN,), (HERE,), True, False),  # not seen by the master yet: a machine of ours may have that address
-        ((LAN,), (HERE, OUTSIDE), True, False),
-        ((LAN, OUTSIDE), (HERE, OUTSIDE), True, True),
-        ((LAN, OUTSIDE), (HERE, FAR), True, True),  # refused at both
-        ((LAN,), (PUBLIC,), False, False),
-        ((LAN,), (LAN, OUTSIDE), True, True),  # this machine
-        ((PUBLIC,), (HERE,), True, True),
-        ((LOOPBACK,), (LOOPBACK,), False, True),
-        ((LAN, Address("10.0.0.7", 5, AddressKind.OBSERVED)), (HERE,), True, True),  # routers within one private net
-        ((), (HERE,), False, False),
+        (one("192.168.1.2", LAN), INSIDE, False, True),  # a run of one LAN
+        (one(SEEN, LAN), SEEN, True, True),
+        (one(SEEN, LAN, OUTSIDE), SEEN, True, True),
+        (one(SEEN, LAN, OUTSIDE), ELSEWHERE, True, True),  # refused where it is seen
+        (one(SEEN, LAN), ELSEWHERE, True, False),  # nothing was dialed
+        (one(SEEN, PUBLIC), ELSEWHERE, True, True),
+        (one("127.0.0.1", LOOPBACK), "127.0.0.1", False, True),
+        (one("10.0.0.7", LAN), "10.0.0.8", True, False),  # a machine of ours may have that address
+        (one("10.0.0.7", LAN, Address("10.0.0.7", 5, AddressKind.OBSERVED)), "10.0.0.8", True, True),
+        (one(SEEN), SEEN, False, False),
     ],
 )
 def test_a_refusal_counts_only_where_the_peer_must_be(
-    theirs: tuple[Address, ...], mine: tuple[Address, ...], behind_router: bool, leads: bool
+    theirs: Member, seen: str, behind_router: bool, leads: bool
 ) -> None:
-    assert lead_home(theirs, mine, behind_router=behind_router) is leads
+    assert lead_home(theirs, one(seen), behind_router=behind_router) is leads
