@@ -32,15 +32,16 @@ class Communicator(Core):
         group: peer group, 0..2**32-1; collectives and shared state span the members of one group.
         connections: TCP connections to each peer, 1..64, or "auto": as many as the line is found to gain from.
         max_upload, max_download: None, or caps like "50mbit" (kbit, mbit, gbit; 1mbit to 1000gbit) of what all data
-            connections together send and receive, shared state included. Kept within 5 %.
+            connections together send and receive, shared state included. Kept within 5 %. What this member relays for
+            others comes on top: at most half of the lower cap each way, without a cap as much as they send.
         listen: "HOST:PORT", "HOST" or ":PORT", where other peers' data connections are accepted; HOST is an address of
             this machine. None: on all addresses and a free port, in a run on this machine alone on loopback.
         advertise: "HOST:PORT" or "HOST" (with the port listened on), or several: where others reach this peer, as you
             know, beside what it finds out itself: a router forwards a port, say. Private and loopback addresses, a
             name's too, are dialed only by peers that the master sees on the same site or machine.
         relay: "auto": a peer that can't be reached otherwise is reached through a third: one that offers it
-            (``pyccl-peer --relay``, ``pyccl-master --relay``) or another member. "never": not so; who can't be reached
-            is not admitted. "only": every peer through one that offers it.
+            (``pyccl-peer --relay``, ``pyccl-master --relay``) or another member, and this one carries for others, too.
+            "never": neither; who can't be reached is not admitted. "only": every peer through one that offers it.
     """
 
     def __init__(

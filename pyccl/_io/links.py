@@ -960,11 +960,12 @@ class Links:
         if not isinstance(hello, PeerHello | RelayHello):
             raise RemoteProtocolError("the first message is no PeerHello")
         to_us = (hello.to_peer, hello.to_incarnation) == (self._me.peer, self._me.incarnation)
+        is_relayed = isinstance(hello, RelayHello) or hello.path == Path.RELAYED  # or is to be, by us
         if hello.version != limits.PROTOCOL_VERSION:
             reason = f"protocol version {hello.version}; this peer speaks {limits.PROTOCOL_VERSION}"
         elif hello.run != self._run or to_us != isinstance(hello, PeerHello) or hello.from_peer == hello.to_peer:
             reason = "you look for somebody else"
-        elif isinstance(hello, PeerHello) and self._mode == ("never" if hello.path == Path.RELAYED else "only"):
+        elif self._mode == ("never" if is_relayed else "only"):
             reason = f"it is connected with relay={self._mode!r}"
         else:
             return hello

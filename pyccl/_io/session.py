@@ -88,6 +88,11 @@ class SessionConfig:
     stall_timeout: float = STALL_S
     master_timeout: float = MASTER_TIMEOUT_S  # an operation that can't go on without an absent master waits so long
 
+    @property
+    def relay_max(self) -> int:
+        """Bytes per second that it carries for others, which come and go: half of the lower cap; 0: no cap."""
+        return min([cap for cap in (self.max_upload, self.max_download) if cap], default=0) // 2
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -571,7 +576,7 @@ class Session:
                 up=lambda peer: self._feed(machine.trust(peer, trio.current_time())),
                 state=self.observed.serve,
             )
-            relay = Relay(machine.peer_timeout)
+            relay = Relay(machine.peer_timeout, config.relay_max)
             self._links = Links(
                 *(machine.run, me, self.engine, relay, config.connections, outer, events, config.credentials),
                 self._outside(machine, front),

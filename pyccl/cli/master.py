@@ -32,7 +32,7 @@ from pyccl._proto import limits
 from pyccl._proto.past import NONCE_BITS, Began, Past, make_term, start_of
 from pyccl.cli import log as logs
 from pyccl.cli.operate import invite, kick, peers, revoke
-from pyccl.cli.options import relay_options
+from pyccl.cli.options import relay_cap, relay_options
 
 EXIT_ARGUMENTS: Final = 2
 EXIT_ADDRESS: Final = 3
@@ -312,11 +312,13 @@ def main(
         log.info("no_journal: nobody can come back to port 0; give --journal to keep the run when this process ends")
     if identity is not None and path is None:
         log.warning("no_journal: a master started later knows neither uses of invites nor who was revoked or kicked")
-    if relay_max is not None and not relay:
-        _fail(EXIT_ARGUMENTS, "--relay-max goes with --relay")
+    try:
+        relay_at_most = relay_cap(relay=relay, relay_max=relay_max)
+    except errors.UsageError as e:
+        _fail(EXIT_ARGUMENTS, str(e))
     options = _Options(
         *(peer_timeout, path, new_run, adopt_run, no_journal, identity),
-        *(not is_loopback, relay_max or 0 if relay else None),
+        *(not is_loopback, relay_at_most),
     )
     trio.run(_serve, family, address, options)
 

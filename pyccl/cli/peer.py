@@ -19,7 +19,7 @@ from pyccl._io.statestore import StateStore, StoreError, held
 from pyccl._proto import limits
 from pyccl.cli import log as logs
 from pyccl.cli.hide import hide_invite
-from pyccl.cli.options import relay_options
+from pyccl.cli.options import relay_cap, relay_options
 
 EXIT_ARGUMENTS: Final = 2
 EXIT_REJECTED: Final = 3
@@ -141,16 +141,15 @@ def main(
         where = parse_master(master)
         credentials = credentials_for(where)
         reach = reach_of(listen, advertise, "auto")
+        relay_at_most = relay_cap(relay=relay, relay_max=relay_max)
     except errors.UsageError as e:
         _fail(EXIT_ARGUMENTS, str(e))
-    if relay_max is not None and not relay:
-        _fail(EXIT_ARGUMENTS, "--relay-max goes with --relay")
     store = _open_store(directory, keep)
     try:
         _run(
             ObserverConfig(
                 *(where.host, where.port, group, every, importlib.metadata.version("pyccl-p2p"), credentials),
-                *(reach, relay_max or 0 if relay else None),
+                *(reach, relay_at_most),
             ),
             store,
         )

@@ -371,6 +371,10 @@ class Agent:
         """Peer -> the member that carries the connection to it."""
         return {peer.hex(): relay.hex() for peer, relay in self.session()._links.relayed().items()}
 
+    def do_relay_max(self) -> int:
+        """Bytes per second that it carries for others; 0: no cap."""
+        return int(self.session()._links._relay._max_bytes_s)
+
     def do_wait_relay(self, peer: str, other_than: str = "") -> str:
         """Until a connection to this peer goes through a member, another than this one."""
         until = time.monotonic() + DEADLINE_S

@@ -144,3 +144,11 @@ def test_a_relay_whose_interpreter_is_busy_for_longer_than_peer_timeout_carries_
     held.value()
     assert cluster.reduce(peers)["epoch"] == epoch
     cluster.agree(peers)
+
+
+@pytest.mark.parametrize(("settings", "relay_max"), [({}, 0), ({"max_upload": "50mbit"}, 50_000_000 // 8 // 2)])
+def test_a_member_with_a_cap_carries_no_more_than_half_of_it_for_others(
+    cluster: Cluster, settings: dict[str, str], relay_max: int
+) -> None:
+    (peer,) = cluster.members(1, **settings)
+    assert peer.ask("relay_max") == relay_max

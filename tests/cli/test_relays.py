@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from at_once import both
 from masters import started_master
 
 import pyccl
+from pyccl.cli.options import RELAY_MAX_BYTES_S, relay_cap, relay_options
 
 TIMEOUT_S = 60.0
 COUNT = 1_000_000  # of float32: more than buffers hold
@@ -70,6 +72,34 @@ def check(members: list[pyccl.Communicator], relay: str | None) -> None:
     for comm in members:
         links = {link.peer: (link.path, link.relay) for link in comm.peers}
         assert links == {other.peer_id: ("relayed", relay) for other in members if other is not comm}
+
+
+@pytest.mark.parametrize(
+    ("options", "cap"),
+    [
+        ([], None),
+        (["--relay"], RELAY_MAX_BYTES_S),
+        (["--relay", "--relay-max", "unlimited"], 0),
+        (["--relay-max", "16mbit", "--relay"], 2_000_000),
+    ],
+)
+def test_what_is_relayed_has_a_cap_unless_none_is_wanted(options: list[str], cap: int | None) -> None:
+    told: list[int | None] = []
+
+    @click.command()
+    @relay_options
+    def command(relay: bool, relay_max: int | None) -> None:
+        told.append(relay_cap(relay=relay, relay_max=relay_max))
+
+    command(options, standalone_mode=False)
+    assert told == [cap]
+
+
+@pytest.mark.parametrize("wanted", ["unlimited", "16mbit"])
+def test_a_cap_without_a_relay_is_an_error(wanted: str) -> None:
+    command = [sys.executable, "-P", "-m", "pyccl.cli.master", "--listen", "127.0.0.1:0", "--relay-max", wanted]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode and "--relay-max goes with --relay" in ended.stderr
 
 
 ALL = ("only", "only", "only")

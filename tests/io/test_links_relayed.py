@@ -340,6 +340,23 @@ def test_a_relay_around_a_silence_is_given_up_for_a_new_direct_connection(monkey
     trio.run(main)
 
 
+def test_who_wants_no_relay_is_none_either() -> None:
+    async def main() -> None:
+        async with nodes(A, B, R, S) as made:
+            a, b, r, _ = made
+            r.links._mode = "never"
+            open_all(made, free_port())
+            await speak(*await relayed(a, b, S))
+            hello = RelayHello(limits.PROTOCOL_VERSION, RUN, A, incarnation(A), B, incarnation(B))
+            (at,) = r.member.addresses
+            async with await trio.open_tcp_stream(at.host, at.port) as stream:
+                await stream.send_all(envelope.pack(hello))
+                told = await envelope.receive(stream)
+            assert isinstance(told, PeerRefused) and "relay='never'" in told.reason
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize(
     ("hello", "answer"),
     [

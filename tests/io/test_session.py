@@ -32,6 +32,11 @@ FLUSH = Flush(1, EPOCH.number, AFTER.number, IDS[:2])
 COMMIT = EpochCommit(AFTER, KIND_LOSS, (), "", 2, True)
 
 
+@pytest.mark.parametrize(("up", "down", "most"), [(0, 0, 0), (8, 0, 4), (0, 6, 3), (8, 6, 3), (6, 8, 3)])
+def test_what_is_relayed_has_half_of_the_lower_cap(up: int, down: int, most: int) -> None:
+    assert SessionConfig("", 0, 0, None, "", max_upload=up, max_download=down).relay_max == most
+
+
 @pytest.fixture
 def engines() -> Iterator[list[Engine]]:
     """The first has a link to each of the others; they have none to each other."""
