@@ -19,6 +19,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Final
 
+import numpy as np
+
 from pyccl.errors import UsageError
 
 Fragments = tuple[tuple[str, ...], ...]
@@ -48,10 +50,10 @@ def split_fragments(
     """
     if not sizes:
         raise UsageError("there are no parameters to cut into fragments")
-    if isinstance(fragments, bool) or not isinstance(fragments, int | str | Sequence):
+    if isinstance(fragments, bool) or not isinstance(fragments, int | np.integer | str | Sequence):
         raise UsageError(_not_fragments(fragments))
-    if isinstance(fragments, int):
-        found = _counted(sizes, fragments)
+    if isinstance(fragments, int | np.integer):
+        found = _counted(sizes, int(fragments))
     elif isinstance(fragments, str):
         found = _by_rule(sizes, fragments)
     else:

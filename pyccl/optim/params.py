@@ -337,6 +337,9 @@ class Params:
             if place is not None:
                 seen[place] = name
             leaves.append(leaf)
+        self.ties = self.aliases | {  # and those that named_parameters() leaves out; fragments go by any of them
+            name: self.aliases.get(first, first) for name, first in _left_out(given).items()
+        }
         _check_disjoint(leaves)
         self.leaves: tuple[Leaf, ...] = tuple(leaves)
         self._by_name = {leaf.name: leaf for leaf in leaves}
@@ -455,6 +458,15 @@ def _named(given: Any) -> dict[str, Any]:
     if not named:
         raise UsageError("params: there are none")
     return named
+
+
+def _left_out(given: Any) -> dict[str, str]:
+    """Names of a torch module's tied parameters that ``named_parameters()`` leaves out, and those that it has."""
+    if not hasattr(given, "named_parameters"):
+        return {}
+    first = {id(parameter): name for name, parameter in given.named_parameters()}
+    named = [(name, first[id(p)]) for name, p in given.named_parameters(remove_duplicate=False)]
+    return {name: known for name, known in named if name != known}
 
 
 def _leaf(name: str, value: Any) -> tuple[Leaf, Any]:

@@ -96,7 +96,7 @@ class StreamingDiLoCo(OuterOptimizer):
         if not 0.0 <= real(alpha) <= 1.0:
             raise errors.UsageError(f"alpha={alpha!r}: a number of 0..1 is needed")
         named = Params(params)
-        self.fragments = split_fragments(named.sizes(), fragments, named.aliases)
+        self.fragments = split_fragments(named.sizes(), fragments, named.ties)
         self._schedule = Schedule(sync_every, len(self.fragments), delay)
         self._alpha = float(alpha)
         self._contributions = [Contribution(named.vectors(names), quantize, error_feedback) for names in self.fragments]

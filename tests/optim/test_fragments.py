@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +73,10 @@ def test_number_cuts_by_size_where_there_are_no_blocks() -> None:
     assert split_fragments({"a": 9, "b": 1, "c": 1, "d": 1}, 3) == (("a",), ("b", "c"), ("d",))
 
 
+def test_number_may_be_numpys() -> None:
+    assert split_fragments(gpt(6), np.int64(3)) == split_fragments(gpt(6), 3)
+
+
 def test_one_fragment_holds_everything() -> None:
     assert split_fragments({"b": 1, "a": 2}, 1) == (("a", "b"),)
 
@@ -132,6 +137,9 @@ def test_parameter_in_none_or_in_two_is_named() -> None:
     [
         (0, "a number"),
         (True, "a number"),
+        (np.bool_(True), "a number"),
+        (np.int64(0), "a number"),
+        (np.float32(2), "a number"),
         (2.0, "a number"),
         (None, "a number"),
         ("strided", "a number"),

@@ -26,6 +26,7 @@ def test_a_modules_parameters_are_used_in_place_and_tied_ones_once() -> None:
     module = Tied()
     params = Params(module)
     assert params.names == ("embedding.weight", "norm.bias", "norm.weight")
+    assert params.aliases == {} and params.ties == {"head.weight": "embedding.weight"}
     values = params.vectors()
     params.read(values)
     assert np.array_equal(values.views["embedding.weight"], module.embedding.weight.detach().numpy())
@@ -35,7 +36,11 @@ def test_a_modules_parameters_are_used_in_place_and_tied_ones_once() -> None:
     assert module.head.weight.data_ptr() == address and bool((module.head.weight == 3).all())
     assert module.head.weight.requires_grad and module.head.weight.grad is None
     both = Params([("a", module.embedding.weight), ("b", module.head.weight)])
-    assert both.names == ("a",) and both.aliases == {"b": "a"}
+    assert both.names == ("a",) and both.aliases == both.ties == {"b": "a"}
+    module.other = torch.nn.Linear(3, 5, bias=False)
+    module.other.weight = torch.nn.Parameter(module.embedding.weight.detach())  # another parameter, the same memory
+    module.third = module.other
+    assert Params(module).ties == dict.fromkeys(("head.weight", "other.weight", "third.weight"), "embedding.weight")
 
 
 def test_a_backward_pass_that_needs_the_values_before_a_write_fails() -> None:

@@ -70,6 +70,15 @@ def test_blocks_of_a_module_are_exchanged_by_a_hook(replicas: Replicas, seed: in
     assert at_theta >= {n for n in first if n.startswith("h.")} and rounds == 2
 
 
+def test_a_tied_parameter_of_a_module_goes_by_any_of_its_names(replicas: Replicas) -> None:
+    (comm,) = replicas.members(1)
+    for name in ("wte.weight", "head.weight", "head*"):
+        opt = StreamingDiLoCo(comm, Net(), 2, fragments=[[name, "ln_f*"], ["h.*"]])
+        assert opt.fragments[0] == ("ln_f.bias", "ln_f.weight", "wte.weight") and "head.weight" not in opt.theta
+    with pytest.raises(pyccl.UsageError, match=r"in more than one of them: wte.weight \(0, 1\)"):
+        StreamingDiLoCo(comm, Net(), 2, fragments=[["wte.weight", "ln_f*"], ["h.*", "head.weight"]])
+
+
 def test_replicas_of_a_module_gossip_and_merge(replicas: Replicas, seed: int) -> None:
     def run(comm: pyccl.Communicator, rank: int) -> Any:
         net = Net()
