@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from pyccl.state import SharedState
 
 Array = np.ndarray[Any, Any]
 _COUNTERS = "counters/all"
+_TAKEN_OUT: Final = (errors.EvictedError, errors.OutcomeUnknownError)
 
 
 class OuterOptimizer(ABC):
@@ -120,7 +121,13 @@ class OuterOptimizer(ABC):
         return self._stepped()
 
     def finish(self) -> None:
-        """Wait for what is in flight and apply it. Nothing is, unless an optimizer says so."""
+        """Wait for what is in flight and apply it. Nothing is, unless an optimizer says so.
+
+        Not for company: where too few are left, or this peer was taken out of the run, what was in flight does not
+        count; who goes on afterwards waits, or comes back, in ``step()``.
+
+        Raises: as ``step``, of what is in flight.
+        """
         self._drain()
 
     def attach(self, optimizer: Any) -> Any:
@@ -272,13 +279,13 @@ class OuterOptimizer(ABC):
 
     def _wait(self, exchange: Exchange) -> Outcome:
         """The end of an exchange. MismatchError: the members' states differed; they are in step again."""
-        begun, self._flight = time.monotonic(), None
+        self._flight = None
         with self._blocked():
             outcome = exchange.wait()
         self.stats.tx_bytes += outcome.tx_bytes
         self.stats.rx_bytes += outcome.rx_bytes
         self.stats.retries += outcome.attempts - 1
-        self.stats.seconds_hidden += min(exchange.seconds, begun - exchange.started)
+        self.stats.seconds_hidden += exchange.seconds_hidden
         if not outcome.kept:
             self._heal()
         return outcome
@@ -319,23 +326,44 @@ class OuterOptimizer(ABC):
     @contextmanager
     def _staying(self) -> Iterator[None]:
         """Who was taken out of the run comes back as a newcomer; other errors leave the weights at theta."""
-        ends = self.stats.rounds + self.stats.rollbacks
         try:
-            try:
+            with self._undoing():
                 yield
-            except errors.PycclError:
-                if self.stats.rounds + self.stats.rollbacks == ends:
-                    self.stats.rollbacks += 1
-                raise
-        except (errors.EvictedError, errors.OutcomeUnknownError):
+        except _TAKEN_OUT:
             with self._blocked():
                 self.group.rejoin()
-                self._abandon()
                 self._took(self.group.start())
             self._begin_round()
+
+    @contextmanager
+    def _finishing(self) -> Iterator[None]:
+        """As ``_staying``, but who was taken out of the run does not wait for others here: ``step()`` will."""
+        try:
+            with self._undoing():
+                yield
+        except _TAKEN_OUT as e:
+            log.warning("not_finished cause=%r", e)
+
+    @contextmanager
+    def _undoing(self) -> Iterator[None]:
+        """After an error nothing is in flight, and the weights are at theta."""
+        try:
+            with self._counting():
+                yield
         except errors.PycclError:
             self._abandon()
             self._roll_back()
+            raise
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """An error ends a round that does not count, unless it is counted already."""
+        ends = self.stats.rounds + self.stats.rollbacks
+        try:
+            yield
+        except errors.PycclError:
+            if self.stats.rounds + self.stats.rollbacks == ends:
+                self.stats.rollbacks += 1
             raise
 
     def _abandon(self) -> None:

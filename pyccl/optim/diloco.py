@@ -269,10 +269,11 @@ class AsyncDiLoCo(DiLoCo):
             self._wait_for_company()
             self._forget()
             return
-        self._flight = self._launch()
-        self._late.launched()
-        self._begin_round()
-        self._end_round(pending=self._pending, watched=self._watched)
+        with self._counting():  # this round, which is another than the one that was applied
+            self._flight = self._launch()
+            self._late.launched()
+            self._begin_round()
+            self._end_round(pending=self._pending, watched=self._watched)
 
     def _admit(self) -> None:
         super()._admit()
@@ -331,13 +332,15 @@ class AsyncDiLoCo(DiLoCo):
 
     def finish(self) -> None:
         self.params.check()
-        try:
+        with self._finishing():
             self._drain()
-            if self._late.world:
+            if self._too_few:
+                self.stats.rollbacks += 1
+                self._too_few = False
+            elif self._late.world:
                 self._contribution.send.fill(0.0)  # no inner steps of ours are newer than what is in the mean
                 self._apply(self._contribution.send)
-        finally:
-            self._begin_round()
+        self._begin_round()
 
     def _late_states(self) -> Sequence[SharedState]:
         """The mean that everybody will apply at the end of the round, for a newcomer."""
@@ -348,7 +351,13 @@ class AsyncDiLoCo(DiLoCo):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        self._drain()
+        """As of every optimizer; waits for the exchange in flight. If it failed, the state is one without it, and what
+        follows from that, an error too, comes with the end of the round, whoever saves."""
+        if self._flight is not None:
+            with self._blocked():
+                ends_well = self._flight.ends_well()
+            if ends_well:
+                self._drain()
         late = {"numbers": self._late.numbers, "is_in": self._is_in, "mean": self.params.kept(self._mean)}
         before = None if self._before is None else self.params.kept(self._before)
         return super().state_dict() | {"late": late, "before": before}

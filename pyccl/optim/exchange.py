@@ -110,6 +110,8 @@ class Exchange:
     _rx: int = 0
     _seconds: float = 0.0
     _begun: float = 0.0  # the last attempt, seconds after launch
+    _seconds_hidden: float = 0.0
+    _ended: Outcome | errors.PycclError | None = None
 
     def launch(self) -> Exchange:
         self._started = time.monotonic()
@@ -135,31 +137,35 @@ class Exchange:
         return self
 
     def wait(self) -> Outcome:
-        """Wait for the end; what failed is tried again among those who are left.
+        """Wait for the end; what failed is tried again among those who are left. Called again, it ends the same way.
 
         Raises:
             PoisonError: the guard refuses what a member contributed, on all members alike.
             errors of RETRIED: it failed ATTEMPTS_MAX times, on all members alike.
             EvictedError, OutcomeUnknownError: this peer is out of the run.
         """
-        for attempt in range(1, ATTEMPTS_MAX + 1):
-            failed = self._end()
-            if failed is None and self._same_participants():
-                return self._outcome(attempt)
-            if failed is not None and attempt == ATTEMPTS_MAX:
-                raise failed
-            self._begin()
-        raise errors.PeerLostError(f"members were lost in each of {ATTEMPTS_MAX} attempts of an exchange")
+        if self._ended is None:
+            begun = time.monotonic()
+            try:
+                self._ended = self._attempts()
+            except errors.PycclError as e:
+                self._ended = e
+            self._seconds_hidden = min(self._seconds, begun - self._started)
+        if isinstance(self._ended, errors.PycclError):
+            raise self._ended
+        return self._ended
+
+    def ends_well(self) -> bool:
+        """Wait, and tell whether ``wait()`` will return an outcome that all vowed alike."""
+        try:
+            return self.wait().kept
+        except errors.PycclError:
+            return False
 
     @property
-    def started(self) -> float:
-        """When it was launched, on the monotonic clock."""
-        return self._started
-
-    @property
-    def seconds(self) -> float:
-        """From launch to the end of its last operation, which may be long before ``wait()`` saw it."""
-        return self._seconds
+    def seconds_hidden(self) -> float:
+        """In which its operations ran before anybody waited for them."""
+        return self._seconds_hidden
 
     def give_up(self) -> None:
         """End what is under way, with or without a result."""
@@ -172,6 +178,16 @@ class Exchange:
 
     def _all(self) -> list[_Piece]:
         return self._pieces if self._vow is None else [self._vow, *self._pieces]
+
+    def _attempts(self) -> Outcome:
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            failed = self._end()
+            if failed is None and self._same_participants():
+                return self._outcome(attempt)
+            if failed is not None and attempt == ATTEMPTS_MAX:
+                raise failed
+            self._begin()
+        raise errors.PeerLostError(f"members were lost in each of {ATTEMPTS_MAX} attempts of an exchange")
 
     def _begin(self) -> None:
         """Start what has no result yet."""

@@ -241,7 +241,7 @@ class NoLoCo(OuterOptimizer):
     def finish(self) -> None:
         """Wait for what is in flight, the phi of this round's partners; it is used if the round goes on."""
         if self._group:
-            with self._staying():
+            with self._finishing():
                 for swap in self._swaps:
                     self._ended(swap)
                 self._agreed()

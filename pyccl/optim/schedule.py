@@ -52,10 +52,10 @@ class Schedule:
         """Whose turn it is after so many committed outer steps."""
         return committed % self.fragments
 
-    def sends(self, position: int) -> bool:
-        """Whether a slot's exchange begins after its step `position`, counted from 1."""
-        return position == self.slot - self.delay
+    def is_due(self, position: int) -> bool:
+        """Whether a slot's exchange, unless it has begun, begins after its step `position`, counted from 1."""
+        return position >= self.slot - self.delay
 
     def ends(self, position: int) -> bool:
-        """Whether its result is applied then; never before it was sent."""
+        """Whether its result is applied then; it is due by then."""
         return position == self.slot

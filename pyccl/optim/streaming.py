@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pyccl import errors
+from pyccl.calls import check_range
 from pyccl.communicator import Communicator
 from pyccl.guards import Guard
 from pyccl.optim import rules
@@ -59,7 +60,7 @@ class StreamingDiLoCo(OuterOptimizer):
         sync_every: inner steps between two exchanges of the same fragment; a multiple of P.
         fragments: P, "strided:P", "sequential:P", or names or patterns for each; see ``split_fragments``.
         delay: inner steps between sending a fragment and applying its mean, less than ``sync_every / P``. The exchange
-            runs meanwhile; 0 waits for it. May differ between replicas.
+            runs meanwhile; 0 waits for it. May differ between replicas, and from that of a state that is loaded.
         alpha: 0..1, how much of its live weights a replica keeps: w <- alpha w + (1 - alpha) theta.
         outer_lr, outer_momentum, nesterov: of the outer SGD, one for each fragment.
         quantize: None or a codec: each replica's share is rounded once, its own too, and added in float32.
@@ -117,14 +118,18 @@ class StreamingDiLoCo(OuterOptimizer):
 
     def _stepped(self) -> bool:
         with self._staying():
-            if self._is_to_send_again:
-                self._launch()
-            if self._schedule.sends(self._inner):
-                self._send()
+            self._send_if(is_due=self._schedule.is_due(self._inner))
             if self._schedule.ends(self._inner):
                 self._exchange_round()
                 return True
         return False
+
+    def _send_if(self, *, is_due: bool) -> None:
+        """Once in a slot, which what was loaded belongs to, too."""
+        if self._is_to_send_again:
+            self._launch()
+        elif is_due and self._flight is None:
+            self._send()
 
     def _send(self) -> None:
         if self.group.has_strangers() and self._agree():
@@ -152,10 +157,12 @@ class StreamingDiLoCo(OuterOptimizer):
         self._is_to_send_again = False
 
     def _exchange_round(self) -> None:
-        """The end of a slot: apply what was sent, or undo the slot where that is not committed."""
+        self._end_slot(waits=True)
+
+    def _end_slot(self, *, waits: bool) -> None:
+        """Apply what was sent, or undo the slot where that is not committed. waits: for company, with too few."""
+        assert self._flight is not None, "it was due"
         self._inner = 0
-        if self._flight is None:
-            return
         fragment, world_size, pending, watched = self._fragment, 0, False, False
         try:
             outcome = self._wait(self._flight)
@@ -171,12 +178,12 @@ class StreamingDiLoCo(OuterOptimizer):
         else:
             self._roll_back()
         self.outcomes.append(SlotOutcome(fragment, committed, world_size, self.round))
-        if 0 < world_size < self.min_peers:
-            self._wait_for_company()
-        elif not committed:
-            self.stats.rollbacks += 1
-        else:
+        if committed:
             self._end_round(pending=pending, watched=watched)
+        elif waits and world_size:
+            self._wait_for_company()
+        else:
+            self.stats.rollbacks += 1
 
     def _apply(self, world_size: int) -> None:
         outer, momentum = self._outer, self._buffers.get("momentum")
@@ -210,11 +217,21 @@ class StreamingDiLoCo(OuterOptimizer):
     # ---- around it
 
     def finish(self) -> None:
-        """Wait for the exchange in flight and apply it; a new slot begins then. At the same step on all members."""
+        """End the slot here: send its fragment, unless it has been sent, and apply the mean. A new slot begins then.
+
+        After the same step on all members. What has not been sent here may be on its way from others, whose delay is
+        longer: so all send it, whatever their delay. Between two slots there is nothing to do. With fewer than
+        ``min_peers`` the slot does not count, and nobody is waited for.
+        """
         self.params.check()
-        if self._flight is not None:
-            with self._staying():
-                self._exchange_round()
+        if self._inner == 0:
+            return
+        with self._finishing():
+            if self.group.is_new and self._agree():
+                return  # what was loaded is not what the others have
+            self._send_if(is_due=True)
+            if self._flight is not None:
+                self._end_slot(waits=False)
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; with what was in flight, which is sent again after ``load_state_dict``."""
@@ -226,12 +243,14 @@ class StreamingDiLoCo(OuterOptimizer):
 
     def _check_state(self, state: Any) -> None:
         super()._check_state(state)
+        least = 0 if entry(state, "in_flight") is None else 1
+        check_range("load_state_dict: inner_steps", state["inner_steps"], least, self._schedule.slot - 1)
         residuals = entry(state, "residuals")
         if not isinstance(residuals, list | tuple) or len(residuals) != len(self._residuals):
             raise errors.UsageError(f"load_state_dict: residuals: {len(self._residuals)} of them are needed")
         for i, residual in enumerate(self._residuals):
             check_arrays(residual, {"residuals": {str(i): residuals[i]}}, "residuals", str(i))
-        if entry(state, "in_flight") is not None:
+        if state["in_flight"] is not None:
             fragment = self._schedule.fragment(int(state["counters"][0]))
             check_arrays(self._contributions[fragment].send, state, "in_flight")
 

@@ -3,12 +3,13 @@
     with Replicas(address) as replicas:
         results = replicas.run(3, lambda comm, rank: ...)    # each in a thread, all members before it starts
 
-Nothing sleeps; every wait is for another thread's event or result.
+Every wait is for another thread's event or result, or for what the master is about to tell.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
@@ -69,6 +70,14 @@ class Replicas:
 
 def ended(calls: Sequence[Future[Any]]) -> list[Any]:
     return [call.result(TIMEOUT_S) for call in calls]
+
+
+def wait_pending(comm: pyccl.Communicator) -> None:
+    """Until the master has told this member of a newcomer."""
+    until = time.monotonic() + TIMEOUT_S
+    while comm._pending_known == 0:
+        assert time.monotonic() < until, "no newcomer"
+        time.sleep(0.002)
 
 
 def weights(seed: int = 0) -> dict[str, Array]:

@@ -15,7 +15,10 @@ def walk(schedule: Schedule, steps: int, fails: frozenset[int] = frozenset()) ->
     sent, applied, committed = [], [], 0
     for step in range(1, steps + 1):
         slot, position = divmod(step - 1, schedule.slot)
-        if schedule.sends(position + 1):
+        if position == 0:
+            is_sent = False
+        if schedule.is_due(position + 1) and not is_sent:
+            is_sent = True
             sent.append((step, schedule.fragment(committed)))
         if schedule.ends(position + 1) and slot not in fails:
             applied.append((step, schedule.fragment(committed)))
