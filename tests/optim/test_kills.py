@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from doomed import made, train
-from replicas import TIMEOUT_S, Replicas
+from replicas import TIMEOUT_S, Replicas, bits
 
 import pyccl
 
@@ -75,3 +75,59 @@ def test_noloco_leaves_out_the_partner_that_was_killed(replicas: Replicas) -> No
         assert all(peer in o.group for o in outcomes)
         assert all(set(o.group) == ids and not o.lost for o in outcomes[3:])
         assert all(np.isfinite(array).all() for array in theta.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [("streaming-fp4", 1), ("streaming-fp4", 3), ("late-uint8", 2), ("late-uint8", 4), ("noloco-3", 4)],
+)
+def test_survivors_agree_on_what_was_in_flight(replicas: Replicas, kind: str, steps: int) -> None:
+    """A fragment of its first slot, of its second; the share of its first round, of its second; phi of its third. In
+    groups of three the survivors have each other in every round, and so one phi."""
+
+    def go_on(comm: pyccl.Communicator, rank: int) -> Any:
+        opt, params = made(kind, comm)
+        train(opt, params, rank, 12)
+        opt.finish()
+        assert all(np.isfinite(array).all() for array in opt.theta.values())
+        return bits(opt.theta), opt.round, opt.contributions, opt.stats.rollbacks, comm.group_world_size
+
+    with doomed(replicas, kind, steps) as members:
+        first, second = replicas.together(members, go_on)
+    assert first == second
+    assert first[1:] == (6, first[2], 0, 2) and 12 <= first[2] <= 14
+
+
+class Eager:
+    """Two survivors, and a third until its last exchange, in one number: all elements of "a" are alike."""
+
+    def __init__(self, last: int) -> None:
+        """last: the round whose exchange the third takes part in, of 0, 1, ...; -1: in none."""
+        theta, b, before = np.zeros(2), np.zeros(2), np.zeros(2)
+        late, world = 0.0, 0
+        for round_ in range(7):
+            own = -0.02 * np.array([1.0, 2.0]) * (round_ < 6)  # theta - w; at the end there are no new steps
+            if world:
+                g = late + (own - before) / world
+                b = 0.5 * b + g
+                theta = theta - 0.4 * (g + 0.5 * b)
+            shares = [*own, -0.12] if round_ <= last else own
+            late, world, before = float(np.mean(shares)), len(shares), own
+        self.theta = theta
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_eager_survivors_step_with_one_mean_and_their_own_newest_share(replicas: Replicas, steps: int) -> None:
+    def go_on(comm: pyccl.Communicator, rank: int) -> Any:
+        opt, params = made("eager", comm)
+        train(opt, params, rank, 12)
+        opt.finish()
+        return float(opt.theta["a"][0]), opt.round, opt.contributions
+
+    with doomed(replicas, "eager", steps) as members:
+        told = replicas.together(members, go_on)
+    took_part = told[0][2] - 12
+    assert took_part in {2: (0, 1), 4: (1, 2)}[steps]
+    expected = Eager(took_part - 1).theta
+    for rank in range(2):
+        assert told[rank] == (pytest.approx(expected[rank], rel=1e-4), 6, told[0][2])
