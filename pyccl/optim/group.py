@@ -67,6 +67,7 @@ class _Record:
     is_new: bool
     settings: Mapping[str, str]
     parts: Mapping[str, str]
+    tells: Mapping[str, str]
 
 
 @dataclass(slots=True)
@@ -79,6 +80,7 @@ class Group:
         settings: name -> text, equal on all members.
         min_peers: fewer do not advance.
         more: further states to synchronise after `state`, as they are then.
+        tells: what the others are to know of this member at each agree; it need not be equal. In `told`, by peer.
         per_replica: the members' arrays differ by design: a newcomer takes those of one of them.
     """
 
@@ -88,6 +90,8 @@ class Group:
     min_peers: int
     stats: Stats
     more: Callable[[], Sequence[SharedState]] = tuple
+    tells: Callable[[], Mapping[str, str]] = dict
+    told: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     per_replica: bool = False
     _in_step: object = None  # the membership (session) of the last agree
     keeps_own: bool = False  # per replica: what is here is ours to keep
@@ -213,7 +217,9 @@ class Group:
             return False  # asked again
 
     def _agree(self) -> bool:
-        self._check_settings(self._records({}))
+        records = self._records({})
+        self._check_settings(records)
+        self.told = {peer: record.tells for peer, record in records.items()}
         info = self._sync()
         changed = info is not None and bool(info.changed)
         for state in self.more():
@@ -247,7 +253,7 @@ class Group:
         self.stats.rx_bytes += info.rx_bytes
 
     def _records(self, parts: Mapping[str, str]) -> dict[str, _Record]:
-        mine = {"new": self.is_new, "settings": self.settings, "parts": parts}
+        mine = {"new": self.is_new, "settings": self.settings, "parts": parts, "tells": self.tells()}
         packed = json.dumps(mine, sort_keys=True).encode()
         assert len(packed) <= _RECORD_BYTES, "settings are short"
         padded = np.frombuffer(packed.ljust(_RECORD_BYTES), np.uint8)
@@ -319,12 +325,12 @@ def _decode_untrusted(peer: str, data: bytes) -> _Record:
     """What a member sent. RemoteProtocolError: it is no record."""
     try:
         told = json.loads(data)
-        new, settings, parts = told["new"], told["settings"], told["parts"]
+        new, settings, parts, tells = told["new"], told["settings"], told["parts"], told["tells"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise errors.RemoteProtocolError(f"optimizer record of {peer[:8]}: {e!r}") from e
-    for texts in (settings, parts):
+    for texts in (settings, parts, tells):
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise errors.RemoteProtocolError(f"optimizer record of {peer[:8]}: texts are needed")
     if not isinstance(new, bool):
         raise errors.RemoteProtocolError(f"optimizer record of {peer[:8]}: new is {type(new).__name__}")
-    return _Record(new, settings, parts)
+    return _Record(new, settings, parts, tells)

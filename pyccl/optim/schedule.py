@@ -52,9 +52,12 @@ class Schedule:
         """Whose turn it is after so many committed outer steps."""
         return committed % self.fragments
 
-    def is_due(self, position: int) -> bool:
-        """Whether a slot's exchange, unless it has begun, begins after its step `position`, counted from 1."""
-        return position >= self.slot - self.delay
+    def is_due(self, position: int, delay: int | None = None) -> bool:
+        """Whether a slot's exchange, unless it has begun, begins after its step `position`, counted from 1.
+
+        delay: of another replica.
+        """
+        return position >= self.slot - (self.delay if delay is None else delay)
 
     def ends(self, position: int) -> bool:
         """Whether its result is applied then; it is due by then."""

@@ -32,6 +32,7 @@ from pyccl.optim.params import Params, Vectors
 from pyccl.optim.saved import check_arrays, entry, load
 from pyccl.optim.schedule import Schedule
 
+_DELAY, _SENT = "delay", "sent in round"  # what members tell one another
 _SLOTS_TOLD: Final = 256  # outcomes that are kept
 _NOT_COMMITTED: Final = (errors.PeerLostError, errors.DeadlineError, errors.MasterUnavailableError)
 
@@ -111,6 +112,7 @@ class StreamingDiLoCo(OuterOptimizer):
         )  # fmt: skip
         self._mean = Vectors(())  # of what is in flight
         self._is_to_send_again = False  # loaded: what was in flight when the state was taken
+        self.group.tells = self._tells
         self.outcomes: deque[SlotOutcome] = deque(maxlen=_SLOTS_TOLD)
         self._come_in()
 
@@ -217,11 +219,11 @@ class StreamingDiLoCo(OuterOptimizer):
     # ---- around it
 
     def finish(self) -> None:
-        """End the slot here: send its fragment, unless it has been sent, and apply the mean. A new slot begins then.
+        """Wait for what is in flight and apply its mean; a new slot begins then. Where nothing is, nothing happens.
 
-        After the same step on all members. What has not been sent here may be on its way from others, whose delay is
-        longer: so all send it, whatever their delay. Between two slots there is nothing to do. With fewer than
-        ``min_peers`` the slot does not count, and nobody is waited for.
+        After the same step on all members. What was sent by those whose delay is longer alone needs the others' shares:
+        so all send theirs here, whatever their delay. With fewer than ``min_peers`` the slot does not count, and nobody
+        is waited for.
         """
         self.params.check()
         if self._inner == 0:
@@ -229,9 +231,19 @@ class StreamingDiLoCo(OuterOptimizer):
         with self._finishing():
             if self.group.is_new and self._agree():
                 return  # what was loaded is not what the others have
-            self._send_if(is_due=True)
+            self._send_if(is_due=self._is_sent_by_others())
             if self._flight is not None:
                 self._end_slot(waits=False)
+
+    def _tells(self) -> dict[str, str]:
+        sent = str(self.round) if self._flight is not None or self._is_to_send_again else ""
+        return {_DELAY: str(self._schedule.delay), _SENT: sent}
+
+    def _is_sent_by_others(self) -> bool:
+        """This slot's fragment, by a member that was there when all last agreed; who came later begins with a slot."""
+        told = [self.group.told[peer] for peer in self.comm.members if peer in self.group.told]
+        by_delay = (self._schedule.is_due(self._inner, _number(one.get(_DELAY, ""))) for one in told)
+        return any(by_delay) or any(one.get(_SENT) == str(self.round) for one in told)
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; with what was in flight, which is sent again after ``load_state_dict``."""
@@ -279,3 +291,8 @@ class StreamingDiLoCo(OuterOptimizer):
     def _abandon(self) -> None:
         super()._abandon()
         self._is_to_send_again = False
+
+
+def _number(text: str) -> int:
+    """What a member told; 0: it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0

@@ -75,10 +75,12 @@ def test_vows_that_differ_in_any_bit_are_seen_by_all(replicas: Replicas) -> None
     "data",
     [
         b"", b"\xff\xfe", b"[]", b"{}", b"7", b"[" * 100_000,
-        json.dumps({"new": 1, "settings": {}, "parts": {}}).encode(),
-        json.dumps({"new": True, "settings": [], "parts": {}}).encode(),
-        json.dumps({"new": True, "settings": {"a": 1}, "parts": {}}).encode(),
-        json.dumps({"new": True, "settings": {}, "parts": {"a": None}}).encode(),
+        json.dumps({"new": 1, "settings": {}, "parts": {}, "tells": {}}).encode(),
+        json.dumps({"new": True, "settings": [], "parts": {}, "tells": {}}).encode(),
+        json.dumps({"new": True, "settings": {"a": 1}, "parts": {}, "tells": {}}).encode(),
+        json.dumps({"new": True, "settings": {}, "parts": {"a": None}, "tells": {}}).encode(),
+        json.dumps({"new": True, "settings": {}, "parts": {}, "tells": {"a": 1}}).encode(),
+        json.dumps({"new": True, "settings": {}, "parts": {}}).encode(),
     ],
 )  # fmt: skip
 def test_a_record_of_another_kind_is_a_protocol_error(data: bytes) -> None:

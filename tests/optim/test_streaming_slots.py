@@ -42,7 +42,7 @@ def test_each_replica_may_send_at_a_step_of_its_own(
 # ---- finish
 
 
-@pytest.mark.parametrize("delays", [(4, 1), (0, 3), (4, 4), (0, 0)])
+@pytest.mark.parametrize("delays", [(4, 1), (0, 3), (4, 4)])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_finish_ends_the_slot_for_those_who_have_sent_and_for_those_who_have_not(
     replicas: Replicas, seed: int, delays: tuple[int, int], alpha: float
@@ -75,16 +75,36 @@ def test_finish_ends_the_slot_for_those_who_have_sent_and_for_those_who_have_not
         assert ended == [[SlotOutcome(k % 2, True, 2, k + 1) for k in range(3)], 0]
 
 
-@pytest.mark.parametrize("delay", [0, 4])
-def test_finish_undoes_the_slot_of_one_that_is_alone_and_waits_for_nobody(
-    replicas: Replicas, seed: int, delay: int
+@pytest.mark.parametrize("delays", [(0, 0), (2, 1)])
+def test_finish_does_nothing_where_nobody_has_sent_and_waits_for_nobody(
+    replicas: Replicas, seed: int, delays: tuple[int, int]
 ) -> None:
-    """The other leaves before it sends; this one has sent, or has not."""
+    """After step 3 of 6, by one of the two alone."""
+
+    def train(comm: pyccl.Communicator, rank: int) -> Any:
+        params = weights()
+        opt = StreamingDiLoCo(comm, params, 12, fragments=FRAGMENTS, delay=delays[rank])
+        seen = trained(opt, params, seed, rank, range(3))
+        if rank == 0:
+            opt.finish()
+        return seen + trained(opt, params, seed, rank, range(3, 8)), list(opt.outcomes)
+
+    told = replicas.run(2, train)
+    reference = Reference(range(2), seed, sync_every=12, delay=delays)
+    for step in range(8):
+        reference.step(step)
+        for rank, (seen, outcomes) in enumerate(told):
+            same(seen, reference, rank, step)
+            assert outcomes == [SlotOutcome(0, True, 2, 1)]
+
+
+def test_finish_undoes_the_slot_of_one_that_is_alone_and_waits_for_nobody(replicas: Replicas, seed: int) -> None:
+    """The other leaves before it sends."""
     stepped = threading.Event()
 
     def train(comm: pyccl.Communicator, rank: int) -> Any:
         params = weights()
-        opt = StreamingDiLoCo(comm, params, 12, fragments=FRAGMENTS, delay=delay, alpha=0.5)
+        opt = StreamingDiLoCo(comm, params, 12, fragments=FRAGMENTS, delay=4, alpha=0.5)
         if rank == 1:
             trained(opt, params, seed, rank, range(1))
             assert stepped.wait(TIMEOUT_S)
@@ -170,23 +190,28 @@ def test_a_slot_that_goes_on_with_another_delay_is_sent_once(
                 same(seen, reference, rank, step - steps)
 
 
-@pytest.mark.parametrize("delay", [0, 3], ids=["not sent", "in flight"])
-def test_finish_applies_the_slot_of_a_state_that_was_just_loaded(replicas: Replicas, seed: int, delay: int) -> None:
+@pytest.mark.parametrize("delays", [(0, 0), (3, 3), (0, 3)], ids=["not sent", "in flight", "of one"])
+def test_finish_applies_what_was_in_flight_of_a_state_that_was_just_loaded(
+    replicas: Replicas, seed: int, delays: tuple[int, int]
+) -> None:
+    """Whatever the delay is by then."""
+
     def train(comm: pyccl.Communicator, rank: int) -> Any:
-        state, live = saved(comm, seed, rank, delay, 2)
-        opt, params = loaded(comm, state, live, delay)
+        state, live = saved(comm, seed, rank, delays[rank], 2)
+        opt, params = loaded(comm, state, live, 0)
         opt.finish()
         opt.finish()
         return [(copied(opt.theta), copied(params))], list(opt.outcomes)
 
     told = replicas.run(2, train)
-    reference = Reference(range(2), seed, sync_every=8, delay=delay, alpha=0.25)
+    reference = Reference(range(2), seed, sync_every=8, delay=delays, alpha=0.25)
     for step in range(2):
         reference.step(step)
-    reference.finish()
+    if any(delays):
+        reference.finish()
     for rank, (seen, outcomes) in enumerate(told):
         same(seen, reference, rank, 0)
-        assert outcomes == [SlotOutcome(0, True, 2, 1)]
+        assert outcomes == ([SlotOutcome(0, True, 2, 1)] if any(delays) else [])
 
 
 def test_finish_alone_after_loading_waits_for_nobody(replicas: Replicas, seed: int) -> None:
