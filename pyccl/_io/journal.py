@@ -10,7 +10,9 @@ What a crash can leave behind is a tail that ends early or that holds a sector n
 depends on it, and it is cut off. Whatever else does not check was stored once and is broken now: the file is refused.
 
 A write that fails leaves the file in doubt. So the next one writes a whole new file beside it and renames it, as does
-one that finds the file grown too long. The file in use is locked (flock), the new one before it takes the name.
+one that finds the file grown too long. The file in use is locked (flock), the new one before it takes the name. Nobody
+can know its name before that: where others may write, too, what they put there would be written through, or be in the
+way. What a crash leaves of it is removed when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
+import secrets
 import struct
 import zlib
 from collections.abc import Sequence
@@ -37,6 +41,7 @@ _DIGEST_BYTES: Final = 16
 _END: Final = b"\xa5\x5a"  # so that the last sector of a whole record is never all zero
 _SECTOR_BYTES: Final = 512
 _GROWN_BYTES: Final = 1 << 20
+_NEW_NAME: Final = re.compile(r"\.[0-9a-f]{16}\.new")  # behind the journal's own
 _GROWN_TIMES: Final = 4  # rewritten at this many times the size of the state alone
 
 
@@ -64,6 +69,7 @@ class Journal:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = _open_locked(path)
         try:
+            _remove_leftovers(path)
             data = b"" if forget else _read(fd)
             if not data:
                 return cls(path, fd, None, 0, b"")
@@ -108,9 +114,9 @@ class Journal:
         os.close(self._fd)
 
     def _rewrite(self, past: Past) -> None:
-        new = self.path.with_name(self.path.name + ".new")
+        new = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.new")
         framed, digest = _frame(past.to_plain(), _seed())
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write(fd, _HEADER + framed)
@@ -231,6 +237,14 @@ def _open_locked(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Whose lock we hold: nobody writes one now."""
+    for entry in path.parent.iterdir():
+        if entry.name.startswith(path.name) and _NEW_NAME.fullmatch(entry.name, len(path.name)):
+            with contextlib.suppress(OSError):  # somebody else's
+                entry.unlink()
 
 
 def _read(fd: int) -> bytes:

@@ -230,6 +230,37 @@ def test_the_file_stays_small_and_is_locked_under_its_name_all_the_time(
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_what_others_put_into_its_directory_is_neither_written_nor_in_the_way(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    victim, guess = path.parent / "victim", "0" * 16
+    victim.write_text("precious")
+    path.with_name(f"{path.name}.new").symlink_to(victim)
+    begun(path).close()
+    path.unlink()
+    path.with_name(f"{path.name}.{guess}.new").symlink_to(victim)
+    journal = Journal.open(path)
+    path.with_name(f"{path.name}.{guess}.new").symlink_to(victim)
+    monkeypatch.setattr(journals.secrets, "token_hex", lambda size: guess[: 2 * size])
+    with pytest.raises(FileExistsError):  # also if they had guessed
+        journal.begin(Past(RUN, 1 << 32))
+    assert victim.read_text() == "precious"
+    monkeypatch.undo()
+    journal.begin(Past(RUN, 1 << 32))
+    journal.close()
+
+
+def test_what_a_crash_left_of_a_new_file_is_removed_and_nothing_else(path: Path) -> None:
+    begun(path).close()
+    others = [path.with_name(name) for name in ("master.journal.new", "master.journal.copy.new", "other")]
+    left = path.with_name(f"{path.name}.{'a1' * 8}.new")
+    for file in (*others, left):
+        file.touch()
+    Journal.open(path).close()
+    assert sorted(path.parent.iterdir()) == sorted([path, *others])
+
+
 def test_a_lock_ends_with_its_process(path: Path) -> None:
     program = f"""
 import pathlib, sys
@@ -346,7 +377,7 @@ def test_records_are_synced_before_append_returns_and_names_before_begin_does(
 
     monkeypatch.setattr(os, "fsync", noted)
     journal = begun(path)
-    assert synced == [f"{path}.new", str(path.parent)]
+    assert len(synced) == 2 and synced[0].startswith(f"{path}.") and synced[1] == str(path.parent)
     synced.clear()
     journal.append(history())
     assert synced == [str(path)]
