@@ -34,7 +34,7 @@ from pyccl._io.dialing import FAILURES, NotTakenError, connect, connect_at, conn
 from pyccl._io.front import MasterAt, Name
 from pyccl._io.meeting import Meetings
 from pyccl._io.punching import Puncher
-from pyccl._io.strangers import Notes, Places
+from pyccl._io.strangers import Notes, Places, origin
 from pyccl._io.tls import Credentials, socket_of
 from pyccl._native.handles import Engine, Keys, Relay
 from pyccl._proto import limits
@@ -844,7 +844,7 @@ class Links:
     async def _carry(self, stream: trio.SocketStream, hello: RelayHello) -> None:
         """Be the relay; what becomes of the connection then is not ours to read."""
         ends: tuple[_Peer, _Peer] | None = None
-        with self._early.place():
+        with self._early.place(origin(stream)):
             dialer = await self._learn_of(hello.from_peer, hello.from_incarnation)
             other = await self._learn_of(hello.to_peer, hello.to_incarnation)
             if self._credentials is not None:
@@ -929,14 +929,14 @@ class Links:
         matched: tuple[_Peer, Keys | None] | None = None
         hello: Hello | None = None
         try:
-            with self._strangers.place():
+            with self._strangers.place(origin(stream)):
                 hello = await self._hear_out(stream)
             if isinstance(hello, StateHello):
                 await self._events.state(stream, hello)
             elif isinstance(hello, RelayHello):
                 await self._carry(stream, hello)
             elif hello is not None:
-                with self._early.place():
+                with self._early.place(origin(stream)):
                     matched = await self._match(stream, hello)
         except (RemoteProtocolError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
             self._notes.tell("stranger_refused", e)

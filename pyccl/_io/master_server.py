@@ -29,7 +29,7 @@ from pyccl._io.probe import Prober
 from pyccl._io.sampling import Sampler
 from pyccl._io.sealed import SealedStream
 from pyccl._io.signing import Signer
-from pyccl._io.strangers import Notes, Places
+from pyccl._io.strangers import Notes, Places, origin
 from pyccl._io.tls import Guest, Line
 from pyccl._native.handles import CIPHER_AES, FRAME_BYTES, Keys, Relay, is_heartbeat_untrusted
 from pyccl._proto import limits, master, planning
@@ -219,7 +219,7 @@ class MasterServer:
                 line: Line = stream
                 guest: Guest | None = None
                 first: Message | None = None
-                with self._strangers.place():
+                with self._strangers.place(origin(stream)):
                     line, guest = await self._enter(stream)
                     first = await self._first(line, guest)
                 if isinstance(first, Pulse):

@@ -36,7 +36,7 @@ from pyccl._io.portmap import open_mapping
 from pyccl._io.resolver import Resolver
 from pyccl._io.statestore import Kept, StateStore, held, opened
 from pyccl._io.statestream import StateServer
-from pyccl._io.strangers import Notes, Places
+from pyccl._io.strangers import Notes, Places, origin
 from pyccl._io.tls import Credentials, Line, socket_of
 from pyccl._native.handles import Relay
 from pyccl._proto import limits
@@ -279,7 +279,7 @@ class Observer:
     async def _accept(self, stream: trio.SocketStream) -> None:
         try:
             hello: Message | None = None
-            with self._strangers.place():
+            with self._strangers.place(origin(stream)):
                 hello = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
                 if not isinstance(hello, StateHello | RelayHello):
                     raise errors.RemoteProtocolError("the first message is neither StateHello nor RelayHello")
@@ -297,7 +297,7 @@ class Observer:
         """One end of a connection between two peers, which both come here."""
         ends = Member(hello.from_peer, hello.from_incarnation), Member(hello.to_peer, hello.to_incarnation)
         is_allowed = False
-        with self._strangers.place(), trio.move_on_after(MEET_S):
+        with self._strangers.place(origin(stream)), trio.move_on_after(MEET_S):
             while self._meetings is not None and not (is_allowed := _pair(*ends) in self._may_meet):
                 await self._may_meet_changed.wait()  # the master's word may be on its way
         if self._meetings is None or not is_allowed or hello.run != self._run_id:

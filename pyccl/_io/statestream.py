@@ -21,7 +21,7 @@ import trio
 from pyccl._io import agreement, envelope, sealed
 from pyccl._io.dialing import connect
 from pyccl._io.sealed import Channel, SealedStream
-from pyccl._io.strangers import Places
+from pyccl._io.strangers import Places, origin
 from pyccl._io.tls import Credentials
 from pyccl._proto import limits, restoring
 from pyccl._proto.epoch import Member
@@ -33,7 +33,7 @@ SILENCE_S: Final = 3 * STILL_S  # of a source, or of who receives
 _KNOWN_S: Final = 10.0  # until the master has told of who asks
 _CONNECT_S: Final = 5.0
 _EARLY_MAX: Final = 64  # who ask, and the master has not told of them yet, or they have not proven who they are
-_SERVING_MAX: Final = 32
+_SERVING_MAX: Final = 32  # peers; each has one connection
 _PIECE_BYTES: Final = 256 << 10
 _LEAST_BYTES: Final = 1 << 20  # in each _SPAN_S; 17 KiB/s
 _SPAN_S: Final = 60.0
@@ -103,7 +103,8 @@ class StateServer:
     ) -> None:
         self._run, self._me, self._drops, self._sent = run, (peer, incarnation), drops, sent
         self._credentials = credentials
-        self._early, self._serving = Places(_EARLY_MAX, _KNOWN_S), 0
+        self._early = Places(_EARLY_MAX, _KNOWN_S)
+        self._serving: dict[bytes, trio.CancelScope] = {}  # by peer: the newest of each
         self._known: frozenset[tuple[bytes, bytes]] = frozenset()
         self._changed, self._offered = trio.Event(), trio.Event()
         self._snapshot: Snapshot | None = None
@@ -132,11 +133,12 @@ class StateServer:
         reason = self._reason_to_refuse(hello)
         if not reason:
             reason = "the master has not told of you"
-            with self._early.place():
+            with self._early.place(origin(stream)):
                 while (hello.from_peer, hello.from_incarnation) not in self._known:
                     await self._changed.wait()
-                reason = f"{self._serving} others are served"
-                if self._serving < _SERVING_MAX:  # those who prove themselves meanwhile have bounded places, too
+                others = len(self._serving.keys() - {hello.from_peer})
+                reason = f"{others} others are served"
+                if others < _SERVING_MAX:  # those who prove themselves meanwhile have bounded places, too
                     reason = "you did not prove in time who you are"
                     channel = await self._proven(stream, hello)
         if channel is None:
@@ -146,7 +148,9 @@ class StateServer:
         broken: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
-            self._serving += 1
+            if (older := self._serving.get(hello.from_peer)) is not None:
+                older.cancel()
+            self._serving[hello.from_peer] = nursery.cancel_scope
             if hello.every:
                 self._followers.add(follower)
             try:
@@ -155,7 +159,8 @@ class StateServer:
             except (OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
                 broken = e  # raised outside: a nursery wraps what leaves it
             finally:
-                self._serving -= 1
+                if self._serving.get(hello.from_peer) is nursery.cancel_scope:
+                    del self._serving[hello.from_peer]
                 self._followers.discard(follower)
                 if self._drops and not self._followers:
                     self._snapshot = None

@@ -198,12 +198,13 @@ def test_so_many_are_served_at_a_time_also_of_those_who_had_to_wait(monkeypatch:
 
     async def main() -> None:
         made = StateServer(lambda: RUN, *SERVER, drops=False)
+        askers = [Member(bytes([n]) * 16, b"A" * 16) for n in range(4)]
         async with serving(made) as there, contextlib.AsyncExitStack() as opened_streams:
             asking = [
-                await opened_streams.enter_async_context(await statestream.ask(RUN, ASKER, there, every=1))
-                for _ in range(4)
+                await opened_streams.enter_async_context(await statestream.ask(RUN, asker, there, every=1))
+                for asker in askers
             ]
-            made.know([ASKER])
+            made.know([*askers, ASKER])
             answers = []
             for stream in asking:
                 try:
@@ -219,6 +220,30 @@ def test_so_many_are_served_at_a_time_also_of_those_who_had_to_wait(monkeypatch:
                     with contextlib.suppress(RemoteProtocolError):
                         assert await statestream.next_offer(stream) is None
                         break
+
+    run(main)
+
+
+def test_who_asks_again_gives_up_the_place_it_had_and_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statestream, "_SERVING_MAX", 2)
+
+    async def main() -> None:
+        made, other = server(drops=True), Member(b"o" * 16, b"O" * 16)
+        made.know([ASKER, other])
+        async with serving(made) as there, contextlib.AsyncExitStack() as opened_streams:
+            following = []
+            for asker in (other, *[ASKER] * 5):
+                stream = await opened_streams.enter_async_context(await statestream.ask(RUN, asker, there, every=1))
+                assert await statestream.next_offer(stream) is None
+                following.append(stream)
+            for stream in following[1:-1]:
+                with pytest.raises(RemoteProtocolError, match="closed"):
+                    await statestream.next_offer(stream)
+            made.offer(snapshot(tmp_path, 1))
+            for stream in (following[0], following[-1]):
+                assert (await received(stream, tmp_path / "got")).revision == 1
 
     run(main)
 

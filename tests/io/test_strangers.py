@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
 import pytest
 import trio
@@ -31,6 +32,80 @@ def test_who_has_waited_longest_gives_its_place_to_who_comes() -> None:
                 await trio.sleep(1)
             assert ended == [(0, 3.0), (1, 4.0)]
         assert ended[2:] == [(2, 62.0), (3, 63.0), (4, 64.0)]  # their time was up
+
+    run(main)
+
+
+MOST, SECONDS = 256, 10.0  # as a master's
+ROUND_TRIPS_S = 0.3  # of a handshake: so long who is honest needs its place
+
+
+async def let_in(rate: int, flood: Callable[[int], str], newcomers: Sequence[str]) -> int:
+    """How many newcomers keep their place for as long as they need it, one every 0.1 s, in a flood of so many
+    connections a second. flood: where the nth comes from."""
+    places, came = Places(MOST, SECONDS), 0
+
+    async def silent(at: str) -> None:
+        with places.place(at):
+            await trio.sleep_forever()
+
+    async def honest(at: str) -> None:
+        nonlocal came
+        with places.place(at):
+            await trio.sleep(ROUND_TRIPS_S)
+            came += 1
+
+    async with trio.open_nursery() as nursery:
+        for n in range(rate):  # it is there before them
+            nursery.start_soon(silent, flood(n))
+            await trio.sleep(1 / rate)
+        for i, at in enumerate(newcomers):
+            nursery.start_soon(honest, at)
+            for n in range(rate // 10):
+                nursery.start_soon(silent, flood(rate + i * rate // 10 + n))
+                await trio.sleep(1 / rate)
+        await trio.sleep(ROUND_TRIPS_S)
+        nursery.cancel_scope.cancel()
+    return came
+
+
+@pytest.mark.parametrize("rate", [500, 1500, 3000])
+def test_a_flood_from_one_host_takes_places_from_itself_alone(rate: int) -> None:
+    async def main() -> None:
+        assert await let_in(rate, lambda n: "flood", [f"host {n}" for n in range(12)]) == 12
+        assert await let_in(rate, lambda n: "flood", ["router"] * 12) == 12
+
+    run(main)
+
+
+def test_a_flood_from_everywhere_is_as_if_origins_were_not_known() -> None:
+    async def main() -> None:
+        assert await let_in(500, lambda n: f"flood {n}", [f"host {n}" for n in range(12)]) == 12
+        assert await let_in(500, str, ["router"] * 12) == 12
+
+    run(main)
+
+
+@pytest.mark.parametrize("flood", [0, 1, MOST])
+def test_many_newcomers_behind_one_router_take_no_places_from_each_other_before_all_are_taken(flood: int) -> None:
+    async def main() -> None:
+        places, there, let_go = Places(MOST, SECONDS), 0, trio.Event()
+
+        async def stay(at: str) -> None:
+            nonlocal there
+            with places.place(at):
+                await let_go.wait()
+                there += at == "router"
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(flood):
+                nursery.start_soon(stay, "flood")
+            await wait_all_tasks_blocked()
+            for _ in range(MOST // 2 if flood == MOST else MOST - flood):
+                nursery.start_soon(stay, "router")
+            await wait_all_tasks_blocked()
+            let_go.set()
+        assert there == (MOST // 2 if flood == MOST else MOST - flood)
 
     run(main)
 
