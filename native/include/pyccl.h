@@ -543,15 +543,25 @@ pyccl_status pyccl_state_forget(pyccl_engine *engine);          /* as cancel, al
 
 /* Relay: a thread that carries bytes between two connected sockets, both ways, as they are, for two members that do not
  * reach each other; no lock of the caller's language can hold it up. An end of one socket's stream is passed on; a broken
- * socket, or the relay's end, resets the other. Thread-safe. */
+ * socket, or the relay's end, resets the other; so does a silence. Thread-safe. */
 typedef struct pyccl_relay pyccl_relay;
 #define PYCCL_RELAY_PAIRS_MAX 64
+#define PYCCL_RELAY_OWNED_MAX 32     /* pairs with an end of the same owner */
+#define PYCCL_RELAY_SAME_MAX 2       /* pairs of the same two peers: each may ask for one while it does not know of the other's */
 
-/* user_timeout_ms: TCP_USER_TIMEOUT of all sockets: a peer that acknowledges nothing for so long is gone. */
+typedef struct pyccl_relay_end {
+    int fd;
+    uint8_t peer[16];                /* for relay_forget */
+    uint8_t owner[16];               /* who answers for it, of one or several peers */
+} pyccl_relay_end;
+
+/* user_timeout_ms: TCP_USER_TIMEOUT of all sockets: a peer that acknowledges nothing for so long is gone. So is a pair that
+ * carries nothing for so long: members beat more often. */
 /* Starts its thread. max_bytes_s: of all that it carries, each byte counted once; 0: no cap. */
 pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, uint64_t max_bytes_s, pyccl_relay **out);
-/* Takes both sockets, always: closed on error. ERR_LIMIT: PAIRS_MAX are there; ERR_OS. The ids are for relay_forget. */
-pyccl_status pyccl_relay_add(pyccl_relay *relay, int fd_a, int fd_b, const uint8_t peer_a[16], const uint8_t peer_b[16]);
+/* Takes both sockets, always: closed on error. Of the same two peers' pairs the oldest is reset when there are SAME_MAX.
+ * ERR_LIMIT: PAIRS_MAX are there, or OWNED_MAX of one of the owners; ERR_OS. */
+pyccl_status pyccl_relay_add(pyccl_relay *relay, const pyccl_relay_end ends[2]);
 void pyccl_relay_forget(pyccl_relay *relay, const uint8_t peer[16]);             /* resets the pairs of this peer */
 uint32_t pyccl_relay_pairs(pyccl_relay *relay);
 void pyccl_relay_free(pyccl_relay *relay);                                       /* resets all, ends the thread; NULL: nothing */

@@ -3,6 +3,7 @@
  * Each way of a pair is a pipe between two sockets: bytes are spliced in and out of it and never come into user space. A
  * way reads only when its pipe is empty, so what it holds is bounded, and a receiver that is slow slows its sender.
  * With a cap nothing is read while the bucket is empty; the senders' windows do the rest.
+ * What is there to be moved is moved before a pair counts as silent: it may be we who were stopped.
  *
  * Invariants
  *  - a socket is in the epoll set only while something is wanted of it: what is always ready would keep the thread busy;
@@ -10,6 +11,7 @@
  * Threads: `lock` guards all pairs; the thread lets go of it after each event. */
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
@@ -33,9 +35,8 @@
 #define WAKE UINT64_MAX
 
 typedef struct leg {
-    int fd;
+    pyccl_relay_end end;
     uint32_t interest;               /* epoll events armed; 0: not in the set */
-    uint8_t peer[PYCCL_ID_SIZE];
 } leg;
 
 typedef struct way {                 /* from legs[i] to legs[1 - i] */
@@ -48,6 +49,8 @@ typedef struct pair {
     bool used;
     bool capped;                     /* it would read, and may not yet */
     uint32_t life;                   /* how many pairs have had this place before */
+    uint64_t number;                 /* of all pairs that the relay has had */
+    int64_t moved_ns;                /* when it carried something */
     leg legs[2];
     way ways[2];
 } pair;
@@ -59,6 +62,7 @@ struct pyccl_relay {
     unsigned user_timeout_ms;
     bool stopping;
     uint32_t count;
+    uint64_t last;                   /* number */
     uint32_t first;                  /* of the pairs that the cap has held up, who goes on first */
     throttle cap;
     pair pairs[PYCCL_RELAY_PAIRS_MAX];
@@ -79,14 +83,14 @@ static void close_if(int fd) {
 /* Neither depends on the last copy of the descriptor, which a forked child may hold: close alone would. */
 static void leg_close(const leg *l, bool reset) {
     const struct sockaddr nobody = {.sa_family = AF_UNSPEC};
-    if (reset) (void)connect(l->fd, &nobody, sizeof nobody);
-    else (void)shutdown(l->fd, SHUT_RDWR);
-    (void)close(l->fd);
+    if (reset) (void)connect(l->end.fd, &nobody, sizeof nobody);
+    else (void)shutdown(l->end.fd, SHUT_RDWR);
+    (void)close(l->end.fd);
 }
 
 static void pair_close(pyccl_relay *relay, pair *p, bool reset) {
     for (int i = 0; i < 2; i++) {
-        if (p->legs[i].interest != 0) (void)epoll_ctl(relay->epoll_fd, EPOLL_CTL_DEL, p->legs[i].fd, NULL);
+        if (p->legs[i].interest != 0) (void)epoll_ctl(relay->epoll_fd, EPOLL_CTL_DEL, p->legs[i].end.fd, NULL);
         leg_close(&p->legs[i], reset);
         close_if(p->ways[i].in);
         close_if(p->ways[i].out);
@@ -98,10 +102,11 @@ static void pair_close(pyccl_relay *relay, pair *p, bool reset) {
 
 /* False: a socket is broken. */
 static bool way_move(pyccl_relay *relay, pair *p, way *w, int i) {
-    const int from = p->legs[i].fd, to = p->legs[1 - i].fd;
+    const int from = p->legs[i].end.fd, to = p->legs[1 - i].end.fd;
     for (int turn = 0; turn < TURNS && !w->ended; turn++) {
+        const int64_t now = now_ns();
         if (w->held == 0) {
-            const size_t room = throttle_room(&relay->cap, now_ns());
+            const size_t room = throttle_room(&relay->cap, now);
             if (room == 0) {
                 p->capped = true;
                 return true;
@@ -114,11 +119,13 @@ static bool way_move(pyccl_relay *relay, pair *p, way *w, int i) {
                 return shutdown(to, SHUT_WR) == 0;
             }
             w->held = (size_t)n;
+            p->moved_ns = now;
             throttle_take(&relay->cap, w->held);
         }
         const ssize_t n = splice(w->out, NULL, to, NULL, w->held, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
         if (n < 0) return errno == EAGAIN || errno == EINTR;
         w->held -= (size_t)n;
+        p->moved_ns = now;
     }
     return true;
 }
@@ -132,7 +139,7 @@ static bool leg_arm(const pyccl_relay *relay, pair *p, int i) {
     struct epoll_event event = {.events = wanted};
     event.data.u64 = (uint64_t)p->life << 32 | (uint64_t)(p - relay->pairs);
     const int how = l->interest == 0 ? EPOLL_CTL_ADD : wanted == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
-    if (epoll_ctl(relay->epoll_fd, how, l->fd, &event) != 0) return false;
+    if (epoll_ctl(relay->epoll_fd, how, l->end.fd, &event) != 0) return false;
     l->interest = wanted;
     return true;
 }
@@ -150,7 +157,9 @@ static void pair_move(pyccl_relay *relay, pair *p) {
 static bool handle(pyccl_relay *relay, uint64_t name) {
     (void)pthread_mutex_lock(&relay->lock);
     const bool stopping = relay->stopping;
-    if (name != WAKE && !stopping) {
+    eventfd_t wakes;
+    if (name == WAKE) (void)eventfd_read(relay->wake_fd, &wakes);
+    else if (!stopping) {
         pair *p = &relay->pairs[(uint32_t)name % PYCCL_RELAY_PAIRS_MAX];
         if (p->used && p->life == (uint32_t)(name >> 32)) pair_move(relay, p);
     }
@@ -158,27 +167,33 @@ static bool handle(pyccl_relay *relay, uint64_t name) {
     return !stopping;
 }
 
-/* Those that the cap has held up go on as soon as it allows. The milliseconds until then; -1: none waits. */
-static int uncap(pyccl_relay *relay) {
+/* What time alone brings: those that the cap has held up go on as soon as it allows, those that carry nothing end. The
+ * milliseconds until then; -1: nothing will. */
+static int in_time(pyccl_relay *relay) {
     (void)pthread_mutex_lock(&relay->lock);
-    const bool room = throttle_room(&relay->cap, now_ns()) > 0;
-    bool waits = false;
+    const int64_t now = now_ns(), silence_ns = (int64_t)relay->user_timeout_ms * 1000000;
+    const bool room = throttle_room(&relay->cap, now) > 0;
+    int64_t due = INT64_MAX;
     for (uint32_t i = 0; i < PYCCL_RELAY_PAIRS_MAX; i++) {
         pair *p = &relay->pairs[(relay->first + i) % PYCCL_RELAY_PAIRS_MAX];
-        if (p->used && p->capped && room) pair_move(relay, p);
-        waits = waits || (p->used && p->capped);
+        if (p->used && (p->capped ? room : now - p->moved_ns >= silence_ns)) pair_move(relay, p);
+        if (p->used && !p->capped && now - p->moved_ns >= silence_ns) pair_close(relay, p, true);
+        if (!p->used) continue;
+        const int64_t next = p->capped ? throttle_due(&relay->cap) : p->moved_ns + silence_ns;
+        if (next < due) due = next;
     }
     relay->first++; /* each pair has its turn with what there is */
-    const int64_t missing = throttle_due(&relay->cap) - now_ns();
+    const int64_t missing_ms = (due - now_ns()) / 1000000 + 1;
     (void)pthread_mutex_unlock(&relay->lock);
-    return !waits ? -1 : missing > 0 ? (int)(missing / 1000000) + 1 : 1;
+    if (due == INT64_MAX) return -1;
+    return missing_ms < 1 ? 1 : missing_ms > INT_MAX ? INT_MAX : (int)missing_ms;
 }
 
 static void *thread_main(void *arg) {
     pyccl_relay *relay = arg;
     struct epoll_event events[EVENTS_AT_ONCE];
     for (;;) {
-        const int count = epoll_wait(relay->epoll_fd, events, EVENTS_AT_ONCE, uncap(relay));
+        const int count = epoll_wait(relay->epoll_fd, events, EVENTS_AT_ONCE, in_time(relay));
         PYCCL_ASSERT(count >= 0 || errno == EINTR);
         for (int i = 0; i < count; i++)
             if (!handle(relay, events[i].data.u64)) return NULL;
@@ -222,10 +237,9 @@ pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, uint64_t max_bytes_s, pyc
     return PYCCL_OK;
 }
 
-static bool leg_open(const pyccl_relay *relay, leg *l, int fd, const uint8_t peer[PYCCL_ID_SIZE]) {
-    const int yes = 1, flags = fcntl(fd, F_GETFL);
-    *l = (leg){.fd = fd};
-    memcpy(l->peer, peer, PYCCL_ID_SIZE);
+static bool leg_open(const pyccl_relay *relay, leg *l, const pyccl_relay_end *end) {
+    const int fd = end->fd, yes = 1, flags = fcntl(fd, F_GETFL);
+    *l = (leg){.end = *end};
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &relay->user_timeout_ms, sizeof relay->user_timeout_ms);
     return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
@@ -239,35 +253,68 @@ static bool way_open(way *w) {
     return made;
 }
 
-static pyccl_status pair_open(pyccl_relay *relay, pair *p, const int fds[2], const uint8_t *const peers[2]) {
+static pyccl_status pair_open(pyccl_relay *relay, pair *p, const pyccl_relay_end ends[2]) {
     bool fine = true;
     for (int i = 0; i < 2; i++) {
-        fine = leg_open(relay, &p->legs[i], fds[i], peers[i]) && fine;
+        fine = leg_open(relay, &p->legs[i], &ends[i]) && fine;
         fine = way_open(&p->ways[i]) && fine;
     }
     p->used = true;
+    p->capped = false;
+    p->number = ++relay->last;
+    p->moved_ns = now_ns();
     relay->count++;
     for (int i = 0; i < 2; i++) fine = fine && leg_arm(relay, p, i);
     if (!fine) pair_close(relay, p, true);
     return fine ? PYCCL_OK : PYCCL_ERR_OS;
 }
 
-pyccl_status pyccl_relay_add(pyccl_relay *relay, int fd_a, int fd_b, const uint8_t peer_a[16], const uint8_t peer_b[16]) {
-    pair *p = NULL;
-    (void)pthread_mutex_lock(&relay->lock);
-    for (uint32_t i = 0; i < PYCCL_RELAY_PAIRS_MAX && p == NULL; i++)
-        if (!relay->pairs[i].used) p = &relay->pairs[i];
-    pyccl_status rc = PYCCL_ERR_LIMIT;
-    if (p != NULL) rc = pair_open(relay, p, (const int[2]){fd_a, fd_b}, (const uint8_t *const[2]){peer_a, peer_b});
-    (void)pthread_mutex_unlock(&relay->lock);
-    if (p != NULL) return rc;
-    close_if(fd_a);
-    close_if(fd_b);
-    return rc;
+static bool same(const uint8_t one[PYCCL_ID_SIZE], const uint8_t other[PYCCL_ID_SIZE]) {
+    return memcmp(one, other, PYCCL_ID_SIZE) == 0;
 }
 
-static bool is_of(const pair *p, const uint8_t *peer) {
-    return memcmp(p->legs[0].peer, peer, PYCCL_ID_SIZE) == 0 || memcmp(p->legs[1].peer, peer, PYCCL_ID_SIZE) == 0;
+static bool is_of(const pair *p, const uint8_t peer[PYCCL_ID_SIZE]) {
+    return same(p->legs[0].end.peer, peer) || same(p->legs[1].end.peer, peer);
+}
+
+static bool is_owned(const pair *p, const uint8_t owner[PYCCL_ID_SIZE]) {
+    return same(p->legs[0].end.owner, owner) || same(p->legs[1].end.owner, owner);
+}
+
+/* A new pair of these two peers is coming. */
+static void make_way(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
+    pair *oldest = NULL;
+    uint32_t count = 0;
+    for (pair *p = relay->pairs; p < relay->pairs + PYCCL_RELAY_PAIRS_MAX; p++) {
+        if (!p->used || !is_of(p, ends[0].peer) || !is_of(p, ends[1].peer)) continue;
+        if (oldest == NULL || p->number < oldest->number) oldest = p;
+        count++;
+    }
+    if (count >= PYCCL_RELAY_SAME_MAX) pair_close(relay, oldest, true);
+}
+
+/* NULL: there is none for these owners. */
+static pair *place_for(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
+    pair *free_place = NULL;
+    uint32_t owned[2] = {0, 0};
+    for (pair *p = relay->pairs; p < relay->pairs + PYCCL_RELAY_PAIRS_MAX; p++) {
+        if (!p->used && free_place == NULL) free_place = p;
+        for (int i = 0; i < 2; i++) owned[i] += p->used && is_owned(p, ends[i].owner);
+    }
+    return owned[0] < PYCCL_RELAY_OWNED_MAX && owned[1] < PYCCL_RELAY_OWNED_MAX ? free_place : NULL;
+}
+
+pyccl_status pyccl_relay_add(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
+    (void)pthread_mutex_lock(&relay->lock);
+    make_way(relay, ends);
+    pair *p = place_for(relay, ends);
+    const pyccl_status rc = p == NULL ? PYCCL_ERR_LIMIT : pair_open(relay, p, ends);
+    (void)pthread_mutex_unlock(&relay->lock);
+    if (p == NULL)
+        for (int i = 0; i < 2; i++) close_if(ends[i].fd);
+    else
+        (void)eventfd_write(relay->wake_fd, 1); /* it may be the first to fall silent */
+    return rc;
 }
 
 /* peer: NULL for all. */

@@ -14,7 +14,8 @@
 #define WAIT_MS 60000
 #define TIMEOUT_MS 20000
 
-static const uint8_t ALICE[16] = "alice", BOB[16] = "bob", CAROL[16] = "carol";
+static const uint8_t ALICE[16] = "alice", BOB[16] = "bob", CAROL[16] = "carol", ANN[16] = "ann";
+static uint32_t peers_made; /* ids that nobody has had */
 
 /* A TCP connection over loopback: ends[0] is the test's, ends[1] the relay's. */
 static void connect_tcp(int ends[2]) {
@@ -30,14 +31,34 @@ static void connect_tcp(int ends[2]) {
     REQUIRE(fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0);
 }
 
+static pyccl_relay_end end_of(int fd, const uint8_t peer[16], const uint8_t owner[16]) {
+    pyccl_relay_end end = {.fd = fd};
+    memcpy(end.peer, peer, sizeof end.peer);
+    memcpy(end.owner, owner, sizeof end.owner);
+    return end;
+}
+
 /* A pair of the relay; a and b: the far ends. */
-static pyccl_status relayed(pyccl_relay *relay, int *a, int *b, const uint8_t *peer_a, const uint8_t *peer_b) {
+static pyccl_status owned(pyccl_relay *relay, int *a, int *b, const uint8_t *const peers[2], const uint8_t *const owners[2]) {
     int first[2], second[2];
     connect_tcp(first);
     connect_tcp(second);
     *a = first[0];
     *b = second[0];
-    return pyccl_relay_add(relay, first[1], second[1], peer_a, peer_b);
+    const pyccl_relay_end ends[2] = {end_of(first[1], peers[0], owners[0]), end_of(second[1], peers[1], owners[1])};
+    return pyccl_relay_add(relay, ends);
+}
+
+static pyccl_status relayed(pyccl_relay *relay, int *a, int *b, const uint8_t *peer_a, const uint8_t *peer_b) {
+    const uint8_t *const peers[2] = {peer_a, peer_b};
+    return owned(relay, a, b, peers, peers);
+}
+
+/* Of two peers that are in no other pair. */
+static pyccl_status relayed_for(pyccl_relay *relay, int *a, int *b, const uint8_t *owner_a, const uint8_t *owner_b) {
+    uint8_t made[2][16] = {{0}};
+    for (int i = 0; i < 2; i++, peers_made++) memcpy(made[i], &peers_made, sizeof peers_made);
+    return owned(relay, a, b, (const uint8_t *const[2]){made[0], made[1]}, (const uint8_t *const[2]){owner_a, owner_b});
 }
 
 static pyccl_relay *relay_new(void) {
@@ -222,16 +243,78 @@ TEST(relay_takes_so_many_pairs_and_closes_the_sockets_of_one_more) {
     pyccl_relay *relay = relay_new();
     int fds[PYCCL_RELAY_PAIRS_MAX][2], more[2];
     uint8_t byte;
-    for (int i = 0; i < PYCCL_RELAY_PAIRS_MAX; i++) REQUIRE(relayed(relay, &fds[i][0], &fds[i][1], ALICE, BOB) == PYCCL_OK);
-    CHECK_EQ(relayed(relay, &more[0], &more[1], ALICE, CAROL), PYCCL_ERR_LIMIT);
+    const uint8_t *const owners[2] = {ALICE, BOB};
+    for (int i = 0; i < PYCCL_RELAY_PAIRS_MAX; i++)
+        REQUIRE(relayed_for(relay, &fds[i][0], &fds[i][1], owners[i % 2], owners[i % 2]) == PYCCL_OK);
+    CHECK_EQ(relayed_for(relay, &more[0], &more[1], CAROL, ANN), PYCCL_ERR_LIMIT);
     for (int i = 0; i < 2; i++) CHECK_EQ(receive(more[i], &byte, 1), 0);
     for (int i = 0; i < 2; i++) close(more[i]), close(fds[7][i]); /* a place is free again when both ways have ended */
     while (pyccl_relay_pairs(relay) == PYCCL_RELAY_PAIRS_MAX) CHECK(poll(NULL, 0, 1) == 0);
-    REQUIRE(relayed(relay, &fds[7][0], &fds[7][1], ALICE, CAROL) == PYCCL_OK);
+    REQUIRE(relayed(relay, &fds[7][0], &fds[7][1], CAROL, ANN) == PYCCL_OK);
     send_all(fds[7][0], (const uint8_t *)"x", 1);
     receive_all(fds[7][1], &byte, 1);
     CHECK_EQ(byte, 'x');
     for (int i = 0; i < PYCCL_RELAY_PAIRS_MAX; i++) close(fds[i][0]), close(fds[i][1]);
+    pyccl_relay_free(relay);
+}
+
+TEST(relay_leaves_room_for_others_than_one_owner) {
+    pyccl_relay *relay = relay_new();
+    int fds[PYCCL_RELAY_OWNED_MAX + 2][2], more[2];
+    uint8_t byte;
+    for (int i = 0; i < PYCCL_RELAY_OWNED_MAX; i++)
+        REQUIRE(relayed_for(relay, &fds[i][0], &fds[i][1], i % 3 ? ALICE : BOB, i % 3 == 1 ? BOB : ALICE) == PYCCL_OK);
+    CHECK_EQ(relayed_for(relay, &more[0], &more[1], ALICE, ALICE), PYCCL_ERR_LIMIT);
+    for (int i = 0; i < 2; i++) CHECK_EQ(receive(more[i], &byte, 1), 0), close(more[i]);
+    CHECK_EQ(relayed_for(relay, &more[0], &more[1], CAROL, ALICE), PYCCL_ERR_LIMIT);
+    for (int i = 0; i < 2; i++) close(more[i]);
+    for (int i = PYCCL_RELAY_OWNED_MAX; i < PYCCL_RELAY_OWNED_MAX + 2; i++)
+        REQUIRE(relayed_for(relay, &fds[i][0], &fds[i][1], CAROL, ANN) == PYCCL_OK);
+    for (int i = 0; i < PYCCL_RELAY_OWNED_MAX + 2; i++) close(fds[i][0]), close(fds[i][1]);
+    pyccl_relay_free(relay);
+}
+
+TEST(relay_resets_the_oldest_pair_of_two_peers_for_a_new_one_and_no_others) {
+    enum { EACH = PYCCL_RELAY_SAME_MAX };
+    pyccl_relay *relay = relay_new();
+    int other[2], fds[2 * EACH][2];
+    uint8_t echo[4];
+    REQUIRE(relayed(relay, &other[0], &other[1], ALICE, CAROL) == PYCCL_OK);
+    for (int i = 0; i < 2 * EACH; i++) {
+        const bool turned = i % 2 != 0;
+        REQUIRE(relayed(relay, &fds[i][0], &fds[i][1], turned ? BOB : ALICE, turned ? ALICE : BOB) == PYCCL_OK);
+        if (i >= EACH) CHECK(is_reset(fds[i - EACH][0]) && is_reset(fds[i - EACH][1]));
+    }
+    CHECK_EQ(pyccl_relay_pairs(relay), EACH + 1);
+    for (int i = EACH; i <= 2 * EACH; i++) {
+        const int *ends = i < 2 * EACH ? fds[i] : other;
+        send_all(ends[0], (const uint8_t *)"here", 4);
+        receive_all(ends[1], echo, 4);
+    }
+    for (int i = 0; i < 2 * EACH; i++) close(fds[i][0]), close(fds[i][1]);
+    close(other[0]), close(other[1]);
+    pyccl_relay_free(relay);
+}
+
+TEST(relay_resets_a_pair_that_carries_nothing_and_no_other) {
+    enum { SILENCE_MS = 2000 };
+    pyccl_relay *relay;
+    REQUIRE(pyccl_relay_new(SILENCE_MS, 0, &relay) == PYCCL_OK);
+    int fds[2][2], full[2];
+    uint8_t byte, chunk[4096] = {0};
+    REQUIRE(relayed(relay, &full[0], &full[1], ALICE, ANN) == PYCCL_OK);
+    while (send(full[0], chunk, sizeof chunk, MSG_NOSIGNAL) > 0) continue; /* who does not read is silent, too */
+    for (int i = 0; i < 2; i++) REQUIRE(relayed(relay, &fds[i][0], &fds[i][1], ALICE, i ? BOB : CAROL) == PYCCL_OK);
+    for (int beat = 0; pyccl_relay_pairs(relay) > 1; beat = 1 - beat) { /* one way is enough at a time */
+        CHECK(poll(NULL, 0, 1) == 0);
+        send_all(fds[1][beat], (const uint8_t *)"x", 1);
+        receive_all(fds[1][1 - beat], &byte, 1);
+    }
+    CHECK(is_reset(fds[0][0]) && is_reset(fds[0][1]));
+    CHECK_EQ(pyccl_relay_pairs(relay), 1);
+    CHECK(is_reset(fds[1][0]) && is_reset(fds[1][1])); /* now that it is silent, too */
+    CHECK_EQ(pyccl_relay_pairs(relay), 0);
+    for (int i = 0; i < 2; i++) close(fds[i][0]), close(fds[i][1]), close(full[i]);
     pyccl_relay_free(relay);
 }
 
@@ -250,7 +333,7 @@ TEST(relay_with_a_cap_carries_everything_and_no_faster) {
     uint8_t *data = random_bytes(SIZE, &seed), *got = calloc(PAIRS, SIZE);
     int fds[PAIRS][2];
     size_t sent[PAIRS] = {0}, received[PAIRS] = {0}, total = 0;
-    for (int i = 0; i < PAIRS; i++) REQUIRE(relayed(relay, &fds[i][0], &fds[i][1], ALICE, BOB) == PYCCL_OK);
+    for (int i = 0; i < PAIRS; i++) REQUIRE(relayed_for(relay, &fds[i][0], &fds[i][1], ALICE, BOB) == PYCCL_OK);
     while (total < (size_t)PAIRS * SIZE) {
         struct pollfd polled[2 * PAIRS];
         for (int i = 0; i < PAIRS; i++) {
@@ -277,7 +360,8 @@ TEST(relay_refuses_what_is_no_descriptor_and_closes_the_other) {
     pyccl_relay *relay = relay_new();
     int ends[2];
     connect_tcp(ends);
-    CHECK_EQ(pyccl_relay_add(relay, ends[1], -1, ALICE, BOB), PYCCL_ERR_OS);
+    const pyccl_relay_end pair[2] = {end_of(ends[1], ALICE, ALICE), end_of(-1, BOB, BOB)};
+    CHECK_EQ(pyccl_relay_add(relay, pair), PYCCL_ERR_OS);
     CHECK(is_reset(ends[0]));
     CHECK_EQ(pyccl_relay_pairs(relay), 0);
     close(ends[0]);

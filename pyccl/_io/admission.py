@@ -11,7 +11,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,6 +44,7 @@ from pyccl._proto.messages import (
 from pyccl._proto.past import Admissions, Record
 
 OPERATOR_ONLY: Final = (InviteAsk, Revoke, PeersAsk, Kick)
+CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
 PLAIN_REFUSED: Final = "this master takes encrypted connections only: come with an invite (pyccl-master invite)"
 
 log = logging.getLogger("pyccl.master")
@@ -53,9 +55,19 @@ class Run:
     """What it needs of the master. durable: returns when the records are in the journal."""
 
     id: Callable[[], bytes]
+    has: Callable[[bytes], bool]  # peer
     knows: Callable[[bytes, bytes], bool]  # peer, incarnation
     kick: Callable[[bytes], bool]  # False: no such peer
     durable: Callable[[Sequence[Record]], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _Connection:
+    """Of who has proven who it is. scope: around all of it. first: what it was let in with."""
+
+    guest: Guest
+    scope: trio.CancelScope
+    first: Message | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +91,29 @@ class Admission:
         self._run_key = identity.run_key()
         self._gate, self._run, self._clock = Gate(self._run_key, admissions), run, clock
         self._present: dict[int, _Present] = {}
+        self._connections: dict[bytes, list[_Connection]] = {}  # by identity
 
     async def enter(self, stream: trio.SocketStream) -> tuple[Line, Guest]:
         return await self._door.enter(stream, secrets.token_bytes(limits.KEY_BYTES))
 
-    async def admit(self, guest: Guest, first: Message) -> None:
+    @contextmanager
+    def connection(self, guest: Guest, scope: trio.CancelScope) -> Iterator[_Connection]:
+        """It counts as its identity's in here, and ends when that is kicked."""
+        connection = _Connection(guest, scope)
+        self._connections.setdefault(guest.identity, []).append(connection)
+        try:
+            yield connection
+        finally:
+            others = self._connections[guest.identity]
+            others.remove(connection)
+            if not others:
+                del self._connections[guest.identity]
+
+    async def admit(self, connection: _Connection, first: Message) -> None:
         """RefusedError: not with this first message."""
+        guest, connection.first = connection.guest, first
+        if not self.is_for_operator(guest, first):
+            self._check_room(connection)
         if isinstance(first, OPERATOR_ONLY):
             if not self._is_operator(guest):
                 raise RefusedError("that is the operator's: it takes the master's own identity")
@@ -100,15 +129,17 @@ class Admission:
         elif isinstance(first, Hello | Observe | Pulse | Reflect):
             if first.peer != guest.peer:
                 raise RefusedError("the peer id is another identity's")
-            if not isinstance(first, Pulse):
-                self._check_room(guest.identity)
+            records: list[Record] = []
             if self._run.knows(first.peer, first.incarnation):  # is in: an invite may end meanwhile
                 self._gate.check_identity(guest.identity)
             elif not isinstance(first, Pulse | Reflect):
                 # Of a run that it returns to and this master does not know the machine thinks what it will.
                 run = first.resume.run if isinstance(first, Hello) and first.resume is not None else self._run.id()
-                now_s = int(self._clock())
-                await self._run.durable(self._gate.admit(guest.token, guest.identity, first.group, run, now_s))
+                records += self._gate.admit(guest.token, guest.identity, first.group, run, int(self._clock()))
+            if not isinstance(first, Pulse | Reflect):
+                records += self._gate.came(guest.peer, guest.identity, self._run.has)
+                await self._run.durable(records)
+                self._gate.check_identity(guest.identity)  # it may have been kicked meanwhile
 
     def came(self, conn: int, guest: Guest, first: Hello | Observe, address: str) -> None:
         try:
@@ -122,8 +153,9 @@ class Admission:
     def went(self, conn: int) -> None:
         self._present.pop(conn, None)
 
-    def conns_of(self, peer: bytes) -> list[int]:
-        return [conn for conn, present in self._present.items() if present.guest.peer == peer]
+    def is_for_operator(self, guest: Guest, first: Message) -> bool:
+        """What it does must be possible when nothing else is."""
+        return self._is_operator(guest) and isinstance(first, (*OPERATOR_ONLY, StatusAsk))
 
     async def obey(self, message: Message) -> Message:
         """The answer to what the operator wants. RefusedError."""
@@ -145,18 +177,21 @@ class Admission:
         return Status(json.dumps({"peers": [self._told(present) for present in self._present.values()]}))
 
     async def _kick(self, peer: bytes) -> Message:
-        """With all peers of its identity that are connected."""
-        identities = {p.guest.identity for p in self._present.values() if p.guest.peer == peer}
-        for identity in identities:
-            await self._run.durable(self._gate.ban(identity))
-            log.info("kicked peer=%s identity=%s", peer.hex()[:8], short(identity))
-        peers = {p.guest.peer for p in self._present.values() if p.guest.identity in identities} | {peer}
-        known = [self._run.kick(other) for other in sorted(peers)]
-        if identities:
-            return Done()
-        if any(known):
-            return Rejected("it is out, but was not connected: its identity is not known, and may come in again")
-        return Rejected("no such peer is in the run")
+        """With all peers of its identity, and all that those have open here."""
+        identity = self._gate.identity_of(peer)
+        if identity is None:
+            if self._run.kick(peer):
+                return Rejected("it is out, but it is not known whose it is: its identity may come in again")
+            return Rejected("no such peer is in the run")
+        records = self._gate.ban(identity)
+        log.info("kicked peer=%s identity=%s", peer.hex()[:8], short(identity))
+        for other in self._gate.peers_of(identity):
+            self._run.kick(other)
+        for each in self._connections.get(identity, ()):
+            if each.first is None or not self.is_for_operator(each.guest, each.first):
+                each.scope.deadline = min(each.scope.deadline, trio.current_time() + CLOSE_S)
+        await self._run.durable(records)
+        return Done()
 
     def _told(self, present: _Present) -> dict[str, Any]:
         invite = present.invite
@@ -171,11 +206,21 @@ class Admission:
             "connected_s": round(self._clock() - present.since, 1),
         }
 
-    def _check_room(self, identity: bytes) -> None:
+    def _check_room(self, mine: _Connection) -> None:
         """An invite is one installation's, however many peers it starts: it must not take everybody's connections."""
-        count = sum(present.guest.identity == identity for present in self._present.values())
-        if count >= limits.CONNECTIONS_OF_IDENTITY_MAX:
-            raise RefusedError(f"{count} peers of this identity are connected")
+        others = [each for each in self._connections[mine.guest.identity] if each is not mine]
+        if len(others) >= limits.CONNECTIONS_OF_IDENTITY_MAX:
+            raise RefusedError(f"{len(others)} connections of this identity are open")
+        if isinstance(mine.first, Hello | Observe):
+            firsts = [each.first for each in others if isinstance(each.first, Hello | Observe)]
+            peers = {(first.peer, first.incarnation) for first in firsts}
+            peers.discard((mine.first.peer, mine.first.incarnation))  # whose place it takes
+            if len(peers) >= limits.CONTROLS_OF_IDENTITY_MAX:
+                raise RefusedError(f"{len(peers)} peers of this identity are connected")
+        elif not isinstance(mine.first, Pulse):
+            count = sum(not isinstance(each.first, Hello | Observe | Pulse) for each in others)
+            if count >= limits.OTHERS_OF_IDENTITY_MAX:
+                raise RefusedError(f"{count} connections of this identity are open beside those of its peers")
 
     def _is_operator(self, guest: Guest) -> bool:
         return hmac.compare_digest(guest.identity, self._public)

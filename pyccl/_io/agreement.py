@@ -53,6 +53,13 @@ async def dial(stream: trio.abc.Stream, hello: Message, to: bytes, me: Credentia
 
 async def accept(stream: trio.abc.Stream, hello: Message, from_peer: bytes, me: Credentials) -> Keys:
     """Answer this greeting, if it is from that peer. RemoteProtocolError: it is not."""
+    return (await accept_whose(stream, hello, from_peer, me))[0]
+
+
+async def accept_whose(
+    stream: trio.abc.Stream, hello: Message, from_peer: bytes, me: Credentials
+) -> tuple[Keys, bytes]:
+    """As ``accept``, and the identity of that peer."""
     theirs = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
     if not isinstance(theirs, PeerOffer):
         raise RemoteProtocolError("no PeerOffer: it wants no encryption")
@@ -61,8 +68,7 @@ async def accept(stream: trio.abc.Stream, hello: Message, from_peer: bytes, me: 
     said = _said(hello, theirs, mine)
     keys = _keys(ours, theirs, said, _cipher(theirs, mine), dialed=False)
     await stream.send_all(envelope.pack(mine) + envelope.pack(_proof(me, said + _ACCEPTOR)))
-    await _check_proof(stream, from_peer, said + _DIALER)
-    return keys
+    return keys, await _check_proof(stream, from_peer, said + _DIALER)
 
 
 def _said(hello: Message, dialer: PeerOffer, acceptor: PeerOffer) -> bytes:
@@ -73,12 +79,14 @@ def _proof(me: Credentials, signed: bytes) -> PeerProof:
     return PeerProof(me.identity.public, me.salt, me.identity.sign(signed))
 
 
-async def _check_proof(stream: trio.abc.Stream, peer: bytes, signed: bytes) -> None:
+async def _check_proof(stream: trio.abc.Stream, peer: bytes, signed: bytes) -> bytes:
+    """Whose the peer is."""
     proof = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
     if not isinstance(proof, PeerProof):
         raise RemoteProtocolError("no PeerProof")
     if peer_id(proof.identity, proof.salt) != peer or not is_signed(proof.identity, proof.signature, signed):
         raise RemoteProtocolError("it does not prove to be the peer that it says it is")
+    return proof.identity
 
 
 def _cipher(one: PeerOffer, other: PeerOffer) -> int:

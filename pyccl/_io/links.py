@@ -32,11 +32,11 @@ import trio
 from pyccl._io import agreement, envelope, tcpinfo
 from pyccl._io.dialing import FAILURES, NotTakenError, connect, connect_at, connect_to, first_of
 from pyccl._io.front import MasterAt, Name
-from pyccl._io.meeting import Meetings
+from pyccl._io.meeting import Meetings, owner_of
 from pyccl._io.punching import Puncher
 from pyccl._io.strangers import Notes, Places, origin
 from pyccl._io.tls import Credentials, socket_of
-from pyccl._native.handles import Engine, Keys, Relay
+from pyccl._native.handles import Engine, Keys, Relay, RelayEnd
 from pyccl._proto import limits
 from pyccl._proto.budget import Budget
 from pyccl._proto.candidates import is_loopback, lead_home, may_reach, ordered
@@ -384,7 +384,7 @@ class Links:
         self._drop_direct(record)
         self._stop_dialing(record)
         self._engine.peer_remove(record.slot)
-        self._relay.forget(peer)
+        self._meetings.forget(peer)
         for other in self._peers.values():
             if other.relay == peer:  # who is out of the run carries nothing of it
                 other.relay_over.set()
@@ -844,13 +844,15 @@ class Links:
     async def _carry(self, stream: trio.SocketStream, hello: RelayHello) -> None:
         """Be the relay; what becomes of the connection then is not ours to read."""
         ends: tuple[_Peer, _Peer] | None = None
+        owner = b""
         with self._early.place(origin(stream)):
             dialer = await self._learn_of(hello.from_peer, hello.from_incarnation)
             other = await self._learn_of(hello.to_peer, hello.to_incarnation)
             if self._credentials is not None:
-                await agreement.accept(stream, hello, hello.from_peer, self._credentials)
+                _, identity = await agreement.accept_whose(stream, hello, hello.from_peer, self._credentials)
+                owner = owner_of(identity)
             ends = dialer, other
-        if ends is None:
+        if ends is None or not all(map(self._is_known, ends)):
             raise RemoteProtocolError("a relay was wanted between members that we do not know")
         dialer, other = ends
         if self._relay.pairs() + self._dialing_for_others >= Relay.PAIRS_MAX:
@@ -858,7 +860,7 @@ class Links:
             return
         self._dialing_for_others += 1
         try:
-            onward = await self._reach_or_meet(stream, hello, other)
+            onward = await self._reach_or_meet(stream, hello, owner, other)
         finally:
             self._dialing_for_others -= 1
         if onward is None:
@@ -867,8 +869,10 @@ class Links:
             await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
             if not (self._is_known(dialer) and self._is_known(other)):
                 return
-            fds = stream.socket.detach(), onward.socket.detach()
-            self._relay.add(*fds, dialer.member.peer, other.member.peer)
+            self._relay.add(
+                RelayEnd(stream.socket.detach(), dialer.member.peer, owner),
+                RelayEnd(onward.socket.detach(), other.member.peer),
+            )
         except (UsageError, OSError) as e:
             log.warning("relay_failed cause=%s", e)
             return
@@ -877,7 +881,7 @@ class Links:
         log.info("relays from=%s to=%s pairs=%d", _short(dialer), _short(other), self._relay.pairs())
 
     async def _reach_or_meet(
-        self, stream: trio.SocketStream, hello: RelayHello, other: _Peer
+        self, stream: trio.SocketStream, hello: RelayHello, owner: bytes, other: _Peer
     ) -> trio.SocketStream | None:
         """A connection to who is wanted. None: it came here itself, and both are joined, or the dialer was refused."""
         found: list[trio.SocketStream] = []
@@ -906,7 +910,7 @@ class Links:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(dial)
             try:
-                joined = await self._meetings.meet(hello, ready, met)
+                joined = await self._meetings.meet(hello, ready, owner, met)
             except FAILURES as e:
                 reasons.append(str(e))
             if joined:

@@ -1,8 +1,9 @@
 """The master's Trio shell: accepts control and pulse connections and carries out what MasterMachine decides.
 
-Bounds on strangers: so many at a time, so many bytes and seconds until the first message. Bounds on everybody: so many
-bytes that wait for one receiver that does not read, so many for all of them (the one with most goes), so many long
-messages under way at a time, and so many seconds for each. Spec: proto/wire.md 1, 2.
+Bounds on strangers: so many at a time, so many bytes and seconds until the first message; their places, and some for
+the operator of a secure run, are beside those of all who have said it. Bounds on everybody: so many bytes that wait for
+one receiver that does not read, so many for all of them (the one with most goes), so many long messages under way at a
+time, and so many seconds for each. Spec: proto/wire.md 1, 2.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 
 from pyccl._io import envelope, tls
-from pyccl._io.admission import OPERATOR_ONLY, PLAIN_REFUSED, Admission, Run
+from pyccl._io.admission import CLOSE_S, OPERATOR_ONLY, PLAIN_REFUSED, Admission, Run
 from pyccl._io.causes import reason_of
 from pyccl._io.identity import Identity
 from pyccl._io.interfaces import canonical
 from pyccl._io.journal import Journal
-from pyccl._io.meeting import Meetings
+from pyccl._io.meeting import Meetings, owner_of
 from pyccl._io.probe import Prober
 from pyccl._io.sampling import Sampler
 from pyccl._io.sealed import SealedStream
@@ -34,6 +36,7 @@ from pyccl._io.tls import Guest, Line
 from pyccl._native.handles import CIPHER_AES, FRAME_BYTES, Keys, Relay, is_heartbeat_untrusted
 from pyccl._proto import limits, master, planning
 from pyccl._proto.invites import RefusedError
+from pyccl._proto.master_records import PeerKey
 from pyccl._proto.messages import (
     Alive,
     DialTold,
@@ -56,10 +59,11 @@ from pyccl._proto.past import Past, Record
 from pyccl.errors import RemoteProtocolError, UsageError
 
 _TICK_S: Final = 0.1
-_CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
 _DEAD_MS: Final = 15_000  # unacknowledged data: the host is gone
 CONNECTIONS_MAX: Final = 4096
-_STRANGERS_MAX: Final = 256  # of these, how many that have not said anything
+_STRANGERS_MAX: Final = 256  # beside these, how many that have not said anything
+_OPERATORS_MAX: Final = 64  # and how many of the operator, who has to be able to kick whoever has taken all others
+BESIDE_MAX: Final = _STRANGERS_MAX + _OPERATORS_MAX
 _WAITING_BYTES_MAX: Final = 16 << 20  # to one receiver that does not read
 _WAITING_ALL_BYTES_MAX: Final = 256 << 20  # to all of them
 _MESSAGE_BYTES: Final = 64  # that a message costs beside its own
@@ -116,7 +120,7 @@ class MasterServer:
         self._searches: dict[int, master.Search] = {}  # by group: a newer one takes the place of one that waits
         self._search_wanted = trio.Event()
         self._connections_max = connections_max
-        self._strangers = Places(min(_STRANGERS_MAX, connections_max // 2 + 1), limits.GREETING_S)
+        self._strangers = Places(_STRANGERS_MAX, limits.GREETING_S)
         self._long = envelope.long_places()
         self._waiting_bytes_max, self._waiting_all_bytes_max = waiting_bytes_max, waiting_all_bytes_max
         self._writing: set[_Conn] = set()
@@ -126,14 +130,15 @@ class MasterServer:
         self._pulses: dict[bytes, trio.CancelScope] = {}  # by peer: one each, the newest
         self._conn_last = 0
         self._packed: tuple[Message | None, bytes] = None, b""
-        self._open = 0
+        self._open = self._inside = 0  # all; those who have said what they want, but for the operator
+        self._reflections: dict[PeerKey, list[trio.CancelScope]] = {}
         self._prober, self._sampler = Prober(self._dialed_by_members), Sampler()
         self._dial_backs: dict[int, trio.MemorySendChannel[tuple[DialTold, ...]]] = {}  # by ticket: who waits for them
         self._dial_back_last = 0
         self._admission: Admission | None = None
         self._signer = None if identity is None else Signer(identity)
         if identity is not None:
-            run = Run(lambda: self._machine.run, self._knows, self._kick, self._durable)
+            run = Run(lambda: self._machine.run, self._has, self._knows, self._kick, self._durable)
             self._admission = Admission(identity, past.admissions.copy(), run)
 
     async def serve(self, listener: trio.SocketListener) -> None:
@@ -209,37 +214,56 @@ class MasterServer:
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         """One connection from its first byte to its last. What goes wrong here is its sender's loss only."""
-        if self._open >= self._connections_max:
+        if self._open >= self._connections_max + BESIDE_MAX:
             self._notes.tell("connection_refused", f"{self._open} are open")
             await trio.aclose_forcefully(stream)
             return
         self._open += 1
         try:
-            async with stream:
-                line: Line = stream
-                guest: Guest | None = None
-                first: Message | None = None
-                with self._strangers.place(origin(stream)):
-                    line, guest = await self._enter(stream)
-                    first = await self._first(line, guest)
-                if isinstance(first, Pulse):
-                    await self._pulse(stream if guest is None else await _sealed(line), first)
-                elif isinstance(first, Reflect):
-                    await self._reflect(line, first)
-                elif isinstance(first, RelayHello):
-                    await self._carry(line, first)
-                elif isinstance(first, OPERATOR_ONLY):
-                    await self._operate(line, first)
-                elif isinstance(first, Probe):
-                    await line.send_all(envelope.pack(await self._prober.answer(stream, first)))
-                elif isinstance(first, Sample):
-                    await self._sampler.serve(line, first)
-                elif first is not None:
-                    await self._control(line, first, guest)
+            with trio.CancelScope() as scope, ExitStack() as counted:
+                async with stream:
+                    line: Line = stream
+                    guest: Guest | None = None
+                    first: Message | None = None
+                    with self._strangers.place(origin(stream)):
+                        line, guest = await self._enter(stream)
+                        first = await self._first(line, guest, scope, counted)
+                    if first is not None and self._is_let_in(guest, first, counted):
+                        await self._serve(stream, line, guest, first)
         except _SENDERS_LOSS as e:
             self._notes.tell("connection_ended", reason_of(e))
         finally:
             self._open -= 1
+
+    def _is_let_in(self, guest: Guest | None, first: Message, counted: ExitStack) -> bool:
+        """There is room for it, which it has from here on."""
+        if guest is not None and self._admission is not None and self._admission.is_for_operator(guest, first):
+            return True
+        if self._inside >= self._connections_max:
+            self._notes.tell("connection_refused", f"{self._inside} are open")
+            return False
+        self._inside += 1
+        counted.callback(self._goes)
+        return True
+
+    def _goes(self) -> None:
+        self._inside -= 1
+
+    async def _serve(self, stream: trio.SocketStream, line: Line, guest: Guest | None, first: Message) -> None:
+        if isinstance(first, Pulse):
+            await self._pulse(stream if guest is None else await _sealed(line), first)
+        elif isinstance(first, Reflect):
+            await self._reflect(line, first)
+        elif isinstance(first, RelayHello):
+            await self._carry(line, first, guest)
+        elif isinstance(first, OPERATOR_ONLY):
+            await self._operate(line, first)
+        elif isinstance(first, Probe):
+            await line.send_all(envelope.pack(await self._prober.answer(stream, first)))
+        elif isinstance(first, Sample):
+            await self._sampler.serve(line, first)
+        else:
+            await self._control(line, first, guest)
 
     async def _enter(self, stream: trio.SocketStream) -> tuple[Line, Guest | None]:
         """The connection as it is spoken on, and who it is from, which a plain one does not say."""
@@ -251,16 +275,22 @@ class MasterServer:
             raise RemoteProtocolError("it begins encrypted, and this master is plain")
         return await self._admission.enter(stream)
 
-    async def _first(self, line: Line, guest: Guest | None) -> Message | None:
-        """The first message of who may come in with it."""
+    async def _first(
+        self, line: Line, guest: Guest | None, scope: trio.CancelScope, counted: ExitStack
+    ) -> Message | None:
+        """The first message of who may come in with it. scope: around the connection, which counts until `counted` is
+        closed."""
+        connection = None
+        if self._admission is not None and guest is not None:
+            connection = counted.enter_context(self._admission.connection(guest, scope))
         first = await envelope.receive(line, limits.BODY_GREETING_MAX_BYTES)
         if first is None:
             return None
         try:
             if self._admission is not None:
-                if guest is None:
+                if connection is None:
                     raise RefusedError(PLAIN_REFUSED)
-                await self._admission.admit(guest, first)
+                await self._admission.admit(connection, first)
             elif isinstance(first, OPERATOR_ONLY):
                 raise RefusedError("this master is plain, and its operator can't be told from others")
         except RefusedError as e:
@@ -280,13 +310,13 @@ class MasterServer:
     def _knows(self, peer: bytes, incarnation: bytes) -> bool:
         return self._machine.knows(peer, incarnation)
 
+    def _has(self, peer: bytes) -> bool:
+        return self._machine.has(peer)
+
     def _kick(self, peer: bytes) -> bool:
-        assert self._admission is not None
-        observes = self._admission.conns_of(peer) if not (known := self._machine.has(peer)) else []
+        known = self._machine.has(peer)
         self._perform(self._machine.kick(peer, trio.current_time()))
-        for number in observes:
-            self._conns[number].scope.cancel()
-        return known or bool(observes)
+        return known
 
     async def _operate(self, line: Line, first: Message) -> None:
         """What the operator wants, one thing after the other."""
@@ -335,10 +365,24 @@ class MasterServer:
         return b""
 
     async def _reflect(self, line: Line, first: Reflect) -> None:
-        """Tell where it comes from; a peer of the run may hold the connection open, which keeps that so."""
+        """Tell where it comes from; a peer of the run may hold some of these connections open, which keeps that so,
+        for as long as it is in the run."""
+        me = first.peer, first.incarnation
+        held = self._reflections.setdefault(me, [])
+        with trio.CancelScope() as scope:
+            held.append(scope)
+            try:
+                await self._reflect_one(line, me, may_hold=len(held) <= limits.REFLECTIONS_MAX)
+            finally:
+                held.remove(scope)
+                if not held and self._reflections.get(me) is held:
+                    del self._reflections[me]
+
+    async def _reflect_one(self, line: Line, me: PeerKey, *, may_hold: bool) -> None:
         sock = tls.socket_of(line)
         host, port = sock.socket.getpeername()[:2]
-        me = first.peer, first.incarnation
+        if not may_hold:
+            raise RemoteProtocolError(f"it holds {limits.REFLECTIONS_MAX} connections to see itself already")
         self._machine.reflected(*me, canonical(str(host)))
         await line.send_all(envelope.pack(Reflected(canonical(str(host)), int(port))))
         if self._machine.knows(*me) or self._machine.observes(*me):
@@ -357,7 +401,7 @@ class MasterServer:
         finally:
             del self._dial_backs[ticket]
 
-    async def _carry(self, line: Line, hello: RelayHello) -> None:
+    async def _carry(self, line: Line, hello: RelayHello, guest: Guest | None) -> None:
         """One end of a connection between two peers; to us it is bytes from behind the greeting on."""
         ends = (hello.from_peer, hello.from_incarnation), (hello.to_peer, hello.to_incarnation)
         if self._meetings is None or not self._machine.are_to_be_linked(*ends):
@@ -372,7 +416,7 @@ class MasterServer:
             return raw
 
         try:
-            if await self._meetings.meet(hello, ready):
+            if await self._meetings.meet(hello, ready, b"" if guest is None else owner_of(guest.identity)):
                 log.info("relays from=%s to=%s", hello.from_peer.hex()[:8], hello.to_peer.hex()[:8])
             else:
                 await line.send_all(envelope.pack(PeerRefused("the other does not come")))
@@ -474,7 +518,7 @@ class MasterServer:
         conn = self._conns.pop(effect.conn, None)
         if conn is not None:
             conn.out.close()
-            conn.scope.deadline = trio.current_time() + _CLOSE_S
+            conn.scope.deadline = trio.current_time() + CLOSE_S
 
     def _do_stranger_refused(self, effect: master.StrangerRefused) -> None:
         self._notes.tell("connection_refused", effect.reason)
@@ -491,6 +535,12 @@ class MasterServer:
         waits = self._dial_backs.get(effect.ticket)
         if waits is not None:  # who asked may have hung up
             waits.send_nowait(effect.told)
+
+    def _do_out(self, effect: master.Out) -> None:
+        for scope in self._reflections.get((effect.peer, effect.incarnation), ()):
+            scope.cancel()
+        if self._meetings is not None:
+            self._meetings.forget(effect.peer)
 
     def _do_log(self, effect: master.Log) -> None:
         log.info("%s %s", effect.event, " ".join(f"{key}={value}" for key, value in effect.fields.items()))
@@ -509,6 +559,7 @@ _PERFORM: Final[dict[type[master.Effect], Callable[[MasterServer, Any], None]]] 
     master.Persist: MasterServer._do_persist,
     master.Search: MasterServer._do_search,
     master.DialsTold: MasterServer._do_dials_told,
+    master.Out: MasterServer._do_out,
     master.Log: MasterServer._do_log,
     master.StrangerRefused: MasterServer._do_stranger_refused,
 }

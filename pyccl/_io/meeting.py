@@ -1,6 +1,7 @@
 """Meeting: two peers that can't be dialed, each on a connection that it has made to a relay, are joined there.
 
-Whoever comes first waits; the second brings both together. Spec: proto/wire.md 3.1, 11.
+Whoever comes first waits; the second brings both together. Who is out of the run by then is not joined, and what has
+been joined ends with it (``forget``). Spec: proto/wire.md 3.1, 11.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Final
 
 import trio
 
-from pyccl._native.handles import Relay
+from pyccl._native.handles import Relay, RelayEnd
+from pyccl._proto import limits
 from pyccl._proto.messages import RelayHello
-from pyccl.errors import UsageError
+from pyccl.errors import RemoteProtocolError, UsageError
 
 MEET_S: Final = 4.0
 _WAITING_MAX: Final = 256
@@ -21,9 +23,14 @@ Key = tuple[bytes, bytes, bytes, bytes]
 Ready = Callable[[], Awaitable[trio.SocketStream]]
 
 
+def owner_of(identity: bytes) -> bytes:
+    """As which a relay knows who answers for a peer: an identity's first bytes, which nobody else can have."""
+    return identity[: limits.ID_BYTES]
+
+
 class _Waiter:
-    def __init__(self, ready: Ready, taken: trio.Event) -> None:
-        self.ready, self.taken, self.over = ready, taken, trio.Event()
+    def __init__(self, ready: Ready, owner: bytes, taken: trio.Event) -> None:
+        self.ready, self.owner, self.taken, self.over = ready, owner, taken, trio.Event()
 
 
 class Meetings:
@@ -32,25 +39,28 @@ class Meetings:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self._waiting: dict[Key, _Waiter] = {}
+        self._joining: dict[_Waiter, Key] = {}
 
-    async def meet(self, hello: RelayHello, ready: Ready, met: trio.Event | None = None) -> bool:
+    async def meet(self, hello: RelayHello, ready: Ready, owner: bytes, met: trio.Event | None = None) -> bool:
         """Stay until the other has come, MEET_S at most; False: it has not.
 
-        ready: makes the sender's end fit to be carried, told that it is. met: set when the other is here.
-        UsageError: it carries all that it can. FAILURES of dialing.py: the two could not be joined.
+        ready: makes the sender's end fit to be carried, told that it is. owner: see RelayEnd. met: set when the other
+        is here. UsageError: it carries all that it can. FAILURES of dialing.py: the two could not be joined.
         """
         mine = hello.from_peer, hello.from_incarnation, hello.to_peer, hello.to_incarnation
         other = self._waiting.pop((*mine[2:], *mine[:2]), None)
         if other is not None:
             other.taken.set()
+            self._joining[other] = mine
             try:
-                await self._join(hello, ready, other)
+                await self._join(hello, ready, owner, other)
             finally:
+                self._joining.pop(other, None)
                 other.over.set()
             return True
         if len(self._waiting) >= _WAITING_MAX or self._relay.pairs() >= Relay.PAIRS_MAX:
             raise UsageError("this relay carries all that it can")
-        waiter = self._waiting[mine] = _Waiter(ready, trio.Event() if met is None else met)
+        waiter = self._waiting[mine] = _Waiter(ready, owner, trio.Event() if met is None else met)
         try:
             with trio.move_on_after(MEET_S):
                 await waiter.taken.wait()
@@ -62,8 +72,19 @@ class Meetings:
                     await waiter.over.wait()
         return waiter.taken.is_set()
 
-    async def _join(self, hello: RelayHello, ready: Ready, other: _Waiter) -> None:
+    def forget(self, peer: bytes) -> None:
+        """It is out of the run: nothing of it is carried any more."""
+        self._relay.forget(peer)
+        self._waiting = {key: waiter for key, waiter in self._waiting.items() if peer not in (key[0], key[2])}
+        self._joining = {waiter: key for waiter, key in self._joining.items() if peer not in (key[0], key[2])}
+
+    async def _join(self, hello: RelayHello, ready: Ready, owner: bytes, other: _Waiter) -> None:
         with trio.fail_after(MEET_S):
             theirs = await other.ready()
             mine = await ready()
-        self._relay.add(mine.socket.detach(), theirs.socket.detach(), hello.from_peer, hello.to_peer)
+        if other not in self._joining:
+            raise RemoteProtocolError("one of the two has left the run meanwhile")
+        self._relay.add(
+            RelayEnd(mine.socket.detach(), hello.from_peer, owner),
+            RelayEnd(theirs.socket.detach(), hello.to_peer, other.owner),
+        )

@@ -31,7 +31,7 @@ from pyccl._io.backoff import FIRST_S, Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.dialing import FAILURES
 from pyccl._io.front import Front, MasterAt, Name, Reach
-from pyccl._io.meeting import MEET_S, Meetings
+from pyccl._io.meeting import MEET_S, Meetings, owner_of
 from pyccl._io.portmap import open_mapping
 from pyccl._io.resolver import Resolver
 from pyccl._io.statestore import Kept, StateStore, held, opened
@@ -54,6 +54,7 @@ from pyccl._proto.messages import (
     Rejected,
     RelayFor,
     RelayHello,
+    RelayOver,
     StateHello,
     StateOffer,
     Welcome,
@@ -63,7 +64,6 @@ from pyccl._proto.restoring import SHUNNED_S, Sources
 _CONNECT_S: Final = 10.0
 _GREET_S: Final = 10.0
 _STRANGERS_MAX: Final = 64
-_RELAYED_TIMEOUT_S: Final = 5.0  # pyccl_relay_new's least for connections that stand still
 
 Pair = frozenset[tuple[bytes, bytes]]
 
@@ -96,8 +96,8 @@ class Observer:
         self._incarnation = secrets.token_bytes(limits.ID_BYTES)
         self._addresses: tuple[Address, ...] = ()
         self._front: Front | None = None
-        self._relay = None if config.relay_max is None else Relay(_RELAYED_TIMEOUT_S, config.relay_max)
-        self._meetings = None if self._relay is None else Meetings(self._relay)
+        self._relay: Relay | None = None  # once the master has said how often peers beat
+        self._meetings: Meetings | None = None
         self._may_meet: dict[Pair, float] = {}  # two peers, and until when
         self._may_meet_changed = trio.Event()
         self._run_id: bytes | None = None
@@ -211,7 +211,7 @@ class Observer:
         observe = Observe(
             *(limits.PROTOCOL_VERSION, self._config.library, self._config.group),
             *(self.peer, self._incarnation, self._addresses),
-            relays=self._relay is not None,
+            relays=self._config.relay_max is not None,
         )
         told = self._addresses
         await stream.send_all(envelope.pack(observe))
@@ -228,6 +228,9 @@ class Observer:
         self._told(f"observing run {welcome.run.hex()[:8]} as {self.peer.hex()}")
         await self._front.welcomed(local, welcome.observed, remote=welcome.remote)
         peer_timeout = welcome.peer_timeout_ms / 1000
+        if self._meetings is None and self._config.relay_max is not None:
+            self._relay = Relay(peer_timeout, self._config.relay_max)
+            self._meetings = Meetings(self._relay)
         broken: Exception | None = None
         async with trio.open_nursery() as beating:
             beating.start_soon(self._beat, stream, peer_timeout / limits.HEARTBEATS_PER_TIMEOUT, told)
@@ -271,6 +274,14 @@ class Observer:
             self._may_meet[_pair(message.one, message.other)] = now + limits.PUNCH_S
             self._may_meet_changed.set()
             self._may_meet_changed = trio.Event()
+        elif isinstance(message, RelayOver):
+            out = set(message.peers)
+            self._may_meet = {
+                pair: until for pair, until in self._may_meet.items() if out.isdisjoint(peer for peer, _ in pair)
+            }
+            if self._meetings is not None:
+                for peer in message.peers:
+                    self._meetings.forget(peer)
         elif not isinstance(message, Alive | Evicted):
             raise errors.RemoteProtocolError(f"{type(message).__name__} to an observer")
 
@@ -303,15 +314,19 @@ class Observer:
         if self._meetings is None or not is_allowed or hello.run != self._run_id:
             await stream.send_all(envelope.pack(PeerRefused("this observer does not relay between these two")))
             return
+        owner = b""
         with trio.fail_after(MEET_S):
             if self._config.credentials is not None:
-                await agreement.accept(stream, hello, hello.from_peer, self._config.credentials)
+                _, identity = await agreement.accept_whose(stream, hello, hello.from_peer, self._config.credentials)
+                owner = owner_of(identity)
+        if _pair(*ends) not in self._may_meet:
+            raise errors.RemoteProtocolError("one of the two has left the run meanwhile")
 
         async def ready() -> trio.SocketStream:
             await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
             return stream
 
-        if await self._meetings.meet(hello, ready):
+        if await self._meetings.meet(hello, ready, owner):
             log.info("relays from=%s to=%s", hello.from_peer.hex()[:8], hello.to_peer.hex()[:8])
         else:
             await stream.send_all(envelope.pack(PeerRefused("the other does not come")))

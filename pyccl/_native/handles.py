@@ -140,31 +140,42 @@ def _free_unless_forked(owner: int) -> Callable[[Any], None]:
     return free
 
 
+@dataclass(frozen=True, slots=True)
+class RelayEnd:
+    """pyccl_relay_end. owner: empty: the peer itself."""
+
+    fd: int
+    peer: bytes
+    owner: bytes = b""
+
+
 class Relay:
     """A C thread that carries bytes between pairs of sockets; it needs no GIL. Close it with ``stop``."""
 
     PAIRS_MAX: Final[int] = lib.PYCCL_RELAY_PAIRS_MAX
 
     def __init__(self, peer_timeout: float, max_bytes_s: int = 0) -> None:
-        """The thread starts with the first pair. max_bytes_s: of all that it carries; 0: no cap."""
+        """The thread starts with the first pair. peer_timeout: of the peers, which beat more often; a pair that is
+        silent for longer than they would stand is reset. max_bytes_s: of all that it carries; 0: no cap."""
         self._max_bytes_s = max_bytes_s
         self._user_timeout_ms = min(int(1000 * max(3 * peer_timeout, _USER_TIMEOUT_LEAST_S)), _U32_MAX)
         self._relay: Any = None
 
-    def add(self, fd_a: int, fd_b: int, peer_a: bytes, peer_b: bytes) -> None:
+    def add(self, one: RelayEnd, other: RelayEnd) -> None:
         """Hand over two connected sockets; they are the relay's from here on, also when this raises.
 
-        UsageError: PAIRS_MAX are there. OSError.
+        UsageError: all pairs are there that there may be, or all of an owner. OSError.
         """
         if self._relay is None:
             slot = ffi.new("pyccl_relay **")
             started = lib.pyccl_relay_new(self._user_timeout_ms, self._max_bytes_s, slot)
             if started < 0:
-                os.close(fd_a)
-                os.close(fd_b)
+                os.close(one.fd)
+                os.close(other.fd)
                 check(started, "relay")
             self._relay = slot[0]
-        check(lib.pyccl_relay_add(self._relay, fd_a, fd_b, peer_a, peer_b), "relay")
+        ends = [(end.fd, end.peer, end.owner or end.peer) for end in (one, other)]
+        check(lib.pyccl_relay_add(self._relay, ffi.new("pyccl_relay_end[2]", ends)), "relay")
 
     def forget(self, peer: bytes) -> None:
         """Reset the pairs of this peer."""

@@ -4,8 +4,9 @@
            u8 and label (UTF-8), then 32 bytes: HMAC-SHA256 by the run key over "pyccl invite 1" and all before
 
 A token says itself what it allows, so whoever has the run key judges it without having kept it: an invite outlives the
-loss of a journal. What must be remembered is which identities came in with an invite for so many, and what the operator
-took back (``Admissions``, in the journal). An identity counts once: who starts again needs no second use.
+loss of a journal. What must be remembered is which identities came in with an invite for so many, as which peers, and
+what the operator took back (``Admissions``, in the journal). An identity counts once: who starts again needs no second
+use.
 Spec: proto/wire.md 9.
 """
 
@@ -14,12 +15,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from pyccl._proto import limits
-from pyccl._proto.past import Admissions, Banned, Record, Revoked, Used
+from pyccl._proto.past import Admissions, Banned, Came, Record, Revoked, Used
 
 _VERSION: Final = 1
 _CONTEXT: Final = b"pyccl invite 1"
@@ -130,6 +131,26 @@ class Gate:
             raise RefusedError("the master can't remember more uses; an invite without --uses needs none")
         return self._taken(Used(invite.id, invite.ends, identity, now_s))
 
+    def came(self, peer: bytes, identity: bytes, is_in: Callable[[bytes], bool]) -> Sequence[Record]:
+        """It is let in: whose it is is known from here on, so that it can be kicked whether it is connected or not.
+
+        is_in: whether that peer is in the run; who is not is forgotten first.
+        """
+        came = self._admissions.came
+        if came.get(peer) == identity:
+            return ()
+        oldest = None
+        if len(came) >= limits.CAME_MAX:
+            oldest = next((other for other in came if not is_in(other)), next(iter(came)))
+        return self._taken(Came(peer, identity, oldest))
+
+    def identity_of(self, peer: bytes) -> bytes | None:
+        """As far as it is remembered."""
+        return self._admissions.came.get(peer)
+
+    def peers_of(self, identity: bytes) -> list[bytes]:
+        return [peer for peer, whose in self._admissions.came.items() if whose == identity]
+
     def revoke(self, id_: bytes, now_s: int) -> Sequence[Record]:
         """No invite of this id lets anybody in any more; who is in stays."""
         if id_ in self._admissions.revoked:
@@ -146,6 +167,6 @@ class Gate:
             raise RefusedError("the master can't remember more kicked identities")
         return self._taken(Banned(identity))
 
-    def _taken(self, record: Used | Revoked | Banned) -> Sequence[Record]:
+    def _taken(self, record: Used | Revoked | Banned | Came) -> Sequence[Record]:
         self._admissions.apply(record)
         return (record,)

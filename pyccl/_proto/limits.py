@@ -56,12 +56,16 @@ LABEL_CHARS_MAX: Final = 32
 INVITE_S_MAX: Final = 366 * 86_400
 USES_MAX: Final = 1024  # of one invite; more than that many identities: any number
 
-CONNECTIONS_OF_IDENTITY_MAX: Final = 256  # to a secure master, control connections of peers and observers
+CONTROLS_OF_IDENTITY_MAX: Final = 256  # to a secure master: control connections of peers and observers
+OTHERS_OF_IDENTITY_MAX: Final = 512  # neither control nor pulse connections, of which each peer has one
+CONNECTIONS_OF_IDENTITY_MAX: Final = 1024  # all, those included that are being replaced
+REFLECTIONS_MAX: Final = 64  # held open by one peer: its own, and those of attempts to punch, with several at a time
 
 # ---- what the master remembers
 USED_MAX: Final = 4096  # identities that came in with invites for so many, all invites together
 REVOKED_MAX: Final = 4096
 BANNED_MAX: Final = 4096  # identities that were kicked
+CAME_MAX: Final = 4096  # peers of which it is known whose they are; who is in goes last
 GROUPS_MAX: Final = 4096
 PENDING_MAX: Final = 1024  # newcomers that wait, all groups together
 GONE_MAX: Final = 4096  # incarnations whose eviction reason is kept

@@ -89,6 +89,7 @@ from pyccl._proto.messages import (
     RelayAsk,
     RelayCall,
     RelayFor,
+    RelayOver,
     Relays,
     Report,
     Settle,
@@ -180,6 +181,14 @@ class Search(Effect):
     group: int
     ticket: int
     job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Out(Effect):
+    """This incarnation is out of the run: nothing is kept for it, or carried. Perhaps told twice."""
+
+    peer: bytes
+    incarnation: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,13 +418,15 @@ class MasterMachine:
         return self._taken()
 
     def kick(self, peer: bytes, now: float) -> list[Effect]:
-        """Out at the operator's word, in every incarnation: a newcomer at once, a member as after a loss."""
+        """Out at the operator's word, in every incarnation: a newcomer at once, a member as after a loss. Nothing of it
+        is carried from here on, though members may have to wait for others to agree."""
         self._now = now
         for record in [record for record in self._peers.values() if record.peer == peer]:
             if record.standing is Standing.PENDING:
                 self._drop_newcomer(record, KICKED)
             else:
                 self._lose(record, KICKED, for_good=True)
+                self._is_out(record)
             self._advance(self._groups[record.group])
         return self._taken()
 
@@ -509,6 +520,10 @@ class MasterMachine:
             self._close(older, "the same observer has come on a newer connection")
         self._log("observer_came", peer=short(observe.peer), group=observe.group)
         self._send(conn, self._welcome(conn, resumed=False))
+        if observe.relays:  # it may carry for some of whom it has not heard
+            gone = sorted({peer for peer, _ in self._gone} - {peer for peer, _ in self._peers})
+            for first in range(0, len(gone), limits.MEMBERS_MAX):
+                self._send(conn, RelayOver(tuple(gone[first : first + limits.MEMBERS_MAX])))
         self._send(conn, self._members_message(observe.group))
         self._tell_observers(observe.group)
         self._tell_relays()
@@ -539,6 +554,12 @@ class MasterMachine:
             if record.told_relays != relays and record.conn is not None:
                 record.told_relays = relays
                 self._tell(record, Relays(relays))
+
+    def _is_out(self, record: Peer) -> None:
+        """Whoever carries something for it stops."""
+        self._out.append(Out(*record.key))
+        for conn in self._observers.relaying():
+            self._send(conn, RelayOver((record.peer,)))
 
     def _tell_observers(self, number: int) -> None:
         """Every member knows who observes its group."""
@@ -812,7 +833,7 @@ class MasterMachine:
     def _on_relay_ask(self, group: Group, record: Peer, message: RelayAsk) -> None:
         """The relay, if it is an observer, learns for whom. A member knows the others."""
         other = self._counterpart(group, record, message.to)
-        if other is None:
+        if other is None or not self.are_to_be_linked(record.key, other.key):
             return
         conn = self._observers.conn_of(message.relay)
         if conn is not None:
@@ -832,9 +853,18 @@ class MasterMachine:
         return next((r for r in known if r.conn is not None and not r.lost), None)
 
     def are_to_be_linked(self, one: PeerKey, other: PeerKey) -> bool:
-        """Whether a relay may carry bytes between these incarnations."""
+        """Whether a relay may carry bytes between these incarnations: both are in an epoch, or will be in the next."""
         records = self._peers.get(one), self._peers.get(other)
-        return None not in records and len({r.group for r in records if r is not None}) == 1 and one != other
+        if one == other or any(record is None or record.lost_for_good for record in records):
+            return False
+        groups = {record.group for record in records if record is not None}
+        return len(groups) == 1 and any({one, other} <= keys for keys in self._linked(self._groups[groups.pop()]))
+
+    def _linked(self, group: Group) -> list[set[PeerKey]]:
+        """Of each epoch that stands, is being decided or proposed."""
+        deciding, proposal = group.deciding, group.proposal
+        epochs = group.epoch, None if deciding is None else deciding.epoch, None if proposal is None else proposal.epoch
+        return [{(m.peer, m.incarnation) for m in epoch.members} for epoch in epochs if epoch is not None]
 
     def _on_ready(self, group: Group, record: Peer, message: Ready) -> None:
         if self._answered(group, record, message.number, message.version) is not None:
@@ -1315,6 +1345,7 @@ class MasterMachine:
         self._newcomers.pop(record.key, None)
         fence(self._gone, (Fenced(*record.key, record.lost),))
         self._log("peer_evicted", peer=short(record.peer), group=record.group, reason=record.lost)
+        self._is_out(record)
         if record.conn is not None:
             self._send_evicted(record.conn, record.lost)
 
@@ -1336,6 +1367,7 @@ class MasterMachine:
         if proposal is not None and record.key in proposal.newcomers:
             proposal.stale = True
         self._log("newcomer_dropped", peer=short(record.peer), group=record.group, reason=reason)
+        self._is_out(record)
 
     def _drop_silent_newcomers(self, group: Group) -> None:
         dropped = False

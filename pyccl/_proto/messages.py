@@ -910,6 +910,15 @@ class RelayFor(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class RelayOver(Message):
+    """To an observer that offers to relay: these are out of the run, and nothing of them is to be carried any more."""
+
+    TYPE = 61
+    KINDS = (_PEERS,)
+    peers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PulseKeys(Message):
     """The answer of a secure master to Pulse, and the last that is TLS: secrets for what follows, AES-256-GCM."""
 
@@ -1030,7 +1039,7 @@ MESSAGE_TYPES: Final[dict[int, type[Message]]] = {
         *(Welcome, Rejected, EpochPropose, EpochCommit, Flush, Evicted, Pending, Status, Cancelled, Alive),
         *(Unknown, Undecided, Members, Observers, Term, Challenge, Invited, Done, Probed, PulseKeys),
         *(Sampled, DialAsk),
-        *(Reflected, Moved, PunchAsk, PunchGo, RelayCall, Relays, RelayFor),
+        *(Reflected, Moved, PunchAsk, PunchGo, RelayCall, Relays, RelayFor, RelayOver),
         *(PeerHello, PeerWelcome, PeerRefused, StateHello, StateOffer, StateNone, RelayHello),
         *(PeerOffer, PeerProof),
     )

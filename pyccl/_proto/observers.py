@@ -81,6 +81,10 @@ class Observers:
         offering = sorted((o.member for o in self._by_conn.values() if o.relays), key=lambda m: m.peer)
         return tuple(offering[: limits.RELAYS_MAX - 1])  # and the master
 
+    def relaying(self) -> list[int]:
+        """The connections of those that offer to relay."""
+        return [conn for conn, known in self._by_conn.items() if known.relays]
+
     def conn_of(self, peer: bytes) -> int | None:
         return next((conn for conn, known in self._by_conn.items() if known.member.peer == peer), None)
 

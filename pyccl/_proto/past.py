@@ -105,6 +105,15 @@ class Banned(Record):
     identity: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Came(Record):
+    """This peer, of that identity, came in. Another one may be forgotten for it."""
+
+    peer: bytes
+    identity: bytes
+    instead_of: bytes | None
+
+
 @dataclass(slots=True)
 class Admissions:
     """What is remembered of who came in, and who must not. Of an invite that has ended nothing need be known."""
@@ -112,14 +121,19 @@ class Admissions:
     used: dict[bytes, tuple[int, list[bytes]]] = field(default_factory=dict)  # invite -> its end, identities
     revoked: dict[bytes, int] = field(default_factory=dict)  # invite -> its end
     banned: dict[bytes, None] = field(default_factory=dict)  # identities, in order
+    came: dict[bytes, bytes] = field(default_factory=dict)  # peer -> identity; the oldest first
 
-    def apply(self, record: Used | Revoked | Banned) -> None:
+    def apply(self, record: Used | Revoked | Banned | Came) -> None:
         if isinstance(record, Used):
             self._forget_ended(record.at)
             self.used.setdefault(record.invite, (record.ends, []))[1].append(record.identity)
         elif isinstance(record, Revoked):
             self._forget_ended(record.at)
             self.revoked[record.invite] = record.ends
+        elif isinstance(record, Came):
+            if record.instead_of is not None:
+                self.came.pop(record.instead_of, None)
+            self.came[record.peer] = record.identity
         else:
             self.banned[record.identity] = None
 
@@ -134,19 +148,21 @@ class Admissions:
 
     def copy(self) -> Admissions:
         used = {invite: (ends, identities.copy()) for invite, (ends, identities) in self.used.items()}
-        return Admissions(used, self.revoked.copy(), self.banned.copy())
+        return Admissions(used, self.revoked.copy(), self.banned.copy(), self.came.copy())
 
     def to_plain(self) -> list[Any]:
         used = [[invite, ends, identities] for invite, (ends, identities) in self.used.items()]
-        return [used, [list(item) for item in self.revoked.items()], list(self.banned)]
+        came = [list(item) for item in self.came.items()]
+        return [used, [list(item) for item in self.revoked.items()], list(self.banned), came]
 
     @classmethod
     def from_plain(cls, plain: Any) -> Admissions:
-        used, revoked, banned = plain
+        used, revoked, banned, came = plain
         return cls(
             {_sized(i, limits.INVITE_ID_BYTES): (_int(ends), [_key(k) for k in keys]) for i, ends, keys in used},
             {_sized(invite, limits.INVITE_ID_BYTES): _int(ends) for invite, ends in revoked},
             dict.fromkeys(_key(identity) for identity in banned),
+            {_bytes(peer): _key(identity) for peer, identity in came},
         )
 
     def _forget_ended(self, now_s: int) -> None:
@@ -175,7 +191,7 @@ class Past:
     admissions: Admissions = field(default_factory=Admissions)
 
     def apply(self, record: Record) -> None:
-        if isinstance(record, Used | Revoked | Banned):
+        if isinstance(record, Used | Revoked | Banned | Came):
             self.admissions.apply(record)
             return
         if isinstance(record, Began):
@@ -262,6 +278,7 @@ _FORGOTTEN: Final = 5
 _USED: Final = 6
 _REVOKED: Final = 7
 _BANNED: Final = 8
+_CAME: Final = 9
 
 
 def record_to_plain(record: Record) -> list[Any]:
@@ -280,6 +297,8 @@ def record_to_plain(record: Record) -> list[Any]:
         return [_REVOKED, record.invite, record.ends, record.at]
     if isinstance(record, Banned):
         return [_BANNED, record.identity]
+    if isinstance(record, Came):
+        return [_CAME, record.peer, record.identity, record.instead_of]
     assert isinstance(record, Dissolved), record
     return [_DISSOLVED, record.group, [list(f) for f in record.fenced]]
 
@@ -312,6 +331,9 @@ def record_from_plain(plain: Any) -> Record:
         if kind == _BANNED:
             (identity,) = rest
             return Banned(_key(identity))
+        if kind == _CAME:
+            peer, identity, instead_of = rest
+            return Came(_bytes(peer), _key(identity), None if instead_of is None else _bytes(instead_of))
     except (TypeError, ValueError) as e:
         raise ValueError(f"not a record: {e}") from e
     raise ValueError(f"no record is of kind {kind!r}")

@@ -26,7 +26,7 @@ from pyccl import errors
 from pyccl._io.address import join_address, shown
 from pyccl._io.identity import Identity, short
 from pyccl._io.journal import Journal, JournalError
-from pyccl._io.master_server import CONNECTIONS_MAX, TRIES_PER_LINE, WRITE_AGAIN_S, MasterServer
+from pyccl._io.master_server import BESIDE_MAX, CONNECTIONS_MAX, TRIES_PER_LINE, WRITE_AGAIN_S, MasterServer
 from pyccl._native.handles import Relay
 from pyccl._proto import limits
 from pyccl._proto.past import NONCE_BITS, Began, Past, make_term, start_of
@@ -37,7 +37,7 @@ from pyccl.cli.options import relay_cap, relay_options
 EXIT_ARGUMENTS: Final = 2
 EXIT_ADDRESS: Final = 3
 EXIT_JOURNAL: Final = 4
-_OTHER_FILES: Final = 64  # descriptors that are no connections
+_OTHER_FILES: Final = 64 + BESIDE_MAX  # descriptors beside those of connections that have said what they want
 
 log = logging.getLogger("pyccl.master")
 

@@ -155,7 +155,9 @@ def test_a_connection_too_many_is_closed_and_who_is_there_stays() -> None:
         async with served(connections_max=4) as master:
             members = [await master.founder(group) for group in range(4)]
             for _ in range(20):
-                assert await (await master.connect()).receive_some(1) == b""
+                stream = await master.connect()
+                await stream.send_all(envelope.pack(Observe(limits.PROTOCOL_VERSION, "test", 0, *master.ids())))
+                assert await stream.receive_some(1) == b""
             for stream in members:
                 await answered(stream)
             await members[0].aclose()

@@ -13,10 +13,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from pyccl._io import meeting
 from pyccl._io.meeting import MEET_S, Meetings
-from pyccl._native.handles import Relay
+from pyccl._native.handles import Relay, RelayEnd
 from pyccl._proto import limits
 from pyccl._proto.messages import RelayHello
-from pyccl.errors import UsageError
+from pyccl.errors import RemoteProtocolError, UsageError
 
 A, B = b"a" * 16, b"b" * 16
 
@@ -37,12 +37,18 @@ class Joins:
     def __init__(self, pairs: int = 0) -> None:
         self.pairs_there = pairs
         self.joined: list[tuple[int, int, bytes, bytes]] = []
+        self.owners: list[tuple[bytes, bytes]] = []
+        self.forgotten: list[bytes] = []
 
     def pairs(self) -> int:
         return self.pairs_there + len(self.joined)
 
-    def add(self, fd_a: int, fd_b: int, peer_a: bytes, peer_b: bytes) -> None:
-        self.joined.append((fd_a, fd_b, peer_a, peer_b))
+    def add(self, one: RelayEnd, other: RelayEnd) -> None:
+        self.joined.append((one.fd, other.fd, one.peer, other.peer))
+        self.owners.append((one.owner, other.owner))
+
+    def forget(self, peer: bytes) -> None:
+        self.forgotten.append(peer)
 
     def close(self) -> None:
         for fd_a, fd_b, *_ in self.joined:
@@ -78,8 +84,8 @@ class End:
     async def come(self) -> None:
         with self.scope:
             try:
-                self.over.append(await self._meetings.meet(self._told, self.ready, self.met))
-            except (UsageError, trio.TooSlowError, trio.BrokenResourceError) as e:
+                self.over.append(await self._meetings.meet(self._told, self.ready, self.fd.to_bytes(2), self.met))
+            except (UsageError, RemoteProtocolError, trio.TooSlowError, trio.BrokenResourceError) as e:
                 self.over.append(e)
         if self.scope.cancelled_caught:
             self.over.append("cancelled")
@@ -107,6 +113,7 @@ def test_two_who_come_are_joined_whoever_is_first(first: bytes) -> None:
             nursery.start_soon(ends[1].come)
         assert [end.over for end in ends] == [[True], [True]] and ends[0].met.is_set()
         assert joins.joined == [(fds[1], fds[0], second, first)]
+        assert joins.owners == [(fds[1].to_bytes(2), fds[0].to_bytes(2))]
         assert [end.readied for end in ends] == [1, 1] and ends[0].was_met_when_readied
         joins.close()
 
@@ -189,6 +196,35 @@ def test_a_relay_that_carries_all_that_it_can_lets_nobody_wait() -> None:
         end = End(meetings, hello(A, B))
         await end.come()
         assert isinstance(end.over[0], UsageError)
+
+    run(main)
+
+
+@pytest.mark.parametrize("gone", [A, B])
+def test_who_is_out_of_the_run_is_not_joined_whether_it_waits_or_meets(gone: bytes) -> None:
+    async def main() -> None:
+        joins, meetings = held()
+        waits = End(meetings, hello(A, B))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waits.come)
+            await wait_all_tasks_blocked()
+            meetings.forget(gone)
+            late = End(meetings, hello(B, A))
+            nursery.start_soon(late.come)
+        assert waits.over == late.over == [False]
+        ends = [End(meetings, hello(A, B)), End(meetings, hello(B, A))]
+        others = [End(meetings, hello(A, b"c" * 16)), End(meetings, hello(b"c" * 16, A))]
+        ends[0].may_go = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for end in (*ends, *others):
+                nursery.start_soon(end.come)
+            await wait_all_tasks_blocked()
+            meetings.forget(gone)
+            ends[0].may_go.set()
+        over = [type(over) for end in ends for over in end.over]
+        assert len(over) == 2 and set(over) == {bool, RemoteProtocolError}  # of who came last the error
+        assert len(joins.joined) == 1 and joins.forgotten == [gone, gone]
+        joins.close()
 
     run(main)
 

@@ -81,12 +81,13 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 @asynccontextmanager
 async def served(
-    identity: Identity | None = MASTER, journal: Journal | None = None, run_id: bytes = RUN
+    identity: Identity | None = MASTER, journal: Journal | None = None, run_id: bytes = RUN, **options: Any
 ) -> AsyncIterator[int]:
-    """The port of a master. Without a journal it takes runs over."""
+    """The port of a master. Without a journal it takes runs over. options: of MasterServer."""
     past = Past(run_id, 1 << 32) if journal is None or journal.past is None else journal.past
     unkept = journal is None
-    server = MasterServer(past, journal, 60.0, "test", needs_majority=unkept, adopts=unkept, identity=identity)
+    options |= {"needs_majority": unkept, "adopts": unkept, "identity": identity}
+    server = MasterServer(past, journal, 60.0, "test", **options)
     (listener,) = await trio.open_tcp_listeners(0, host=HOST)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.serve, listener)
@@ -203,7 +204,7 @@ def test_a_peer_has_one_pulse_connection_the_newest() -> None:
 
 
 def test_an_identity_has_so_many_connections_and_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "CONNECTIONS_OF_IDENTITY_MAX", 3)
+    monkeypatch.setattr(limits, "CONTROLS_OF_IDENTITY_MAX", 3)
 
     async def main() -> None:
         async with served() as port, contextlib.AsyncExitStack() as opened:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pyccl._proto import limits
 from pyccl._proto.invites import Gate, Invite, RefusedError, open_untrusted, seal
-from pyccl._proto.past import Admissions, Banned, Past, Record, Revoked, Used, record_from_plain, record_to_plain
+from pyccl._proto.past import Admissions, Banned, Came, Past, Record, Revoked, Used, record_from_plain, record_to_plain
 
 KEY, RUN = b"k" * 32, b"R" * 16
 ALICE, BOB, CAROL = b"a" * 32, b"b" * 32, b"c" * 32
@@ -125,6 +125,17 @@ def test_what_is_remembered_is_bounded_and_what_has_ended_makes_room(monkeypatch
         door.ban(BOB)
 
 
+def test_whose_a_peer_is_is_remembered_of_so_many_and_of_who_is_in_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CAME_MAX", 3)
+    door, peers, is_in = gate(), [bytes([n]) * 16 for n in range(6)], {bytes([0]) * 16, bytes([2]) * 16}
+    for n, peer in enumerate(peers[:5]):
+        assert door.came(peer, ALICE if n else BOB, is_in.__contains__)
+        assert not door.came(peer, ALICE if n else BOB, is_in.__contains__)  # nothing new
+    assert door.identity_of(peers[0]) == BOB and door.peers_of(ALICE) == [peers[2], peers[4]]
+    assert door.came(peers[5], CAROL, lambda peer: True)
+    assert door.identity_of(peers[0]) is None and door.peers_of(CAROL) == [peers[5]]
+
+
 def test_a_journal_remembers_what_the_gate_does() -> None:
     """After each record the gate of a master that reads it refuses for the same reasons."""
     kept, past = Admissions(), Past(RUN, 1)
@@ -132,7 +143,11 @@ def test_a_journal_remembers_what_the_gate_does() -> None:
     records: list[Record] = [*door.admit(token(uses=1), ALICE, 0, RUN, NOW)]
     records += door.revoke(b"revoked!", NOW)
     records += door.ban(CAROL)
-    assert [type(record) for record in records] == [Used, Revoked, Banned]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "CAME_MAX", 2)
+        for n, identity in enumerate((ALICE, BOB, ALICE)):
+            records += door.came(bytes([n]) * 16, identity, lambda peer: False)
+    assert [type(record) for record in records] == [Used, Revoked, Banned, Came, Came, Came]
     for record in records:
         past.apply(record_from_plain(record_to_plain(record)))
     again = Past.from_plain(past.to_plain())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_master import RUN, TIMEOUT_S, World, group_of, incarnation, peer_id, resume_of
+from test_master import RUN, TIMEOUT_S, World, group_of, incarnation, peer_id, report, resume_of
 
 from pyccl._proto import limits
 from pyccl._proto.candidates import are_near, lead_home, may_reach, ordered
@@ -11,6 +11,9 @@ from pyccl._proto.epoch import NO_ID, Address, AddressKind, Member
 from pyccl._proto.master import MasterMachine
 from pyccl._proto.messages import (
     Addresses,
+    Arrive,
+    EpochCommit,
+    EpochPropose,
     Hello,
     Moved,
     Observe,
@@ -20,6 +23,7 @@ from pyccl._proto.messages import (
     RelayAsk,
     RelayCall,
     RelayFor,
+    RelayOver,
     Relays,
     Welcome,
 )
@@ -128,10 +132,56 @@ def test_a_master_that_relays_offers_itself() -> None:
     world.hello(1)
     world.hello(2)
     assert world.got(2, Relays) == [Relays((Member(NO_ID, NO_ID),))]
-    one, other = ((peer_id(n), incarnation(n)) for n in (1, 2))
-    assert world.master.are_to_be_linked(one, other)
-    assert not world.master.are_to_be_linked(one, one)
-    assert not world.master.are_to_be_linked(one, (peer_id(2), incarnation(3)))
+
+
+def test_a_relay_carries_between_those_who_are_in_an_epoch_or_will_be_and_nobody_else() -> None:
+    world = group_of(2)
+    master = world.master
+    one, other, third, elsewhere = ((peer_id(n), incarnation(n)) for n in (1, 2, 3, 4))
+    world.hello(4, group=7)
+    assert master.are_to_be_linked(one, other)
+    assert not master.are_to_be_linked(one, one)
+    assert not master.are_to_be_linked(one, (peer_id(2), incarnation(3)))
+    assert not master.are_to_be_linked(one, elsewhere)
+    world.hello(3)  # waits
+    assert not master.are_to_be_linked(one, third)
+    world.say(3, RelayAsk(peer_id(1), NO_ID))
+    assert not world.got(1, RelayCall)
+    for conn in (1, 2):
+        world.say(conn, Arrive(world.epoch().number))
+    assert world.last(3, EpochPropose)
+    assert master.are_to_be_linked(one, third) and master.are_to_be_linked(third, other)
+    world.do(master.kick(peer_id(3), world.now))
+    assert not master.are_to_be_linked(one, third)
+    world.do(master.kick(peer_id(2), world.now))
+    assert master.knows(*other)  # until the others have agreed on it
+    assert not master.are_to_be_linked(one, other)
+
+
+def test_a_relay_learns_who_is_out() -> None:
+    world = group_of(3)
+
+    def observes(conn: int, *, relays: bool) -> None:
+        world.do(world.master.connected(conn, world.now, "198.51.100.7"))
+        me = peer_id(conn), incarnation(conn)
+        observe = Observe(limits.PROTOCOL_VERSION, "test", 3, *me, (PUBLIC,), relays)
+        world.do(world.master.receive(conn, observe, world.now))
+
+    observes(50, relays=True)
+    observes(51, relays=False)
+    assert not world.got(50, RelayOver)
+    world.hello(4)
+    world.do(world.master.disconnected(4, world.now))
+    assert world.got(50, RelayOver) == [RelayOver((peer_id(4),))]
+    world.do(world.master.kick(peer_id(3), world.now))
+    assert world.got(50, RelayOver)[1:] == [RelayOver((peer_id(3),))]  # before anybody has agreed
+    for conn in (1, 2):
+        report(world, conn)
+    assert world.last(1, EpochCommit).kind == "loss"
+    assert set(world.got(50, RelayOver)[1:]) == {RelayOver((peer_id(3),))}
+    observes(52, relays=True)  # as one that was away
+    assert world.got(52, RelayOver) == [RelayOver((peer_id(3),))]
+    assert not world.got(51, RelayOver)
 
 
 def one(seen: str, *addresses: Address) -> Member:
