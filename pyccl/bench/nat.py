@@ -1,14 +1,17 @@
 """``pyccl bench nat``: two peers behind routers of two kinds, for each pair of kinds: how they get connected, how fast.
 
-The master is on a host with a public address and relays. Each pair has a lab and processes of its own.
+The master is on a host with a public address and relays. Each pair has a lab and processes of its own. Runs are secure,
+as those of users are, unless plain ones are asked for.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from pyccl.bench.conductor import MASTER, BenchError, Conductor, ExitStatus
@@ -43,12 +46,13 @@ def expected(a: Nat, b: Nat) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """delay: one way, between any two lines. repeat: of each pair."""
+    """delay: one way, between any two lines. repeat: of each pair. secure: encrypted, with an invite."""
 
     pairs: tuple[tuple[Nat, Nat], ...] = PAIRS
     delay: str = "10ms"
     size_bytes: int = 1 << 20
     repeat: int = 1
+    secure: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ def measure(plan: Plan, told: Callable[[Cell], None]) -> Result:
 def _run(plan: Plan, a: Nat, b: Nat) -> Run:
     try:
         with Lab(scenario((a, b), plan.delay)) as lab, Children() as children:
-            return meet(Conductor(children, InLab(lab, _host_of)), plan.size_bytes, expected(a, b))
+            return meet(Conductor(children, InLab(lab, _host_of)), plan, expected(a, b))
     except NetworkError as error:
         raise BenchError(ExitStatus.NO_LAB, str(error)) from error
     except BenchError as error:
@@ -135,13 +139,14 @@ def _run(plan: Plan, a: Nat, b: Nat) -> Run:
         return Run(error=str(error))
 
 
-def meet(conductor: Conductor, size_bytes: int, paths: Sequence[str]) -> Run:
+def meet(conductor: Conductor, plan: Plan, paths: Sequence[str]) -> Run:
     """Two peers, and a master that relays. paths: what they wait for. BenchError: one of them failed."""
-    conductor.start_master(PEER_TIMEOUT_S, relay=True)
-    conductor.start_all(
-        PEERS, "nat", lambda number: {"number": number, "size_bytes": size_bytes, "paths": list(paths)}
-    )
-    found = conductor.wait("done", PEERS).values()
+    told = {"size_bytes": plan.size_bytes, "secure": plan.secure, "paths": list(paths)}
+    with tempfile.TemporaryDirectory(prefix="pyccl-bench-") as directory:
+        identity = Path(directory, "identity.pem") if plan.secure else None
+        conductor.start_master(PEER_TIMEOUT_S, identity=identity, relay=True)
+        conductor.start_all(PEERS, "nat", lambda number: {"number": number, **told})
+        found = conductor.wait("done", PEERS).values()
     first, path = ({fields[name] for fields in found} for name in ("first", "path"))
     return Run(
         first=" / ".join(sorted(first)),

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Final
 
 from pyccl.bench.machine import Machine
-from pyccl.bench.nat import Cell, Result, expected
+from pyccl.bench.nat import Cell, Plan, Result, expected
 from pyccl.netlab.scenario import Nat
 
 TEMPLATE: Final = "nat.template.md"
@@ -20,6 +20,8 @@ def page(result: Result, machine: Machine) -> str:
     repeat = result.plan.repeat
     words = {
         "machine": str(machine),
+        "command": _command(result.plan),
+        "runs": "secure, with all connections encrypted" if result.plan.secure else "plain (`--insecure`)",
         "delay": result.plan.delay,
         "repeat": "measured once" if repeat == 1 else f"median of {repeat}",
         "table cells": _table(kinds, lambda a, b: _measured(cells[frozenset((a, b))])),
@@ -29,6 +31,16 @@ def page(result: Result, machine: Machine) -> str:
     for name, value in words.items():
         text = text.replace(f"{{{{{name}}}}}", value)
     return text
+
+
+def _command(plan: Plan) -> str:
+    """But for what has no place in the page: a part of the kinds."""
+    default = Plan()
+    words = ["pyccl bench nat"]
+    words += [] if plan.delay == default.delay else [f"--delay {plan.delay}"]
+    words += [] if plan.repeat == default.repeat else [f"--repeat {plan.repeat}"]
+    words += [] if plan.secure else ["--insecure"]
+    return " ".join([*words, "--write docs/nat.md"])
 
 
 def _measured(cell: Cell) -> str:

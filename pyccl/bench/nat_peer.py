@@ -10,6 +10,7 @@ import numpy as np
 
 import pyccl
 from pyccl.bench.control import Control
+from pyccl.bench.invited import invite
 
 CONNECT_TIMEOUT_S: Final = 80.0
 OPERATION_TIMEOUT_S: Final = 60.0
@@ -19,22 +20,24 @@ PAUSE_S: Final = 0.1  # between two looks
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the owner tells a peer. number: 0 or 1. paths: one of these it waits for."""
+    """What the owner tells a peer. number: 0 or 1. paths: one of these it waits for. secure: the run is."""
 
     master: str
     number: int
     size_bytes: int
     paths: list[str]
+    secure: bool
 
 
 def run(settings: Settings, control: Control) -> None:
     """Join and reduce; again, if the connection is not of the kind that is expected, until it is or time is over."""
     steps = np.arange(max(settings.size_bytes // 4, 1), dtype=np.float32) % 1024  # whose sums are exact
     own, out = steps + settings.number, np.empty_like(steps)
+    master = invite(settings.master) if settings.secure else settings.master
     control.say("ready")
     control.wait("go")
     start_s = time.monotonic()
-    comm = pyccl.Communicator(settings.master)
+    comm = pyccl.Communicator(master)
     comm.connect(CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S)
     with comm:
         while comm.group_world_size < 2:

@@ -11,29 +11,21 @@ import gc
 import hashlib
 import importlib
 import resource
-import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
-import trio
 
 import pyccl
-from pyccl._io.address import invite_text, parse_address
-from pyccl._io.ask import ask
-from pyccl._io.identity import Identity
-from pyccl._io.tls import Credentials, Ticket
-from pyccl._proto import limits
-from pyccl._proto.messages import InviteAsk, Invited
 from pyccl.bench import wire
 from pyccl.bench.control import Control
 from pyccl.bench.figures import NS, ring_bytes
 from pyccl.bench.gloo import Gloo, Network, load
+from pyccl.bench.invited import invite
 
 CONNECT_TIMEOUT_S: Final = 60.0
 BEAT_S: Final = 5.0
-INVITE_S: Final = 3600
 PERIOD: Final = 65_521  # elements after which an input repeats; prime, so that pieces and blocks do not line up with it
 # Of a codec, over the largest element and rounded up (docs/codecs.md); of float8 and float4 over the element itself.
 CODEC_ERROR: Final = {"uint8": 1 / 250, "int8": 1 / 250, "fp8_e4m3": 1 / 15, "fp4_e3m0": 1 / 2.9, "bfloat16": 1 / 250}
@@ -229,7 +221,7 @@ def run(settings: Settings, control: Control) -> None:
     dtype = dtype_of(settings.dtype)
     control.say("ready")
     control.wait("go")
-    master = _invite(settings.master) if settings.secure else settings.master
+    master = invite(settings.master) if settings.secure else settings.master
     comm = pyccl.Communicator(
         master, connections=settings.connections, max_upload=settings.max_upload, max_download=settings.max_download
     )
@@ -261,16 +253,6 @@ def run(settings: Settings, control: Control) -> None:
             theirs.gloo.close()
         comm.barrier(timeout=settings.timeout_s)
         control.say("result", rank=rank, systems=reports)
-
-
-def _invite(master: str) -> str:
-    """One to a master of our own identity: we are its operator."""
-    host, port = parse_address(master)
-    identity = Identity.load()
-    operator = Credentials(identity, secrets.token_bytes(limits.ID_BYTES), Ticket(identity.public, b""))
-    invited = trio.run(ask, host, port, operator, InviteAsk(INVITE_S, 0, None, "bench"))
-    assert isinstance(invited, Invited)
-    return invite_text(master, Ticket(identity.public, invited.token))
 
 
 def _measure(

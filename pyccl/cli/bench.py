@@ -246,16 +246,17 @@ def _kinds(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option(
     "--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the tables: docs/nat.md."
 )
+@click.option("--insecure", is_flag=True, help="Plain runs. Default: secure ones, with an invite and encrypted.")
 @_AS_JSON
 def nat_command(
-    kinds: tuple[Nat, ...], delay: str, mib: float, repeat: int, write: Path | None, as_json: bool
+    kinds: tuple[Nat, ...], delay: str, mib: float, repeat: int, write: Path | None, insecure: bool, as_json: bool
 ) -> None:  # fmt: skip
     """Connect two peers behind each pair of kinds of NAT; say how and how fast. Needs root, nftables and miniupnpd.
 
     A pair that is not connected as it should, or that reduces to wrong values, is told and ends with status 4.
     """
     pairs = tuple((a, b) for a, b in nat.PAIRS if a in kinds and b in kinds)
-    plan = nat.Plan(pairs, delay, int(mib * MIB), repeat)
+    plan = nat.Plan(pairs, delay, int(mib * MIB), repeat, secure=not insecure)
     try:
         nat.scenario(kinds, delay)
     except netlab.ScenarioError as error:

@@ -1,4 +1,7 @@
-"""Peers behind routers meet: by which way, and what happens when that goes. As root, in labs with real nftables NAT."""
+"""Peers behind routers meet: by which way, and what happens when that goes. As root, in labs with real nftables NAT.
+
+Runs are secure unless a test says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,16 @@ PEER = Path(__file__).with_name("reach_peer.py")
 MASTER = "pyccl.cli.master"
 PEER_TIMEOUT = "5"
 RELAYS = "--relay"
+PORT = 48148
 
 
 class Process:
-    def __init__(self, lab: Lab, host: str, argv: Sequence[str], log: Path) -> None:
+    def __init__(self, lab: Lab, host: str, argv: Sequence[str], log: Path, identity: Path) -> None:
         self.log = log
         with log.open("w") as file:
             command = [sys.executable, "-P", *argv]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
-            self._process = lab.start(host, command, text=True, **pipes)
+            self._process = lab.start(host, command, {"PYCCL_IDENTITY": str(identity)}, text=True, **pipes)
 
     @property
     def _out(self) -> IO[str]:
@@ -82,11 +86,12 @@ class Peer(Process):
 
 
 class Town:
-    """A lab with a master on the host `master`."""
+    """A lab with a master on the host `master`. Each host has an identity of its own."""
 
     def __init__(self, lab: Lab, logs: Path) -> None:
         self.lab, self._logs = lab, logs
         self._processes: list[Process] = []
+        self._secure = True
         self.address = ""
 
     def close(self) -> None:
@@ -95,13 +100,23 @@ class Town:
 
     def start(self, host: str, *argv: str, kind: type[Process] = Process) -> Any:
         log = self._logs / f"{len(self._processes) + 1}-{host}.log"
-        self._processes.append(kind(self.lab, host, argv, log))
+        self._processes.append(kind(self.lab, host, argv, log, self._logs / f"identity-{host}.pem"))
         return self._processes[-1]
 
-    def master(self, *options: str, listen: str = "") -> None:
-        listen = listen or f"{self.lab.own('master').ipv4}:48148"
-        where = ("--listen", listen, "--no-journal", "--insecure", "--peer-timeout", PEER_TIMEOUT)
-        self.address = self.start("master", "-m", MASTER, *where, *options).until(r"listening on (.*)")[1]
+    def master(self, *options: str, secure: bool = True, listen: str = "") -> None:
+        self._secure = secure
+        listen = listen or f"{self.lab.own('master').ipv4}:{PORT}"
+        where = ("--listen", listen, "--no-journal", "--peer-timeout", PEER_TIMEOUT)
+        plain = () if secure else ("--insecure",)
+        self.start("master", "-m", MASTER, *where, *plain, *options).until(r"listening on (.*)")
+        self.address = self.at(self.lab.own("master").ipv4)
+
+    def at(self, host: str) -> str:
+        """The master, as peers know it that reach it there: its address, or an invite to it."""
+        address = f"[{host}]:{PORT}" if ":" in host else f"{host}:{PORT}"
+        if not self._secure:
+            return address
+        return str(self.start("master", "-m", MASTER, "invite", "--master", address).line())
 
     def relay(self, host: str) -> tuple[Process, str]:
         """A pyccl-peer that relays, and its id."""
@@ -210,7 +225,7 @@ def test_a_router_that_forwards_on_request_makes_its_peer_reachable(town: Callab
 def test_two_of_one_lan_meet_inside(town: Callable[..., Any]) -> None:
     home = ("lan = 'home'",)
     with town("master", nat("a", "symmetric", *home), nat("b", "symmetric", *home)) as made:
-        made.master()
+        made.master(secure=False)
         a, b = made.peer("a"), made.peer("b")
         admit(a, b)
         assert paths(a, b) == {"direct"}
@@ -220,7 +235,7 @@ def test_two_of_one_lan_meet_inside(town: Callable[..., Any]) -> None:
 
 def test_what_can_not_be_punched_goes_through_the_master(town: Callable[..., Any]) -> None:
     with town("master", nat("a", "symmetric"), nat("b", "symmetric")) as made:
-        made.master(RELAYS)
+        made.master(RELAYS, secure=False)
         a, b = made.peer("a"), made.peer("b")
         admit(a, b)
         assert {tuple(p.ask("peers")[0][:2]) for p in (a, b)} == {("relayed", None)}
@@ -254,7 +269,7 @@ def test_who_wants_no_relay_is_not_admitted_and_told_of_whom_it_lacks(town: Call
 
 def test_a_run_goes_on_when_an_address_changes(town: Callable[..., Any]) -> None:
     with town("master", nat("a", "port_restricted"), nat("b", "port_restricted")) as made:
-        made.master(RELAYS)
+        made.master(RELAYS, secure=False)
         a, b = made.peer("a"), made.peer("b")
         admit(a, b)
         made.lab.change_address("b")
@@ -265,9 +280,8 @@ def test_a_run_goes_on_when_an_address_changes(town: Callable[..., Any]) -> None
 
 def test_a_peer_that_knows_the_master_at_loopback_is_reached_by_others(town: Callable[..., Any]) -> None:
     with town("master", nat("a", "symmetric")) as made:
-        made.master(listen="0.0.0.0:48148")
-        local = made.peer("master", "127.0.0.1:48148")
-        remote = made.peer("a", f"{made.lab.own('master').ipv4}:48148")
+        made.master(listen=f"0.0.0.0:{PORT}")
+        local, remote = made.peer("master", made.at("127.0.0.1")), made.peer("a")
         admit(local, remote)
         assert paths(local, remote) == {"direct"}
 
@@ -275,9 +289,9 @@ def test_a_peer_that_knows_the_master_at_loopback_is_reached_by_others(town: Cal
 def test_peers_of_either_protocol_and_of_both_are_in_one_run(town: Callable[..., Any]) -> None:
     """Who shares none with another reaches it through a relay that has both."""
     with town("master ipv6 = 'dual'", "both ipv6 = 'dual'", "six ipv6 = 'only'", "four") as made:
-        made.master(RELAYS, listen="[::]:48148")
+        made.master(RELAYS, listen=f"[::]:{PORT}")
         own = made.lab.own("master")
-        of4, of6 = f"{own.ipv4}:48148", f"[{own.ipv6}]:48148"
+        of4, of6 = made.at(own.ipv4), made.at(own.ipv6)
         peers = [made.peer(*at) for at in (("both", of4), ("six", of6), ("four", of4))]
         admit(*peers[:2])
         join(*peers, members=2)

@@ -65,7 +65,14 @@ def test_the_page_has_each_pair_once_and_marks_what_is_not_expected() -> None:
     assert measured.count(" 0.50 s") == len(nat.PAIRS) - 1
     assert "| firewall | direct 0.50 s |" in measured
     assert "median of 3" in measured
+    assert "The runs were secure" in measured and "`pyccl bench nat --repeat 3 --write docs/nat.md`" in measured
     assert all(f"| {kind} |" in page[page.index("## Kinds") :] for kind in Nat)
+
+
+def test_the_page_of_plain_runs_says_so() -> None:
+    page = nat_page.page(nat.Result(nat.Plan(pairs=(), delay="1ms", secure=False), ()), Machine.read())
+    assert "The runs were plain" in page
+    assert "`pyccl bench nat --delay 1ms --insecure --write docs/nat.md`" in page
 
 
 def test_what_was_not_connected_is_no_success() -> None:
@@ -77,13 +84,18 @@ def test_what_was_not_connected_is_no_success() -> None:
     assert cell(*pair, nat.Run(error="no")).connect_s is None
 
 
-@pytest.mark.parametrize("marks", [pytest.param((), marks=as_root)])
-def test_the_command_writes_the_page(tmp_path: Path, marks: tuple[()]) -> None:
+@pytest.mark.parametrize(
+    ("options", "runs"),
+    [pytest.param([], "secure", marks=as_root), pytest.param(["--insecure"], "plain", marks=as_root)],
+)
+def test_the_command_writes_the_page(options: list[str], runs: str, tmp_path: Path) -> None:
     path = tmp_path / "nat.md"
-    done = CliRunner().invoke(main, ["bench", "nat", "--kinds", "open", "--mib", "0.1", "--write", str(path)])
+    command = ["bench", "nat", "--kinds", "open", "--mib", "0.1", "--write", str(path), *options]
+    done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     assert "open x open" in done.output and "direct" in done.output
-    assert "| open | direct " in path.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
+    assert "| open | direct " in page and f"The runs were {runs}" in page
 
 
 @pytest.mark.parametrize(

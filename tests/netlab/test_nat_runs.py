@@ -1,4 +1,7 @@
-"""What happens to routers, addresses and relays in the middle of a run: it goes on, with right values. As root."""
+"""What happens to routers, addresses and relays in the middle of a run: it goes on, with right values. As root.
+
+The runs are secure: whatever is connected anew has to be agreed on anew.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ pytestmark = [
 
 AGENT = Path(__file__).with_name("nat_agent.py")
 MASTER = 0  # rank of its host
+COMMAND = ("-m", "pyccl.cli.master")
 WAIT_S = 200.0
 ROUNDS = 10  # after what happened
 
@@ -36,21 +40,36 @@ Heard = dict[str, Any]
 
 
 class Group:
-    """A master on the first host, and agents on others by rank, which is their number, too."""
+    """A secure master on the first host, and agents on others by rank, which is their number, too.
 
-    def __init__(self, lab: Lab, stack: contextlib.ExitStack, *options: str) -> None:
-        self._lab, self._stack = lab, stack
+    Each host has an identity of its own, in `directory`.
+    """
+
+    def __init__(self, lab: Lab, stack: contextlib.ExitStack, directory: Path) -> None:
+        self._lab, self._stack, self._directory = lab, stack, directory
         self._told: queue.Queue[Heard] = queue.Queue()
         self._agents: list[int] = []
-        arguments = ["--listen", f"{lab.addresses[MASTER]}:0", "--insecure", "--no-journal", *options]
-        master = self.start(MASTER, "-m", "pyccl.cli.master", *arguments)
+        master = self.start(MASTER, *COMMAND, "--listen", f"{lab.addresses[MASTER]}:0", "--no-journal")
         assert master.stdout is not None
-        self.address = master.stdout.readline().removeprefix("listening on ").strip()
+        address = master.stdout.readline().removeprefix("listening on ").strip()
+        self.invite = self._ask(*COMMAND, "invite", "--master", address).strip()
+
+    def _environment(self, rank: int) -> dict[str, str]:
+        return {"PYCCL_IDENTITY": str(self._directory / f"identity-{rank}.pem")}
+
+    def _ask(self, *arguments: str) -> str:
+        """What this command says on the host of the master, as its operator."""
+        asking = self._lab.start(
+            MASTER, [sys.executable, "-P", *arguments], self._environment(MASTER), stdout=subprocess.PIPE, text=True
+        )
+        told, _ = asking.communicate()
+        assert asking.returncode == 0
+        return str(told)
 
     def start(self, rank: int, *arguments: str) -> subprocess.Popen[str]:
-        process = self._lab.start(
-            rank, [sys.executable, "-P", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = [sys.executable, "-P", *arguments]
+        process = self._lab.start(rank, command, self._environment(rank), text=True, **pipes)
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             self._stack.callback(pipe.close)
@@ -59,7 +78,7 @@ class Group:
     def start_agents(self, *ranks: int) -> None:
         for rank in ranks:
             self._agents.append(rank)
-            process = self.start(rank, str(AGENT), self.address, str(rank))
+            process = self.start(rank, str(AGENT), self.invite, str(rank))
             reader = threading.Thread(target=self._read, args=(rank, process), daemon=True)
             reader.start()
             self._stack.callback(reader.join)
@@ -92,18 +111,16 @@ class Group:
 
     def observers(self) -> list[dict[str, Any]]:
         """As the master tells of them."""
-        status = [sys.executable, "-P", "-m", "pyccl.cli.main", "status", self.address, "--json"]
-        told = subprocess.run([*self._lab.before(MASTER), *status], capture_output=True, text=True, check=True)
-        return list(json.loads(told.stdout)["observers"])
+        return list(json.loads(self._ask("-m", "pyccl.cli.main", "status", self.invite, "--json"))["observers"])
 
 
 def is_linked_by(*paths: str) -> Callable[[Heard], bool]:
     return lambda heard: all(link[0] in paths for link in heard["links"].values())
 
 
-def test_a_router_that_forgets_its_mappings_is_passed_again() -> None:
+def test_a_router_that_forgets_its_mappings_is_passed_again(tmp_path: Path) -> None:
     with Lab(nat.scenario((Nat.PORT_RESTRICTED, Nat.PORT_RESTRICTED), "5ms")) as lab, contextlib.ExitStack() as stack:
-        run = Group(lab, stack)
+        run = Group(lab, stack, tmp_path)
         run.start_agents(1, 2)
         run.wait(is_linked_by("punched"))
         lab.reboot_nat(1)
@@ -111,9 +128,9 @@ def test_a_router_that_forgets_its_mappings_is_passed_again() -> None:
 
 
 @pytest.mark.parametrize("kind", [Nat.OPEN, Nat.PORT_RESTRICTED])
-def test_a_peer_whose_address_changes_is_reached_at_the_new_one(kind: Nat) -> None:
+def test_a_peer_whose_address_changes_is_reached_at_the_new_one(kind: Nat, tmp_path: Path) -> None:
     with Lab(nat.scenario((kind, Nat.PORT_RESTRICTED), "5ms")) as lab, contextlib.ExitStack() as stack:
-        run = Group(lab, stack)
+        run = Group(lab, stack, tmp_path)
         run.start_agents(1, 2)
         run.wait(is_linked_by("direct" if kind is Nat.OPEN else "punched"))
         lab.change_address(1)
@@ -123,9 +140,9 @@ def test_a_peer_whose_address_changes_is_reached_at_the_new_one(kind: Nat) -> No
 def test_another_relay_takes_over_from_one_that_dies(tmp_path: Path) -> None:
     kinds = (Nat.SYMMETRIC, Nat.SYMMETRIC, Nat.OPEN, Nat.OPEN)
     with Lab(nat.scenario(kinds, "5ms")) as lab, contextlib.ExitStack() as stack:
-        run, relays = Group(lab, stack), {}
+        run, relays = Group(lab, stack, tmp_path), {}
         for rank in (3, 4):
-            command = ["-m", "pyccl.cli.peer", run.address, "--dir", str(tmp_path / str(rank)), "--relay"]
+            command = ["-m", "pyccl.cli.peer", run.invite, "--dir", str(tmp_path / str(rank)), "--relay"]
             relays[lab.addresses[rank]] = run.start(rank, *command)
         while len(known := run.observers()) < len(relays):
             pass
