@@ -55,6 +55,9 @@ class Observed:
         self.observers = tuple(observers)
         self._server.know(self.observers)
 
+    def enter(self, epoch: int) -> None:
+        self._server.enter(epoch)
+
     async def serve(self, stream: trio.SocketStream, hello: StateHello) -> None:
         with contextlib.suppress(trio.TooSlowError):
             await self._server.serve(stream, hello)

@@ -1,6 +1,6 @@
 """A connection whose bytes are records as the engine writes them (proto/wire.md 10), for what stays in Python.
 
-It enters no epoch: a connection has the keys that were made for it, and 2^24 records at most.
+It enters no epoch, and has 2^24 records at most under one key: `renew` is for whoever knows when an epoch begins.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from pyccl._native.handles import CIPHER_AES, Keys
 from pyccl.errors import RemoteProtocolError
@@ -24,6 +24,8 @@ PLAIN_MAX: Final = (1 << 16) - _HEAD_BYTES - _TAG_BYTES
 _RECORDS_MAX: Final = 1 << 24
 _BYTES: Final = 1 << 24  # the type of a record, in its place
 _KEY_INFO: Final = b"pyccl record key 1"
+_RENEWED_INFO: Final = b"pyccl state 1"
+_SECRET_BYTES: Final = 32
 _RECEIVE_BYTES: Final = 1 << 17
 
 
@@ -31,9 +33,16 @@ class _Half:
     """One direction."""
 
     def __init__(self, secret: bytes, cipher: int, *, dialed: bool) -> None:
+        self._cipher, self._dialed = cipher, dialed
+        self._begin(secret)
+
+    def _begin(self, secret: bytes) -> None:
         key = HKDFExpand(hashes.SHA256(), 32, _KEY_INFO).derive(secret)
-        self._aead = AESGCM(key) if cipher == CIPHER_AES else ChaCha20Poly1305(key)
-        self._dialed, self._count = dialed, 0
+        self._aead = AESGCM(key) if self._cipher == CIPHER_AES else ChaCha20Poly1305(key)
+        self._secret, self._count = secret, 0
+
+    def renew(self, shared: bytes, said: bytes) -> None:
+        self._begin(HKDF(hashes.SHA256(), _SECRET_BYTES, salt=self._secret, info=_RENEWED_INFO + said).derive(shared))
 
     def _next(self, head: bytes) -> tuple[bytes, bytes]:
         """Nonce and associated data of the next record."""
@@ -64,6 +73,11 @@ class SealedStream(trio.abc.Stream):
         self._tx = _Half(keys.tx, keys.cipher, dialed=keys.dialed)
         self._rx = _Half(keys.rx, keys.cipher, dialed=not keys.dialed)
         self._come, self._plain = bytearray(), b""
+
+    def renew(self, shared: bytes, said: bytes) -> None:
+        """Other keys from the next record on, each way, of the old ones and what both sides agreed on (`said`: how)."""
+        self._tx.renew(shared, said)
+        self._rx.renew(shared, said)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         with memoryview(data) as view:

@@ -697,6 +697,7 @@ class Session:
             self._finish(errors.RemoteProtocolError(f"the master's epoch {epoch.number} contradicts what is here: {e}"))
             return
         log.info("epoch_entered number=%d world=%d peer=%s", epoch.number, len(epoch.peers), self.peer.hex()[:8])
+        self.observed.enter(epoch.number)
         self._feed(self._machine.entered(epoch.number, trio.current_time()))
 
     def _do_joined(self, effect: member.Joined) -> None:

@@ -5,7 +5,7 @@
 
 A server reads from an open file, whose bytes go from the page cache to the socket (sendfile), so it needs no memory;
 which file that is may change while it is being sent. In a secure run both sides prove who they are, and what is sent
-is sealed, a record at a time. Who receives checks the whole file, so a source is believed
+is sealed, a record at a time, under new keys in each epoch. Who receives checks the whole file, so a source is believed
 nothing. Neither side waits for the other one's next byte for ever: SILENCE_S, and a least pace. Spec: proto/wire.md 7.
 """
 
@@ -25,7 +25,7 @@ from pyccl._io.strangers import Places, origin
 from pyccl._io.tls import Credentials
 from pyccl._proto import limits, restoring
 from pyccl._proto.epoch import Member
-from pyccl._proto.messages import PeerRefused, StateHello, StateNone, StateOffer
+from pyccl._proto.messages import PeerOffer, PeerRefused, StateHello, StateNone, StateOffer
 from pyccl.errors import RemoteProtocolError
 
 STILL_S: Final = 5.0  # between two StateNone to who follows
@@ -77,11 +77,41 @@ class Pace:
 
 
 class _Follower:
-    def __init__(self, have: int, every: int) -> None:
-        self.have, self.every = have, every  # have: also what it is receiving
+    """epoch: in which the keys of its connection were made."""
+
+    def __init__(self, channel: Channel, hello: StateHello, epoch: int) -> None:
+        self.channel, self._epoch = channel, epoch
+        self.have, self.every = hello.have, hello.every  # have: also what it is receiving
+        self._renewal: agreement.Renewal | None = None
+        self._renewed = trio.Event()
 
     def wants(self, revision: int) -> bool:
         return restoring.wants(self.have, self.every, revision)
+
+    async def enter(self, epoch: int) -> None:
+        """Whatever is sent from here on is sealed with keys that were made in this epoch, or a later one."""
+        if epoch == self._epoch or not isinstance(self.channel, SealedStream):
+            return
+        self._epoch, self._renewal, self._renewed = epoch, agreement.Renewal(), trio.Event()
+        with trio.fail_after(SILENCE_S):
+            await self.channel.send_all(envelope.pack(self._renewal.offer))
+            await self._renewed.wait()
+
+    async def hear(self, scope: trio.CancelScope) -> None:
+        """Its part of new keys, and then its end: nothing else is to come from it."""
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, RemoteProtocolError):
+            while await self._is_renewed():
+                pass
+        scope.cancel()
+
+    async def _is_renewed(self) -> bool:
+        answer = await envelope.receive(self.channel, limits.BODY_GREETING_MAX_BYTES)
+        renewal, self._renewal = self._renewal, None
+        if renewal is None or not isinstance(answer, PeerOffer) or not isinstance(self.channel, SealedStream):
+            return False
+        renewal.use(self.channel, answer)
+        self._renewed.set()
+        return True
 
 
 class StateServer:
@@ -108,6 +138,7 @@ class StateServer:
         self._known: frozenset[tuple[bytes, bytes]] = frozenset()
         self._changed, self._offered = trio.Event(), trio.Event()
         self._snapshot: Snapshot | None = None
+        self._epoch = 0
         self._followers: set[_Follower] = set()
 
     def know(self, members: Iterable[Member]) -> None:
@@ -127,8 +158,15 @@ class StateServer:
         self._offered.set()
         self._offered = trio.Event()
 
+    def enter(self, epoch: int) -> None:
+        """An epoch has begun: who follows gets new keys before anything else."""
+        self._epoch = epoch
+        self._offered.set()
+        self._offered = trio.Event()
+
     async def serve(self, stream: trio.SocketStream, hello: StateHello) -> None:
         """One connection, to its end. OSError, trio.TooSlowError, trio.BrokenResourceError, RemoteProtocolError."""
+        epoch = self._epoch
         channel: Channel | None = None
         reason = self._reason_to_refuse(hello)
         if not reason:
@@ -144,17 +182,17 @@ class StateServer:
         if channel is None:
             await stream.send_all(envelope.pack(PeerRefused(reason)))
             return
-        follower = _Follower(hello.have, hello.every)
+        follower = _Follower(channel, hello, epoch)
         broken: Exception | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
+            nursery.start_soon(follower.hear, nursery.cancel_scope)
             if (older := self._serving.get(hello.from_peer)) is not None:
                 older.cancel()
             self._serving[hello.from_peer] = nursery.cancel_scope
             if hello.every:
                 self._followers.add(follower)
             try:
-                while await self._next(channel, follower) or hello.every:
+                while await self._next(follower) or hello.every:
                     pass
             except (OSError, trio.TooSlowError, trio.BrokenResourceError) as e:
                 broken = e  # raised outside: a nursery wraps what leaves it
@@ -180,8 +218,10 @@ class StateServer:
             return "you look for somebody else"
         return ""
 
-    async def _next(self, channel: Channel, follower: _Follower) -> bool:
+    async def _next(self, follower: _Follower) -> bool:
         """False: there was nothing."""
+        channel = follower.channel
+        await follower.enter(self._epoch)
         snapshot, offered = self._snapshot, self._offered
         if snapshot is not None and follower.wants(snapshot.revision):
             follower.have = snapshot.revision + 1
@@ -203,13 +243,6 @@ class StateServer:
             with trio.move_on_after(STILL_S):
                 await offered.wait()
         return False
-
-
-async def _cancel_at_end(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-    """Nothing more is to come from who asked."""
-    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        await stream.receive_some(1)
-    scope.cancel()
 
 
 async def send_file(channel: Channel, snapshot: Snapshot, pace: Pace) -> None:
@@ -277,10 +310,13 @@ async def ask(
         raise
 
 
-async def next_offer(stream: trio.abc.ReceiveStream, patience_s: float = SILENCE_S) -> StateOffer | None:
+async def next_offer(stream: Channel, patience_s: float = SILENCE_S) -> StateOffer | None:
     """None: nothing (more) for now. RemoteProtocolError: it refuses, ends or breaks the protocol."""
     with trio.fail_after(patience_s):
         message = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
+        while isinstance(message, PeerOffer) and isinstance(stream, SealedStream):
+            await agreement.answer_renewal(stream, message)
+            message = await envelope.receive(stream, limits.BODY_GREETING_MAX_BYTES)
     if isinstance(message, StateOffer):
         return message
     if isinstance(message, StateNone):

@@ -973,7 +973,7 @@ class RelayHello(_Hello):
 
 @dataclass(frozen=True, slots=True)
 class PeerOffer(Message):
-    """Behind a greeting in a secure run, and in answer to it: a key made for this connection."""
+    """Behind a greeting in a secure run, and in answer to it: a key made for this connection, or an epoch of it."""
 
     TYPE = 71
     KINDS = (_KEY_BYTES, _UInt(2, low=1))

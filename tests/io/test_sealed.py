@@ -134,3 +134,48 @@ def test_what_was_sent_twice_or_back_or_cut_does_not_open() -> None:
                 await acceptor.receive_some()
 
     run(main)
+
+
+def test_keys_that_were_renewed_open_nothing_from_before_and_old_ones_nothing_since() -> None:
+    shared, said = b"x" * 32, b"both keys"
+
+    async def main() -> None:
+        async with line() as (dialer, middle, onward, acceptor):
+            before = await record(dialer, middle, b"first")
+            await onward.send_all(before)
+            assert await acceptor.receive_some() == b"first"
+            for side in (dialer, acceptor):
+                side.renew(shared, said)
+            since = await record(dialer, middle, b"other")
+            await onward.send_all(since)
+            assert await acceptor.receive_some() == b"other"
+            stolen = acceptor._rx._secret, acceptor._tx._secret
+        async with line() as (_, _, onward, thief):  # of what was agreed on at first
+            await onward.send_all(since)
+            with pytest.raises(RemoteProtocolError, match="does not open"):
+                await thief.receive_some()
+        for data, opens in ((since, True), (before, False)):
+            source, far = trio.socket.socketpair()
+            thief = SealedStream(trio.SocketStream(far), Keys(stolen[1], stolen[0], CIPHER_AES, False))
+            async with trio.SocketStream(source) as onward, thief:
+                await onward.send_all(data)
+                if opens:
+                    assert await thief.receive_some() == b"other"
+                    continue
+                with pytest.raises(RemoteProtocolError, match="does not open"):
+                    await thief.receive_some()
+
+    run(main)
+
+
+@pytest.mark.parametrize(("shared", "said"), [(b"y" * 32, b"both keys"), (b"x" * 32, b"other keys")])
+def test_who_agreed_on_something_else_has_other_keys(shared: bytes, said: bytes) -> None:
+    async def main() -> None:
+        async with line() as (dialer, middle, onward, acceptor):
+            dialer.renew(b"x" * 32, b"both keys")
+            acceptor.renew(shared, said)
+            await onward.send_all(await record(dialer, middle, b"first"))
+            with pytest.raises(RemoteProtocolError, match="does not open"):
+                await acceptor.receive_some()
+
+    run(main)

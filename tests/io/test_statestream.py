@@ -18,12 +18,13 @@ from trio.testing import MockClock, memory_stream_one_way_pair
 import pyccl
 from pyccl._io import envelope, statestream
 from pyccl._io.identity import Identity
+from pyccl._io.sealed import SealedStream
 from pyccl._io.statestore import StateStore, StoreError, opened, whole
 from pyccl._io.statestream import Snapshot, StateServer
 from pyccl._io.tls import Credentials, Ticket
 from pyccl._proto import limits
 from pyccl._proto.epoch import Address, Member
-from pyccl._proto.messages import Message, PeerRefused, StateHello, StateNone, StateOffer
+from pyccl._proto.messages import Message, PeerOffer, PeerRefused, StateHello, StateNone, StateOffer
 from pyccl.errors import RemoteProtocolError, StateFileError
 
 RUN = b"R" * 16
@@ -398,6 +399,114 @@ def test_who_asks_a_secure_peer_and_says_nothing_more_is_refused(
             await statestream.ask(RUN, ASKS, there) as stream,
         ):
             with pytest.raises(RemoteProtocolError, match="did not prove in time"):
+                await statestream.next_offer(stream)
+
+    run(main)
+
+
+def secrets_of(stream: Any) -> set[bytes]:
+    assert isinstance(stream, SealedStream)
+    return {stream._rx._secret, stream._tx._secret}
+
+
+def test_who_follows_in_a_secure_run_gets_new_keys_with_each_epoch_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statestream, "STILL_S", 0.1)
+
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
+        made.know([ASKS])
+        made.enter(7)
+        async with (
+            sealed_server(made) as (there, ended),
+            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
+        ):
+            assert await statestream.next_offer(stream) is None
+            had = secrets_of(stream)
+            assert await statestream.next_offer(stream) is None
+            assert secrets_of(stream) == had  # no epoch has begun
+            for epoch, revisions in ((8, (1, 2)), (9, ()), (11, (3,))):
+                made.enter(epoch)
+                for revision in revisions:
+                    made.offer(snapshot(tmp_path, revision))
+                    assert (await received(stream, tmp_path / "got")).digest() == state(revision).digest()
+                assert await statestream.next_offer(stream) is None
+                now = secrets_of(stream)
+                assert len(now) == 2 and not now & had
+                had |= now
+                assert made.wants(99)  # it has followed all the time
+            assert len(had) == 8 and not ended
+
+    run(main)
+
+
+def test_an_epoch_that_begins_while_a_file_is_on_its_way_renews_behind_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
+        made.know([ASKS])
+        async with (
+            sealed_server(made) as (there, ended),
+            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
+        ):
+            assert await statestream.next_offer(stream) is None
+            had = secrets_of(stream)
+            made.offer(snapshot(tmp_path, 1))
+            offer = await statestream.next_offer(stream)
+            assert offer is not None
+            made.enter(8)
+            made.offer(snapshot(tmp_path, 2))
+            with created(tmp_path / "got") as file:
+                await statestream.receive_file(stream, offer, file.fileno())
+            assert pyccl.SharedState.load(tmp_path / "got").digest() == state(1).digest()
+            assert secrets_of(stream) == had
+            assert (await received(stream, tmp_path / "got")).revision == 2
+            assert not secrets_of(stream) & had and not ended
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "answer", [StateNone(), PeerOffer(bytes(32), 1), None], ids=["other", "no point of the curve", "nothing"]
+)
+def test_who_does_not_agree_on_new_keys_is_not_served_on(
+    answer: Message | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if answer is None:
+        monkeypatch.setattr(statestream, "SILENCE_S", 0.3)
+
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
+        made.know([ASKS])
+        async with (
+            sealed_server(made) as (there, ended),
+            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
+        ):
+            assert isinstance(await envelope.receive(stream), StateNone)
+            made.enter(8)
+            made.offer(snapshot(tmp_path, 1))
+            assert isinstance(await envelope.receive(stream), PeerOffer)
+            if answer is not None:
+                await stream.send_all(envelope.pack(answer))
+            with suppress(trio.BrokenResourceError):  # it hung up with our bytes unread
+                assert await envelope.receive(stream) is None
+            assert not made.wants(99)
+            assert [type(e) for e in ended] == ([] if answer is not None else [trio.TooSlowError])
+
+    run(main)
+
+
+def test_keys_that_nobody_asked_for_end_the_connection_of_who_follows() -> None:
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
+        made.know([ASKS])
+        async with (
+            sealed_server(made) as (there, _),
+            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
+        ):
+            assert await statestream.next_offer(stream) is None
+            await stream.send_all(envelope.pack(PeerOffer(bytes(range(32)), 1)))
+            with pytest.raises(RemoteProtocolError, match="closed"):
                 await statestream.next_offer(stream)
 
     run(main)
