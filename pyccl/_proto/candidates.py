@@ -12,13 +12,14 @@ from typing import Final
 
 from pyccl._proto.epoch import Address, AddressKind, Member
 
-_PRIVATE: Final = tuple(  # what is_private holds is more: all that is not global
-    map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
+_PRIVATE: Final = (  # what ipaddress's is_private holds is more: all that is not global
+    *map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")),
+    ipaddress.ip_network("198.18.0.0/15"),  # of labs, RFC 2544
 )
 _NOT_PUBLIC: Final = (  # of IPv4; from 224.0.0.0 on multicast and reserved
     *_PRIVATE,
     *map(ipaddress.ip_network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16")),
-    *map(ipaddress.ip_network, ("192.0.0.0/24", "198.18.0.0/15", "224.0.0.0/3")),
+    *map(ipaddress.ip_network, ("192.0.0.0/24", "224.0.0.0/3")),
 )
 _UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all else is local, multicast, reserved, or an IPv4 address
 _TUNNELS: Final = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))  # to an IPv4 address

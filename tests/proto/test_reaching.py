@@ -199,6 +199,7 @@ def one(seen: str, *addresses: Address) -> Member:
         (one("::1", Address("::1", 5)), "127.0.0.1", [Address("::1", 5)]),
         (one("127.0.0.1", LOOPBACK, PUBLIC, LAN), ELSEWHERE, [PUBLIC]),
         (one("fe80::1", LAN), "127.0.0.1", [LAN]),
+        (one("198.18.0.2", Address("198.18.0.2", 5)), "198.18.4.1", [Address("198.18.0.2", 5)]),  # a lab
         (one("2001:db8::1", LAN), "2001:db8::2", [LAN]),
         (one("2001:db8::1", LAN), "2001:db8:0:1::2", []),
         (one(SEEN, NAMED, LAN), ELSEWHERE, [NAMED]),
@@ -225,7 +226,7 @@ def test_what_is_no_address_of_one_machine_is_never_dialed_nor_what_a_peer_says_
     for host in ("127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"):
         assert may_reach(host, claims, one(mine)) == on_machine
     near = are_near(theirs, mine)
-    for host in ("10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "fd00::1", "::ffff:10.1.2.3"):
+    for host in ("10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "198.18.0.1", "fd00::1", "::ffff:10.1.2.3"):
         assert may_reach(host, claims, one(mine)) == near
 
 
