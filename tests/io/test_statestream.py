@@ -199,7 +199,7 @@ def test_so_many_are_served_at_a_time_also_of_those_who_had_to_wait(monkeypatch:
 
     async def main() -> None:
         made = StateServer(lambda: RUN, *SERVER, drops=False)
-        askers = [Member(bytes([n]) * 16, b"A" * 16) for n in range(4)]
+        askers = [Member(bytes([n]) * 16, b"A" * 16, seen=SEEN) for n in range(4)]
         async with serving(made) as there, contextlib.AsyncExitStack() as opened_streams:
             asking = [
                 await opened_streams.enter_async_context(await statestream.ask(RUN, asker, there, every=1))
@@ -231,7 +231,7 @@ def test_who_asks_again_gives_up_the_place_it_had_and_nobody_elses(
     monkeypatch.setattr(statestream, "_SERVING_MAX", 2)
 
     async def main() -> None:
-        made, other = server(drops=True), Member(b"o" * 16, b"O" * 16)
+        made, other = server(drops=True), Member(b"o" * 16, b"O" * 16, seen=SEEN)
         made.know([ASKER, other])
         async with serving(made) as there, contextlib.AsyncExitStack() as opened_streams:
             following = []

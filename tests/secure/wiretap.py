@@ -129,10 +129,10 @@ class Wire:
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
                 puncher._nursery.start_soon(puncher._connected, peer, stream)
 
-        async def unreachable(host: str, port: int, **options: Any) -> trio.SocketStream:
+        async def unreachable(*who: object) -> trio.SocketStream:
             raise OSError("unreachable")
 
-        self._monkeypatch.setattr(links, "connect_to", unreachable)
+        self._monkeypatch.setattr(links, "connect_at", unreachable)
         self._monkeypatch.setattr(front.Front, "may_punch", True)
         self._monkeypatch.setattr(links, "Puncher", Through)
 
