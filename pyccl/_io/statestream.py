@@ -30,6 +30,7 @@ from pyccl.errors import RemoteProtocolError
 
 STILL_S: Final = 5.0  # between two StateNone to who follows
 SILENCE_S: Final = 3 * STILL_S  # of a source, or of who receives
+STORING_S: Final = 1800.0  # of a follower: it reads nothing while it checks a file and puts it on its disk
 _KNOWN_S: Final = 10.0  # until the master has told of who asks
 _CONNECT_S: Final = 5.0
 _EARLY_MAX: Final = 64  # who ask, and the master has not told of them yet, or they have not proven who they are
@@ -95,6 +96,7 @@ class _Follower:
         self._epoch, self._renewal, self._renewed = epoch, agreement.Renewal(), trio.Event()
         with trio.fail_after(SILENCE_S):
             await self.channel.send_all(envelope.pack(self._renewal.offer))
+        with trio.fail_after(STORING_S):
             await self._renewed.wait()
 
     async def hear(self, scope: trio.CancelScope) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import trio
 from listeners import SEEN, listen
-from trio.testing import MockClock, memory_stream_one_way_pair
+from trio.testing import MockClock, memory_stream_one_way_pair, wait_all_tasks_blocked
 
 import pyccl
-from pyccl._io import envelope, statestream
+from pyccl._io import agreement, envelope, statestream
 from pyccl._io.identity import Identity
 from pyccl._io.sealed import SealedStream
 from pyccl._io.statestore import StateStore, StoreError, opened, whole
@@ -46,12 +46,12 @@ def created(path: Path) -> IO[bytes]:
     return open(path, "wb")
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
+def run(main: Callable[[], Awaitable[None]], clock: trio.abc.Clock | None = None) -> None:
     async def limited() -> None:
         with trio.fail_after(HANG_S):
             await main()
 
-    trio.run(limited)
+    trio.run(limited, clock=clock)
 
 
 @asynccontextmanager
@@ -473,7 +473,7 @@ def test_who_does_not_agree_on_new_keys_is_not_served_on(
     answer: Message | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if answer is None:
-        monkeypatch.setattr(statestream, "SILENCE_S", 0.3)
+        monkeypatch.setattr(statestream, "STORING_S", 0.3)
 
     async def main() -> None:
         made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
@@ -494,6 +494,35 @@ def test_who_does_not_agree_on_new_keys_is_not_served_on(
             assert [type(e) for e in ended] == ([] if answer is not None else [trio.TooSlowError])
 
     run(main)
+
+
+def test_who_stores_a_file_while_an_epoch_begins_answers_late_and_gets_what_was_offered_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statestream, "SILENCE_S", 3.0)
+    clock = MockClock(rate=1.0)
+
+    async def main() -> None:
+        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
+        made.know([ASKS])
+        async with (
+            sealed_server(made) as (there, ended),
+            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
+        ):
+            assert await statestream.next_offer(stream) is None
+            made.enter(8)
+            made.offer(snapshot(tmp_path, 1))
+            offer = await envelope.receive(stream)
+            assert isinstance(offer, PeerOffer)
+            await wait_all_tasks_blocked()
+            clock.jump(3 * statestream.SILENCE_S)
+            await wait_all_tasks_blocked()
+            assert isinstance(stream, SealedStream)
+            await agreement.answer_renewal(stream, offer)
+            assert (await received(stream, tmp_path / "got")).digest() == state(1).digest()
+            assert not ended
+
+    run(main, clock)
 
 
 def test_keys_that_nobody_asked_for_end_the_connection_of_who_follows() -> None:
