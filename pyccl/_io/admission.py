@@ -45,9 +45,15 @@ from pyccl._proto.past import Admissions, Record
 
 OPERATOR_ONLY: Final = (InviteAsk, Revoke, PeersAsk, Kick)
 CLOSE_S: Final = 2.0  # to deliver what was sent before a connection is closed
+_STAYS: Final = (Hello, Observe, Pulse)
+_FULL_LINE_EVERY_S: Final = 60.0  # of the log, for each identity
 PLAIN_REFUSED: Final = "this master takes encrypted connections only: come with an invite (pyccl-master invite)"
 
 log = logging.getLogger("pyccl.master")
+
+
+class FullError(Exception):
+    """So much of this identity is connected: there is room when some of that has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,7 @@ class Admission:
         self._gate, self._run, self._clock = Gate(self._run_key, admissions), run, clock
         self._present: dict[int, _Present] = {}
         self._connections: dict[bytes, list[_Connection]] = {}  # by identity
+        self._full_told: dict[bytes, float] = {}  # of those identities: when it was last logged that there was no room
 
     async def enter(self, stream: trio.SocketStream) -> tuple[Line, Guest]:
         return await self._door.enter(stream, secrets.token_bytes(limits.KEY_BYTES))
@@ -108,12 +115,14 @@ class Admission:
             others.remove(connection)
             if not others:
                 del self._connections[guest.identity]
+                self._full_told.pop(guest.identity, None)
 
     async def admit(self, connection: _Connection, first: Message) -> None:
-        """RefusedError: not with this first message."""
+        """RefusedError: not with this first message. FullError: not now."""
         guest, connection.first = connection.guest, first
-        if not self.is_for_operator(guest, first):
-            self._check_room(connection)
+        if not self.is_for_operator(guest, first) and (reason := self._reason_for_no_room(connection)):
+            self._tell_of_full(guest.identity, reason)
+            raise FullError(reason)
         if isinstance(first, OPERATOR_ONLY):
             if not self._is_operator(guest):
                 raise RefusedError("that is the operator's: it takes the master's own identity")
@@ -206,21 +215,42 @@ class Admission:
             "connected_s": round(self._clock() - present.since, 1),
         }
 
-    def _check_room(self, mine: _Connection) -> None:
-        """An invite is one installation's, however many peers it starts: it must not take everybody's connections."""
+    def _reason_for_no_room(self, mine: _Connection) -> str:
+        """An invite is one installation's, however many peers it starts: it must not take everybody's connections.
+
+        Of who is in the run and comes back only what peers hold open counts, and newcomers do not keep it out.
+        """
         others = [each for each in self._connections[mine.guest.identity] if each is not mine]
-        if len(others) >= limits.CONNECTIONS_OF_IDENTITY_MAX:
-            raise RefusedError(f"{len(others)} connections of this identity are open")
+        is_known = self._is_known(mine)
+        count = sum(isinstance(each.first, _STAYS) for each in others) if is_known else len(others)
+        if count >= limits.CONNECTIONS_OF_IDENTITY_MAX:
+            return f"{count} connections of this identity are open"
         if isinstance(mine.first, Hello | Observe):
             firsts = [each.first for each in others if isinstance(each.first, Hello | Observe)]
             peers = {(first.peer, first.incarnation) for first in firsts}
             peers.discard((mine.first.peer, mine.first.incarnation))  # whose place it takes
-            if len(peers) >= limits.CONTROLS_OF_IDENTITY_MAX:
-                raise RefusedError(f"{len(peers)} peers of this identity are connected")
+            if len(peers) >= limits.CONTROLS_OF_IDENTITY_MAX and not is_known:
+                return f"{len(peers)} peers of this identity are connected"
         elif not isinstance(mine.first, Pulse):
-            count = sum(not isinstance(each.first, Hello | Observe | Pulse) for each in others)
+            count = sum(not isinstance(each.first, _STAYS) for each in others)
             if count >= limits.OTHERS_OF_IDENTITY_MAX:
-                raise RefusedError(f"{count} connections of this identity are open beside those of its peers")
+                return f"{count} connections of this identity are open beside those of its peers"
+        return ""
+
+    def _is_known(self, mine: _Connection) -> bool:
+        """It is of a peer in the run, each of whose connections replaces one."""
+        first = mine.first
+        return (
+            isinstance(first, _STAYS)
+            and first.peer == mine.guest.peer
+            and self._run.knows(first.peer, first.incarnation)
+        )
+
+    def _tell_of_full(self, identity: bytes, reason: str) -> None:
+        now = trio.current_time()
+        if now - self._full_told.get(identity, -_FULL_LINE_EVERY_S) >= _FULL_LINE_EVERY_S:
+            self._full_told[identity] = now
+            log.warning("identity_full identity=%s cause=%s: who comes tries again", short(identity), reason)
 
     def _is_operator(self, guest: Guest) -> bool:
         return hmac.compare_digest(guest.identity, self._public)

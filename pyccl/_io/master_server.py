@@ -21,7 +21,7 @@ from typing import Any, Final
 import trio
 
 from pyccl._io import envelope, tls
-from pyccl._io.admission import CLOSE_S, OPERATOR_ONLY, PLAIN_REFUSED, Admission, Run
+from pyccl._io.admission import CLOSE_S, OPERATOR_ONLY, PLAIN_REFUSED, Admission, FullError, Run
 from pyccl._io.causes import reason_of
 from pyccl._io.identity import Identity
 from pyccl._io.interfaces import canonical
@@ -296,6 +296,9 @@ class MasterServer:
         except RefusedError as e:
             await line.send_all(envelope.pack(Rejected(clip(str(e)))))
             raise RemoteProtocolError(str(e)) from e
+        except FullError as e:  # no Rejected, which is final
+            self._notes.tell("connection_refused", e)
+            return None
         return first
 
     async def _durable(self, records: Sequence[Record]) -> None:

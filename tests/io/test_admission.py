@@ -52,6 +52,8 @@ from pyccl._proto.messages import (
     PeerRefused,
     PeersAsk,
     PeerWelcome,
+    Pulse,
+    PulseKeys,
     Ready,
     Reflect,
     Reflected,
@@ -61,6 +63,7 @@ from pyccl._proto.messages import (
     RelayHello,
     Relays,
     Status,
+    StatusAsk,
     Welcome,
 )
 from pyccl._proto.past import Past
@@ -72,12 +75,18 @@ WHOLE_S = 10.0  # peer_timeout of a relay, which is silent in no test
 
 async def opened(port: int, who: Credentials, message: Message, stack: AsyncExitStack) -> tuple[tls.Line, Message]:
     """A connection that stays, and the answer to its first message."""
+    line, told = await opened_or_not(port, who, message, stack)
+    assert told is not None
+    return line, told
+
+
+async def opened_or_not(
+    port: int, who: Credentials, message: Message, stack: AsyncExitStack
+) -> tuple[tls.Line, Message | None]:
     line = await tls.reach(HOST, port, who)
     await stack.enter_async_context(tls.socket_of(line))
     await line.send_all(envelope.pack(message))
-    told = await envelope.receive(line)
-    assert told is not None
-    return line, told
+    return line, await envelope.receive(line)
 
 
 async def received(line: tls.Line, kind: type[M]) -> M:
@@ -100,7 +109,7 @@ def reflect(who: Credentials) -> Reflect:
 
 
 def test_an_identity_holds_so_many_connections_whatever_they_are_for_and_a_kick_ends_them(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(limits, "OTHERS_OF_IDENTITY_MAX", 5)
 
@@ -114,7 +123,8 @@ def test_an_identity_holds_so_many_connections_whatever_they_are_for_and_a_kick_
                 assert isinstance(told, Reflected)
                 held.append(reflecting)
             for more in (reflect(me), RelayHello(VERSION, RUN, me.peer, INCARNATION, bytes(16), bytes(16))):
-                assert "5 connections of this identity" in await reason(port, me, more)
+                assert await answer(port, me, more) is None
+            assert "5 connections of this identity" in caplog.text
             assert isinstance(await answer(port, of(BOB), hello(of(BOB), group=1)), Welcome)
             stranger, told = await opened(port, of(BOB), hello(of(BOB), group=1), stack)
             await held[0].aclose()
@@ -130,16 +140,48 @@ def test_an_identity_holds_so_many_connections_whatever_they_are_for_and_a_kick_
     run(main)
 
 
-def test_all_connections_of_an_identity_are_counted_those_too_that_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_connections_of_an_identity_are_counted_those_too_that_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(limits, "CONNECTIONS_OF_IDENTITY_MAX", 4)
 
     async def main() -> None:
         async with served() as port, AsyncExitStack() as stack:
             for _ in range(4):
                 await stack.enter_async_context(tls.socket_of(await tls.reach(HOST, port, of(ANN))))
-            while "4 connections of this identity" not in str(await answer(port, of(ANN), hello(of(ANN)))):
+            while await answer(port, of(ANN), StatusAsk(VERSION)) is not None:
                 pass  # the master has not heard the last of them yet
+            assert await answer(port, of(ANN), hello(of(ANN))) is None
+            assert "4 connections of this identity" in caplog.text
             assert isinstance(await answer(port, of(BOB), hello(of(BOB))), Welcome)
+
+    run(main)
+
+
+def test_who_is_in_the_run_comes_back_where_its_identity_has_all_that_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that say nothing, as of those who reconnect, too, and a newcomer that has taken its place."""
+    monkeypatch.setattr(limits, "CONNECTIONS_OF_IDENTITY_MAX", 5)
+    monkeypatch.setattr(limits, "CONTROLS_OF_IDENTITY_MAX", 1)
+
+    async def main() -> None:
+        async with served() as port, AsyncExitStack() as stack:
+            mine, other = peers_of(ANN, 2)
+            lines = await epoch_of(port, [mine], stack)
+            await tls.socket_of(lines[0]).aclose()
+            while True:  # until the master has seen the end of it
+                _, told = await opened_or_not(port, other, hello(other, group=1), stack)
+                if told is not None:
+                    break
+            assert isinstance(told, Welcome)
+            for _ in range(4):
+                await stack.enter_async_context(tls.socket_of(await tls.reach(HOST, port, mine)))
+            while await answer(port, other, reflect(other)) is not None:
+                pass  # the master has not heard the last of them yet
+            assert isinstance(await answer(port, mine, Pulse(VERSION, mine.peer, INCARNATION)), PulseKeys)
+            assert isinstance(await answer(port, mine, hello(mine)), Welcome)
+            late = Credentials(ANN, b"l" * 16, mine.ticket)
+            for message in (hello(late), Pulse(VERSION, mine.peer, INCARNATION)):
+                assert await answer(port, late, message) is None  # not in the run, and in another's name
 
     run(main)
 
