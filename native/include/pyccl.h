@@ -562,6 +562,8 @@ pyccl_status pyccl_relay_new(uint32_t user_timeout_ms, uint64_t max_bytes_s, pyc
 /* Takes both sockets, always: closed on error. Of the same two peers' pairs the oldest is reset when there are SAME_MAX.
  * ERR_LIMIT: PAIRS_MAX are there, or OWNED_MAX of one of the owners; ERR_OS. */
 pyccl_status pyccl_relay_add(pyccl_relay *relay, const pyccl_relay_end ends[2]);
+/* How many more such pairs it would take now; their sockets do not matter. One that would reset another counts. */
+uint32_t pyccl_relay_room(pyccl_relay *relay, const pyccl_relay_end ends[2]);
 void pyccl_relay_forget(pyccl_relay *relay, const uint8_t peer[16]);             /* resets the pairs of this peer */
 uint32_t pyccl_relay_pairs(pyccl_relay *relay);
 void pyccl_relay_free(pyccl_relay *relay);                                       /* resets all, ends the thread; NULL: nothing */

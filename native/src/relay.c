@@ -281,8 +281,8 @@ static bool is_owned(const pair *p, const uint8_t owner[PYCCL_ID_SIZE]) {
     return same(p->legs[0].end.owner, owner) || same(p->legs[1].end.owner, owner);
 }
 
-/* A new pair of these two peers is coming. */
-static void make_way(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
+/* Which one a new pair of these two peers takes the place of; NULL: none. */
+static pair *replaced_by(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
     pair *oldest = NULL;
     uint32_t count = 0;
     for (pair *p = relay->pairs; p < relay->pairs + PYCCL_RELAY_PAIRS_MAX; p++) {
@@ -290,30 +290,43 @@ static void make_way(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
         if (oldest == NULL || p->number < oldest->number) oldest = p;
         count++;
     }
-    if (count >= PYCCL_RELAY_SAME_MAX) pair_close(relay, oldest, true);
+    return count >= PYCCL_RELAY_SAME_MAX ? oldest : NULL;
 }
 
-/* NULL: there is none for these owners. */
-static pair *place_for(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
-    pair *free_place = NULL;
-    uint32_t owned[2] = {0, 0};
-    for (pair *p = relay->pairs; p < relay->pairs + PYCCL_RELAY_PAIRS_MAX; p++) {
-        if (!p->used && free_place == NULL) free_place = p;
+/* For how many more pairs of these owners there are places. */
+static uint32_t room_for(const pyccl_relay *relay, const pyccl_relay_end ends[2]) {
+    uint32_t room = PYCCL_RELAY_PAIRS_MAX - relay->count, owned[2] = {0, 0};
+    for (const pair *p = relay->pairs; p < relay->pairs + PYCCL_RELAY_PAIRS_MAX; p++)
         for (int i = 0; i < 2; i++) owned[i] += p->used && is_owned(p, ends[i].owner);
-    }
-    return owned[0] < PYCCL_RELAY_OWNED_MAX && owned[1] < PYCCL_RELAY_OWNED_MAX ? free_place : NULL;
+    for (int i = 0; i < 2; i++)
+        if (PYCCL_RELAY_OWNED_MAX - owned[i] < room) room = PYCCL_RELAY_OWNED_MAX - owned[i];
+    return room;
+}
+
+static pair *free_place(pyccl_relay *relay) {
+    pair *p = relay->pairs;
+    while (p->used) p++;
+    return p;
+}
+
+uint32_t pyccl_relay_room(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
+    (void)pthread_mutex_lock(&relay->lock);
+    const uint32_t room = room_for(relay, ends), least = replaced_by(relay, ends) != NULL;
+    (void)pthread_mutex_unlock(&relay->lock);
+    return room < least ? least : room;
 }
 
 pyccl_status pyccl_relay_add(pyccl_relay *relay, const pyccl_relay_end ends[2]) {
     (void)pthread_mutex_lock(&relay->lock);
-    make_way(relay, ends);
-    pair *p = place_for(relay, ends);
-    const pyccl_status rc = p == NULL ? PYCCL_ERR_LIMIT : pair_open(relay, p, ends);
+    pair *replaced = replaced_by(relay, ends);
+    if (replaced != NULL) pair_close(relay, replaced, true);
+    const bool fits = room_for(relay, ends) > 0;
+    const pyccl_status rc = fits ? pair_open(relay, free_place(relay), ends) : PYCCL_ERR_LIMIT;
     (void)pthread_mutex_unlock(&relay->lock);
-    if (p == NULL)
-        for (int i = 0; i < 2; i++) close_if(ends[i].fd);
-    else
+    if (fits)
         (void)eventfd_write(relay->wake_fd, 1); /* it may be the first to fall silent */
+    else
+        for (int i = 0; i < 2; i++) close_if(ends[i].fd);
     return rc;
 }
 

@@ -264,6 +264,10 @@ TEST(relay_leaves_room_for_others_than_one_owner) {
     uint8_t byte;
     for (int i = 0; i < PYCCL_RELAY_OWNED_MAX; i++)
         REQUIRE(relayed_for(relay, &fds[i][0], &fds[i][1], i % 3 ? ALICE : BOB, i % 3 == 1 ? BOB : ALICE) == PYCCL_OK);
+    const pyccl_relay_end alices[2] = {end_of(-1, ANN, ALICE), end_of(-1, CAROL, ALICE)};
+    const pyccl_relay_end others[2] = {end_of(-1, ANN, CAROL), end_of(-1, CAROL, ANN)};
+    CHECK_EQ(pyccl_relay_room(relay, alices), 0);
+    CHECK_EQ(pyccl_relay_room(relay, others), PYCCL_RELAY_PAIRS_MAX - PYCCL_RELAY_OWNED_MAX);
     CHECK_EQ(relayed_for(relay, &more[0], &more[1], ALICE, ALICE), PYCCL_ERR_LIMIT);
     for (int i = 0; i < 2; i++) CHECK_EQ(receive(more[i], &byte, 1), 0), close(more[i]);
     CHECK_EQ(relayed_for(relay, &more[0], &more[1], CAROL, ALICE), PYCCL_ERR_LIMIT);

@@ -26,7 +26,7 @@ from pyccl._io.causes import reason_of
 from pyccl._io.identity import Identity
 from pyccl._io.interfaces import canonical
 from pyccl._io.journal import Journal
-from pyccl._io.meeting import Meetings, owner_of
+from pyccl._io.meeting import Meetings, NoRoomError, owner_of
 from pyccl._io.probe import Prober
 from pyccl._io.sampling import Sampler
 from pyccl._io.sealed import SealedStream
@@ -419,10 +419,11 @@ class MasterServer:
             return raw
 
         try:
-            if await self._meetings.meet(hello, ready, b"" if guest is None else owner_of(guest.identity)):
-                log.info("relays from=%s to=%s", hello.from_peer.hex()[:8], hello.to_peer.hex()[:8])
-            else:
+            if not await self._meetings.meet(hello, ready, b"" if guest is None else owner_of(guest.identity)):
                 await line.send_all(envelope.pack(PeerRefused("the other does not come")))
+        except NoRoomError as e:
+            self._notes.tell("relay_failed", e)
+            await line.send_all(envelope.pack(PeerRefused(str(e))))
         except (UsageError, trio.TooSlowError) as e:
             self._notes.tell("relay_failed", e)
 

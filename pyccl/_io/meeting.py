@@ -6,6 +6,7 @@ been joined ends with it (``forget``). Spec: proto/wire.md 3.1, 11.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -18,9 +19,17 @@ from pyccl.errors import RemoteProtocolError, UsageError
 
 MEET_S: Final = 4.0
 _WAITING_MAX: Final = 256
+_OWNED: Final = "this relay carries all that it can, or may of the same owner"
 
 Key = tuple[bytes, bytes, bytes, bytes]
 Ready = Callable[[], Awaitable[trio.SocketStream]]
+
+
+log = logging.getLogger("pyccl.relay")
+
+
+class NoRoomError(UsageError):
+    """The relay carries all that it can, or all that it may of one owner: nothing was sent to either end."""
 
 
 def owner_of(identity: bytes) -> bytes:
@@ -31,6 +40,8 @@ def owner_of(identity: bytes) -> bytes:
 class _Waiter:
     def __init__(self, ready: Ready, owner: bytes, taken: trio.Event) -> None:
         self.ready, self.owner, self.taken, self.over = ready, owner, taken, trio.Event()
+        self.refused = False
+        self.owners: frozenset[bytes] = frozenset()  # of both ends, while it is being joined
 
 
 class Meetings:
@@ -45,13 +56,18 @@ class Meetings:
         """Stay until the other has come, MEET_S at most; False: it has not.
 
         ready: makes the sender's end fit to be carried, told that it is. owner: see RelayEnd. met: set when the other
-        is here. UsageError: it carries all that it can. FAILURES of dialing.py: the two could not be joined.
+        is here. NoRoomError: of both, where they are too many. FAILURES of dialing.py: the two could not be joined.
         """
         mine = hello.from_peer, hello.from_incarnation, hello.to_peer, hello.to_incarnation
         other = self._waiting.pop((*mine[2:], *mine[:2]), None)
         if other is not None:
             other.taken.set()
+            if not self._has_room(hello, owner, other):
+                other.refused = True
+                other.over.set()
+                raise NoRoomError(_OWNED)
             self._joining[other] = mine
+            other.owners = _owners(hello, owner, other)
             try:
                 await self._join(hello, ready, owner, other)
             finally:
@@ -59,7 +75,7 @@ class Meetings:
                 other.over.set()
             return True
         if len(self._waiting) >= _WAITING_MAX or self._relay.pairs() >= Relay.PAIRS_MAX:
-            raise UsageError("this relay carries all that it can")
+            raise NoRoomError("this relay carries all that it can")
         waiter = self._waiting[mine] = _Waiter(ready, owner, trio.Event() if met is None else met)
         try:
             with trio.move_on_after(MEET_S):
@@ -70,6 +86,8 @@ class Meetings:
             if waiter.taken.is_set():  # its stream is the other task's until it is over, also if we are cancelled now
                 with trio.CancelScope(shield=True):
                     await waiter.over.wait()
+        if waiter.refused:
+            raise NoRoomError(_OWNED)
         return waiter.taken.is_set()
 
     def forget(self, peer: bytes) -> None:
@@ -77,6 +95,13 @@ class Meetings:
         self._relay.forget(peer)
         self._waiting = {key: waiter for key, waiter in self._waiting.items() if peer not in (key[0], key[2])}
         self._joining = {waiter: key for waiter, key in self._joining.items() if peer not in (key[0], key[2])}
+
+    def _has_room(self, hello: RelayHello, owner: bytes, other: _Waiter) -> bool:
+        """Also when all have been joined that are at it."""
+        owners = _owners(hello, owner, other)
+        coming = sum(not owners.isdisjoint(waiter.owners) for waiter in self._joining)
+        ends = RelayEnd(-1, hello.from_peer, owner), RelayEnd(-1, hello.to_peer, other.owner)
+        return self._relay.room(*ends) > coming
 
     async def _join(self, hello: RelayHello, ready: Ready, owner: bytes, other: _Waiter) -> None:
         with trio.fail_after(MEET_S):
@@ -88,3 +113,8 @@ class Meetings:
             RelayEnd(mine.socket.detach(), hello.from_peer, owner),
             RelayEnd(theirs.socket.detach(), hello.to_peer, other.owner),
         )
+        log.info("relays from=%s to=%s", hello.from_peer.hex()[:8], hello.to_peer.hex()[:8])
+
+
+def _owners(hello: RelayHello, owner: bytes, other: _Waiter) -> frozenset[bytes]:
+    return frozenset((owner or hello.from_peer, other.owner or hello.to_peer))

@@ -31,7 +31,7 @@ from pyccl._io.backoff import FIRST_S, Backoff
 from pyccl._io.causes import reason_of
 from pyccl._io.dialing import FAILURES
 from pyccl._io.front import Front, MasterAt, Name, Reach
-from pyccl._io.meeting import MEET_S, Meetings, owner_of
+from pyccl._io.meeting import MEET_S, Meetings, NoRoomError, owner_of
 from pyccl._io.portmap import open_mapping
 from pyccl._io.resolver import Resolver
 from pyccl._io.statestore import Kept, StateStore, held, opened
@@ -326,10 +326,13 @@ class Observer:
             await stream.send_all(envelope.pack(PeerWelcome(limits.PROTOCOL_VERSION)))
             return stream
 
-        if await self._meetings.meet(hello, ready, owner):
-            log.info("relays from=%s to=%s", hello.from_peer.hex()[:8], hello.to_peer.hex()[:8])
-        else:
-            await stream.send_all(envelope.pack(PeerRefused("the other does not come")))
+        reason = "the other does not come"
+        try:
+            if await self._meetings.meet(hello, ready, owner):
+                return
+        except NoRoomError as e:
+            reason = str(e)
+        await stream.send_all(envelope.pack(PeerRefused(reason)))
 
     # ---- following
 

@@ -153,6 +153,7 @@ class Relay:
     """A C thread that carries bytes between pairs of sockets; it needs no GIL. Close it with ``stop``."""
 
     PAIRS_MAX: Final[int] = lib.PYCCL_RELAY_PAIRS_MAX
+    OWNED_MAX: Final[int] = lib.PYCCL_RELAY_OWNED_MAX
 
     def __init__(self, peer_timeout: float, max_bytes_s: int = 0) -> None:
         """The thread starts with the first pair. peer_timeout: of the peers, which beat more often; a pair that is
@@ -174,8 +175,13 @@ class Relay:
                 os.close(other.fd)
                 check(started, "relay")
             self._relay = slot[0]
-        ends = [(end.fd, end.peer, end.owner or end.peer) for end in (one, other)]
-        check(lib.pyccl_relay_add(self._relay, ffi.new("pyccl_relay_end[2]", ends)), "relay")
+        check(lib.pyccl_relay_add(self._relay, _ends(one, other)), "relay")
+
+    def room(self, one: RelayEnd, other: RelayEnd) -> int:
+        """How many more such pairs it would take; the sockets do not matter."""
+        if self._relay is None:
+            return self.OWNED_MAX
+        return int(lib.pyccl_relay_room(self._relay, _ends(one, other)))
 
     def forget(self, peer: bytes) -> None:
         """Reset the pairs of this peer."""
@@ -190,6 +196,10 @@ class Relay:
         relay, self._relay = self._relay, None
         if relay is not None:
             lib.pyccl_relay_free(relay)
+
+
+def _ends(one: RelayEnd, other: RelayEnd) -> Any:
+    return ffi.new("pyccl_relay_end[2]", [(end.fd, end.peer, end.owner or end.peer) for end in (one, other)])
 
 
 CIPHER_AES: Final[int] = lib.PYCCL_CIPHER_AES_256_GCM

@@ -275,8 +275,10 @@ def relay_hello(one: Credentials, other: Credentials) -> RelayHello:
     return RelayHello(VERSION, RUN, one.peer, INCARNATION, other.peer, INCARNATION)
 
 
-async def relayed(port: int, one: Credentials, other: Credentials, stack: AsyncExitStack) -> list[trio.SocketStream]:
-    """Both ends of a pair; empty: it was refused."""
+async def relayed(
+    port: int, one: Credentials, other: Credentials, stack: AsyncExitStack, refused: list[Message | None] | None = None
+) -> list[trio.SocketStream]:
+    """Both ends of a pair; empty: it was refused. refused: what those were told."""
     ends: list[trio.SocketStream] = []
 
     async def come(who: Credentials, message: RelayHello) -> None:
@@ -290,6 +292,8 @@ async def relayed(port: int, one: Credentials, other: Credentials, stack: AsyncE
                 ends.append(tls.socket_of(line))
             else:
                 assert told is None or isinstance(told, PeerRefused | Rejected), told
+                if refused is not None:
+                    refused.append(told)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(come, one, relay_hello(one, other))
@@ -335,10 +339,15 @@ def test_a_guest_has_two_pairs_of_the_same_peers_and_leaves_a_relay_half_of_all(
             for _ in range(4):
                 assert await is_carried(await relayed(port, mine[0], mine[1], stack))
             assert relay.pairs() == 2
+            refused: list[Message | None] = []
             for i, one in enumerate(mine):
                 for other in mine[:i]:
-                    await relayed(port, one, other, stack)
+                    await relayed(port, one, other, stack, refused)
+            told = PeerRefused("this relay carries all that it can, or may of the same owner")
+            assert refused and refused == [told] * len(refused) and len(refused) % 2 == 0  # both, before any Welcome
             assert relay.pairs() == Relay.PAIRS_MAX // 2
+            one, other = mine[:2]
+            assert await is_carried(await relayed(port, one, other, stack))  # in place of its own oldest
             assert await is_carried(await relayed(port, *others, stack))
             waits = of(Identity.new())  # is in no epoch
             await opened(port, waits, hello(waits), stack)

@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from pyccl._io import meeting
-from pyccl._io.meeting import MEET_S, Meetings
+from pyccl._io.meeting import MEET_S, Meetings, NoRoomError
 from pyccl._native.handles import Relay, RelayEnd
 from pyccl._proto import limits
 from pyccl._proto.messages import RelayHello
@@ -34,14 +34,17 @@ def hello(from_: bytes, to: bytes, life: int = 0) -> RelayHello:
 class Joins:
     """A relay that keeps what it is given."""
 
-    def __init__(self, pairs: int = 0) -> None:
-        self.pairs_there = pairs
+    def __init__(self, pairs: int = 0, room: int = Relay.OWNED_MAX) -> None:
+        self.pairs_there, self.room_at_first = pairs, room
         self.joined: list[tuple[int, int, bytes, bytes]] = []
         self.owners: list[tuple[bytes, bytes]] = []
         self.forgotten: list[bytes] = []
 
     def pairs(self) -> int:
         return self.pairs_there + len(self.joined)
+
+    def room(self, one: RelayEnd, other: RelayEnd) -> int:
+        return self.room_at_first - len(self.joined)
 
     def add(self, one: RelayEnd, other: RelayEnd) -> None:
         self.joined.append((one.fd, other.fd, one.peer, other.peer))
@@ -64,6 +67,7 @@ class End:
         ours, self.far = socket.socketpair()
         self.fd = ours.fileno()
         self.stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self.owner = self.fd.to_bytes(2)
         self.readied = 0
         self.may_go = trio.Event()
         self.may_go.set()
@@ -84,7 +88,7 @@ class End:
     async def come(self) -> None:
         with self.scope:
             try:
-                self.over.append(await self._meetings.meet(self._told, self.ready, self.fd.to_bytes(2), self.met))
+                self.over.append(await self._meetings.meet(self._told, self.ready, self.owner, self.met))
             except (UsageError, RemoteProtocolError, trio.TooSlowError, trio.BrokenResourceError) as e:
                 self.over.append(e)
         if self.scope.cancelled_caught:
@@ -196,6 +200,30 @@ def test_a_relay_that_carries_all_that_it_can_lets_nobody_wait() -> None:
         end = End(meetings, hello(A, B))
         await end.come()
         assert isinstance(end.over[0], UsageError)
+
+    run(main)
+
+
+def test_two_whose_owner_has_all_that_it_may_are_told_so_and_neither_is_readied() -> None:
+    """Those count, too, who are being joined. What is not joined is not logged as relayed."""
+
+    async def main() -> None:
+        joins, meetings = held(room=1)
+        ends = [[End(meetings, hello(*two, life)) for life in (0, 1)] for two in ((A, B), (B, A))]
+        for end in (*ends[0], *ends[1]):
+            end.owner = b"o" * 16
+        ends[0][0].may_go = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for life in (0, 1):
+                nursery.start_soon(ends[0][life].come)
+                await wait_all_tasks_blocked()
+                nursery.start_soon(ends[1][life].come)
+                await wait_all_tasks_blocked()
+            late = [ends[0][1], ends[1][1]]
+            assert [type(end.over[0]) for end in late] == [NoRoomError] * 2 and not any(end.readied for end in late)
+            ends[0][0].may_go.set()
+        assert ends[0][0].over == ends[1][0].over == [True] and len(joins.joined) == 1
+        joins.close()
 
     run(main)
 
