@@ -660,7 +660,7 @@ class MasterMachine:
         """It gave up a connection whose end we have not noticed (a NAT that forgot it): it starts over."""
         reason = "the same incarnation has come on a newer connection"
         old = record.conn
-        self._forget_newcomer(record, reason)
+        self._forget_newcomer(record, reason, stays=True)
         if old is not None:
             self._close(old, reason)
         self._on_newcomer(conn, hello)
@@ -1358,8 +1358,8 @@ class MasterMachine:
             self._send(conn, Rejected(clip(reason)))
             self._close(conn, reason)
 
-    def _forget_newcomer(self, record: Peer, reason: str) -> None:
-        """A proposal that names it is made again without it."""
+    def _forget_newcomer(self, record: Peer, reason: str, *, stays: bool = False) -> None:
+        """A proposal that names it is made again without it. stays: what is carried for it goes on."""
         if self._peers.pop(record.key, None) is None:
             return
         self._newcomers.pop(record.key, None)
@@ -1367,7 +1367,8 @@ class MasterMachine:
         if proposal is not None and record.key in proposal.newcomers:
             proposal.stale = True
         self._log("newcomer_dropped", peer=short(record.peer), group=record.group, reason=reason)
-        self._is_out(record)
+        if not stays:
+            self._is_out(record)
 
     def _drop_silent_newcomers(self, group: Group) -> None:
         dropped = False

@@ -8,7 +8,7 @@ from test_master import RUN, TIMEOUT_S, World, group_of, incarnation, peer_id, r
 from pyccl._proto import limits
 from pyccl._proto.candidates import are_near, lead_home, may_reach, ordered
 from pyccl._proto.epoch import NO_ID, Address, AddressKind, Member
-from pyccl._proto.master import MasterMachine
+from pyccl._proto.master import MasterMachine, Out
 from pyccl._proto.messages import (
     Addresses,
     Arrive,
@@ -158,17 +158,30 @@ def test_a_relay_carries_between_those_who_are_in_an_epoch_or_will_be_and_nobody
     assert not master.are_to_be_linked(one, other)
 
 
+def observes(world: World, conn: int, *, relays: bool) -> None:
+    world.do(world.master.connected(conn, world.now, "198.51.100.7"))
+    me = peer_id(conn), incarnation(conn)
+    world.say(conn, Observe(limits.PROTOCOL_VERSION, "test", 3, *me, (PUBLIC,), relays))
+
+
+def test_what_is_carried_for_a_newcomer_goes_on_when_it_comes_again() -> None:
+    world = group_of(2)
+    observes(world, 50, relays=True)
+    world.hello(3)
+    world.do(world.master.connected(30, world.now))
+    again = Hello(limits.PROTOCOL_VERSION, "test", 0, peer_id(3), incarnation(3))
+    effects = world.master.receive(30, again, world.now)
+    world.do(effects)
+    assert world.last(30, Welcome) and 3 in world.closed
+    assert not [effect for effect in effects if isinstance(effect, Out)] and not world.got(50, RelayOver)
+    world.drop(30)
+    assert world.got(50, RelayOver) == [RelayOver((peer_id(3),))]
+
+
 def test_a_relay_learns_who_is_out() -> None:
     world = group_of(3)
-
-    def observes(conn: int, *, relays: bool) -> None:
-        world.do(world.master.connected(conn, world.now, "198.51.100.7"))
-        me = peer_id(conn), incarnation(conn)
-        observe = Observe(limits.PROTOCOL_VERSION, "test", 3, *me, (PUBLIC,), relays)
-        world.do(world.master.receive(conn, observe, world.now))
-
-    observes(50, relays=True)
-    observes(51, relays=False)
+    observes(world, 50, relays=True)
+    observes(world, 51, relays=False)
     assert not world.got(50, RelayOver)
     world.hello(4)
     world.do(world.master.disconnected(4, world.now))
@@ -179,7 +192,7 @@ def test_a_relay_learns_who_is_out() -> None:
         report(world, conn)
     assert world.last(1, EpochCommit).kind == "loss"
     assert set(world.got(50, RelayOver)[1:]) == {RelayOver((peer_id(3),))}
-    observes(52, relays=True)  # as one that was away
+    observes(world, 52, relays=True)  # as one that was away
     assert world.got(52, RelayOver) == [RelayOver((peer_id(3),))]
     assert not world.got(51, RelayOver)
 
