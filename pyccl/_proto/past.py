@@ -38,9 +38,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Began(Record):
-    """A master has started, with this term."""
+    """A master has started, with this term.
+
+    follows: above that of another master that has kept the run since, and may have decided for any group.
+    """
 
     term: int
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +200,8 @@ class Past:
             return
         if isinstance(record, Began):
             self.term = record.term
+            if record.follows:
+                self.recalled = frozenset(self.groups)
             return
         if isinstance(record, Adopted):
             self.run, self.term, self.recalled = record.run, record.term, frozenset()
@@ -283,7 +289,7 @@ _CAME: Final = 9
 
 def record_to_plain(record: Record) -> list[Any]:
     if isinstance(record, Began):
-        return [_BEGAN, record.term]
+        return [_BEGAN, record.term, record.follows]
     if isinstance(record, Adopted):
         return [_ADOPTED, record.run, record.term]
     if isinstance(record, Committed):
@@ -308,8 +314,8 @@ def record_from_plain(plain: Any) -> Record:
     try:
         kind, *rest = plain
         if kind == _BEGAN:
-            (term,) = rest
-            return Began(_int(term))
+            term, follows = rest
+            return Began(_int(term), _bool(follows))
         if kind == _ADOPTED:
             run, term = rest
             return Adopted(_bytes(run), _int(term))

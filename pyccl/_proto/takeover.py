@@ -253,10 +253,11 @@ class Takeover:
     def _follow(self, term: int) -> None:
         """Another master has kept this run since. If that is certain, it may have decided for any group."""
         master = self._master
-        if self._signer is not None:
+        is_certain = self._signer is not None
+        if is_certain:
             self._groups = dict.fromkeys(sorted(master._groups), self._others_back_at())
         self._rise_above(term)
-        master._persist(Began(master.term), None)
+        master._persist(Began(master.term, follows=is_certain), None)
         self._term_ticket = master._ticket_last
         if not master.journaled:
             self._ask_again()

@@ -18,7 +18,7 @@ from pyccl._io import journal as journals
 from pyccl._io.journal import Journal, JournalError
 from pyccl._proto import limits
 from pyccl._proto.epoch import NO_ID, Address, Member, make_epoch
-from pyccl._proto.messages import KIND_FOUND, KIND_JOIN, KIND_LOSS, EpochCommit, OpVerdict, Verdict
+from pyccl._proto.messages import KIND_FOUND, KIND_JOIN, KIND_LOSS, KIND_SETTLE, EpochCommit, OpVerdict, Verdict
 from pyccl._proto.past import Adopted, Began, Committed, Dissolved, Fenced, Past, Record
 
 RUN = b"R" * 16
@@ -30,11 +30,12 @@ def member(n: int) -> Member:
 
 def history() -> list[Record]:
     """A group is founded, grows, loses a member with verdicts, dissolves; others live on; the master starts again.
-    It has taken over the run."""
+    It has taken over the run, and follows another master that has."""
     first = make_epoch(1, NO_ID, 1 << 32, (member(1),))
     second = make_epoch(2, first.id, 1 << 32, (member(1), member(2)))
     third = make_epoch(3, second.id, 2 << 32, (member(2),))
     other = make_epoch(1, NO_ID, 2 << 32, (member(3),))
+    later = make_epoch(2, other.id, 4 << 32, (member(3),))
     verdicts = (OpVerdict(0, 7, 1, Verdict.COMMIT), OpVerdict(1, 0, 9, Verdict.FAIL))
     return [
         Adopted(RUN, 1 << 32 | 5),
@@ -49,6 +50,8 @@ def history() -> list[Record]:
             (Fenced(member(1).peer, member(1).incarnation, "silent"),),
         ),
         Dissolved(0, (Fenced(member(2).peer, member(2).incarnation, "left"),)),
+        Began(4 << 32 | 78, follows=True),
+        Committed(5, EpochCommit(later, KIND_SETTLE, (), "", 1)),
     ]
 
 
@@ -98,7 +101,7 @@ def test_what_was_appended_is_there_when_it_is_opened_again(path: Path) -> None:
     with opened(path, data) as journal:
         assert journal.past == states()[-1]
         assert journal.past.groups[0].commit is None and journal.past.groups[0].number == 3
-        assert journal.past.recalled == {6}
+        assert journal.past.recalled == {0, 6}
         assert list(journal.past.gone.values()) == ["silent", "left"]
     assert path.stat().st_mode & 0o777 == 0o600  # incarnations are capabilities
 

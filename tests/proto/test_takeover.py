@@ -66,11 +66,11 @@ class Master(Journaled):
             needs_majority=not self.journaled, adopts=True, signer=self.signer, past=self.past, now=self.now,
         )  # fmt: skip
 
-    def come_back(self, n: int, known: Known, conn: int | None = None) -> None:
+    def come_back(self, n: int, known: Known, conn: int | None = None, *, group: int = 0) -> None:
         """It resumes, and tells what it knows when it is asked."""
         conn = n if conn is None else conn
         epoch = known.commit.epoch
-        self.hello(n, conn, resume=Resume(known.run, epoch.number, epoch.id, False, known.term.term))
+        self.hello(n, conn, resume=Resume(known.run, epoch.number, epoch.id, False, known.term.term), group=group)
         for _ in range(ASKED_MAX):
             if self.inbox[conn][-1] != Unknown(self.master.run, asks=True):
                 return
@@ -205,6 +205,38 @@ def test_of_a_run_only_what_another_master_has_signed_since_goes_before_what_thi
     world.say(11, Settle(3))
     world.report(11, 12)
     assert world.epoch(11).number == 4
+
+
+def test_who_has_heard_of_a_later_master_from_one_group_follows_it_in_the_others_after_a_restart_too() -> None:
+    """It has taken the run over and decided for both groups, as the later one has since."""
+    groups = {0: (1, 2), 5: (3, 4)}
+    first, world, later = Master(), Master(journaled=True), Master()
+    for group, members in groups.items():
+        for n in members:
+            first.hello(n, group=group)
+        first.say(members[0], Arrive(1))
+        first.ready(*members)
+    for before, after in ((first, world), (world, later)):
+        for group, members in groups.items():
+            known = known_to(before, members[0])
+            for n in members:
+                after.come_back(n, known, group=group)
+        after.pass_time(BACK_S, beating=(1, 2, 3, 4))
+        for members in groups.values():
+            after.settle(*members, number=known_to(before, members[0]).commit.epoch.number)
+    assert world.past.recalled == frozenset()
+    world.come_back(1, known_to(later, 1), conn=10)
+    assert world.past.recalled == {0, 5}
+    world.restart()
+    for group, members in groups.items():
+        for n in members:
+            world.come_back(n, known_to(later, n), group=group)
+            assert world.last(n, Welcome).resumed and not world.is_out(n)
+    world.pass_time(BACK_S, beating=(1, 2, 3, 4))
+    for members in groups.values():
+        world.settle(*members, number=later.epoch(members[0]).number)
+        assert world.epoch(members[0]).previous == later.epoch(members[0]).id
+    assert world.past.recalled == frozenset()
 
 
 def test_a_master_that_has_kept_a_run_follows_a_later_one_that_has_decided_nothing_and_loses_nobody() -> None:
