@@ -1,6 +1,6 @@
 """A character model in NumPy, trained by several processes with DiLoCo.
 
-    python examples/numpy_char_lm_diloco.py               # a master and two peers on this machine; about a minute
+    python examples/numpy_char_lm_diloco.py               # a master and two peers on this machine; some seconds
     python examples/numpy_char_lm_diloco.py --peers 4 --rounds 20
 
 What it starts can as well run on machines that are far apart, each line on one of them; peers may come later, or leave:

@@ -39,7 +39,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 def all_command(names: tuple[str, ...], quick: bool, out: Path | None) -> None:
     """Run the whole suite and write its tables and plots.
 
-    Less than half an hour; the long lines need root. What cannot run is named in its table. Parts that are not asked
+    Three quarters of an hour; the long lines need root. What cannot run is named in its table. Parts that are not asked
     for stay as the JSON file in the directory has them.
     """
     if out is None:

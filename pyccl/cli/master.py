@@ -60,7 +60,7 @@ Exit status:
   0  stopped by SIGTERM or Ctrl-C
   2  bad arguments
   3  the address is in use or can't be bound
-  4  the journal can't be used: another master has it, it is damaged, or a new one can't be written
+  4  the journal can't be used: another master has it, it is damaged, another version's, or can't be made
 \b
 A journal that holds a run and can't be written, as on a full disk, is tried again until it can; nobody can connect
 until then.
