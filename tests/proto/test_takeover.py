@@ -210,7 +210,7 @@ def test_of_a_run_only_what_another_master_has_signed_since_goes_before_what_thi
 def test_who_has_heard_of_a_later_master_from_one_group_follows_it_in_the_others_after_a_restart_too() -> None:
     """It has taken the run over and decided for both groups, as the later one has since."""
     groups = {0: (1, 2), 5: (3, 4)}
-    first, world, later = Master(), Master(journaled=True), Master()
+    first, world, later = Master(run=b"R" * 16, nonce=7), Master(journaled=True), Master(nonce=2)
     for group, members in groups.items():
         for n in members:
             first.hello(n, group=group)
