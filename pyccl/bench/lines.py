@@ -14,6 +14,8 @@ from pyccl.netlab.scenario import IPv6, Nat, Pipe
 
 EFFORT: Final = 10_000_000
 TIMEOUT_LEAST_S: Final = 60.0
+AHEAD_NS: Final = 20_000_000
+AHEAD_ROUND_TRIPS: Final = 2
 PATIENCE: Final = 8  # times what the lines allow equal shares: losses leave one connection a sixth of a long line
 
 Pair = tuple[int, int]  # ranks: from, to
@@ -34,6 +36,11 @@ def master_rank(scenario: Scenario) -> int:
         ExitStatus.ARGUMENTS,
         f"scenario {scenario.name}: no host for the master: one with a public address that all others reach",
     )
+
+
+def ahead_ns(scenario: Scenario) -> int:
+    """So far ahead is the moment at which all start: the last of them hears of it before."""
+    return AHEAD_NS + AHEAD_ROUND_TRIPS * scenario.rtt_ns
 
 
 def need_relay(scenario: Scenario) -> bool:
@@ -57,10 +64,9 @@ def timeout_s(scenario: Scenario, size_bytes: int) -> float:
     world = len(scenario.hosts)
     ring = set(ring_hops(range(world)))
     slowest_s = 0.0
-    for pipe, pairs in _pipes(scenario).items():
-        if pipe.line.rate is not None:
-            vectors = max(len(pairs) * 2 / world, len(pairs & ring) * 2 * (world - 1) / world)
-            slowest_s = max(slowest_s, vectors * size_bytes * 8 / pipe.line.rate)
+    for rate, pairs in _pipes(scenario):
+        vectors = max(len(pairs) * 2 / world, len(pairs & ring) * 2 * (world - 1) / world)
+        slowest_s = max(slowest_s, vectors * size_bytes * 8 / rate)
     for pair in itertools.permutations(range(world), 2):
         cap = scenario.flow_cap(*pair)
         if cap is not None:
@@ -82,10 +88,8 @@ def bound_s(scenario: Scenario, size_bytes: int) -> float:
     best = planner.choose(network_of(scenario), EFFORT)
     world = len(scenario.hosts)
     direct_s, ring_s = best.direct.least_s(size_bytes), best.ring.least_s(size_bytes)
-    for pipe, pairs in _pipes(scenario).items():
-        if pipe.line.rate is None:
-            continue
-        vector_s = size_bytes * 8 / pipe.line.rate
+    for rate, pairs in _pipes(scenario):
+        vector_s = size_bytes * 8 / rate
         # Between i and j pass the shares of both: least if who has the fewest partners over this line owns everything.
         direct_s = max(direct_s, min(sum(rank in pair for pair in pairs) for rank in range(world)) * vector_s)
         ring_s = max(ring_s, _least_hops(world, pairs) * 2 * (world - 1) / world * vector_s)
@@ -104,14 +108,14 @@ def network_of(scenario: Scenario) -> planner.Network:
     )
 
 
-def _pipes(scenario: Scenario) -> dict[Pipe, frozenset[Pair]]:
-    """The ordered pairs whose packets each line carries."""
-    crossed: dict[Pipe, set[Pair]] = {}
+def _pipes(scenario: Scenario) -> list[tuple[int, set[Pair]]]:
+    """The rate of each line that has one, bits a second, and the ordered pairs whose packets it carries."""
+    crossed: dict[str, tuple[int, set[Pair]]] = {}
     for pair in itertools.permutations(range(len(scenario.hosts)), 2):
         for step in scenario.route(*pair):
-            if isinstance(step, Pipe):
-                crossed.setdefault(step, set()).add(pair)
-    return {pipe: frozenset(pairs) for pipe, pairs in crossed.items()}
+            if isinstance(step, Pipe) and step.line.rate is not None:
+                crossed.setdefault(step.name, (step.line.rate, set()))[1].add(pair)
+    return list(crossed.values())
 
 
 def _least_hops(world: int, pairs: Collection[Pair]) -> int:

@@ -18,7 +18,7 @@ from pyccl.bench.conductor import BenchError, Conductor, ExitStatus
 from pyccl.bench.figures import Summary, slowest_s, summarize
 from pyccl.bench.places import InLab
 from pyccl.bench.topology_peer import EQUAL_RING, OPTIMIZE_TIMEOUT_S, PLANNED
-from pyccl.bench.wan import AHEAD_NS, AHEAD_ROUND_TRIPS, host_of
+from pyccl.bench.wan import host_of
 from pyccl.netlab import Lab, NetworkError, Scenario
 from pyccl.processes.children import Children
 
@@ -87,14 +87,13 @@ def measure(scenario: Scenario, plan: Plan, children: Children) -> Result:
     world, timeout_s = len(scenario.hosts), plan.timeout_s or lines.timeout_s(scenario, plan.size_bytes)
     plan = replace(plan, timeout_s=timeout_s)
     where = partial(host_of, lines.master_rank(scenario))
-    ahead_ns = AHEAD_NS + AHEAD_ROUND_TRIPS * scenario.rtt_ns
     names = [f"peer {number}" for number in range(world)]
     try:
         with Lab(scenario) as lab:
             conductor = Conductor(children, InLab(lab, where))
             conductor.silence_s = OPTIMIZE_TIMEOUT_S + timeout_s + SILENCE_BEYOND_S
             conductor.start_master(PEER_TIMEOUT_S, relay=lines.need_relay(scenario))
-            settings = asdict(plan) | {"world": world, "ahead_ns": ahead_ns}
+            settings = asdict(plan) | {"world": world, "ahead_ns": lines.ahead_ns(scenario)}
             conductor.start_all(names, "topology", lambda number: settings)
             reports = list(conductor.wait("result", names).values())
     except NetworkError as error:

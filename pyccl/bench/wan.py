@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from pyccl.bench import all_reduce, lines
 from pyccl.bench.conductor import MASTER, BenchError, Conductor, ExitStatus
@@ -16,9 +16,6 @@ from pyccl.bench.figures import ring_bytes
 from pyccl.bench.places import InLab
 from pyccl.netlab import Counts, Lab, NetworkError, Scenario
 from pyccl.processes.children import Children
-
-AHEAD_ROUND_TRIPS: Final = 2
-AHEAD_NS: Final = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ def measure(scenario: Scenario, plan: all_reduce.Plan, children: Children) -> Re
     if plan.gloo:
         lines.need_gloo(scenario)
     plan = replace(
-        plan, world=len(scenario.hosts), ahead_ns=AHEAD_NS + AHEAD_ROUND_TRIPS * scenario.rtt_ns,
+        plan, world=len(scenario.hosts), ahead_ns=lines.ahead_ns(scenario),
         relay=lines.need_relay(scenario), timeout_s=plan.timeout_s or lines.timeout_s(scenario, plan.size_bytes),
     )  # fmt: skip
     try:
