@@ -47,14 +47,19 @@ static link_verdict goes(void *ctx, pyccl_conn *conn) {
 
 static const link_hooks HOOKS = {.load_next = load_next, .moved = moved, .frame_begin = goes, .frame_end = goes};
 
-static void world_open(world *w) {
-    *w = (world){.env = {.hooks = &HOOKS, .ctx = w, .now_ns = 1000 * MS, .lanes = CONNS}};
+/* Of a world whose env has its settings. */
+static void link_open(world *w) {
     w->env.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     pace_crowd_init(&w->env.crowd);
     throttle_init(&w->env.tx, 0, 0);
     throttle_init(&w->env.rx, 0, 0);
     const uint8_t id[PYCCL_ID_SIZE] = {1};
     link_init(&w->link, &w->env, id, 0);
+}
+
+static void world_open(world *w) {
+    *w = (world){.env = {.hooks = &HOOKS, .ctx = w, .now_ns = 1000 * MS, .lanes = CONNS}};
+    link_open(w);
     for (int i = 0; i < CONNS; i++) {
         int pair[2];
         REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
@@ -149,17 +154,25 @@ static void work_until(world *w, int other, bool seeks) {
     } while ((bbr_gain(w->conns[0]->fd) >= 2 << 8) != seeks);
 }
 
+/* One connection over TCP; pair[1] is its other end. */
+static void tcp_world_open(world *w, int *pair) {
+    link_open(w);
+    tcp_pair(pair);
+    REQUIRE(link_conn_add(&w->link, pair[0], NULL, &w->conns[0]) == PYCCL_OK);
+}
+
+static void tcp_world_close(world *w, const int *pair) {
+    link_conn_close(w->conns[0]);
+    link_bury(&w->env);
+    link_fini(&w->link);
+    close(pair[1]);
+    close(w->env.epoll_fd);
+}
+
 TEST(link_renews_the_search_of_a_paced_connection_before_bbr_would_probe) {
     world w = {.env = {.hooks = &HOOKS, .ctx = &w, .now_ns = 1000 * MS, .lanes = 1, .long_rtt_ns = 1, .user_timeout_ms = 60000}};
     int pair[2];
-    w.env.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    pace_crowd_init(&w.env.crowd);
-    throttle_init(&w.env.tx, 0, 0);
-    throttle_init(&w.env.rx, 0, 0);
-    const uint8_t id[PYCCL_ID_SIZE] = {1};
-    link_init(&w.link, &w.env, id, 0);
-    tcp_pair(pair);
-    REQUIRE(link_conn_add(&w.link, pair[0], NULL, &w.conns[0]) == PYCCL_OK);
+    tcp_world_open(&w, pair);
     char name[16] = "";
     socklen_t size = sizeof name;
     REQUIRE(getsockopt(pair[0], IPPROTO_TCP, TCP_CONGESTION, name, &size) == 0);
@@ -182,25 +195,14 @@ TEST(link_renews_the_search_of_a_paced_connection_before_bbr_would_probe) {
         link_pump(&w.link);
         CHECK_EQ(conn->revived_ns, w.env.now_ns);
     }
-    link_conn_close(w.conns[0]);
-    link_bury(&w.env);
-    link_fini(&w.link);
-    close(pair[1]);
-    close(w.env.epoll_fd);
+    tcp_world_close(&w, pair);
 }
 
 /* What the kernel paces at 1 MB/s: 40 ms of it may wait, and the socket itself knows so. */
 TEST(link_tells_each_socket_how_much_may_wait_in_it) {
     world w = {.env = {.hooks = &HOOKS, .ctx = &w, .now_ns = 1000 * MS, .long_rtt_ns = 1, .user_timeout_ms = 60000}};
     int pair[2], waits = 0;
-    w.env.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    pace_crowd_init(&w.env.crowd);
-    throttle_init(&w.env.tx, 0, 0);
-    throttle_init(&w.env.rx, 0, 0);
-    const uint8_t id[PYCCL_ID_SIZE] = {1};
-    link_init(&w.link, &w.env, id, 0);
-    tcp_pair(pair);
-    REQUIRE(link_conn_add(&w.link, pair[0], NULL, &w.conns[0]) == PYCCL_OK);
+    tcp_world_open(&w, pair);
     socklen_t size = sizeof waits;
     REQUIRE(getsockopt(pair[0], IPPROTO_TCP, TCP_NOTSENT_LOWAT, &waits, &size) == 0);
     CHECK_EQ(waits, 256 << 10); /* nothing is known of it */
@@ -212,11 +214,7 @@ TEST(link_tells_each_socket_how_much_may_wait_in_it) {
     CHECK(w.conns[0]->rate > 0 && w.conns[0]->rate <= 1e6);
     REQUIRE(getsockopt(pair[0], IPPROTO_TCP, TCP_NOTSENT_LOWAT, &waits, &size) == 0);
     CHECK_EQ(waits, (int)(w.conns[0]->rate * 0.04) > 16 << 10 ? (int)(w.conns[0]->rate * 0.04) : 16 << 10);
-    link_conn_close(w.conns[0]);
-    link_bury(&w.env);
-    link_fini(&w.link);
-    close(pair[1]);
-    close(w.env.epoll_fd);
+    tcp_world_close(&w, pair);
 }
 
 /* The connections of one lead to the other. */

@@ -18,7 +18,7 @@ from trio.testing import MockClock, memory_stream_one_way_pair, wait_all_tasks_b
 import pyccl
 from pyccl._io import agreement, envelope, statestream
 from pyccl._io.identity import Identity
-from pyccl._io.sealed import SealedStream
+from pyccl._io.sealed import Channel, SealedStream
 from pyccl._io.statestore import StateStore, StoreError, opened, whole
 from pyccl._io.statestream import Snapshot, StateServer
 from pyccl._io.tls import Credentials, Ticket
@@ -80,8 +80,11 @@ def server(*, drops: bool = False) -> StateServer:
     return made
 
 
-async def received(stream: trio.SocketStream, path: Path) -> pyccl.SharedState:
+async def received(stream: trio.SocketStream, path: Path, *, waits: bool = False) -> pyccl.SharedState:
+    """waits: there may be nothing new at first."""
     offer = await statestream.next_offer(stream)
+    while waits and offer is None:
+        offer = await statestream.next_offer(stream)
     assert offer is not None
     with created(path) as file:
         await statestream.receive_file(stream, offer, file.fileno())
@@ -343,6 +346,19 @@ async def sealed_server(made: StateServer) -> AsyncIterator[tuple[Member, list[E
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def sealed_following(epoch: int = 0) -> AsyncIterator[tuple[StateServer, Channel, list[Exception]]]:
+    """A source in this epoch, who follows it, and why connections ended."""
+    made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
+    made.know([ASKS])
+    made.enter(epoch)
+    async with (
+        sealed_server(made) as (there, ended),
+        await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
+    ):
+        yield made, stream, ended
+
+
 def test_in_a_secure_run_a_state_goes_to_who_proves_to_be_a_peer_and_to_nobody_else(tmp_path: Path) -> None:
     async def main() -> None:
         made = StateServer(lambda: RUN, *SERVES, drops=False, credentials=BOB)
@@ -415,13 +431,7 @@ def test_who_follows_in_a_secure_run_gets_new_keys_with_each_epoch_before_anythi
     monkeypatch.setattr(statestream, "STILL_S", 0.1)
 
     async def main() -> None:
-        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
-        made.know([ASKS])
-        made.enter(7)
-        async with (
-            sealed_server(made) as (there, ended),
-            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
-        ):
+        async with sealed_following(epoch=7) as (made, stream, ended):
             assert await statestream.next_offer(stream) is None
             had = secrets_of(stream)
             assert await statestream.next_offer(stream) is None
@@ -430,7 +440,8 @@ def test_who_follows_in_a_secure_run_gets_new_keys_with_each_epoch_before_anythi
                 made.enter(epoch)
                 for revision in revisions:
                     made.offer(snapshot(tmp_path, revision))
-                    assert (await received(stream, tmp_path / "got")).digest() == state(revision).digest()
+                    got = await received(stream, tmp_path / "got", waits=True)  # STILL_S may pass before it is offered
+                    assert got.digest() == state(revision).digest()
                 assert await statestream.next_offer(stream) is None
                 now = secrets_of(stream)
                 assert len(now) == 2 and not now & had
@@ -443,12 +454,7 @@ def test_who_follows_in_a_secure_run_gets_new_keys_with_each_epoch_before_anythi
 
 def test_an_epoch_that_begins_while_a_file_is_on_its_way_renews_behind_it(tmp_path: Path) -> None:
     async def main() -> None:
-        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
-        made.know([ASKS])
-        async with (
-            sealed_server(made) as (there, ended),
-            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
-        ):
+        async with sealed_following() as (made, stream, ended):
             assert await statestream.next_offer(stream) is None
             had = secrets_of(stream)
             made.offer(snapshot(tmp_path, 1))
@@ -476,12 +482,7 @@ def test_who_does_not_agree_on_new_keys_is_not_served_on(
         monkeypatch.setattr(statestream, "STORING_S", 0.3)
 
     async def main() -> None:
-        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
-        made.know([ASKS])
-        async with (
-            sealed_server(made) as (there, ended),
-            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
-        ):
+        async with sealed_following() as (made, stream, ended):
             assert isinstance(await envelope.receive(stream), StateNone)
             made.enter(8)
             made.offer(snapshot(tmp_path, 1))
@@ -503,12 +504,7 @@ def test_who_stores_a_file_while_an_epoch_begins_answers_late_and_gets_what_was_
     clock = MockClock(rate=1.0)
 
     async def main() -> None:
-        made = StateServer(lambda: RUN, *SERVES, drops=True, credentials=BOB)
-        made.know([ASKS])
-        async with (
-            sealed_server(made) as (there, ended),
-            await statestream.ask(RUN, ASKS, there, every=1, credentials=ANN) as stream,
-        ):
+        async with sealed_following() as (made, stream, ended):
             assert await statestream.next_offer(stream) is None
             made.enter(8)
             made.offer(snapshot(tmp_path, 1))
