@@ -16,7 +16,7 @@ SMALL = ["--seeds", "1", "--batch", "8", "--curve-windows", "256", "--windows", 
 LETTERS = 97
 
 
-def run(tool: str, *arguments: str) -> str:
+def run(tool: str | Path, *arguments: str) -> str:
     """What it prints. Its folder is on its path, as for anybody; the source tree is not."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     told = subprocess.run(
@@ -79,3 +79,21 @@ def test_replicas_that_are_killed_come_back_and_the_run_ends(tmp_path: Path) -> 
     assert took_part <= 67
     assert max(told["present"]) == 4
     assert len(told["losses"]) == 1  # theta is the same for all
+
+
+def test_a_replica_that_comes_back_when_the_others_have_left_does_not_train_alone(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(TOOLS)!r})
+from losses import master
+from replica import Replicas, Settings
+from variants import BY_NAME
+
+ours, theirs = multiprocessing.Pipe(duplex=False)
+with master() as address:
+    Replicas(theirs, address, BY_NAME["DiLoCo, kills"], Settings(steps=50, batch=8), seed=0, streams=[0], life=1).run()
+theirs.close()
+print(ours.recv())
+""")
+    assert run(script) == "('done', [])\n"

@@ -88,7 +88,7 @@ def test_who_is_taken_out_of_the_run_saves_and_finishes_and_comes_back_with_its_
     replicas: Replicas, seed: int, kind: str, call: str
 ) -> None:
     """Its share is on the way, that of the other is not."""
-    gone = threading.Event()
+    begun, gone = threading.Event(), threading.Event()
 
     def train(comm: pyccl.Communicator, rank: int) -> Any:
         params = weights()
@@ -96,6 +96,7 @@ def test_who_is_taken_out_of_the_run_saves_and_finishes_and_comes_back_with_its_
         sent = 2 if kind == "streaming" else H  # inner steps until then
         if rank == 0:
             steps(opt, params, seed, rank, range(1))
+            begun.set()
             assert gone.wait(TIMEOUT_S)
             steps(opt, params, seed, rank, range(1, sent))
             if call == "finish":
@@ -105,6 +106,7 @@ def test_who_is_taken_out_of_the_run_saves_and_finishes_and_comes_back_with_its_
             steps(opt, params, seed, rank, range(sent))
             move(params, seed, rank, sent)
             before = bits(opt.theta)
+            assert begun.wait(TIMEOUT_S)  # in step with this one, and knows it
             taken_out(comm)
             told = getattr(opt, call)()
             assert bits(opt.theta) == before and (told is None) == (call == "finish")
@@ -125,17 +127,19 @@ def test_who_is_taken_out_of_the_run_saves_and_finishes_and_comes_back_with_its_
 def test_a_gossiping_replica_that_is_taken_out_of_the_run_finishes_and_comes_back_with_its_steps(
     replicas: Replicas, seed: int
 ) -> None:
-    gone = threading.Event()
+    begun, gone = threading.Event(), threading.Event()
 
     def train(comm: pyccl.Communicator, rank: int) -> Any:
         params = weights()
         opt = EVERYONE["noloco"](comm, params)
         steps(opt, params, seed, rank, range(1))
         if rank == 1:
+            assert begun.wait(TIMEOUT_S)
             taken_out(comm)
             opt.finish()  # the other makes no step before
             gone.set()
         else:
+            begun.set()
             assert gone.wait(TIMEOUT_S)
         step = 1
         while opt.round < 6:  # it is let in with the fourth

@@ -1,7 +1,7 @@
 """Replicas of an experiment, in a process: they train in step, each with a communicator and an optimizer of its own.
 
 What the process sends to the experiment: ("in", 0) when its replicas are members, ("round", rounds) after every
-exchange, at last ("done", [Told of each replica]).
+exchange, at last ("done", [Told of each replica]); of none where the run had ended before they came in.
 """
 
 from __future__ import annotations
@@ -87,9 +87,12 @@ class Replicas:
         self._threads = ThreadPoolExecutor(len(streams))
         self._comms = self._together(lambda _: pyccl.Communicator(address), streams)
         self._together(lambda comm: self._come_in(comm, life), self._comms)
-        pipe.send(("in", 0))
         self._outers: list[OuterOptimizer] = []
         self._every: list[EveryStep] = []
+        self._is_late = life > 0 and self._comms[0].group_world_size == 1  # the others have ended, and left
+        if self._is_late:
+            return
+        pipe.send(("in", 0))
         if variant.optimizer is None:
             self._every = [EveryStep(comm) for comm in self._comms]
         else:
@@ -106,6 +109,9 @@ class Replicas:
             comm.update_topology(timeout=WAIT_S)
 
     def run(self) -> None:
+        if self._is_late:
+            self._pipe.send(("done", []))
+            return
         number = begun_at = self._rounds_done()
         while (self._rounds_done() if self._variant.kill_every else number) < self._settings.steps:
             step_began = time.monotonic()
