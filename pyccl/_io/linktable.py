@@ -37,9 +37,9 @@ class LinkTable:
 
     def __init__(self) -> None:
         self._known: dict[bytes, _Known] = {}
-        self._cpu = Cpu(0.0, 0.0, 0.0)
+        self._cpu, self._down = Cpu(0.0, 0.0, 0.0), 0.0
         self._counted: tuple[float, Mapping[bytes, int]] = (0.0, {})
-        self._told = Measured(0, 0, 0, ())
+        self._told = Measured(0, 0, 0, 0, ())
         self._lock = threading.Lock()
 
     def lacks(self, peer: bytes, now: float) -> bool:
@@ -58,6 +58,10 @@ class LinkTable:
 
     def crowded(self, peer: bytes, rate: float) -> None:
         self._change(peer, crowd=rate)
+
+    def received(self, rate: float) -> None:
+        """From several at once."""
+        self._down = rate
 
     def works(self, cpu: Cpu) -> None:
         """What this host's processor was measured to do; rates of 0: not known, the last one stays."""
@@ -96,11 +100,13 @@ class LinkTable:
         )
         told = {link.peer: link for link in self._told.links}
         mended = any(link.path != Path.DIRECT and link.peer not in paths for link in self._told.links)
-        if not mended and all(link.peer in told and not _differs(link, told[link.peer]) for link in links):
+        down = measuring.clip_rate(self._down)
+        same = all(link.peer in told and not _differs(link, told[link.peer]) for link in links)
+        if same and not mended and not _is_news(down, self._told.down):
             return None
         rates = (self._cpu.move, self._cpu.fold, self._cpu.code)
         move, fold, code = map(measuring.clip_rate, rates)
-        self._told = Measured(move, fold, code, links)
+        self._told = Measured(move, fold, code, down, links)
         return self._told
 
     def keep(self, members: Sequence[bytes]) -> None:
@@ -115,4 +121,8 @@ class LinkTable:
 
 def _differs(a: LinkMeasure, b: LinkMeasure) -> bool:
     rates = (a.rate, b.rate), (a.crowd, b.crowd)
-    return (a.path, a.via) != (b.path, b.via) or any(abs(x - y) > _NEWS * max(x, y) for x, y in rates)
+    return (a.path, a.via) != (b.path, b.via) or any(_is_news(x, y) for x, y in rates)
+
+
+def _is_news(rate: float, told: float) -> bool:
+    return abs(rate - told) > _NEWS * max(rate, told)

@@ -7,6 +7,7 @@
     4  all-gather: with whom each wants another round; with fewer connections where these may do, and goes back if they
        are slower; with all it has where a pair looks odd. The better figure counts
     5  the crowd, if anything was missing: barrier; the same from several members at once
+    6  all-gather: what each sent in the crowd, if far less came to it; who sent most then receives from several alone
 
 What is received is state that nobody needs: STATE frames over the links as they are, so connections, congestion control
 and the CPU cost of both ends are in the figure. So much is asked for as fills the line and little more: what was asked
@@ -65,6 +66,7 @@ _SLACK_S: Final = 0.05  # beyond the round trip that a window lasts
 _SAMPLE_S: Final = 0.02
 _SERVED: Final = 4096  # times the same FETCH_BYTES_MAX of zeros, one behind the other
 _HELLO: Final = struct.Struct("<Q")
+_SENT: Final = struct.Struct("<Q")
 
 log = logging.getLogger("pyccl.measure")
 
@@ -110,9 +112,11 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
             gather(_GO_ON, deadline)
             if len(members) > 2:
                 crowd = [members[rank] for rank in measuring.crowd(len(members), members.index(me))]
-                rtts = [probe.rtt_s(peer) for peer in crowd]
-                for peer, rate in zip(crowd, probe.rates(crowd, max(rtts)), strict=True):
+                rtt_s = max([probe.rtt_s(peer) for peer in crowd])
+                sent = probe.rates(crowd, rtt_s)
+                for peer, rate in zip(crowd, sent, strict=True):
                     table.crowded(peer, rate)
+                table.received(_received(probe, gather, members, crowd, rtt_s, sum(sent), again_until, deadline))
             table.works(topology.Cpu(probe.move_rate(), fold_rate(), code_rate()))
             gather(_GO_ON, deadline)  # nobody stops serving before all have received
     finally:
@@ -172,6 +176,31 @@ def _again(
             probe.use(members[rank], 0)
 
 
+def _received(
+    probe: _Probe,
+    gather: Gather,
+    members: tuple[bytes, ...],
+    crowd: Sequence[bytes],
+    rtt_s: float,
+    sent: float,
+    until: float,
+    deadline: float,
+) -> float:
+    """Bytes per second that came from the crowd; from it alone where more may come so. sent: to it, in all."""
+    came = probe.came
+    wish = measuring.clip_rate(sent) if measuring.may_take_more(sent, came) else 0
+    staying, told = gather(_SENT.pack(wish), deadline)
+    wishes = {members.index(peer): _SENT.unpack(said)[0] for peer, said in zip(staying, told, strict=True)}
+    for rank in measuring.fan_ins({rank: wish for rank, wish in wishes.items() if wish}):
+        if _are_late(gather, until, deadline):
+            break
+        if members[rank] == probe.me:
+            probe.rates(crowd, rtt_s, receives_alone=True)
+            log.info("fan_in bytes_s=%.0f crowd=%.0f", probe.came, came)
+            came = max(came, probe.came)
+    return came
+
+
 def _by_rank(members: tuple[bytes, ...], staying: tuple[bytes, ...], told: list[bytes]) -> dict[int, bytes]:
     return {members.index(peer): row for peer, row in zip(staying, told, strict=True)}
 
@@ -198,6 +227,7 @@ class _Probe:
         # A request is known by what it asks for: what comes late, or twice, must not pass for the answer to another.
         self._offsets = itertools.cycle(range(0, _SERVED * FETCH_BYTES_MAX, FETCH_BYTES_MAX))
         self._most = 0, 0.0  # bytes moved, and processor time, in the round that moved most
+        self.came = 0.0  # bytes per second in all, in the last round
 
     def move_rate(self) -> float:
         """Bytes per second of the engine's processor time, in the busiest of the rounds until now."""
@@ -221,14 +251,15 @@ class _Probe:
             best = min(best, time.monotonic() - begun)
         return best if best < math.inf else 0.0
 
-    def rates(self, peers: Sequence[bytes], rtt_s: float) -> list[float]:
+    def rates(self, peers: Sequence[bytes], rtt_s: float, *, receives_alone: bool = False) -> list[float]:
         """Bytes per second to each, all at once, while as much is received. 0: nothing went, or the link was lost.
+        receives_alone: nobody asks this one for anything meanwhile.
 
         All over the same time, the best one: what several make together is then what the host makes.
         """
         done: _Done = queue.SimpleQueue()
         begun = now = time.monotonic()
-        streams = [_Stream(self, peer, rtt_s, done, begun) for peer in peers]
+        streams = [_Stream(self, peer, rtt_s, done, begun, sends=not receives_alone) for peer in peers]
         part_s = min(_PART_S + _PART_TRIPS * rtt_s, ROUND_MOST_S / 4)  # the round has four or more
         moved, cpu_s = self._work(peers[0])
         while any(stream.open for stream in streams) and now < begun + ROUND_MOST_S:
@@ -246,6 +277,8 @@ class _Probe:
         self._most = max(self._most, (moved_now - moved, cpu_now_s - cpu_s))
         since, until = best_time([stream.went for stream in streams], max(2 * part_s, (now - begun) / 2))
         rates = [0.0 if stream.failed else stream.went.rate(since, until) for stream in streams]
+        since, until = best_time([stream.came for stream in streams], max(2 * part_s, (now - begun) / 2))
+        self.came = sum(stream.came.rate(since, until) for stream in streams)
         while any(stream.open for stream in streams) and time.monotonic() < now + _DRAIN_S:
             self._check()
             _ended(done)
@@ -361,8 +394,10 @@ class _Stream:
     enough to tell what to ask for, and whether the other has seen enough.
     """
 
-    def __init__(self, probe: _Probe, peer: bytes, rtt_s: float, done: _Done, begun: float) -> None:
-        self._probe, self._peer, self._rtt_s, self._done = probe, peer, rtt_s, done
+    def __init__(
+        self, probe: _Probe, peer: bytes, rtt_s: float, done: _Done, begun: float, *, sends: bool = True
+    ) -> None:
+        self._probe, self._peer, self._rtt_s, self._done, self._sends = probe, peer, rtt_s, done, sends
         self._window = _WINDOW_LEAST
         self._keys = itertools.count()
         self._asked: dict[int, tuple[int, int]] = {}  # key -> number of the request, bytes
@@ -402,6 +437,8 @@ class _Stream:
 
     def is_steady(self, now: float, part_s: float) -> bool:
         """Both ways, or the other has seen enough."""
+        if not self._sends:
+            return self.came.is_steady(now, part_s)
         if self.went.is_over(now, part_s):
             return True
         return self._full and self.went.is_steady(now, part_s) and self.came.is_steady(now, part_s)

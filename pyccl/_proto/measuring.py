@@ -7,6 +7,8 @@
     odd     so do pairs far slower than the fastest of one of both, with all connections: what keeps a processor busy
             meanwhile makes a pair slower, nothing makes it faster, and one slow pair may turn a plan into a ring
     crowd   then everybody receives from several at once: what a host's line takes, all its links together
+    fan-in  who sent far more in the crowd than came to it receives from several alone: they divide what they send among
+            all, so that less comes to a fast line than it takes
 
 Members choose the rounds for themselves from the same facts, so they must all come to the same answer: pure, and in
 order of rank. What a member tells counts for its own links only, is bounded, and can't make a plan wrong, only slow.
@@ -23,11 +25,13 @@ from pyccl._proto.shares import Bundle, Matrix
 from pyccl._proto.topology import UNKNOWN, Cpu, Network
 
 CROWD_MAX: Final = 8  # members that one receives from at once
+FAN_INS_MAX: Final = 2  # of one call
 ROUNDS_MAX: Final = 16  # of one call: with 17 members and more the rest is measured by the next
 
 ENOUGH: Final = 0.9  # of the rate of many is what few must reach
 _ODD: Final = 0.5  # of the rate of the fastest pair
 _SLOWED: Final = 0.75  # of its rate alone is what a pair makes in the crowd that shares a line
+_LESS: Final = 0.75  # of what it sends comes to who may take more
 _SHARED: Final = 0.7  # of the fastest alone is what a host makes with several, if only its own links are on the line
 
 Pair = tuple[int, int]  # ranks, the lower first
@@ -76,6 +80,16 @@ def crowd(world: int, rank: int) -> list[int]:
     return sorted((rank + step) % world for step in near)
 
 
+def may_take_more(sent: float, came: float) -> bool:
+    """Of one member in the crowd, bytes per second: whether what comes is less than its line may take."""
+    return came < _LESS * sent
+
+
+def fan_ins(sent_by_rank: Mapping[int, float]) -> list[int]:
+    """Who receives from several alone, one after the other: of those who want to, those who send most."""
+    return sorted(sent_by_rank, key=lambda rank: (-sent_by_rank[rank], rank))[:FAN_INS_MAX]
+
+
 def partner(pairs: Sequence[Pair], rank: int) -> int | None:
     """Whom this rank meets in a round."""
     return next((b if rank == a else a for a, b in pairs if rank in (a, b)), None)
@@ -91,12 +105,13 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
     rate = [[UNKNOWN] * world for _ in range(world)]
     crowded = [[0.0] * world for _ in range(world)]
     trip: list[list[float | None]] = [[None] * world for _ in range(world)]
-    cpu = [Cpu()] * world
+    cpu, came = [Cpu()] * world, [0.0] * world
     for peer, message in told.items():
         i = rank_of.get(peer)
         if i is None:
             continue
         cpu[i] = Cpu(*(float(rate) if rate else UNKNOWN for rate in (message.move, message.fold, message.code)))
+        came[i] = float(message.down)
         for row in message.links:
             j = rank_of.get(row.peer)
             if j is None or i == j:
@@ -108,7 +123,7 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
                 trip[i][j] = row.rtt_us / 2e6
     alone = [[r if r < UNKNOWN else 0.0 for r in row] for row in rate]
     up = [max(sum(crowded[i]), *alone[i]) for i in range(world)]
-    down = [max(sum(crowded[i][j] for i in range(world)), *(alone[i][j] for i in range(world))) for j in range(world)]
+    down = [max(came[j], sum(row[j] for row in crowded), *(row[j] for row in alone)) for j in range(world)]
     if not any(up):
         return None
     rates = _past_relays(rate, _relayed(rank_of, told))

@@ -515,10 +515,11 @@ class Measured(Message):
     """All that the sender knows of its links; takes the place of what it told before."""
 
     TYPE = 21
-    KINDS = (_RATE, _RATE, _RATE, _LINKS)
+    KINDS = (_RATE, _RATE, _RATE, _RATE, _LINKS)
     move: int  # bytes per second that one of its processors sends or receives,
     fold: int  # reads to add,
     code: int  # has coded or decoded; 0: not known
+    down: int  # that it received of several at once, at most
     links: tuple[LinkMeasure, ...]
 
 

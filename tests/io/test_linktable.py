@@ -28,7 +28,7 @@ def rates(table: LinkTable) -> dict[bytes, int]:
 def test_what_was_measured_is_told_once() -> None:
     table = measured()
     links = LinkMeasure(A, 1000, 500, 20_000), LinkMeasure(B, 4000, 2000, 20_000)
-    told = Measured(2 * 10**9, 10**9, 4 * 10**9, links)
+    told = Measured(2 * 10**9, 10**9, 4 * 10**9, 0, links)
     assert table.news((A, B, C)) == told
     assert table.news((A, B, C)) is None
     table.measured(B, 4100.0, 0.02, now=1.0)
@@ -85,7 +85,7 @@ def test_who_left_is_forgotten_and_not_told_of() -> None:
 def test_what_is_told_keeps_the_limits_of_the_wire() -> None:
     table = LinkTable()
     table.measured(A, 1e30, 1e9, now=0.0)
-    assert table.news((A,)) == Measured(0, 0, 0, (LinkMeasure(A, limits.RATE_MAX, 0, limits.RTT_US_MAX),))
+    assert table.news((A,)) == Measured(0, 0, 0, 0, (LinkMeasure(A, limits.RATE_MAX, 0, limits.RTT_US_MAX),))
 
 
 def by_c(peer: bytes) -> dict[bytes, tuple[int, bytes]]:
@@ -95,10 +95,24 @@ def by_c(peer: bytes) -> dict[bytes, tuple[int, bytes]]:
 def test_a_link_that_comes_to_be_relayed_is_news_measured_or_not() -> None:
     table = LinkTable()
     table.measured(A, 1000.0, 0.0, 1.0)
-    assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
-    assert table.news((A, B), by_c(B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0), LinkMeasure(B, 0, 0, 0, 3, C)))
+    assert table.news((A, B)) == Measured(0, 0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
+    both = LinkMeasure(A, 1000, 0, 0), LinkMeasure(B, 0, 0, 0, 3, C)
+    assert table.news((A, B), by_c(B)) == Measured(0, 0, 0, 0, both)
     assert table.news((A, B), by_c(B)) is None
-    assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
+    assert table.news((A, B)) == Measured(0, 0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
     assert table.news((A, B)) is None
-    assert table.news((A, B), by_c(A)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0, 3, C),))
-    assert table.news((A, B)) == Measured(0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
+    assert table.news((A, B), by_c(A)) == Measured(0, 0, 0, 0, (LinkMeasure(A, 1000, 0, 0, 3, C),))
+    assert table.news((A, B)) == Measured(0, 0, 0, 0, (LinkMeasure(A, 1000, 0, 0),))
+
+
+def test_what_came_from_several_is_news_where_it_differs() -> None:
+    table = LinkTable()
+    table.measured(A, 1000, 0.0, 0.0)
+    table.received(500.0)
+    told = table.news((A,))
+    assert told is not None and told.down == 500
+    table.received(550.0)
+    assert table.news((A,)) is None
+    table.received(900.0)
+    again = table.news((A,))
+    assert again is not None and again.down == 900

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -138,6 +139,40 @@ def test_where_one_is_late_nobody_begins_another_round_and_all_keep_their_connec
     assert not lab.failed and not lab.probed
     assert {len(turns) for turns in lab.told.values()} == {2}
     assert set(lab.uses.values()) == {MANY}
+
+
+def test_who_sent_far_more_than_came_receives_alone_and_the_better_counts() -> None:
+    """Three lines of 100 up; 0 and 3 sent more, 3 most. What comes to 0 alone is no more."""
+    lab = Lab(4, of_hosts([FAST] * 4, [FAST] * 4))
+    sent, crowd, alone = [120.0, 100.0, 100.0, 400.0], [60.0, 90.0, 100.0, 99.0], [50.0, 0.0, 0.0, 300.0]
+    order: list[int] = []
+    came: dict[int, float] = {}
+
+    class Receiver(Probe):
+        def __init__(self, rank: int) -> None:
+            super().__init__(lab, rank)
+            self.came = crowd[rank]
+
+        def rates(self, peers: Any, rtt_s: float, *, receives_alone: bool = False) -> list[float]:
+            assert receives_alone and list(peers) == [peer for peer in lab.members if peer != self.me]
+            order.append(self.rank)
+            self.came = alone[self.rank]
+            return []
+
+    def member(rank: int) -> None:
+        others = [peer for peer in lab.members if peer != lab.members[rank]]
+        gather = partial(lab.gather, rank)
+        came[rank] = measure._received(
+            Receiver(rank), lambda mine, _: gather(mine), lab.members, others, 0.02, sent[rank], math.inf, math.inf
+        )
+
+    threads = [threading.Thread(target=member, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == [3, 0] and came == {0: 60.0, 1: 90.0, 2: 100.0, 3: 300.0}
+    assert {len(turns) for turns in lab.told.values()} == {3}
 
 
 @pytest.mark.parametrize("fails_at", [2, 3, 4])

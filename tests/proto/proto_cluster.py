@@ -194,7 +194,7 @@ class Cluster:
         others = [peer for peer in node.machine.epoch.peers if peer != node.machine.peer]
         drawn = [[self.rng.randrange(limit) for limit in (10**8, 10**8, 10**6)] for _ in others]
         links = tuple(LinkMeasure(peer, *numbers) for peer, numbers in zip(others, drawn, strict=True))
-        return Measured(*(self.rng.randrange(10**9) for _ in range(3)), links)
+        return Measured(*(self.rng.randrange(10**9) for _ in range(4)), links)
 
     def _counts(self, node: Node) -> tuple[Count, ...]:
         return tuple(Count(0, tag, submitted) for tag, submitted in sorted(node.counts.items()))

@@ -59,9 +59,9 @@ def test_in_the_crowd_all_receive_from_as_many_as_they_send_to(world: int) -> No
 def test_a_host_is_as_fast_as_all_its_links_together_a_pair_as_it_was_alone() -> None:
     a, b, c = (peer_id(n) for n in (1, 2, 3))
     told = {
-        a: Measured(1100, 900, 0, (LinkMeasure(b, 100, 40, 20_000), LinkMeasure(c, 30, 25, 80_000))),
-        b: Measured(0, 0, 0, (LinkMeasure(a, 90, 50, 30_000), LinkMeasure(c, 30, 15, 0))),
-        c: Measured(0, 800, 700, (LinkMeasure(a, 60, 40, 60_000), LinkMeasure(b, 60, 50, 0))),
+        a: Measured(1100, 900, 0, 0, (LinkMeasure(b, 100, 40, 20_000), LinkMeasure(c, 30, 25, 80_000))),
+        b: Measured(0, 0, 0, 0, (LinkMeasure(a, 90, 50, 30_000), LinkMeasure(c, 30, 15, 0))),
+        c: Measured(0, 800, 700, 0, (LinkMeasure(a, 60, 40, 60_000), LinkMeasure(b, 60, 50, 0))),
     }
     network = measuring.network((a, b, c), told)
     assert network is not None
@@ -85,7 +85,7 @@ def test_hosts_behind_one_line_count_for_what_they_got_of_it_together() -> None:
         return 100, 40
 
     told = {
-        peers[i]: Measured(0, 0, 0, tuple(LinkMeasure(peers[j], *rates(i, j), 0) for j in range(5) if j != i))
+        peers[i]: Measured(0, 0, 0, 0, tuple(LinkMeasure(peers[j], *rates(i, j), 0) for j in range(5) if j != i))
         for i in range(5)
     }
     network = measuring.network(peers, told)
@@ -99,10 +99,34 @@ def test_hosts_behind_one_line_count_for_what_they_got_of_it_together() -> None:
     assert blind.direct.pace < out / 40
 
 
+def test_a_fast_line_is_as_fast_as_what_it_received_alone() -> None:
+    """Three with 100 up each, which they divide among three in the crowd, and one with 400 both ways."""
+    peers = tuple(peer_id(n) for n in range(1, 5))
+
+    def told(received: int) -> dict[bytes, Measured]:
+        slow = {peer: tuple(LinkMeasure(to, 100, 33, 0) for to in peers if to != peer) for peer in peers[:3]}
+        fast = tuple(LinkMeasure(to, 400, 133, 0) for to in peers[:3])
+        return {peer: Measured(0, 0, 0, 100, rows) for peer, rows in slow.items()} | {
+            peers[3]: Measured(0, 0, 0, received, fast)
+        }
+
+    seen, crowd = measuring.network(peers, told(300)), measuring.network(peers, told(99))
+    assert seen is not None and crowd is not None
+    assert (seen.down[3], crowd.down[3]) == (300.0, 100.0)
+    assert topology.choose(seen, 10**6).shares == (0, 0, 0, 1)
+    assert topology.choose(crowd, 10**6).shares == (0.25,) * 4
+
+
+def test_who_sends_most_receives_alone_and_nobody_to_whom_enough_came() -> None:
+    assert measuring.may_take_more(400.0, 100.0) and not measuring.may_take_more(100.0, 90.0)
+    assert measuring.fan_ins({0: 5.0, 2: 9.0, 1: 5.0}) == [2, 0]
+    assert measuring.fan_ins({}) == []
+
+
 def test_a_host_with_a_line_of_its_own_is_in_no_bundle() -> None:
     peers = tuple(peer_id(n) for n in range(1, 5))
     told = {
-        peers[i]: Measured(0, 0, 0, tuple(LinkMeasure(peers[j], 100, 30, 0) for j in range(4) if j != i))
+        peers[i]: Measured(0, 0, 0, 0, tuple(LinkMeasure(peers[j], 100, 30, 0) for j in range(4) if j != i))
         for i in range(4)
     }
     network = measuring.network(peers, told)
@@ -112,8 +136,8 @@ def test_a_host_with_a_line_of_its_own_is_in_no_bundle() -> None:
 def test_a_host_that_nobody_measured_counts_as_the_middle_one() -> None:
     peers = tuple(peer_id(n) for n in range(1, 5))
     told = {
-        peers[0]: Measured(0, 0, 0, (LinkMeasure(peers[1], 10, 0, 0), LinkMeasure(peers[2], 30, 0, 0))),
-        peers[1]: Measured(0, 0, 0, (LinkMeasure(peers[0], 20, 0, 0),)),
+        peers[0]: Measured(0, 0, 0, 0, (LinkMeasure(peers[1], 10, 0, 0), LinkMeasure(peers[2], 30, 0, 0))),
+        peers[1]: Measured(0, 0, 0, 0, (LinkMeasure(peers[0], 20, 0, 0),)),
     }
     network = measuring.network(peers, told)
     assert network is not None
@@ -126,7 +150,7 @@ def relayed_pairs(world: int, *pairs: tuple[int, int]) -> measuring.Network:
     """Who is named first in a pair has told of the relay; all was measured, at 100."""
     told = {
         peer_id(n): Measured(
-            *(0, 0, 0), tuple(LinkMeasure(peer_id(m), 100, 0, 0, 3 * ((n, m) in pairs)) for m in range(world) if m != n)
+            *(0,) * 4, tuple(LinkMeasure(peer_id(m), 100, 0, 0, 3 * ((n, m) in pairs)) for m in range(world) if m != n)
         )
         for n in range(world)
     }
@@ -152,9 +176,9 @@ def test_where_everybody_is_in_a_relayed_pair_these_count_half() -> None:
 def test_of_strangers_and_of_itself_nobody_can_tell_anything() -> None:
     a, b, gone = (peer_id(n) for n in (1, 2, 9))
     assert measuring.network((a, b), {}) is None
-    assert measuring.network((a, b), {a: Measured(0, 5, 0, (LinkMeasure(gone, 10, 10, 10),))}) is None
-    assert measuring.network((a, b), {gone: Measured(0, 5, 0, (LinkMeasure(a, 10, 10, 10),))}) is None
-    assert measuring.network((a, b), {a: Measured(0, 5, 0, (LinkMeasure(a, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {a: Measured(0, 5, 0, 0, (LinkMeasure(gone, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {gone: Measured(0, 5, 0, 0, (LinkMeasure(a, 10, 10, 10),))}) is None
+    assert measuring.network((a, b), {a: Measured(0, 5, 0, 0, (LinkMeasure(a, 10, 10, 10),))}) is None
 
 
 def test_a_rate_on_the_wire_is_bounded() -> None:

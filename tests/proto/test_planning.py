@@ -43,7 +43,7 @@ def measured(members: int, me: int, rate: dict[int, int]) -> Measured:
     """Everybody sends at its own rate, as `me` receives it: alone, and a third of it in the crowd."""
     others = [n for n in range(1, members + 1) if n != me]
     links = tuple(LinkMeasure(peer_id(n), rate[n], rate[n] // len(others), 40_000) for n in others)
-    return Measured(10**10, 10**10, 10**9, links)
+    return Measured(10**10, 10**10, 10**9, 0, links)
 
 
 def tell_all(world: Planned, members: int, rate: dict[int, int]) -> None:
@@ -226,7 +226,7 @@ def test_two_members_need_no_plan_and_hear_what_their_swap_will_take() -> None:
 
 def test_alone_there_is_nothing_to_plan() -> None:
     world = planned(1)
-    world.say(1, Measured(10**10, 10**10, 10**9, ()))
+    world.say(1, Measured(10**10, 10**10, 10**9, 0, ()))
     arrive_all(world, 1, 1)
     assert not world.searches
 
@@ -235,7 +235,7 @@ def test_a_member_that_lies_harms_nothing_but_speed() -> None:
     world = planned(4)
     tell_all(world, 4, HOME)
     lie = tuple(LinkMeasure(peer_id(n), limits.RATE_MAX if n == 2 else 1, 1, limits.RTT_US_MAX) for n in (1, 2, 4))
-    world.say(3, Measured(1, 1, 1, lie))
+    world.say(3, Measured(1, 1, 1, 1, lie))
     arrive_all(world, 4, 2)
     world.end(world.searches[0])
     proposal = world.last(1, EpochPropose)
@@ -248,5 +248,5 @@ def test_a_member_that_lies_harms_nothing_but_speed() -> None:
 @pytest.mark.parametrize("links", [[(1, 5)], [(2, 5), (2, 6)]], ids=["itself", "twice"])
 def test_measure_of_itself_or_of_one_link_twice_costs_the_connection(links: list[tuple[int, int]]) -> None:
     world = planned(3)
-    world.say(1, Measured(0, 0, 0, tuple(LinkMeasure(peer_id(n), rate, 0, 0) for n, rate in links)))
+    world.say(1, Measured(0, 0, 0, 0, tuple(LinkMeasure(peer_id(n), rate, 0, 0) for n, rate in links)))
     assert "measured twice, or to the sender itself" in world.closed[1]

@@ -317,7 +317,7 @@ class SimPeer(Process):
             if peer != self.peer and rng.random() < 0.8:
                 alone = 0 if rng.random() < 0.05 else min(rates)
                 rows.append(LinkMeasure(peer, alone, alone // 3, rng.randrange(200_000)))
-        return Measured(*(rng.choice((0, 10**9)) for _ in range(3)), tuple(rows))
+        return Measured(*(rng.choice((0, 10**9)) for _ in range(4)), tuple(rows))
 
     def withdraw(self, waiter: Callable[[str], None], why: str) -> None:
         if self.topology is waiter:
