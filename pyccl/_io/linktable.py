@@ -60,7 +60,7 @@ class LinkTable:
         self._change(peer, crowd=rate)
 
     def received(self, rate: float) -> None:
-        """From several at once."""
+        """From several at once, while nobody else received; 0: not measured."""
         self._down = rate
 
     def works(self, cpu: Cpu) -> None:
@@ -77,8 +77,9 @@ class LinkTable:
             known = self._known.get(peer)
             if known is not None and 0 < known.rate * _CONFIRMS <= rate:
                 self._change(peer, rate=max(rate, known.rate), at=now)
-        crowd = sum(known.crowd for known in self._known.values())
-        if crowd and sum(rates.values()) > crowd:
+        crowd = {peer: known.crowd for peer, known in self._known.items() if known.crowd > 0}
+        are_all_busy = all(rates.get(peer, 0.0) >= _CONFIRMS * rate for peer, rate in crowd.items())
+        if crowd and are_all_busy and sum(rates.values()) > sum(crowd.values()):
             for peer, rate in rates.items():
                 self._change(peer, crowd=rate)
 
@@ -112,7 +113,10 @@ class LinkTable:
     def keep(self, members: Sequence[bytes]) -> None:
         """Forget who has left: whoever comes back may be elsewhere."""
         with self._lock:
-            self._known = {peer: known for peer, known in self._known.items() if peer in members}
+            staying = {peer: known for peer, known in self._known.items() if peer in members}
+            if len(staying) < len(self._known):
+                self._down = 0.0  # they may have been what it came from
+            self._known = staying
 
     def _change(self, peer: bytes, **changes: float) -> None:
         with self._lock:

@@ -15,8 +15,8 @@ for and not yet received when the time is over delays the next round. A round go
 parts of 0.2 s and three round trips each after connections have risen to it, of which the last is not faster, or
 ROUND_MOST_S. What counts is what TCP has delivered, holes or not: in order it comes in bursts after losses.
 Times: a round takes at most ROUND_MOST_S, _DRAIN_S, pings (_PING_S) and a barrier; there are at most ROUNDS_MAX,
-twice, and the crowd, and none begins after _ROUNDS_MOST_S or a part of the caller's time. Figures are good for
-linktable.FRESH_S, longer if traffic confirms them.
+twice, the crowd and two alone after it, and none but the crowd begins after _ROUNDS_MOST_S or a part of the caller's
+time. Figures are good for linktable.FRESH_S, longer if traffic confirms them.
 Threads: the caller's.
 """
 
@@ -186,9 +186,11 @@ def _received(
     until: float,
     deadline: float,
 ) -> float:
-    """Bytes per second that came from the crowd; from it alone where more may come so. sent: to it, in all."""
-    came = probe.came
-    wish = measuring.clip_rate(sent) if measuring.may_take_more(sent, came) else 0
+    """Bytes per second that come from the crowd while nobody else receives; 0: the crowd has shown what can come, or
+    there is no time. sent: to it, in all."""
+    crowd_came, came = probe.came, 0.0
+    until = min(until, deadline - measuring.FAN_INS_MAX * (ROUND_MOST_S + _DRAIN_S))
+    wish = measuring.clip_rate(sent) if measuring.may_take_more(sent, crowd_came) else 0
     staying, told = gather(_SENT.pack(wish), deadline)
     wishes = {members.index(peer): _SENT.unpack(said)[0] for peer, said in zip(staying, told, strict=True)}
     for rank in measuring.fan_ins({rank: wish for rank, wish in wishes.items() if wish}):
@@ -196,8 +198,8 @@ def _received(
             break
         if members[rank] == probe.me:
             probe.rates(crowd, rtt_s, receives_alone=True)
-            log.info("fan_in bytes_s=%.0f crowd=%.0f", probe.came, came)
-            came = max(came, probe.came)
+            came = probe.came
+            log.info("fan_in bytes_s=%.0f crowd=%.0f", came, crowd_came)
     return came
 
 
@@ -277,8 +279,8 @@ class _Probe:
         self._most = max(self._most, (moved_now - moved, cpu_now_s - cpu_s))
         since, until = best_time([stream.went for stream in streams], max(2 * part_s, (now - begun) / 2))
         rates = [0.0 if stream.failed else stream.went.rate(since, until) for stream in streams]
-        since, until = best_time([stream.came for stream in streams], max(2 * part_s, (now - begun) / 2))
-        self.came = sum(stream.came.rate(since, until) for stream in streams)
+        since = min(max(stream.came.risen_at for stream in streams), now - 2 * part_s)
+        self.came = sum(stream.came.rate(since, now) for stream in streams)  # not the best time: it comes in bursts
         while any(stream.open for stream in streams) and time.monotonic() < now + _DRAIN_S:
             self._check()
             _ended(done)
@@ -438,7 +440,7 @@ class _Stream:
     def is_steady(self, now: float, part_s: float) -> bool:
         """Both ways, or the other has seen enough."""
         if not self._sends:
-            return self.came.is_steady(now, part_s)
+            return self.failed or self.came.is_over(now, part_s) or self.came.is_steady(now, part_s)
         if self.went.is_over(now, part_s):
             return True
         return self._full and self.went.is_steady(now, part_s) and self.came.is_steady(now, part_s)

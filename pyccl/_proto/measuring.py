@@ -99,8 +99,9 @@ def partner(pairs: Sequence[Pair], rank: int) -> int | None:
 
 
 def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network | None:
-    """By rank; None: nobody has told anything of another. Hosts that nobody measured count as the middle one of those
-    that were: a newcomer neither owns all nor nothing."""
+    """By rank; None: nobody has told anything of another. No more comes to a host than others say that they can send
+    it, whatever it says. Hosts that nobody measured count as the middle one of those that were: a newcomer neither owns
+    all nor nothing."""
     world, rank_of = len(members), {peer: rank for rank, peer in enumerate(members)}
     rate = [[UNKNOWN] * world for _ in range(world)]
     crowded = [[0.0] * world for _ in range(world)]
@@ -123,11 +124,14 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
                 trip[i][j] = row.rtt_us / 2e6
     alone = [[r if r < UNKNOWN else 0.0 for r in row] for row in rate]
     up = [max(sum(crowded[i]), *alone[i]) for i in range(world)]
-    down = [max(came[j], sum(row[j] for row in crowded), *(row[j] for row in alone)) for j in range(world)]
+    to = _turned(alone)
+    for j in range(world):
+        came[j] = min(came[j], sum(sorted(to[j])[-CROWD_MAX:]))
+    down = [max(came[j], sum(row[j] for row in crowded), *to[j]) for j in range(world)]
     if not any(up):
         return None
     rates = _past_relays(rate, _relayed(rank_of, told))
-    bundles = (*_bundles(alone, crowded), *_bundles(_turned(alone), _turned(crowded)))
+    bundles = (*_bundles(alone, crowded), *_bundles(to, _turned(crowded)))
     return Network(_filled(up), _filled(down), rates, _delays(trip), tuple(cpu), bundles)
 
 

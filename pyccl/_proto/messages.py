@@ -519,7 +519,7 @@ class Measured(Message):
     move: int  # bytes per second that one of its processors sends or receives,
     fold: int  # reads to add,
     code: int  # has coded or decoded; 0: not known
-    down: int  # that it received of several at once, at most
+    down: int  # that it received from several while nobody else did; 0: not measured
     links: tuple[LinkMeasure, ...]
 
 

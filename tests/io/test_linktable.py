@@ -67,6 +67,14 @@ def test_more_at_the_same_time_than_in_the_crowd_is_what_a_host_can_do() -> None
     assert table.news((A, B, C)) is None
 
 
+def test_more_to_one_alone_does_not_say_that_the_others_get_nothing() -> None:
+    table = measured()
+    table.carried({A: 0, B: 0}, now=100.0)
+    table.carried({A: 10, B: 4000}, now=101.0)
+    news = table.news((A, B))
+    assert news is not None and {link.peer: link.crowd for link in news.links} == {A: 500, B: 2000}
+
+
 def test_of_a_link_that_was_not_measured_or_was_made_anew_traffic_says_nothing_wrong() -> None:
     table = measured()
     table.carried({A: 10**6}, now=100.0)
@@ -80,6 +88,15 @@ def test_who_left_is_forgotten_and_not_told_of() -> None:
     assert news is not None and [link.peer for link in news.links] == [B]
     table.keep((B, C))
     assert table.lacks(A, 0.0) and not table.lacks(B, 0.0)
+
+
+def test_what_came_alone_is_forgotten_when_somebody_leaves_that_it_may_have_come_from() -> None:
+    table = measured()
+    table.received(9000.0)
+    for members, down in (((A, B, C), 9000), ((B, C), 0)):
+        table.keep(members)
+        news = table.news(members)
+        assert news is not None and news.down == down
 
 
 def test_what_is_told_keeps_the_limits_of_the_wire() -> None:

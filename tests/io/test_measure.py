@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -141,8 +142,10 @@ def test_where_one_is_late_nobody_begins_another_round_and_all_keep_their_connec
     assert set(lab.uses.values()) == {MANY}
 
 
-def test_who_sent_far_more_than_came_receives_alone_and_the_better_counts() -> None:
-    """Three lines of 100 up; 0 and 3 sent more, 3 most. What comes to 0 alone is no more."""
+@pytest.mark.parametrize("deadline_s", [math.inf, 1.0])
+def test_who_sent_far_more_than_came_receives_alone_if_there_is_time(deadline_s: float) -> None:
+    """Three lines of 100 up; 0 and 3 sent more, 3 most."""
+    deadline = time.monotonic() + deadline_s
     lab = Lab(4, of_hosts([FAST] * 4, [FAST] * 4))
     sent, crowd, alone = [120.0, 100.0, 100.0, 400.0], [60.0, 90.0, 100.0, 99.0], [50.0, 0.0, 0.0, 300.0]
     order: list[int] = []
@@ -163,7 +166,7 @@ def test_who_sent_far_more_than_came_receives_alone_and_the_better_counts() -> N
         others = [peer for peer in lab.members if peer != lab.members[rank]]
         gather = partial(lab.gather, rank)
         came[rank] = measure._received(
-            Receiver(rank), lambda mine, _: gather(mine), lab.members, others, 0.02, sent[rank], math.inf, math.inf
+            Receiver(rank), lambda mine, _: gather(mine), lab.members, others, 0.02, sent[rank], math.inf, deadline
         )
 
     threads = [threading.Thread(target=member, args=(rank,)) for rank in range(4)]
@@ -171,8 +174,11 @@ def test_who_sent_far_more_than_came_receives_alone_and_the_better_counts() -> N
         thread.start()
     for thread in threads:
         thread.join()
-    assert order == [3, 0] and came == {0: 60.0, 1: 90.0, 2: 100.0, 3: 300.0}
-    assert {len(turns) for turns in lab.told.values()} == {3}
+    if deadline_s < math.inf:
+        assert order == [] and set(came.values()) == {0.0}
+    else:
+        assert order == [3, 0] and came == {0: 50.0, 1: 0.0, 2: 0.0, 3: 300.0}
+        assert {len(turns) for turns in lab.told.values()} == {3}
 
 
 @pytest.mark.parametrize("fails_at", [2, 3, 4])

@@ -115,6 +115,8 @@ def test_a_fast_line_is_as_fast_as_what_it_received_alone() -> None:
     assert (seen.down[3], crowd.down[3]) == (300.0, 100.0)
     assert topology.choose(seen, 10**6).shares == (0, 0, 0, 1)
     assert topology.choose(crowd, 10**6).shares == (0.25,) * 4
+    liar = measuring.network(peers, told(10**12))
+    assert liar is not None and liar.down == seen.down  # no more than the others send it
 
 
 def test_who_sends_most_receives_alone_and_nobody_to_whom_enough_came() -> None:
