@@ -9,7 +9,7 @@ from test_master import World, group_of, incarnation, peer_id
 
 from pyccl._proto import limits, planning, topology
 from pyccl._proto import master as mm
-from pyccl._proto.messages import Arrive, EpochPropose, LinkMeasure, Measured, Ready
+from pyccl._proto.messages import Arrive, EpochPropose, LinkMeasure, Measured, Ready, Rejected, Unreachable
 from pyccl._proto.plan import NO_PLAN, decode_untrusted
 
 FAST, SLOW = 50_000_000, 2_500_000
@@ -184,6 +184,25 @@ def test_newcomer_that_leaves_a_proposal_while_a_plan_without_it_is_searched_for
     assert world.last(1, EpochPropose).epoch.peers == tuple(peer_id(n) for n in (1, 2, 3))
     world.ready(1, 2, 3)
     assert world.epoch().number == 3
+
+
+@pytest.mark.parametrize("who", [1, 5])
+def test_newcomer_that_left_meanwhile_is_nobodys_fault(who: int) -> None:
+    """A member, or another newcomer, can't reach it; the proposal with it waits for a plan without it."""
+    world = planned(3)
+    tell_all(world, 3, {1: FAST, 2: FAST, 3: SLOW})
+    world.hello(4)
+    world.hello(5)
+    arrive_all(world, 3, 2)
+    world.end(world.searches[0])
+    version = world.last(5, EpochPropose).version
+    world.do(world.master.disconnected(4, world.now))
+    world.say(who, Unreachable(3, version, (peer_id(4),), "connection refused"))
+    assert world.got(5, Rejected) == []
+    world.end(world.searches[1])
+    assert world.last(5, EpochPropose).epoch.peers == tuple(peer_id(n) for n in (1, 2, 3, 5))
+    world.ready(1, 2, 3, 5)
+    assert world.epoch(5).number == 3
 
 
 def test_many_members_get_a_second_longer_search_that_nobody_waits_for() -> None:
