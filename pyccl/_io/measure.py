@@ -65,8 +65,7 @@ _PART_LEAST: Final = 1 << 13
 _SLACK_S: Final = 0.05  # beyond the round trip that a window lasts
 _SAMPLE_S: Final = 0.02
 _SERVED: Final = 4096  # times the same FETCH_BYTES_MAX of zeros, one behind the other
-_HELLO: Final = struct.Struct("<Q")
-_SENT: Final = struct.Struct("<Q")
+_U64: Final = struct.Struct("<Q")
 
 log = logging.getLogger("pyccl.measure")
 
@@ -82,8 +81,8 @@ def measure(session: Session, gather: Gather, check: Callable[[], None], deadlin
     engine, sync, me, table = session.need_engine(), secrets.randbits(64), session.peer, session.table
     engine.publish(sync, [np.zeros(FETCH_BYTES_MAX, np.uint8)] * _SERVED)
     try:
-        members, hellos = gather(_HELLO.pack(sync), deadline)
-        syncs = {peer: _HELLO.unpack(hello)[0] for peer, hello in zip(members, hellos, strict=True)}
+        members, hellos = gather(_U64.pack(sync), deadline)
+        syncs = {peer: _U64.unpack(hello)[0] for peer, hello in zip(members, hellos, strict=True)}
         table.keep(members)
         now = time.monotonic()
         whole_s = min(_ROUNDS_MOST_S / _ROUNDS_PART, deadline - now)
@@ -191,8 +190,8 @@ def _received(
     crowd_came, came = probe.came, 0.0
     until = min(until, deadline - measuring.FAN_INS_MAX * (ROUND_MOST_S + _DRAIN_S))
     wish = measuring.clip_rate(sent) if measuring.may_take_more(sent, crowd_came) else 0
-    staying, told = gather(_SENT.pack(wish), deadline)
-    wishes = {members.index(peer): _SENT.unpack(said)[0] for peer, said in zip(staying, told, strict=True)}
+    told = _by_rank(members, *gather(_U64.pack(wish), deadline))
+    wishes = {rank: _U64.unpack(said)[0] for rank, said in told.items()}
     for rank in measuring.fan_ins({rank: wish for rank, wish in wishes.items() if wish}):
         if _are_late(gather, until, deadline):
             break
@@ -261,7 +260,7 @@ class _Probe:
         """
         done: _Done = queue.SimpleQueue()
         begun = now = time.monotonic()
-        streams = [_Stream(self, peer, rtt_s, done, begun, sends=not receives_alone) for peer in peers]
+        streams = [_Stream(self, peer, rtt_s, done, begun, receives_alone) for peer in peers]
         part_s = min(_PART_S + _PART_TRIPS * rtt_s, ROUND_MOST_S / 4)  # the round has four or more
         moved, cpu_s = self._work(peers[0])
         while any(stream.open for stream in streams) and now < begun + ROUND_MOST_S:
@@ -397,9 +396,10 @@ class _Stream:
     """
 
     def __init__(
-        self, probe: _Probe, peer: bytes, rtt_s: float, done: _Done, begun: float, *, sends: bool = True
+        self, probe: _Probe, peer: bytes, rtt_s: float, done: _Done, begun: float, receives_alone: bool
     ) -> None:
-        self._probe, self._peer, self._rtt_s, self._done, self._sends = probe, peer, rtt_s, done, sends
+        self._probe, self._peer, self._rtt_s, self._done = probe, peer, rtt_s, done
+        self._receives_alone = receives_alone
         self._window = _WINDOW_LEAST
         self._keys = itertools.count()
         self._asked: dict[int, tuple[int, int]] = {}  # key -> number of the request, bytes
@@ -439,7 +439,7 @@ class _Stream:
 
     def is_steady(self, now: float, part_s: float) -> bool:
         """Both ways, or the other has seen enough."""
-        if not self._sends:
+        if self._receives_alone:
             return self.failed or self.came.is_over(now, part_s) or self.came.is_steady(now, part_s)
         if self.went.is_over(now, part_s):
             return True

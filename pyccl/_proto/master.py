@@ -889,9 +889,8 @@ class MasterMachine:
         if not named:
             raise RemoteProtocolError("Unreachable names nobody of the proposal")
         newcomers = {key[0]: self._peers[key] for key in proposal.newcomers if key in self._peers}
-        named -= {peer for peer, _ in proposal.newcomers} - newcomers.keys()
+        named -= {peer for peer, _ in proposal.newcomers} - newcomers.keys()  # who has left is nobody's fault
         if not named:
-            proposal.stale = True  # who could not be reached has gone meanwhile: nobody's fault
             return
         old = sorted(named - newcomers.keys())
         if record.standing is Standing.PENDING and any(self._is_quiet(self._member(group, peer)) for peer in old):

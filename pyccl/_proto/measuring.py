@@ -124,14 +124,12 @@ def network(members: Sequence[bytes], told: Mapping[bytes, Measured]) -> Network
                 trip[i][j] = row.rtt_us / 2e6
     alone = [[r if r < UNKNOWN else 0.0 for r in row] for row in rate]
     up = [max(sum(crowded[i]), *alone[i]) for i in range(world)]
-    to = _turned(alone)
-    for j in range(world):
-        came[j] = min(came[j], sum(sorted(to[j])[-CROWD_MAX:]))
-    down = [max(came[j], sum(row[j] for row in crowded), *to[j]) for j in range(world)]
+    to, crowded_to = _turned(alone), _turned(crowded)
+    down = [max(min(came[j], sum(sorted(to[j])[-CROWD_MAX:])), sum(crowded_to[j]), *to[j]) for j in range(world)]
     if not any(up):
         return None
     rates = _past_relays(rate, _relayed(rank_of, told))
-    bundles = (*_bundles(alone, crowded), *_bundles(to, _turned(crowded)))
+    bundles = (*_bundles(alone, crowded), *_bundles(to, crowded_to))
     return Network(_filled(up), _filled(down), rates, _delays(trip), tuple(cpu), bundles)
 
 
